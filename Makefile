@@ -1,0 +1,56 @@
+# Everything from nothing but Python >= 3.10, a C++ compiler and pip. PYTHON picks the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+JOBS ?= $(shell nproc)
+# Without an NVIDIA GPU a plain `torch` would bring gigabytes of CUDA packages.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi')
+
+.PHONY: demo test lint sanitize bench install clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/offload train --check
+
+test: $(VENV)/.installed
+	OFFLOAD_POISON=1 $(PY) -m pytest tests
+
+lint: $(VENV)/.tools
+	$(VENV)/bin/ruff check python tests benches examples
+	$(VENV)/bin/ruff format --check python tests benches examples
+	$(VENV)/bin/mypy
+	find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	$(PY) -m pytest -q -p no:cacheprovider tests/layout
+
+# The native tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer.
+sanitize: $(VENV)/.tools
+	for kind in address,undefined thread; do \
+	  cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -S . -B build/sanitize-$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	    -DOFFLOAD_BUILD_PYTHON=OFF -DOFFLOAD_BUILD_TESTS=ON -DOFFLOAD_SANITIZE=$$kind && \
+	  cmake --build build/sanitize-$$kind -j $(JOBS) && \
+	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
+	done
+
+bench: $(VENV)/.installed
+	$(VENV)/bin/offload bench all
+
+install: $(VENV)/.installed
+
+$(VENV)/.base:
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --upgrade pip
+	$(PY) -m pip install -q $(TORCH) numpy
+	touch $@
+
+$(VENV)/.tools: $(VENV)/.base pyproject.toml
+	$(PY) -m pip install -q 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.22' 'pytest>=8' 'pytest-timeout>=2.3' \
+	  'hypothesis>=6.100' 'transformers>=4.45' 'ruff>=0.15' 'mypy>=1.11' 'clang-format>=18'
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.tools $(SOURCES)
+	$(PY) -m pip install -q --no-build-isolation --no-deps .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist

@@ -1,0 +1,11 @@
+// What the CPU and the operating system let this process execute.
+//
+// Threads: pure functions; callable from any thread.
+#pragma once
+
+namespace offload {
+
+bool cpu_has_avx2() noexcept;    // AVX2 and F16C: what adamw_avx2.cpp is compiled for
+bool cpu_has_avx512() noexcept;  // AVX-512 F, BW, VL, DQ and F16C: what adamw_avx512.cpp is compiled for
+
+}  // namespace offload

@@ -1,0 +1,152 @@
+#include <pybind11/stl.h>
+
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "base/clock.h"
+#include "base/error.h"
+#include "base/ticket.h"
+#include "bindings/bindings.h"
+#include "bindings/blocking.h"
+#include "device/host_device.h"
+#include "transfer/transfer_queue.h"
+
+namespace py = pybind11;
+
+namespace offload::bindings {
+namespace {
+
+int64_t timeout_ns(std::optional<double> timeout_s) {
+  if (!timeout_s) return -1;
+  if (!(*timeout_s >= 0)) {
+    throw Error(ErrorKind::kInvalidArgument, "timeout_s is " + std::to_string(*timeout_s) +
+                                                 "; give seconds >= 0, or None to wait for ever");
+  }
+  constexpr double kLongestSeconds = 9e9;  // what fits into 63 bits of nanoseconds
+  return static_cast<int64_t>(std::fmin(*timeout_s, kLongestSeconds) * 1e9);
+}
+
+Direction direction_of(const std::string& lane) {
+  if (lane == "to_host") return Direction::kToHost;
+  if (lane == "to_device") return Direction::kToDevice;
+  throw Error(ErrorKind::kInvalidArgument,
+              "there is no lane '" + lane + "'; the lanes are 'to_host' and 'to_device'");
+}
+
+Ticket submit(TransferQueue& queue, Direction direction, uintptr_t destination, uintptr_t source,
+              size_t bytes, uintptr_t compute_stream, const Ticket* after) {
+  return queue.submit(direction, reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source),
+                      bytes, compute_stream, after != nullptr ? *after : Ticket());
+}
+
+void bind_base(py::module_& module) {
+  py::class_<Ticket>(module, "Ticket")
+      .def(py::init<>())
+      .def_static("pending", &Ticket::pending)
+      .def_property_readonly("done", &Ticket::done)
+      .def(
+          "wait",
+          [](const Ticket& self, std::optional<double> timeout_s) {
+            const int64_t limit_ns = timeout_ns(timeout_s);
+            if (self.done()) return self.wait();  // at once: raises the error of failed work
+            return wait_interruptibly([ticket = self](int64_t slice_ns) { return ticket.wait(slice_ns); },
+                                      limit_ns);
+          },
+          py::arg("timeout_s") = py::none())
+      .def("complete", &Ticket::complete, py::call_guard<py::gil_scoped_release>())
+      .def(
+          "fail",
+          [](const Ticket& self, const std::string& message) {
+            self.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, message)));
+          },
+          py::arg("message"), py::call_guard<py::gil_scoped_release>());
+
+  py::class_<ManualClock, std::shared_ptr<ManualClock>>(module, "ManualClock")
+      .def(py::init<>())
+      .def("now_ns", &ManualClock::now_ns)
+      .def("advance", &ManualClock::advance, py::arg("delta_ns"));
+}
+
+void bind_host_device(py::module_& module) {
+  py::class_<Device, std::shared_ptr<Device>>(module, "Device").def_property_readonly("kind", &Device::kind);
+
+  py::class_<HostDevice, Device, std::shared_ptr<HostDevice>>(module, "HostDevice")
+      .def(py::init([](std::shared_ptr<ManualClock> clock, double to_host_rate, double to_device_rate) {
+             return make_joining<HostDevice>(HostDeviceOptions{.clock = std::move(clock),
+                                                               .to_host_bytes_per_s = to_host_rate,
+                                                               .to_device_bytes_per_s = to_device_rate});
+           }),
+           py::kw_only(), py::arg("clock") = py::none(), py::arg("to_host_bytes_per_s") = 0.0,
+           py::arg("to_device_bytes_per_s") = 0.0)
+      .def(
+          "hold", [](HostDevice& self, const std::string& lane) { self.hold(direction_of(lane)); },
+          py::arg("lane"))
+      .def(
+          "release", [](HostDevice& self, const std::string& lane) { self.release(direction_of(lane)); },
+          py::arg("lane"))
+      .def(
+          "fail_copy",
+          [](HostDevice& self, const std::string& lane, size_t nth) {
+            self.fail_copy(direction_of(lane), nth);
+          },
+          py::arg("lane"), py::arg("nth"))
+      .def("fail_pin", &HostDevice::fail_pin, py::arg("nth"))
+      .def(
+          "pending_count",
+          [](const HostDevice& self, const std::string& lane) {
+            return self.pending_count(direction_of(lane));
+          },
+          py::arg("lane"))
+      .def_property_readonly("pinned_bytes", &HostDevice::pinned_bytes);
+}
+
+void bind_transfer_queue(py::module_& module) {
+  py::class_<TransferQueue, std::shared_ptr<TransferQueue>>(module, "TransferQueue")
+      .def(py::init(
+               [](std::shared_ptr<Device> device) { return make_joining<TransferQueue>(std::move(device)); }),
+           py::arg("device"))
+      .def(
+          "submit_to_host",
+          [](TransferQueue& self, uintptr_t destination, uintptr_t source, size_t bytes,
+             uintptr_t compute_stream, const Ticket* after) {
+            return submit(self, Direction::kToHost, destination, source, bytes, compute_stream, after);
+          },
+          py::arg("destination"), py::arg("source"), py::arg("nbytes"), py::arg("compute_stream") = 0,
+          py::arg("after") = py::none(), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "submit_to_device",
+          [](TransferQueue& self, uintptr_t destination, uintptr_t source, size_t bytes,
+             uintptr_t compute_stream, const Ticket* after) {
+            return submit(self, Direction::kToDevice, destination, source, bytes, compute_stream, after);
+          },
+          py::arg("destination"), py::arg("source"), py::arg("nbytes"), py::arg("compute_stream") = 0,
+          py::arg("after") = py::none(), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "wait_on_stream",
+          [](TransferQueue& self, uintptr_t compute_stream, const Ticket& ticket) {
+            wait_interruptibly([&self, compute_stream, ticket](int64_t slice_ns) {
+              return self.wait_on_stream(compute_stream, ticket, slice_ns);
+            });
+          },
+          py::arg("compute_stream"), py::arg("ticket"))
+      .def("stats", [](const TransferQueue& self) {
+        const TransferStats stats = self.stats();
+        py::dict result;
+        result["to_host_bytes"] = stats.to_host_bytes;
+        result["to_device_bytes"] = stats.to_device_bytes;
+        result["to_host_count"] = stats.to_host_count;
+        result["to_device_count"] = stats.to_device_count;
+        return result;
+      });
+}
+
+}  // namespace
+
+void bind_device(py::module_& module) {
+  bind_base(module);
+  bind_host_device(module);
+  bind_transfer_queue(module);
+}
+
+}  // namespace offload::bindings

@@ -1,0 +1,35 @@
+#include "base/error.h"
+#include "bindings/bindings.h"
+
+namespace py = pybind11;
+
+namespace offload::bindings {
+namespace {
+
+const char* python_class(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::kInvalidArgument: return "InvalidArgument";
+    case ErrorKind::kOutOfHostMemory: return "OutOfHostMemory";
+    case ErrorKind::kDevice: return "DeviceError";
+    case ErrorKind::kStorage: return "StorageError";
+    case ErrorKind::kState: return "StateError";
+    case ErrorKind::kInternal: break;
+  }
+  return "InternalError";
+}
+
+}  // namespace
+
+void bind_errors(py::module_&) {
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+      // Imported here and not at load: offload._errors is plain Python and may import this module.
+      py::object errors = py::module_::import("offload._errors");
+      PyErr_SetString(errors.attr(python_class(error.kind())).ptr(), error.what());
+    }
+  });
+}
+
+}  // namespace offload::bindings

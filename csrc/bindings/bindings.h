@@ -1,0 +1,17 @@
+// What each file of this folder adds to the module; nothing here but conversion and checks.
+//
+// Ownership: Python objects hold the native ones by shared_ptr; none keeps an address that Python may free.
+// Threads: called with the GIL, which is released in every call that can take longer than a microsecond.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace offload::bindings {
+
+void bind_errors(pybind11::module_& module);
+void bind_device(pybind11::module_& module);     // Ticket, clocks, HostDevice, TransferQueue
+void bind_memory(pybind11::module_& module);     // HostPool, HostBuffer
+void bind_optimizer(pybind11::module_& module);  // AdamW over spans, instruction sets
+void bind_pipeline(pybind11::module_& module);   // StepPipeline
+
+}  // namespace offload::bindings

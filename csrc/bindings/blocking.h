@@ -1,0 +1,48 @@
+// How a call from Python blocks, and how an object whose destructor blocks is owned by Python.
+//
+// Threads: the GIL is the outermost lock: it is released before any wait, so that whoever ends the wait may
+//          take it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+namespace offload::bindings {
+
+// Ctrl-C is noticed within one slice; shorter ones would only burn time.
+constexpr int64_t kWaitSliceNs = 50'000'000;
+
+// Calls wait(slice_ns) without the GIL until it returns true, which is the result, or until the timeout
+// passed (negative: never). Raises what a signal handler raises, KeyboardInterrupt for Ctrl-C.
+template <typename Wait>
+bool wait_interruptibly(Wait wait, int64_t timeout_ns = -1) {
+  for (;;) {
+    const int64_t slice_ns = timeout_ns < 0 ? kWaitSliceNs : std::min(kWaitSliceNs, timeout_ns);
+    {
+      pybind11::gil_scoped_release release;
+      if (wait(slice_ns)) return true;
+    }
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+    if (timeout_ns >= 0 && (timeout_ns -= slice_ns) == 0) return false;
+  }
+}
+
+// A T for a std::shared_ptr holder whose destructor runs without the GIL: it joins threads.
+template <typename T, typename... Args>
+std::shared_ptr<T> make_joining(Args&&... args) {
+  return std::shared_ptr<T>(new T(std::forward<Args>(args)...), [](T* object) {
+    // Not held when the last owner is itself destroyed without the GIL, as a TransferQueue by its pipeline.
+    if (PyGILState_Check() != 0) {
+      pybind11::gil_scoped_release release;
+      delete object;
+    } else {
+      delete object;
+    }
+  });
+}
+
+}  // namespace offload::bindings

@@ -1,0 +1,54 @@
+// The compute device as the engine sees it: streams, copies and page locking.
+//
+// Ownership: streams belong to the device that created them and must die before it.
+// Threads: a stream takes submissions from any thread, in the order of the calls.
+// Stream order: work of one stream runs in submission order; streams are ordered against each other
+//               and against the compute stream only by the wait_* and compute_* calls below.
+// Units: bytes and raw addresses; a compute stream is torch's own handle (0 on the CPU).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "base/ticket.h"
+
+namespace offload {
+
+enum class Direction { kToHost, kToDevice };
+
+class Stream {
+ public:
+  virtual ~Stream() = default;
+};
+
+class Device {
+ public:
+  virtual ~Device() = default;
+  virtual const char* kind() const noexcept = 0;  // "cpu" or "cuda"
+
+  virtual std::unique_ptr<Stream> create_stream(const std::string& name) = 0;
+
+  // Enqueues a copy; the ticket ends when the bytes are in place or the copy has failed.
+  virtual Ticket submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
+                             size_t bytes) = 0;
+
+  // Later work of `stream` starts only after `ticket` ended. When the ticket failed, the next copy of the
+  // stream fails with the same error; the copies after that one run.
+  virtual void wait_ticket(Stream& stream, const Ticket& ticket) = 0;
+
+  // Later work of `stream` starts only after everything given to the compute stream so far.
+  virtual void wait_compute(Stream& stream, uintptr_t compute_stream) = 0;
+
+  // Later work of the compute stream starts only after `ticket`. On the CPU device the compute stream
+  // is the calling thread, so this blocks it, and rethrows the error of a failed ticket. A negative
+  // timeout waits for ever; returns false when the timeout passed before the wait was arranged.
+  virtual bool compute_wait(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns = -1) = 0;
+
+  // Locks pages so that the device can copy them directly. Throws Error(kDevice) when refused.
+  virtual void pin(void* address, size_t bytes) = 0;
+  virtual void unpin(void* address, size_t bytes) noexcept = 0;
+};
+
+}  // namespace offload

@@ -1,0 +1,293 @@
+#include "device/host_device.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <optional>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+
+namespace offload {
+
+struct HostLink {
+  HostLink(const char* link_name, double rate) : name(link_name), bytes_per_s(rate) {
+    if (!(rate >= 0) || std::isinf(rate)) {
+      throw Error(ErrorKind::kInvalidArgument, name + "_bytes_per_s is " + std::to_string(rate) +
+                                                   "; give a finite rate, or 0 for no limit");
+    }
+  }
+
+  const std::string name;
+  const double bytes_per_s;
+  std::atomic<size_t> pending_count{0};
+
+  std::mutex mutex;
+  std::condition_variable_any released;
+  // guarded by mutex
+  bool held = false;
+  size_t armed_nth = 0;             // of fail_copy, for the message
+  size_t copies_until_failure = 0;  // 0: none is armed
+  int64_t released_ns = INT64_MIN;  // a held copy starts no earlier
+  int64_t free_ns = INT64_MIN;      // the copies before it occupy the link until then
+};
+
+namespace {
+
+using Links = std::array<std::shared_ptr<HostLink>, 2>;
+
+struct Copy {
+  Direction direction;
+  void* destination;
+  const void* source;
+  size_t bytes;
+  int64_t submitted_ns;
+  size_t failing_nth;         // 0: this copy is meant to work
+  std::vector<Ticket> after;  // the waits submitted before it
+  Ticket ticket;
+};
+
+// What the thread of a stream works on; outlives the stream only in a forked child.
+class StreamWorker {
+ public:
+  StreamWorker(std::string name, std::shared_ptr<Clock> clock, Links links)
+      : name_(std::move(name)), clock_(std::move(clock)), links_(std::move(links)) {}
+
+  // Copies run in order, so a wait that the next copy observes holds back all later ones.
+  void wait_ticket(const Ticket& ticket) {
+    std::lock_guard lock(mutex_);
+    waits_.push_back(ticket);
+  }
+
+  void submit(Copy copy) {
+    {
+      std::lock_guard lock(mutex_);
+      copy.after = std::exchange(waits_, {});
+      queue_.push_back(std::move(copy));
+      if (!thread_.joinable()) thread_ = std::jthread([this](std::stop_token stop) { run(stop); });
+    }
+    submitted_.notify_one();
+  }
+
+ private:
+  void run(std::stop_token stop) {
+    // The kernel takes names of up to 15 characters.
+    pthread_setname_np(pthread_self(), ("offload-" + name_).substr(0, 15).c_str());
+    while (std::optional<Copy> copy = next(stop)) run_copy(*copy, stop);
+  }
+
+  // Null once the stop is requested and the queue is empty.
+  std::optional<Copy> next(std::stop_token stop) {
+    std::unique_lock lock(mutex_);
+    if (!submitted_.wait(lock, stop, [&] { return !queue_.empty(); })) return std::nullopt;
+    Copy copy = std::move(queue_.front());
+    queue_.pop_front();
+    return copy;
+  }
+
+  void run_copy(const Copy& copy, std::stop_token stop) {
+    HostLink& link = *links_[static_cast<size_t>(copy.direction)];
+    std::exception_ptr error = wait_tickets(copy.after, stop);
+    const int64_t end_ns = occupy(link, copy, error != nullptr, stop);
+    if (!error && copy.failing_nth > 0) {
+      error = std::make_exception_ptr(Error(
+          ErrorKind::kDevice, "copy " + std::to_string(copy.failing_nth) + " of lane " + link.name + " (" +
+                                  std::to_string(copy.bytes) + " bytes) failed: asked for by fail_copy"));
+    }
+    if (!error) {
+      // The bytes move when the time has passed: a source changed too early, or a destination read too
+      // early, shows.
+      if (end_ns != INT64_MIN) clock_->sleep_until(end_ns, stop);
+      // memmove, for on this device both sides may be the same memory.
+      if (copy.bytes > 0) std::memmove(copy.destination, copy.source, copy.bytes);
+    }
+    // Before the ticket: who waited for the ticket sees the copy gone.
+    link.pending_count.fetch_sub(1, std::memory_order_relaxed);
+    copy.ticket.fail(error);
+  }
+
+  // Returns the first error of the tickets, null when all went well.
+  std::exception_ptr wait_tickets(const std::vector<Ticket>& tickets, std::stop_token stop) {
+    std::exception_ptr error;
+    for (const Ticket& ticket : tickets) {
+      if (!ticket.done()) {
+        if (!ticket.wait_ended(stop)) {
+          return std::make_exception_ptr(
+              Error(ErrorKind::kDevice, "the copy was cancelled: its stream " + name_ +
+                                            " was destroyed before the work it waits for ended"));
+        }
+        earliest_ns_ = clock_->now_ns();
+      }
+      if (!error) error = ticket.error();
+    }
+    return error;
+  }
+
+  // Waits while the link is held; returns when the copy ends on the clock (INT64_MIN: without delay).
+  int64_t occupy(HostLink& link, const Copy& copy, bool failed, std::stop_token stop) {
+    std::unique_lock lock(link.mutex);
+    link.released.wait(lock, stop, [&] { return !link.held; });
+    if (link.bytes_per_s == 0 || failed || copy.failing_nth > 0) return INT64_MIN;
+    // From the times of the causes and not from now: a manual clock gives the same end however late
+    // this thread gets here.
+    const int64_t start_ns = std::max({copy.submitted_ns, link.released_ns, link.free_ns, earliest_ns_});
+    const double duration_ns = std::ceil(static_cast<double>(copy.bytes) / link.bytes_per_s * 1e9);
+    link.free_ns = start_ns + static_cast<int64_t>(duration_ns);
+    return link.free_ns;
+  }
+
+  const std::string name_;
+  const std::shared_ptr<Clock> clock_;
+  const Links links_;
+
+  // used by the stream's thread alone
+  int64_t earliest_ns_ = INT64_MIN;  // a ticket that was waited for ended then
+
+  std::mutex mutex_;
+  std::condition_variable_any submitted_;
+  // guarded by mutex_
+  std::vector<Ticket> waits_;  // for the next copy
+  std::deque<Copy> queue_;
+
+  std::jthread thread_;  // last: its destructor requests the stop and joins while the rest still lives
+};
+
+class HostStream final : public Stream {
+ public:
+  explicit HostStream(std::unique_ptr<StreamWorker> worker) : worker_(std::move(worker)) {}
+
+  ~HostStream() override {
+    // Leaked on purpose in a forked child: there is no thread to join, and its locks may be held.
+    if (owner_.forked()) static_cast<void>(worker_.release());
+  }
+
+  StreamWorker& worker() {
+    owner_.require_owner("the stream of a HostDevice");
+    return *worker_;
+  }
+
+ private:
+  const ForkGuard owner_;
+  std::unique_ptr<StreamWorker> worker_;
+};
+
+// Counts an armed fault down; true when this is the one that fails.
+bool consume_fault(size_t& until_failure) { return until_failure > 0 && --until_failure == 0; }
+
+}  // namespace
+
+HostDevice::HostDevice(HostDeviceOptions options)
+    : clock_(options.clock ? std::move(options.clock) : std::make_shared<SteadyClock>()),
+      links_{std::make_shared<HostLink>("to_host", options.to_host_bytes_per_s),
+             std::make_shared<HostLink>("to_device", options.to_device_bytes_per_s)} {}
+
+HostDevice::~HostDevice() = default;
+
+HostLink& HostDevice::link(Direction direction) const {
+  owner_.require_owner("this HostDevice");
+  return *links_[static_cast<size_t>(direction)];
+}
+
+std::unique_ptr<Stream> HostDevice::create_stream(const std::string& name) {
+  return std::make_unique<HostStream>(std::make_unique<StreamWorker>(name, clock_, links_));
+}
+
+Ticket HostDevice::submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
+                               size_t bytes) {
+  HostLink& target = link(direction);
+  Copy copy{.direction = direction,
+            .destination = destination,
+            .source = source,
+            .bytes = bytes,
+            .submitted_ns = target.bytes_per_s > 0 ? clock_->now_ns() : INT64_MIN,
+            .failing_nth = 0,
+            .after = {},
+            .ticket = Ticket::pending()};
+  {
+    std::lock_guard lock(target.mutex);
+    if (consume_fault(target.copies_until_failure)) copy.failing_nth = target.armed_nth;
+  }
+  target.pending_count.fetch_add(1, std::memory_order_relaxed);
+  Ticket ticket = copy.ticket;
+  static_cast<HostStream&>(stream).worker().submit(std::move(copy));
+  return ticket;
+}
+
+void HostDevice::wait_ticket(Stream& stream, const Ticket& ticket) {
+  if (ticket.done() && !ticket.error()) return;
+  static_cast<HostStream&>(stream).worker().wait_ticket(ticket);
+}
+
+void HostDevice::wait_compute(Stream&, uintptr_t) {
+  // Compute on this device is synchronous with the caller: it ended before this call.
+}
+
+bool HostDevice::compute_wait(uintptr_t, const Ticket& ticket, int64_t timeout_ns) {
+  return ticket.wait(timeout_ns);
+}
+
+void HostDevice::pin(void* address, size_t bytes) {
+  owner_.require_owner("this HostDevice");
+  std::lock_guard lock(pin_mutex_);
+  if (consume_fault(pins_until_failure_)) {
+    throw Error(ErrorKind::kDevice, "cannot pin " + std::to_string(bytes) + " bytes at address " +
+                                        std::to_string(reinterpret_cast<uintptr_t>(address)) +
+                                        ": asked for by fail_pin");
+  }
+  pinned_bytes_ += bytes;
+}
+
+void HostDevice::unpin(void*, size_t bytes) noexcept {
+  if (owner_.forked()) return;  // the lock may be held for ever, and the pages are the parent's
+  std::lock_guard lock(pin_mutex_);
+  pinned_bytes_ -= bytes;
+}
+
+void HostDevice::hold(Direction direction) {
+  HostLink& target = link(direction);
+  std::lock_guard lock(target.mutex);
+  target.held = true;
+}
+
+void HostDevice::release(Direction direction) {
+  HostLink& target = link(direction);
+  {
+    std::lock_guard lock(target.mutex);
+    if (!target.held) return;
+    target.held = false;
+    target.released_ns = clock_->now_ns();
+  }
+  target.released.notify_all();
+}
+
+void HostDevice::fail_copy(Direction direction, size_t nth) {
+  HostLink& target = link(direction);
+  std::lock_guard lock(target.mutex);
+  target.armed_nth = nth;
+  target.copies_until_failure = nth;
+}
+
+void HostDevice::fail_pin(size_t nth) {
+  owner_.require_owner("this HostDevice");
+  std::lock_guard lock(pin_mutex_);
+  pins_until_failure_ = nth;
+}
+
+size_t HostDevice::pending_count(Direction direction) const {
+  return link(direction).pending_count.load(std::memory_order_relaxed);
+}
+
+size_t HostDevice::pinned_bytes() const {
+  owner_.require_owner("this HostDevice");
+  std::lock_guard lock(pin_mutex_);
+  return pinned_bytes_;
+}
+
+}  // namespace offload

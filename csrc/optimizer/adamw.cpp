@@ -1,0 +1,214 @@
+#include "optimizer/adamw.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+#include "base/cpu_features.h"
+#include "base/error.h"
+#include "base/worker_pool.h"
+#include "optimizer/adamw_kernels.h"
+
+namespace offload {
+namespace {
+
+#include "optimizer/float_formats.inl"
+
+// Elements a worker takes at a time: 128 KiB of each fp32 array. Large against the cost of handing it
+// out, small against the imbalance at the end.
+constexpr size_t kBlockElements = size_t{32} << 10;
+
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
+
+AdamWKernel* kernel_for(Isa isa) {
+  switch (isa) {
+#if defined(__x86_64__)
+    case Isa::kAvx2: return adamw_avx2;
+    case Isa::kAvx512: return adamw_avx512;
+#endif
+    default: return adamw_scalar;
+  }
+}
+
+Isa choose_isa() {
+  const char* forced = std::getenv("OFFLOAD_FORCE_ISA");
+  Isa best = Isa::kScalar;
+  std::string available;
+  for (Isa isa : kAllIsas) {
+    if (!isa_available(isa)) continue;
+    best = isa;
+    if (!available.empty()) available += ", ";
+    available += isa_name(isa);
+    if (forced != nullptr && std::string(forced) == isa_name(isa)) return isa;
+  }
+  if (forced == nullptr || *forced == '\0') return best;
+  throw Error(ErrorKind::kInvalidArgument, "OFFLOAD_FORCE_ISA=" + std::string(forced) +
+                                               ": this CPU and build have " + available +
+                                               "; name one of them or unset it");
+}
+
+// The floating-point mode of the calling thread while it updates: round to nearest, no traps, and
+// denormals as asked for. Worker threads would otherwise keep whatever mode their creator had.
+class FloatingPointMode {
+ public:
+#if defined(__x86_64__)
+  explicit FloatingPointMode(bool flush_denormals) noexcept : previous_(_mm_getcsr()) {
+    _mm_setcsr(kMaskAllExceptions | (flush_denormals ? kFlushDenormals : 0));
+  }
+  ~FloatingPointMode() { _mm_setcsr(previous_); }
+  static bool flushes_denormals() noexcept { return (_mm_getcsr() & kFlushToZero) != 0; }
+
+ private:
+  static constexpr unsigned kMaskAllExceptions = 0x1f80;
+  static constexpr unsigned kFlushToZero = 0x8000;
+  static constexpr unsigned kFlushDenormals = kFlushToZero | 0x0040;  // results and inputs
+  unsigned previous_;
+#elif defined(__aarch64__)
+  explicit FloatingPointMode(bool flush_denormals) noexcept : previous_(read()) {
+    write(flush_denormals ? kFlushDenormals : 0);
+  }
+  ~FloatingPointMode() { write(previous_); }
+  static bool flushes_denormals() noexcept { return (read() & kFlushDenormals) != 0; }
+
+ private:
+  static constexpr uint64_t kFlushDenormals = uint64_t{1} << 24;
+  static uint64_t read() noexcept {
+    uint64_t value;
+    asm volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void write(uint64_t value) noexcept { asm volatile("msr fpcr, %0" ::"r"(value) : "memory"); }
+  uint64_t previous_;
+#else
+#error "offload supports x86-64 and aarch64"
+#endif
+
+ public:
+  FloatingPointMode(const FloatingPointMode&) = delete;
+  FloatingPointMode& operator=(const FloatingPointMode&) = delete;
+};
+
+void require(bool holds, const char* message) {
+  if (!holds) throw Error(ErrorKind::kInvalidArgument, message);
+}
+
+void check(const AdamWSpan& span, const Factor* factors, size_t factor_count, Isa isa) {
+  require(isa_available(isa),
+          "this CPU or build has not the instruction set asked for: see available_isas()");
+  require(factors != nullptr || factor_count == 0, "factors is null but factor_count is not 0");
+  require(span.gradient_format <= FloatFormat::kFloat16,
+          "gradient_format must be FLOAT32, BFLOAT16 or FLOAT16");
+  if (span.master_format == MasterFormat::kSplit) {
+    require(span.weight_format == FloatFormat::kBFloat16, "a split master needs a BFLOAT16 weight");
+    require(span.weight != nullptr || span.count == 0,
+            "a split master needs a weight: half of it lies there");
+  } else {
+    require(span.master_format == MasterFormat::kFloat32,
+            "master_format must be MASTER_FLOAT32 or MASTER_SPLIT");
+    require(span.weight == nullptr || span.weight_format == FloatFormat::kBFloat16 ||
+                span.weight_format == FloatFormat::kFloat16,
+            "beside a fp32 master the weight must be BFLOAT16 or FLOAT16, or null: the master is the weight");
+  }
+  if (span.count == 0) return;
+  require(span.gradient != nullptr, "gradient is null");
+  require(span.master != nullptr, "master is null");
+  require(span.exp_avg != nullptr, "exp_avg is null");
+  require(span.exp_avg_sq != nullptr, "exp_avg_sq is null");
+}
+
+// Kernels know multiplication and division only: the reciprocal is the same for every element.
+std::vector<Factor> without_reciprocals(const Factor* factors, size_t factor_count) {
+  std::vector<Factor> result(factors, factors + factor_count);
+  for (Factor& factor : result) {
+    if (factor.kind == FactorKind::kMultiplyReciprocal) factor = {FactorKind::kMultiply, 1.0f / factor.value};
+  }
+  return result;
+}
+
+size_t element_bytes(FloatFormat format) { return format == FloatFormat::kFloat32 ? 4 : 2; }
+
+AdamWSpan part_of(const AdamWSpan& span, size_t at, size_t count) {
+  const size_t master_bytes = span.master_format == MasterFormat::kSplit ? 2 : 4;
+  AdamWSpan part = span;
+  part.gradient = static_cast<const char*>(span.gradient) + at * element_bytes(span.gradient_format);
+  part.master = static_cast<char*>(span.master) + at * master_bytes;
+  if (span.weight != nullptr)
+    part.weight = static_cast<char*>(span.weight) + at * element_bytes(span.weight_format);
+  part.exp_avg += at;
+  part.exp_avg_sq += at;
+  part.count = count;
+  return part;
+}
+
+uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
+
+}  // namespace
+
+Isa active_isa() {
+  static const Isa chosen = choose_isa();
+  return chosen;
+}
+
+bool isa_available(Isa isa) noexcept {
+  switch (isa) {
+    case Isa::kScalar: return true;
+    case Isa::kAvx2: return cpu_has_avx2();
+    case Isa::kAvx512: return cpu_has_avx512();
+  }
+  return false;
+}
+
+const char* isa_name(Isa isa) noexcept {
+  switch (isa) {
+    case Isa::kScalar: return "scalar";
+    case Isa::kAvx2: return "avx2";
+    case Isa::kAvx512: return "avx512";
+  }
+  return "unknown";
+}
+
+void adamw_update(const AdamWSpan& span, const AdamWScalars& scalars, const Factor* factors,
+                  size_t factor_count, bool flush_denormals, Isa isa) {
+  check(span, factors, factor_count, isa);
+  const std::vector<Factor> plain_factors = without_reciprocals(factors, factor_count);
+  FloatingPointMode mode(flush_denormals);
+  kernel_for(isa)(span, scalars, plain_factors.data(), plain_factors.size());
+}
+
+void adamw_update_parallel(WorkerPool& pool, const AdamWSpan& span, const AdamWScalars& scalars,
+                           const Factor* factors, size_t factor_count, bool flush_denormals, Isa isa) {
+  check(span, factors, factor_count, isa);
+  const std::vector<Factor> plain_factors = without_reciprocals(factors, factor_count);
+  AdamWKernel* const kernel = kernel_for(isa);
+  const size_t block_count = (span.count + kBlockElements - 1) / kBlockElements;
+  pool.parallel_for(block_count, [&](size_t block) {
+    const size_t at = block * kBlockElements;
+    FloatingPointMode mode(flush_denormals);
+    kernel(part_of(span, at, std::min(kBlockElements, span.count - at)), scalars, plain_factors.data(),
+           plain_factors.size());
+  });
+}
+
+bool flush_denormals_enabled() noexcept { return FloatingPointMode::flushes_denormals(); }
+
+void split_master(const float* master, uint16_t* weight, int16_t* remainder, size_t count) noexcept {
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t bits = canonical_bits(master[i], bits_of(master[i]));
+    weight[i] = static_cast<uint16_t>(to_bfloat16_half_up(bits));
+    remainder[i] = static_cast<int16_t>(bits & 0xffffu);
+  }
+}
+
+void join_master(const uint16_t* weight, const int16_t* remainder, float* master, size_t count) noexcept {
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t bits = (uint32_t{weight[i]} << 16) + static_cast<uint32_t>(int32_t{remainder[i]});
+    master[i] = __builtin_bit_cast(float, bits);
+  }
+}
+
+}  // namespace offload

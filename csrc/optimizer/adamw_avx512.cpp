@@ -1,0 +1,54 @@
+#if !defined(__clang__)
+// gcc 12's own intrinsics start from an undefined vector and warn about it (gcc bug 105593).
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+
+#include "optimizer/adamw_kernels.h"
+
+namespace offload {
+namespace {
+
+#include "optimizer/float_formats.inl"
+
+constexpr size_t kLanes = 16;
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+inline __m256i load_16bit(const uint16_t* from) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+inline void store_16bit(__m256i value, uint16_t* to) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
+}
+
+inline Floats square_root(Floats value) { return _mm512_sqrt_ps(value); }
+
+inline Words widen(const uint16_t* from) {
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(load_16bit(from)));
+}
+
+inline void narrow(Words low, Words high, uint16_t* to) {
+  store_16bit(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(low)), to);
+  store_16bit(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(high)), to + kLanes);
+}
+
+inline __m256i to_float16(Floats value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
+inline Floats load_float16(const uint16_t* from) { return _mm512_cvtph_ps(load_16bit(from)); }
+inline Floats round_to_float16(Floats value) { return _mm512_cvtph_ps(to_float16(value)); }
+inline void store_float16(Floats low, Floats high, uint16_t* to) {
+  store_16bit(to_float16(low), to);
+  store_16bit(to_float16(high), to + kLanes);
+}
+
+#include "optimizer/adamw_body.inl"
+
+}  // namespace
+
+void adamw_avx512(const AdamWSpan& span, const AdamWScalars& scalars, const Factor* factors,
+                  size_t factor_count) {
+  update(span, scalars, factors, factor_count);
+}
+
+}  // namespace offload

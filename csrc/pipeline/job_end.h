@@ -1,0 +1,65 @@
+// How a job of the step pipeline ends: when all its parts have, and with the first error of the pipeline.
+//
+// Ownership: shared by the sequencer and by the callbacks of the uploads, which may outlive the pipeline.
+// Threads: every member may be called from any thread.
+// Invariants: a job fails exactly when it or a job submitted before it has failed by itself.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <utility>
+
+#include "base/ticket.h"
+
+namespace offload {
+
+// The error of the first job, in submission order, that failed by itself.
+class FirstError {
+ public:
+  // What the job must end with; null when no job up to it has failed.
+  std::exception_ptr up_to(uint64_t job_number) const {
+    std::lock_guard lock(mutex_);
+    return job_number_ <= job_number ? error_ : nullptr;
+  }
+
+  std::exception_ptr any() const { return up_to(UINT64_MAX); }
+
+  void record(uint64_t job_number, std::exception_ptr error) {
+    std::lock_guard lock(mutex_);
+    if (error_ && job_number_ <= job_number) return;
+    job_number_ = job_number;
+    error_ = std::move(error);
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  // guarded by mutex_
+  uint64_t job_number_ = 0;
+  std::exception_ptr error_;
+};
+
+// Ends a job's ticket when its update and every upload have ended.
+class JobEnd {
+ public:
+  JobEnd(Ticket ticket, uint64_t job_number, std::shared_ptr<FirstError> first_error)
+      : ticket_(std::move(ticket)), job_number_(job_number), first_error_(std::move(first_error)) {}
+
+  void add_part() { parts_.fetch_add(1, std::memory_order_relaxed); }
+
+  void end_part(std::exception_ptr error) {
+    if (error) first_error_->record(job_number_, std::move(error));
+    if (parts_.fetch_sub(1, std::memory_order_acq_rel) == 1) ticket_.fail(first_error_->up_to(job_number_));
+  }
+
+ private:
+  const Ticket ticket_;
+  const uint64_t job_number_;
+  const std::shared_ptr<FirstError> first_error_;
+  std::atomic<size_t> parts_{1};  // the update
+};
+
+}  // namespace offload

@@ -1,0 +1,371 @@
+#include "pipeline/step_pipeline.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "base/error.h"
+#include "base/fork_guard.h"
+#include "base/worker_pool.h"
+#include "pipeline/job_end.h"
+
+namespace offload {
+namespace {
+
+// Below this the update is shorter than waking the workers.
+constexpr size_t kInlineElements = size_t{16} << 10;
+
+// How long a dying pipeline waits for gradients and uploads in flight. They end within milliseconds
+// unless something holds them for good, and then a process must still be able to exit.
+constexpr int64_t kDrainNs = 2'000'000'000;
+
+int64_t steady_now_ns() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+size_t format_bytes(FloatFormat format) { return format == FloatFormat::kFloat32 ? 4 : 2; }
+
+// The elements [begin, begin + count) of a span.
+AdamWSpan slice(const AdamWSpan& span, size_t begin, size_t count) {
+  AdamWSpan part = span;
+  part.gradient = static_cast<const char*>(span.gradient) + begin * format_bytes(span.gradient_format);
+  part.master =
+      static_cast<char*>(span.master) + begin * (span.master_format == MasterFormat::kSplit ? 2 : 4);
+  if (span.weight != nullptr) {
+    part.weight = static_cast<char*>(span.weight) + begin * format_bytes(span.weight_format);
+  }
+  part.exp_avg = span.exp_avg + begin;
+  part.exp_avg_sq = span.exp_avg_sq + begin;
+  part.count = count;
+  return part;
+}
+
+// The same error, of the same kind, with the parameter and what it was doing in front.
+std::exception_ptr with_slot(const std::string& slot, const char* stage, const std::exception_ptr& error) {
+  const std::string prefix = "parameter '" + slot + "': " + stage + ": ";
+  try {
+    std::rethrow_exception(error);
+  } catch (const Error& cause) {
+    return std::make_exception_ptr(Error(cause.kind(), prefix + cause.what()));
+  } catch (const std::exception& cause) {
+    return std::make_exception_ptr(Error(ErrorKind::kInternal, prefix + cause.what()));
+  }
+}
+
+void check_slot(const ParameterSlot& slot) {
+  const AdamWSpan& span = slot.span;
+  auto refuse = [&](const std::string& what) {
+    throw Error(ErrorKind::kInvalidArgument, "slot '" + slot.name + "': " + what);
+  };
+  if (span.count == 0) return;
+  if (span.master == nullptr || span.exp_avg == nullptr || span.exp_avg_sq == nullptr) {
+    refuse("master, exp_avg and exp_avg_sq must be addresses of host memory, got null");
+  }
+  if (span.master_format == MasterFormat::kSplit &&
+      (span.weight == nullptr || span.weight_format != FloatFormat::kBFloat16)) {
+    refuse("a split master needs a bf16 working weight");
+  }
+  if (span.master_format == MasterFormat::kFloat32 && span.weight != nullptr &&
+      span.weight_format == FloatFormat::kFloat32) {
+    refuse(
+        "beside a fp32 master the working weight is bf16 or fp16; give null when the master is the weight");
+  }
+  if (slot.device_weight == nullptr) return;
+  if (slot.upload_source == nullptr) refuse("device_weight is given, so upload_source must be, too");
+  if (slot.weight_bytes != span.count * 2 && slot.weight_bytes != span.count * 4) {
+    refuse("weight_bytes is " + std::to_string(slot.weight_bytes) + " for " + std::to_string(span.count) +
+           " elements; it must be 2 or 4 an element");
+  }
+}
+
+}  // namespace
+
+// The thread that runs the jobs, and everything it shares with the callers.
+class StepPipeline::Sequencer {
+ public:
+  Sequencer(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements)
+      : transfers_(std::move(transfers)), chunk_elements_(chunk_elements) {}
+
+  bool forked() const noexcept { return owner_.forked(); }
+  int64_t add_slot(ParameterSlot slot);
+  std::vector<Ticket> submit(std::vector<StepJob> jobs, uintptr_t compute_stream);
+  void count_blocked(int64_t ns) { blocked_ns_.fetch_add(static_cast<uint64_t>(ns)); }
+  StepStats stats() const noexcept;
+  void set_held(bool held);
+
+ private:
+  struct Slot {
+    ParameterSlot parameter;
+    Ticket last_job;
+  };
+
+  struct QueuedJob {
+    const ParameterSlot* slot;
+    StepJob job;
+    uint64_t number;
+    Ticket ticket;
+    Ticket previous;  // the slot's job before this one
+  };
+
+  void check_job(const StepJob& job) const;
+  void run(std::stop_token stop);
+  std::optional<QueuedJob> next(std::stop_token stop);
+  void run_job(const QueuedJob& queued, std::stop_token stop);
+  void wait_ended(const Ticket& ticket, std::stop_token stop);
+  void update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end);
+  void update_span(const AdamWSpan& span, const StepJob& job, const std::vector<Factor>& factors);
+  void upload(const ParameterSlot& slot, size_t begin, size_t count, const std::shared_ptr<JobEnd>& end);
+  int64_t drain_remaining_ns();
+
+  const ForkGuard owner_;
+  const std::shared_ptr<TransferQueue> transfers_;
+  const size_t chunk_elements_;
+  const std::shared_ptr<FirstError> first_error_ = std::make_shared<FirstError>();
+
+  std::atomic<uint64_t> job_count_{0};
+  std::atomic<uint64_t> update_ns_{0};
+  std::atomic<uint64_t> blocked_ns_{0};
+
+  // used by the sequencer's thread alone
+  Ticket last_uploading_job_;  // the lane is ordered: when it ended, every upload has
+  std::optional<int64_t> drain_deadline_ns_;
+
+  std::mutex mutex_;
+  std::condition_variable_any changed_;
+  // guarded by mutex_
+  std::deque<Slot> slots_;  // never shrinks: queued jobs point into it
+  std::deque<QueuedJob> queue_;
+  uint64_t next_number_ = 0;
+  bool held_ = false;
+
+  std::jthread thread_;  // last: its destructor requests the stop and joins while the rest still lives
+};
+
+int64_t StepPipeline::Sequencer::add_slot(ParameterSlot slot) {
+  owner_.require_owner("this StepPipeline");
+  check_slot(slot);
+  std::lock_guard lock(mutex_);
+  slots_.push_back({std::move(slot), Ticket()});
+  return static_cast<int64_t>(slots_.size()) - 1;
+}
+
+void StepPipeline::Sequencer::check_job(const StepJob& job) const {
+  if (job.slot < 0 || static_cast<size_t>(job.slot) >= slots_.size()) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "slot " + std::to_string(job.slot) + " does not exist: there are " +
+                    std::to_string(slots_.size()) + "; add_slot gives the number");
+  }
+  const ParameterSlot& slot = slots_[static_cast<size_t>(job.slot)].parameter;
+  if (job.gradient == nullptr && slot.span.count > 0) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "slot '" + slot.name + "': the gradient's address is null; leave out parameters without one");
+  }
+}
+
+std::vector<Ticket> StepPipeline::Sequencer::submit(std::vector<StepJob> jobs, uintptr_t compute_stream) {
+  owner_.require_owner("this StepPipeline");
+  if (std::exception_ptr error = first_error_->any()) {
+    try {
+      std::rethrow_exception(error);
+    } catch (const std::exception& cause) {
+      throw Error(
+          ErrorKind::kState,
+          std::string("the step pipeline stopped at an earlier error and takes no more work; its states "
+                      "are no longer those of one step, so go on from a checkpoint. The error was: ") +
+              cause.what());
+    }
+  }
+  std::vector<Ticket> tickets;
+  tickets.reserve(jobs.size());
+  {
+    std::lock_guard lock(mutex_);
+    bool uploads = false;
+    for (const StepJob& job : jobs) {
+      check_job(job);
+      uploads |= slots_[static_cast<size_t>(job.slot)].parameter.device_weight != nullptr;
+    }
+    // Now and not when a chunk is ready: by then the compute stream may already hold the next forward,
+    // which waits for these very uploads.
+    if (uploads) transfers_->wait_compute(Direction::kToDevice, compute_stream);
+    for (StepJob& job : jobs) {
+      Slot& slot = slots_[static_cast<size_t>(job.slot)];
+      Ticket previous = std::exchange(slot.last_job, Ticket::pending());
+      tickets.push_back(slot.last_job);
+      queue_.push_back({&slot.parameter, std::move(job), next_number_++, slot.last_job, std::move(previous)});
+    }
+    if (!queue_.empty() && !thread_.joinable()) {
+      thread_ = std::jthread([this](std::stop_token stop) { run(stop); });
+    }
+  }
+  changed_.notify_one();
+  return tickets;
+}
+
+StepStats StepPipeline::Sequencer::stats() const noexcept {
+  return {.job_count = job_count_, .update_ns = update_ns_, .blocked_ns = blocked_ns_};
+}
+
+void StepPipeline::Sequencer::set_held(bool held) {
+  owner_.require_owner("this StepPipeline");
+  {
+    std::lock_guard lock(mutex_);
+    held_ = held;
+  }
+  changed_.notify_one();
+}
+
+void StepPipeline::Sequencer::run(std::stop_token stop) {
+  pthread_setname_np(pthread_self(), "offload-step");
+  while (std::optional<QueuedJob> queued = next(stop)) run_job(*queued, stop);
+  // The pipeline is being destroyed, so nobody submits any more. What is left was held on purpose.
+  for (const QueuedJob& queued : queue_) {
+    queued.ticket.fail(with_slot(
+        queued.slot->name, "its update was cancelled",
+        std::make_exception_ptr(Error(ErrorKind::kState, "the step pipeline was destroyed while held"))));
+  }
+  // Host memory of the slots is borrowed until the uploads ended.
+  last_uploading_job_.wait_ended(drain_remaining_ns());
+}
+
+// Null once the stop is requested and nothing is left that may run.
+std::optional<StepPipeline::Sequencer::QueuedJob> StepPipeline::Sequencer::next(std::stop_token stop) {
+  std::unique_lock lock(mutex_);
+  if (!changed_.wait(lock, stop, [&] { return !held_ && !queue_.empty(); })) return std::nullopt;
+  QueuedJob queued = std::move(queue_.front());
+  queue_.pop_front();
+  return queued;
+}
+
+void StepPipeline::Sequencer::run_job(const QueuedJob& queued, std::stop_token stop) {
+  auto end = std::make_shared<JobEnd>(queued.ticket, queued.number, first_error_);
+  const char* stage = "its gradient did not arrive";
+  std::exception_ptr error;
+  try {
+    for (const Ticket& ticket : queued.job.tickets) {
+      if (first_error_->any()) break;
+      wait_ended(ticket, stop);
+      ticket.wait();  // it has ended: rethrows its error
+    }
+    if (!first_error_->any()) {
+      // The slot's last upload still reads what this update will write.
+      stage = "its last upload did not end";
+      wait_ended(queued.previous, stop);
+    }
+    // Asked again: an upload may have failed meanwhile.
+    if (!first_error_->any()) {
+      stage = "its update failed";
+      update(queued, end);
+    }
+  } catch (...) {
+    error = with_slot(queued.slot->name, stage, std::current_exception());
+  }
+  job_count_.fetch_add(1, std::memory_order_relaxed);
+  end->end_part(error);
+}
+
+void StepPipeline::Sequencer::wait_ended(const Ticket& ticket, std::stop_token stop) {
+  if (ticket.wait_ended(stop) || ticket.wait_ended(drain_remaining_ns())) return;
+  throw Error(ErrorKind::kState, "the step pipeline was destroyed before that");
+}
+
+void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end) {
+  const ParameterSlot& slot = *queued.slot;
+  std::vector<Factor> factors;
+  factors.reserve(queued.job.factors.size());
+  for (const PendingFactor& factor : queued.job.factors) {
+    factors.push_back({factor.kind, factor.address != nullptr ? *factor.address : factor.value});
+  }
+  AdamWSpan span = slot.span;
+  span.gradient = queued.job.gradient;
+  span.gradient_format = queued.job.gradient_format;
+  if (slot.device_weight != nullptr) last_uploading_job_ = queued.ticket;
+  for (size_t begin = 0; begin < span.count; begin += chunk_elements_) {
+    const size_t count = std::min(chunk_elements_, span.count - begin);
+    update_span(slice(span, begin, count), queued.job, factors);
+    if (slot.device_weight != nullptr) upload(slot, begin, count, end);
+  }
+}
+
+void StepPipeline::Sequencer::update_span(const AdamWSpan& span, const StepJob& job,
+                                          const std::vector<Factor>& factors) {
+  const int64_t start_ns = steady_now_ns();
+  if (span.count <= kInlineElements) {
+    adamw_update(span, job.scalars, factors.data(), factors.size(), job.flush_denormals, active_isa());
+  } else {
+    adamw_update_parallel(WorkerPool::shared(), span, job.scalars, factors.data(), factors.size(),
+                          job.flush_denormals, active_isa());
+  }
+  update_ns_.fetch_add(static_cast<uint64_t>(steady_now_ns() - start_ns), std::memory_order_relaxed);
+}
+
+void StepPipeline::Sequencer::upload(const ParameterSlot& slot, size_t begin, size_t count,
+                                     const std::shared_ptr<JobEnd>& end) {
+  const size_t element_bytes = slot.weight_bytes / slot.span.count;
+  const Ticket ticket = transfers_->submit_after(
+      Direction::kToDevice, static_cast<char*>(slot.device_weight) + begin * element_bytes,
+      static_cast<const char*>(slot.upload_source) + begin * element_bytes, count * element_bytes, Ticket());
+  end->add_part();
+  // The name is copied: the lane may end after the pipeline.
+  ticket.on_end([end, name = slot.name](const std::exception_ptr& error) {
+    end->end_part(error ? with_slot(name, "its upload failed", error) : nullptr);
+  });
+}
+
+// What is left of kDrainNs, counted from the first time that a dying pipeline would have to wait.
+int64_t StepPipeline::Sequencer::drain_remaining_ns() {
+  if (!drain_deadline_ns_) drain_deadline_ns_ = steady_now_ns() + kDrainNs;
+  return std::max<int64_t>(0, *drain_deadline_ns_ - steady_now_ns());
+}
+
+StepPipeline::StepPipeline(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements) {
+  if (!transfers) throw Error(ErrorKind::kInvalidArgument, "StepPipeline needs a TransferQueue, got null");
+  if (chunk_elements == 0)
+    throw Error(ErrorKind::kInvalidArgument, "chunk_elements is 0; it must be positive");
+  sequencer_ = std::make_unique<Sequencer>(std::move(transfers), chunk_elements);
+}
+
+StepPipeline::~StepPipeline() {
+  // Leaked on purpose in a forked child: there is no thread to join, and its locks may be held.
+  if (sequencer_->forked()) static_cast<void>(sequencer_.release());
+}
+
+int64_t StepPipeline::add_slot(ParameterSlot slot) { return sequencer_->add_slot(std::move(slot)); }
+
+std::vector<Ticket> StepPipeline::submit(std::vector<StepJob> jobs, uintptr_t compute_stream) {
+  return sequencer_->submit(std::move(jobs), compute_stream);
+}
+
+bool StepPipeline::wait(const std::vector<Ticket>& tickets, int64_t timeout_ns) {
+  const auto pending = [](const Ticket& ticket) { return !ticket.done(); };
+  if (std::any_of(tickets.begin(), tickets.end(), pending)) {
+    const int64_t start_ns = steady_now_ns();
+    bool ended = true;
+    for (const Ticket& ticket : tickets) {
+      const int64_t waited_ns = steady_now_ns() - start_ns;
+      ended = ticket.wait_ended(timeout_ns < 0 ? -1 : std::max<int64_t>(0, timeout_ns - waited_ns));
+      if (!ended) break;
+    }
+    sequencer_->count_blocked(steady_now_ns() - start_ns);
+    if (!ended) return false;
+  }
+  for (const Ticket& ticket : tickets) ticket.wait();  // all have ended: rethrows the first error
+  return true;
+}
+
+StepStats StepPipeline::stats() const noexcept { return sequencer_->stats(); }
+
+void StepPipeline::hold() { sequencer_->set_held(true); }
+
+void StepPipeline::release() { sequencer_->set_held(false); }
+
+}  // namespace offload

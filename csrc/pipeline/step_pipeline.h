@@ -1,0 +1,92 @@
+// gradient landed -> optimizer -> to_device: the only file that knows both sides.
+//
+// Ownership: owns one sequencer thread; shares the transfer queue. Spans of a slot are borrowed until
+//            the slot's last ticket ended.
+// Threads: submit and wait may be called from any thread. The sequencer runs jobs in submission order,
+//          each on the shared WorkerPool, and hands every finished chunk to the to_device lane. A slot's
+//          next update waits for its last upload, which still reads the weight.
+// Stream order: a job's uploads wait for what the compute stream had been given at submit (an earlier
+//               backward may still read the weight).
+// Invariants: after a job failed every later job fails with the same error, and submit throws kState.
+//             A job whose gradient failed has not touched its states.
+//             In a forked child submit throws kState and the destructor leaks instead of joining.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/ticket.h"
+#include "optimizer/adamw.h"
+#include "transfer/transfer_queue.h"
+
+namespace offload {
+
+constexpr size_t kDefaultChunkElements = size_t{4} << 20;
+
+// One parameter: where its states are on the host and where its weight is on the device.
+struct ParameterSlot {
+  std::string name;           // for errors: "unit/parameter"
+  AdamWSpan span;             // gradient and gradient_format are given per job
+  const void* upload_source;  // the working weight on the host
+  void* device_weight;        // null: nothing is uploaded
+  size_t weight_bytes;
+};
+
+// A factor whose value may still be on its way: read from `address` once the job's tickets are done.
+struct PendingFactor {
+  FactorKind kind;
+  const float* address;  // null: use value
+  float value;
+};
+
+struct StepJob {
+  int64_t slot;
+  const void* gradient;
+  FloatFormat gradient_format;
+  std::vector<Ticket> tickets;  // of the gradient and of the factors: all must have landed
+  AdamWScalars scalars;
+  std::vector<PendingFactor> factors;
+  bool flush_denormals;
+};
+
+struct StepStats {
+  uint64_t job_count = 0;
+  uint64_t update_ns = 0;   // the sequencer was updating
+  uint64_t blocked_ns = 0;  // callers of wait() were blocked
+};
+
+class StepPipeline {
+ public:
+  explicit StepPipeline(std::shared_ptr<TransferQueue> transfers,
+                        size_t chunk_elements = kDefaultChunkElements);
+  // Finishes what was submitted. What cannot end (a held sequencer or lane, a gradient that does not
+  // land) is given up after a short while: those tickets fail, and destruction never hangs.
+  ~StepPipeline();
+  StepPipeline(const StepPipeline&) = delete;
+  StepPipeline& operator=(const StepPipeline&) = delete;
+
+  int64_t add_slot(ParameterSlot slot);
+
+  // One ticket a job, done when the slot's weight is on the device. Takes all the jobs or, when one is
+  // not legal, none.
+  std::vector<Ticket> submit(std::vector<StepJob> jobs, uintptr_t compute_stream);
+
+  // Blocks the host until the tickets ended; counts the time as blocked. Throws with the slot's name.
+  // A negative timeout waits for ever; returns false when the timeout passed first.
+  bool wait(const std::vector<Ticket>& tickets, int64_t timeout_ns = -1);
+
+  StepStats stats() const noexcept;
+
+  // The sequencer starts no further job until release(): for tests.
+  void hold();
+  void release();
+
+ private:
+  class Sequencer;
+  std::unique_ptr<Sequencer> sequencer_;
+};
+
+}  // namespace offload

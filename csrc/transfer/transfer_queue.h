@@ -1,0 +1,67 @@
+// Two ordered lanes between device and host memory.
+//
+// Ownership: owns one persistent stream per direction; shares the device.
+// Threads: every member may be called from any thread.
+// Stream order: copies of one direction run in submission order; the two lanes are independent. Each
+//               copy starts after what the named compute stream had been given at the call.
+// Units: bytes. Callers keep source and destination alive until the ticket ended.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "base/ticket.h"
+#include "device/device.h"
+
+namespace offload {
+
+struct TransferStats {
+  uint64_t to_host_bytes = 0;
+  uint64_t to_device_bytes = 0;
+  uint64_t to_host_count = 0;
+  uint64_t to_device_count = 0;
+};
+
+class TransferQueue {
+ public:
+  explicit TransferQueue(std::shared_ptr<Device> device);
+
+  // `after`: the copy also waits for this ticket (default: none).
+  Ticket submit(Direction direction, void* destination, const void* source, size_t bytes,
+                uintptr_t compute_stream, const Ticket& after = {});
+
+  // As submit, but ordered after `after` alone: for copies whose destination no compute stream touches.
+  Ticket submit_after(Direction direction, void* destination, const void* source, size_t bytes,
+                      const Ticket& after);
+
+  // Later copies of the lane start only after everything given to the compute stream so far.
+  void wait_compute(Direction direction, uintptr_t compute_stream);
+
+  // The compute stream waits, not the host (on the CPU device they are the same: see
+  // Device::compute_wait for the timeout and the result).
+  bool wait_on_stream(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns = -1);
+
+  TransferStats stats() const noexcept;  // what was submitted
+  Device& device() noexcept { return *device_; }
+
+ private:
+  struct Lane {
+    std::mutex mutex;  // held while a copy is submitted with its waits: they are one unit
+    std::unique_ptr<Stream> stream;
+    std::atomic<uint64_t> bytes{0};
+    std::atomic<uint64_t> count{0};
+  };
+
+  Ticket submit_locked(Lane& target, Direction direction, void* destination, const void* source, size_t bytes,
+                       const Ticket& after);
+  Lane& lane(Direction direction) noexcept { return direction == Direction::kToHost ? to_host_ : to_device_; }
+
+  std::shared_ptr<Device> device_;  // before the lanes: their streams die first
+  Lane to_host_;
+  Lane to_device_;
+};
+
+}  // namespace offload

@@ -1,0 +1,82 @@
+"""Train PyTorch models far larger than the device's memory, exactly and hidden behind the model's own compute.
+
+    model, optim = offload.wrap(model, optim)
+
+Names are loaded on first use, so that `offload --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._adamw import AdamW
+    from ._config import Config
+    from ._errors import (
+        DeviceError,
+        InternalError,
+        InvalidArgument,
+        OffloadError,
+        OutOfHostMemory,
+        StateError,
+        StorageError,
+    )
+    from ._optimizer import OffloadOptimizer
+    from ._plan import Plan
+    from ._stats import Stats
+    from ._wrap import full_params, unwrap, wrap
+
+__all__ = [
+    "AdamW",
+    "Config",
+    "DeviceError",
+    "InternalError",
+    "InvalidArgument",
+    "OffloadError",
+    "OffloadOptimizer",
+    "OutOfHostMemory",
+    "Plan",
+    "StateError",
+    "Stats",
+    "StorageError",
+    "__version__",
+    "full_params",
+    "unwrap",
+    "wrap",
+]
+
+_HOMES = {
+    "AdamW": "_adamw",
+    "Config": "_config",
+    "DeviceError": "_errors",
+    "InternalError": "_errors",
+    "InvalidArgument": "_errors",
+    "OffloadError": "_errors",
+    "OffloadOptimizer": "_optimizer",
+    "OutOfHostMemory": "_errors",
+    "Plan": "_plan",
+    "StateError": "_errors",
+    "Stats": "_stats",
+    "StorageError": "_errors",
+    "full_params": "_wrap",
+    "unwrap": "_wrap",
+    "wrap": "_wrap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("offload")
+    elif name in _HOMES:
+        value = getattr(importlib.import_module("." + _HOMES[name], __name__), name)
+    else:
+        raise AttributeError(f"module 'offload' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,170 @@
+"""What goes where, and how much memory may be used: the options of `offload.wrap`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from ._errors import InvalidArgument
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Config", "Master", "Tier", "format_size", "parse_size"]
+
+Tier = Literal["device", "host", "disk", "auto"]
+Master = Literal["auto", "fp32", "split"]
+
+_TIERS = ("device", "host", "disk", "auto")
+# What this release can do; the rest of _TIERS is refused as "not yet".
+_SUPPORTED_TIERS: dict[str, tuple[str, ...]] = {
+    "optimizer": ("device", "host", "auto"),
+    "gradients": ("device", "host", "auto"),
+    "params": ("device", "auto"),
+    "activations": ("device", "auto"),
+}
+_UNIT_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+_UNIT_BYTES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size such as `"24GiB"`, `"1.5 GB"`, `"512"` or an int.
+
+    KiB, MiB, GiB, TiB are powers of 1024; kB, MB, GB, TB (and K, M, G, T) powers of 1000. Fractions of a
+    byte are dropped. Raises InvalidArgument for anything else, negative numbers included.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        if size < 0:
+            raise InvalidArgument(f"size {size} is negative: give bytes >= 0 or text such as '24GiB'")
+        return size
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    if match is None:
+        raise InvalidArgument(f"size {size!r} is not understood: give bytes or text such as '24GiB'")
+    digits, unit = match.groups()
+    # Integers stay exact; only a fraction goes through a float.
+    factor = _UNIT_BYTES[unit.lower()]
+    return int(float(digits) * factor) if "." in digits else int(digits) * factor
+
+
+def format_size(size_bytes: int) -> str:
+    """Human text of a number of bytes, in powers of 1024: `"1.50 GiB"`."""
+    value, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{size_bytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The options of `offload.wrap`; immutable and checked when made.
+
+    optimizer, gradients, params, activations: where each kind of tensor lives: `"device"`, `"host"` or
+        `"auto"` (the least that fits the device budget is offloaded, optimizer states first). This
+        release keeps params and activations on the device and has no `"disk"`.
+    device: the compute device, as torch names it; None takes the accelerator, or the CPU without one.
+    device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
+        None measures the free memory and leaves a quarter of it to activations and workspace.
+    host_budget: what offload may take on the host; None measures.
+    master: the fp32 master of a 16-bit weight: `"split"` stores it as the bf16 weight plus a 16-bit remainder
+        (bf16 only, exact), `"fp32"` beside the weight, `"auto"` splits where it can. fp32 weights need none.
+    lazy: `step()` returns while the update still runs; every read waits for it. False waits in `step()`.
+    pin: page-lock host memory; `"auto"` does so when the device is an accelerator.
+    poison: fill memory that must not be read with NaN (for tests); None reads `OFFLOAD_POISON`.
+    grad_dtype: None, the gradient's own dtype; nothing else yet.
+
+    Raises InvalidArgument naming the option, the value and what is legal.
+    """
+
+    optimizer: Tier = "auto"
+    gradients: Tier = "auto"
+    params: Tier = "auto"
+    activations: Tier = "auto"
+    device: str | torch.device | None = None
+    device_budget: int | str | None = None
+    host_budget: int | str | None = None
+    master: Master = "auto"
+    lazy: bool = True
+    pin: bool | Literal["auto"] = "auto"
+    poison: bool | None = None
+    grad_dtype: None = None
+
+    def __post_init__(self) -> None:
+        for kind, supported in _SUPPORTED_TIERS.items():
+            _check_tier(kind, getattr(self, kind), supported)
+        if self.device is not None:
+            object.__setattr__(self, "device", str(self.device))
+        for name in ("device_budget", "host_budget"):
+            _check_budget(name, getattr(self, name))
+        _check_choice("master", self.master, ("auto", "fp32", "split"))
+        _check_choice("lazy", self.lazy, (True, False))
+        _check_choice("pin", self.pin, ("auto", True, False))
+        _check_choice("poison", self.poison, (None, True, False))
+        if self.grad_dtype is not None:
+            raise InvalidArgument(
+                f"grad_dtype={self.grad_dtype!r}: gradients keep their own dtype in this release; use None"
+            )
+
+    @property
+    def device_budget_bytes(self) -> int | None:
+        """The given device budget in bytes, None when it is to be measured."""
+        return None if self.device_budget is None else parse_size(self.device_budget)
+
+    @property
+    def host_budget_bytes(self) -> int | None:
+        """The given host budget in bytes, None when it is to be measured."""
+        return None if self.host_budget is None else parse_size(self.host_budget)
+
+    @property
+    def poison_enabled(self) -> bool:
+        """`poison`, or what `OFFLOAD_POISON` says when that is None."""
+        return os.environ.get("OFFLOAD_POISON", "0") not in ("", "0") if self.poison is None else self.poison
+
+    @classmethod
+    def resolve(cls, config: Config | Mapping[str, Any] | None, options: Mapping[str, Any]) -> Config:
+        """`config` (a Config, a mapping of options or None) with `options` laid over it."""
+        if config is not None and not isinstance(config, (Config, Mapping)):
+            raise InvalidArgument(f"config is a {type(config).__name__}: give a Config, a dict or None")
+        given = {} if config is None or isinstance(config, Config) else dict(config)
+        given.update(options)
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in names:
+                raise InvalidArgument(_unknown_option(name, names))
+        return dataclasses.replace(config, **given) if isinstance(config, Config) else cls(**given)
+
+
+def _check_tier(kind: str, value: object, supported: tuple[str, ...]) -> None:
+    _check_choice(kind, value, _TIERS)
+    if value not in supported:
+        raise InvalidArgument(f"{kind}={value!r}: not yet in this release; legal now: {_quoted(supported)}")
+
+
+def _check_choice(name: str, value: object, legal: tuple[object, ...]) -> None:
+    # Identity for the flags: 1 == True would let integers pass for booleans.
+    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in legal):
+        raise InvalidArgument(f"{name}={value!r}: legal values are {_quoted(legal)}")
+
+
+def _check_budget(name: str, value: int | str | None) -> None:
+    if value is None:
+        return
+    try:
+        parse_size(value)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name}: {error}") from None
+
+
+def _unknown_option(name: object, names: list[str]) -> str:
+    near = difflib.get_close_matches(str(name), names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"legal options are {', '.join(names)}"
+    return f"unknown option {name!r}: {hint}"
+
+
+def _quoted(choices: tuple[object, ...]) -> str:
+    return ", ".join(repr(choice) for choice in choices)

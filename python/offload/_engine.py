@@ -1,0 +1,349 @@
+"""The engine: owns the native device, pool, transfer lanes and step pipeline, and knows which units wait for what.
+
+Gradients come in through `GradientLanes` (see `_gradient_lanes.py`), updates go out through `submit_step`, and
+`make_ready` is the only place where the training thread waits for them. The engine knows parameters and their states;
+modules, hooks and the optimizer's face are above it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import _native
+from ._adamw import FORMATS, AdamWHyper, check_gradient, is_dense
+from ._config import Config
+from ._errors import InvalidArgument, OffloadError, StateError
+from ._gradient_lanes import GradientLanes
+from ._host_grad import HostGrad
+from ._parameter_state import ParameterState
+from ._pending import can_be_pending, make_pending, restore
+from ._plan import Plan
+from ._stats import Stats
+from ._units import Unit
+
+# Blocks of the pool are multiples of this (csrc/memory/host_pool.h).
+_BLOCK_BYTES = 256
+
+
+@dataclass(eq=False)
+class EngineUnit:
+    """What the engine keeps of a unit: its states, and whether any of them waits for an update."""
+
+    name: str
+    is_root: bool
+    states: list[ParameterState] = field(default_factory=list)
+    pending: bool = False
+    called: bool = False
+
+
+@dataclass(frozen=True)
+class Update:
+    """One parameter's share of `optim.step()`: the hyperparameters as they were at the call."""
+
+    parameter: Parameter
+    hyper: AdamWHyper
+
+
+class Engine:
+    """See the module's text. `native_device` lets tests hold, fail and slow down the lanes."""
+
+    def __init__(
+        self, plan: Plan, config: Config, units: Sequence[Unit], *, native_device: _native.HostDevice | None = None
+    ) -> None:
+        self.plan = plan
+        self.config = config
+        self.device = native_device if native_device is not None else _native.HostDevice()
+        self.pool = _native.HostPool(
+            self.device,
+            budget_bytes=plan.host_capacity,
+            pin=config.pin is True,
+            poison=config.poison_enabled,
+        )
+        self.transfers = _native.TransferQueue(self.device)
+        self.pipeline = _native.StepPipeline(self.transfers)
+        self.lanes = GradientLanes(self.pool, self.transfers)
+        self.step_count = 0
+        self._failure: BaseException | None = None
+        self.units = [EngineUnit(unit.name, unit.is_root) for unit in units]
+        self._units_of: dict[int, list[EngineUnit]] = {}
+        self._names: dict[int, str] = {}
+        for unit, engine_unit in zip(units, self.units, strict=True):
+            for name, parameter in unit.parameters:
+                self._units_of.setdefault(id(parameter), []).append(engine_unit)
+                self._names[id(parameter)] = name
+        # Keyed by identity: hashing a tensor compares elements. The states keep the parameters alive.
+        self.states: dict[int, ParameterState] = {}
+        self._slots: dict[int, int] = {}
+        self._tickets: dict[int, _native.Ticket] = {}
+        # Units in the order in which the latest forward touched them: the order of the next update.
+        self._touched: dict[EngineUnit, None] = {}
+
+    # --- states ---------------------------------------------------------------------------------------------
+
+    def name_of(self, parameter: Tensor) -> str:
+        return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)} outside the model")
+
+    def reserve(self, parameters: Sequence[Parameter]) -> None:
+        """Obtains the host pages of these parameters' states and gradients at once, before any hook runs."""
+        self.pool.reserve(sum(self._host_bytes(parameter) for parameter in parameters))
+
+    def _host_bytes(self, parameter: Parameter) -> int:
+        sizes: list[int] = []
+        if self.plan.optimizer == "host":
+            sizes += [4, 4]
+            if parameter.dtype == torch.float32:
+                sizes.append(4)
+            else:
+                sizes += [2, 2 if self._splits(parameter) else 4]
+        if self.plan.gradients == "host" or self.plan.optimizer == "host":
+            sizes.append(parameter.element_size())
+        return sum(-(-size * parameter.numel() // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
+
+    def _splits(self, parameter: Parameter) -> bool:
+        return self.plan.optimizer == "host" and parameter.dtype == torch.bfloat16 and self.config.master != "fp32"
+
+    def adopt(self, parameter: Parameter) -> ParameterState:
+        """Makes the state of a parameter: its master is its present value, its moments are zero.
+
+        Raises `InvalidArgument` for dtypes and layouts that no state can mirror, `OutOfHostMemory` over the budget.
+        """
+        known = self.states.get(id(parameter))
+        if known is not None:
+            return known
+        name = self.name_of(parameter)
+        if parameter.dtype not in FORMATS:
+            raise InvalidArgument(
+                f"{name}: dtype {parameter.dtype} cannot be trained; legal are float32, bfloat16 and float16"
+            )
+        if not is_dense(parameter):
+            raise InvalidArgument(
+                f"{name}: strides {parameter.stride()} of shape {tuple(parameter.shape)} are not dense; "
+                "make the parameter contiguous before wrapping"
+            )
+        on_host = self.plan.optimizer == "host"
+
+        def allocate(dtype: torch.dtype, tag: Any) -> Tensor:
+            if not on_host or parameter.numel() == 0:
+                return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+            buffer = self.pool.acquire(parameter.numel() * dtype.itemsize, tag)
+            return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
+
+        state = ParameterState(name, parameter, on_host=on_host, split=self._splits(parameter), allocate=allocate)
+        if on_host:
+            self._slots[id(parameter)] = self._add_slot(state)
+        for unit in self._units_of.get(id(parameter), ()):
+            unit.states.append(state)
+        self.states[id(parameter)] = state
+        return state
+
+    def _add_slot(self, state: ParameterState) -> int:
+        parameter = state.parameter
+        weight = state.working_weight()
+        master = state.remainder if state.remainder is not None else state.master
+        assert master is not None
+        return self.pipeline.add_slot(
+            name=state.name,
+            master=master.data_ptr(),
+            master_format=_native.MASTER_FLOAT32 if state.remainder is None else _native.MASTER_SPLIT,
+            weight=0 if weight is state.master else weight.data_ptr(),
+            weight_format=FORMATS[parameter.dtype],
+            exp_avg=state.exp_avg.data_ptr(),
+            exp_avg_sq=state.exp_avg_sq.data_ptr(),
+            count=parameter.numel(),
+            upload_source=weight.data_ptr(),
+            device_weight=parameter.data_ptr(),
+            weight_bytes=parameter.numel() * parameter.element_size(),
+        )
+
+    # --- the step -------------------------------------------------------------------------------------------
+
+    def submit_step(self, updates: Sequence[Update]) -> None:
+        """Submits the updates in the order in which the next forward needs them, and returns.
+
+        Parameters are pending from here until their unit's next forward, or any other access, waits for them.
+        Raises before anything is changed when a gradient cannot be used.
+        """
+        for update in updates:
+            gradient = update.parameter.grad
+            if not isinstance(gradient, HostGrad):
+                check_gradient(self.name_of(update.parameter), gradient)  # type: ignore[arg-type]
+        states = [self.adopt(update.parameter) for update in updates]
+        for state in states:
+            if state.parameter._version != state.version:
+                self._finish([state])
+                state.adopt_parameter()
+        work = list(zip(states, updates, strict=True))
+        self.step_count += 1
+        if self.plan.optimizer == "device":
+            for state, update in work:
+                state.step += 1
+                state.update_on_device(self.lanes.on_device(state.parameter), update.hyper.scalars(state.step))
+                self._wrote(state)
+            return
+        order = {unit: position for position, unit in enumerate(self._touched)}
+        work.sort(key=lambda pair: self._position(pair[0], order))
+        self._submit_to_host([pair for pair in work if pair[0].parameter.numel() > 0])
+
+    def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
+        return min((order.get(u, len(order)) for u in self._units_of.get(id(state.parameter), ())), default=0)
+
+    def _submit_to_host(self, work: Sequence[tuple[ParameterState, Update]]) -> None:
+        jobs = []
+        read = []  # the host bytes that each job reads
+        scalars: dict[tuple[AdamWHyper, int], _native.AdamWScalars] = {}
+        for state, update in work:
+            key = (update.hyper, state.step + 1)
+            if key not in scalars:
+                scalars[key] = _native.AdamWScalars(**update.hyper.scalars(state.step + 1))
+            taken = self.lanes.for_step(state.parameter)
+            jobs.append(
+                (self._slots[id(state.parameter)], taken.address, FORMATS[taken.dtype], taken.tickets, scalars[key],
+                 taken.factors)
+            )  # fmt: skip
+            read.append(taken)
+        # A plain gradient is still the user's own tensor: it must have left before the user can write to it.
+        self.lanes.wait_for_plain_gradients()
+        if self.config.poison_enabled:
+            self._finish([state for state, _ in work])
+            for state, _ in work:
+                state.parameter.detach().fill_(float("nan"))
+        tickets = self.pipeline.submit(jobs, self.lanes.compute_stream())
+        unguarded = []
+        for (state, _), taken, ticket in zip(work, read, tickets, strict=True):
+            state.step += 1
+            taken.release_after(ticket)
+            self._tickets[id(state.parameter)] = ticket
+            self._wrote(state)
+            for unit in self._units_of.get(id(state.parameter), ()):
+                unit.pending = True
+            if can_be_pending(state.parameter):
+                make_pending(state.parameter, lambda state=state: self._finish([state]))  # type: ignore[misc]
+            else:
+                unguarded.append(state)
+        if not self.config.lazy:
+            unguarded = [state for state, _ in work]
+        self._finish(unguarded)
+
+    @staticmethod
+    def _wrote(state: ParameterState) -> None:
+        """The step wrote to the parameter: autograd must see a new version, and we must know it as our own."""
+        torch.autograd.graph.increment_version(state.parameter)
+        state.version = state.parameter._version
+
+    # --- readiness ------------------------------------------------------------------------------------------
+
+    def make_ready(self, unit: EngineUnit) -> None:
+        """Called before the forward of `unit`: waits for the updates of its own parameters only."""
+        unit.called = True
+        if unit not in self._touched:
+            self._touched[unit] = None
+        if unit.pending:
+            self._finish(unit.states)
+            unit.pending = False
+
+    def begin_forward(self) -> None:
+        """Called before the forward of the model: a new order is recorded, and units without a forward are made ready.
+
+        Such a unit's weights are used from outside of it, so nothing announces the use.
+        """
+        self._touched.clear()
+        self.lanes.begin_backward_order()
+        for unit in self.units:
+            if unit.pending and not unit.called:
+                self._finish(unit.states)
+                unit.pending = False
+
+    def synchronize(self) -> None:
+        """Waits for every submitted update; the parameters are plain again."""
+        self._finish(list(self.states.values()))
+        for unit in self.units:
+            unit.pending = False
+
+    def _finish(self, states: Sequence[ParameterState]) -> None:
+        waiting = [state for state in states if id(state.parameter) in self._tickets]
+        if not waiting:
+            return
+        try:
+            self.pipeline.wait([self._tickets[id(state.parameter)] for state in waiting])
+        except OffloadError as error:
+            if self._failure is not None:
+                raise StateError(f"an earlier update failed, the weights are not current: {self._failure}") from error
+            self._failure = error
+            raise
+        for state in waiting:
+            del self._tickets[id(state.parameter)]
+            if can_be_pending(state.parameter):
+                restore(state.parameter)
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Waits for work in flight: afterwards no native thread touches a parameter or a state. Idempotent."""
+        try:
+            self.synchronize()
+        finally:
+            self._slots.clear()
+
+    def __del__(self) -> None:
+        # The pipeline's destructor finishes what was submitted; it must go before the states it writes to.
+        self.__dict__.pop("pipeline", None)
+
+    def stats(self, parameters: Sequence[Tensor]) -> Stats:
+        """`parameters`: all of the model's, for the bytes on the device."""
+        pool = self.pool.stats()
+        pipeline = self.pipeline.stats()
+        device = {
+            "weights": sum(p.numel() * p.element_size() for p in parameters),
+            "gradients": sum(
+                p.grad.numel() * p.grad.element_size()
+                for p in parameters
+                if p.grad is not None and not isinstance(p.grad, HostGrad)
+            ),
+        }
+        on_device = [state for state in self.states.values() if not state.on_host]
+        if on_device:
+            device["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
+            device["moments"] = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes for s in on_device)
+        fallbacks = [
+            f"{state.name}: a Parameter subclass ({type(state.parameter).__name__}) cannot be pending, its update is "
+            "waited for inside step()"
+            for state in self.states.values()
+            if state.on_host and not can_be_pending(state.parameter)
+        ]
+        if pool["pin_refused"]:
+            fallbacks.append(f"host memory is pageable: {pool['pin_refusal']}")
+        if self.plan.optimizer == "device":
+            fallbacks.append("optimizer on the device runs as separate torch operations")
+        return Stats(
+            steps=self.step_count,
+            device_bytes=device,
+            host_bytes=pool["tag_bytes"],
+            pool={name: pool[name] for name in _POOL_COUNTERS},
+            transfers=self.transfers.stats(),
+            isa=_native.active_isa(),
+            pinned=pool["pinned_bytes"] > 0,
+            pageable_reason=pool["pin_refusal"] or None,
+            update_s=pipeline["update_ns"] / 1e9,
+            blocked_s=pipeline["blocked_ns"] / 1e9,
+            fallbacks=tuple(fallbacks),
+        )
+
+
+_POOL_COUNTERS = (
+    "budget_bytes", "mapped_bytes", "pinned_bytes", "used_bytes", "requested_bytes", "peak_used_bytes",
+    "waiting_bytes", "live_count",
+)  # fmt: skip
+
+
+def state_of(engine: Engine, parameter: Parameter) -> ParameterState:
+    """The state of a managed parameter; `StateError` for any other."""
+    state = engine.states.get(id(parameter))
+    if state is None:
+        raise StateError(f"{engine.name_of(parameter)} has no state in this optimizer")
+    return state

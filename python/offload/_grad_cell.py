@@ -1,0 +1,304 @@
+"""GradCell: the one owner of one gradient's bytes, on the host, nowhere (all zero) or on the device.
+
+Bytes that are on the host are never written again: a changed gradient departs to new ones, so that a submitted step
+reads what it was given. A device copy departs only when nothing else can reach its memory.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ._grad_factors import Factor, HostBytes
+
+__all__ = ["GradCell", "GradStore", "NormKey", "Owner", "StepGradient", "is_dense"]
+
+# What a norm over all elements depends on: the operation, its order and the dtype it was asked for.
+NormKey = tuple[Any, float, "torch.dtype | None"]
+
+# More than clipping, unscaling and averaging over micro-batches together ask for; a longer list is a loop of the
+# user's that would grow without end.
+_MAX_PENDING = 8
+
+_FOREACH_NORM = torch.ops.aten._foreach_norm.Scalar
+
+
+class GradStore(Protocol):
+    """What moves the bytes: the engine. Copies run on transfer lanes, in order with the current compute stream."""
+
+    # Norms taken from every gradient on its way to the host; a cell adds one when it is first asked for.
+    learned: set[NormKey]
+
+    def to_host(self, tensor: Tensor) -> HostBytes:
+        """Starts the copy of a dense tensor's bytes in storage order. The tensor is given away to the store."""
+
+    def to_device(self, held: HostBytes, out: Tensor) -> None:
+        """Fills `out`, which has the strides that `held` was copied with; the compute stream waits, not the host."""
+
+    def start_upload(self, held: HostBytes, out: Tensor) -> Any:
+        """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
+
+    def wait_upload(self, upload: Any) -> None:
+        """The compute stream waits until what start_upload() returned has ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepGradient:
+    """A gradient as the optimizer reads it: `bytes` is `dtype` in storage order of `strides`.
+
+    factors: (kind, address of an fp32 or 0, fp32 value, what keeps the address valid), to be applied in order. The
+    bytes never change; they, and the factors' addresses, may be read when every one of `tickets` is done.
+    """
+
+    bytes: HostBytes
+    dtype: torch.dtype
+    strides: tuple[int, ...]
+    factors: list[tuple[int, int, float, HostBytes | None]]
+
+    @property
+    def tickets(self) -> list[Any]:
+        return [self.bytes.ticket, *(held.ticket for *_, held in self.factors if held is not None)]
+
+
+class Owner(enum.Enum):
+    """Where the bytes of a gradient are: HOST (and pending factors), ZERO (no bytes), DEVICE (a tensor)."""
+
+    HOST = enum.auto()
+    ZERO = enum.auto()
+    DEVICE = enum.auto()
+
+
+class GradCell:
+    """Owns the bytes of one gradient; every HostGrad over it shows the same gradient.
+
+    name is the parameter's, for messages; shape, strides, dtype and device are the gradient's. A new cell is owned by
+    `gradient` itself, dense and not overlapping; `settle()` sends it off once the caller has dropped its reference.
+    """
+
+    __slots__ = (
+        "_copy",
+        "_exposed",
+        "_factors",
+        "_held",
+        "_norms",
+        "_upload",
+        "device",
+        "dtype",
+        "name",
+        "owner",
+        "shape",
+        "store",
+        "strides",
+        "writer",
+    )
+
+    def __init__(self, name: str, gradient: Tensor, store: GradStore) -> None:
+        self.name = name
+        self.shape = gradient.shape
+        self.strides = gradient.stride()
+        self.dtype = gradient.dtype
+        self.device = gradient.device
+        self.store = store
+        self.writer: Any = None  # kept by hold(): the backward pass that last wrote
+        self.owner = Owner.DEVICE
+        self._copy: Tensor | None = gradient  # the owner, or the copy lent to the operation that runs
+        # What prefetch() asked for: the held bytes, no factors applied, and what to wait for.
+        self._upload: tuple[Tensor, Any] | None = None
+        self._held: HostBytes | None = None
+        self._factors: list[Factor] = []
+        self._norms: dict[NormKey, Tensor] = {}  # of the value as it is, pending factors included
+        self._exposed = False  # a raw address is out: nobody can tell when its user is done
+
+    # --- reading ------------------------------------------------------------------------------------------
+
+    def prefetch(self) -> None:
+        """Starts the upload of the held bytes ahead of their use; materialize() takes it."""
+        if self.owner is Owner.HOST and self._upload is None:
+            out = self._empty()
+            self._upload = (out, self.store.start_upload(self._held_bytes(), out))
+
+    def materialize(self) -> Tensor:
+        """The gradient as a device tensor, pending factors applied by torch's own operations.
+
+        The owner itself while that is a device tensor, else a new copy: read it, do not edit it.
+        """
+        if self.owner is Owner.DEVICE:
+            assert self._copy is not None
+            return self._copy
+        if self.owner is Owner.ZERO:
+            return self._empty().zero_()
+        if self._upload is not None:
+            (copy, upload), self._upload = self._upload, None
+            self.store.wait_upload(upload)
+        else:
+            copy = self._empty()
+            self.store.to_device(self._held_bytes(), copy)
+        for factor in self._factors:
+            factor.apply(copy)
+        return copy
+
+    def lend(self) -> Tensor:
+        """The device copy for one operation; settle() follows when the caller has dropped it."""
+        if self._copy is None:
+            self._copy = self.materialize()
+        return self._copy
+
+    def settle(self) -> None:
+        """Ends a loan: a copy that something else still reaches is the owner, an owner that nothing else does departs."""
+        if self._copy is None:
+            return
+        if self._exposed or _references(self) > _SOLE_OWNER:
+            self.own_on_device()
+        elif self.owner is Owner.DEVICE:
+            self._depart()
+        else:
+            self._copy = None
+
+    # --- writing ------------------------------------------------------------------------------------------
+
+    def own_on_device(self) -> Tensor:
+        """Makes the device copy the owner (an edit of it counts), until settle() finds that nothing else reaches it."""
+        copy = self.lend()
+        self.owner = Owner.DEVICE
+        self._forget_host()
+        return copy
+
+    def expose(self) -> Tensor:
+        """As own_on_device(), for good: for users of raw addresses."""
+        self._exposed = True
+        return self.own_on_device()
+
+    def zero(self) -> None:
+        """Sets every element to zero."""
+        if self.owner is Owner.DEVICE:
+            self.lend().zero_()
+            self.settle()
+        if self.owner is not Owner.DEVICE:
+            self.owner = Owner.ZERO
+            self._forget_host()
+
+    def overwrite(self, source: Tensor) -> None:
+        """Copies `source`, of any dtype and device and a shape that broadcasts, over the gradient."""
+        if self.owner is Owner.DEVICE:
+            self.lend().copy_(source)
+        else:
+            copy = self._empty()
+            copy.copy_(source)
+            self._copy = copy
+            del copy  # the cell is to be the only one that refers to it
+            self.own_on_device()
+        self.settle()
+
+    def replace(self, tensor: Tensor) -> None:
+        """Makes `tensor`, which has the cell's shape, strides, dtype and device, the owner."""
+        self._copy = tensor
+        self._exposed = False
+        self.own_on_device()
+
+    def defer(self, factor: Factor) -> None:
+        """Appends a pending scale; legal when can_defer()."""
+        self._factors.append(factor)
+        self._norms = {}
+
+    def can_defer(self) -> bool:
+        # A gradient without dimensions takes part in type promotion like a scalar: torch's rounding was not probed.
+        return self.owner is Owner.HOST and len(self._factors) < _MAX_PENDING and len(self.shape) > 0
+
+    # --- norms and the step -------------------------------------------------------------------------------
+
+    def norm(self, key: NormKey) -> Tensor:
+        """The norm as torch's own operation gives it: taken on the way out where `key` is learned, else now."""
+        if key not in self._norms:
+            if self.owner is Owner.HOST and not self._factors:
+                self.store.learned.add(key)  # a norm of a scaled gradient is no use on the way out
+            norm = _take_norm(key, self.lend())
+            self.settle()
+            if self.owner is Owner.DEVICE:
+                return norm  # whoever else reaches the copy may edit it at any time
+            self._norms[key] = norm
+        return self._norms[key].clone()
+
+    def for_step(self) -> StepGradient:
+        """The gradient in host bytes that nothing will write to, whatever happens to it later."""
+        self._upload = None
+        if self.owner is not Owner.HOST:
+            self.own_on_device()
+            self.settle()
+        if self.owner is Owner.DEVICE:
+            # Others may edit the owner while its bytes are read, so a copy goes.
+            assert self._copy is not None
+            return StepGradient(self.store.to_host(self._copy.clone()), self.dtype, self.strides, [])
+        factors = [
+            (factor.kind, 0 if factor.held is None else factor.held.address, factor.value, factor.held)
+            for factor in self._factors
+        ]
+        return StepGradient(self._held_bytes(), self.dtype, self.strides, factors)
+
+    # --- inside -------------------------------------------------------------------------------------------
+
+    def _depart(self) -> None:
+        copy = self.lend()  # when the store refuses it, it stays the owner and nothing is lost
+        norms = {key: _take_norm(key, copy) for key in self.store.learned}
+        self._held = self.store.to_host(copy)
+        self._norms = norms
+        self._copy = None
+        self.owner = Owner.HOST
+
+    def _forget_host(self) -> None:
+        self._held = None
+        self._upload = None
+        self._factors = []
+        self._norms = {}
+
+    def _empty(self) -> Tensor:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # an inference tensor could not be edited outside that mode
+                return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
+
+    def _held_bytes(self) -> HostBytes:
+        assert self._held is not None
+        return self._held
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _take_norm(key: NormKey, tensor: Tensor) -> Tensor:
+    operation, order, dtype = key
+    if operation is _FOREACH_NORM:
+        return torch._foreach_norm([tensor], order, dtype)[0]
+    norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=dtype)
+    return norm
+
+
+def _references(cell: GradCell) -> int:
+    """How much refers to the copy and its memory: in Python and C++, to the tensor and to its storage."""
+    assert cell._copy is not None
+    storage = cell._copy.untyped_storage()
+    count: int = sys.getrefcount(cell._copy) + cell._copy._use_count()  # type: ignore[attr-defined]
+    count += sys.getrefcount(storage) + torch._C._storage_Use_Count(storage._cdata)
+    return count
+
+
+def _count_sole_owner() -> int:
+    """What _references() gives for a copy that only its cell refers to: it varies with Python and torch."""
+    return _references(GradCell("", torch.empty(1), cast(GradStore, None)))
+
+
+_SOLE_OWNER = _count_sole_owner()

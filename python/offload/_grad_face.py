@@ -1,0 +1,356 @@
+"""HostGrad, the face of a GradCell: the tensor that stands in `p.grad` while the gradient's bytes are away.
+
+[Note: serving a gradient] What training loops do to gradients is served without bringing them back: norms are taken
+on the way out, scales wait for the optimizer, zeroing and copying need no old value. Everything else runs on a device
+copy: a read drops it, an edit sends it off again, and where anything still reaches its memory after the operation
+(a view, an array, a kept reference) it becomes the owner until nothing does. What reaches it is counted, not read
+from operator schemas, some of which lie; a foreign operator (not torch's own) may edit what its schema calls
+constant, so it always leaves the copy as the owner.
+
+Autograd adds the next micro-batch in place: that is an edit on the device, by torch, with torch's bits.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.utils import _foreach_utils
+
+from ._errors import StateError
+from ._grad_cell import GradCell, is_dense
+from ._grad_factors import SCALES, UNSCALE, Factor, make_factor
+
+__all__ = ["HostGrad"]
+
+_aten = torch.ops.aten
+
+_INFINITY_NORM = (_aten._foreach_norm.Scalar, float("inf"), None)
+
+
+class HostGrad(Tensor):
+    """A face of a GradCell: shape, strides, dtype and device of the gradient, and its values on demand."""
+
+    cell: GradCell
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, cell: GradCell) -> HostGrad:
+        face: HostGrad = torch.Tensor._make_wrapper_subclass(
+            cls, cell.shape, strides=cell.strides, dtype=cell.dtype, device=cell.device
+        )
+        face.cell = cell
+        return face
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return _dispatch(func, args, kwargs or {})
+
+    # These reach for the memory before any operator is dispatched; a face has none.
+
+    @property
+    def data(self) -> HostGrad:
+        return HostGrad(self.cell)
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        cell = self.cell
+        if isinstance(value, HostGrad):
+            value = value.cell.own_on_device()
+        mine = (cell.shape, cell.strides, cell.dtype, cell.device)
+        if (value.shape, value.stride(), value.dtype, value.device) != mine:
+            raise StateError(
+                f"the gradient of {cell.name!r} is held by offload: its .data must keep shape {tuple(cell.shape)}, "
+                f"strides {cell.strides}, {cell.dtype} and {cell.device}, got {tuple(value.shape)}, {value.stride()}, "
+                f"{value.dtype} and {value.device}; assign the parameter's .grad instead"
+            )
+        cell.replace(value)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.clone())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        memo[id(self)] = copy = self.clone()
+        return copy
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self._through("numpy", force=force)
+
+    def tolist(self) -> Any:
+        return self._through("tolist")
+
+    def __dlpack__(self, **options: Any) -> Any:
+        return self._through("__dlpack__", **options)
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        storage: torch.UntypedStorage = self._through("untyped_storage")
+        return storage
+
+    def data_ptr(self) -> int:
+        return self.cell.expose().data_ptr()
+
+    def share_memory_(self) -> HostGrad:
+        self.cell.expose().share_memory_()  # type: ignore[no-untyped-call]
+        return self
+
+    def _through(self, method: str, **options: Any) -> Any:
+        """Calls a method of the device copy, which becomes the owner where the result shares its memory."""
+        result = getattr(self.cell.lend(), method)(**options)
+        self.cell.settle()
+        return result
+
+
+# The same code paths as for plain tensors, and so the same bits: clipping and optimizers look here.
+if HostGrad not in _foreach_utils._foreach_supported_types:
+    _foreach_utils._foreach_supported_types.append(HostGrad)  # type: ignore[arg-type]
+
+
+# --- serving operators ------------------------------------------------------------------------------------
+
+
+class _Traits(NamedTuple):
+    """What an operator's schema and name tell."""
+
+    written: frozenset[int | str]  # arguments, by position and by name
+    reshapes: bool  # edits shape or strides in place
+    foreign: bool  # not torch's own
+    foreach: bool
+
+
+@functools.cache
+def _traits(func: Any) -> _Traits:
+    schema = getattr(func, "_schema", None)
+    if schema is None:  # a higher-order operator
+        return _Traits(frozenset(), False, True, False)
+    written: set[int | str] = set()
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            written |= {argument.name} if argument.kwarg_only else {argument.name, position}
+    return _Traits(
+        frozenset(written),
+        torch.Tag.inplace_view in func.tags,
+        func.namespace != "aten",
+        schema.name.startswith("aten::_foreach_"),
+    )
+
+
+@_disable_dynamo
+def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    serve = _SERVED.get(func)
+    if serve is not None:
+        result = serve(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    traits = _traits(func)
+    if traits.reshapes:
+        raise StateError(
+            f"{func} would change the shape of a gradient that offload holds: assign a new tensor to .grad instead"
+        )
+    if traits.foreach and not kwargs and isinstance(args[0], (list, tuple)) and len(args[0]) > 1 and _is_uniform(args):
+        return _one_at_a_time(func, args)
+    return _run_on_copies(func, args, kwargs, traits)
+
+
+def _run_on_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits) -> Any:
+    """The general way, see [Note: serving a gradient]."""
+    faces: list[HostGrad] = []
+    written: set[int] = set()
+
+    def lend(value: Any, is_written: bool) -> Any:
+        if isinstance(value, HostGrad):
+            faces.append(value)
+            if is_written:
+                written.add(id(value.cell))
+            return value.cell.lend()
+        if isinstance(value, (list, tuple)):
+            return [lend(item, is_written) for item in value]
+        return value
+
+    try:
+        result = func(
+            *[lend(value, position in traits.written) for position, value in enumerate(args)],
+            **{name: lend(value, name in traits.written) for name, value in kwargs.items()},
+        )
+        return _with_faces(result, {id(face.cell.lend()): face for face in reversed(faces)})
+    finally:
+        result = None
+        cells = {id(face.cell): face.cell for face in faces}
+        for key, cell in cells.items():  # all of them before one departs: the store may refuse
+            if traits.foreign or key in written:
+                cell.own_on_device()
+        if not traits.foreign:
+            for cell in cells.values():
+                cell.settle()
+
+
+def _with_faces(result: Any, faces: dict[int, HostGrad]) -> Any:
+    """An operator that returns its argument returns the face it was given."""
+    if isinstance(result, Tensor):
+        return faces.get(id(result), result)
+    if isinstance(result, (list, tuple)):
+        return type(result)([_with_faces(item, faces) for item in result])
+    return result
+
+
+def _is_uniform(args: tuple[Any, ...]) -> bool:
+    """Whether torch takes one path for the whole of these lists, so that one at a time gives the same bits.
+
+    It does for dense tensors of one dtype and device, with the same layout in each position of the lists.
+    """
+    lists = [value for value in args if isinstance(value, (list, tuple)) and isinstance(value[0], Tensor)]
+    leaders = lists[0]
+    kind = (leaders[0].dtype, leaders[0].device, torch.strided)
+    return all(
+        (tensor.dtype, tensor.device, tensor.layout) == kind
+        and (type(tensor) is HostGrad or is_dense(tensor))
+        and (tensor is leader or (tensor.shape, tensor.stride()) == (leader.shape, leader.stride()))
+        for tensors in lists
+        for tensor, leader in zip(tensors, leaders, strict=True)
+    )
+
+
+def _one_at_a_time(func: Any, args: tuple[Any, ...]) -> Any:
+    """A `_foreach_` operator item by item: never more than one gradient is on the device."""
+    results: list[Any] = []
+    for index in range(len(args[0])):
+        item = [[value[index]] if isinstance(value, (list, tuple)) else value for value in args]
+        results.append(func(*item))
+    return None if results[0] is None else [result[0] for result in results]
+
+
+def _share(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return HostGrad(args[0].cell)
+
+
+def _return_self(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return args[0]
+
+
+def _zero(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    args[0].cell.zero()
+    return args[0]
+
+
+def _foreach_zero(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for tensor in args[0]:
+        tensor.zero_()
+
+
+def _copy(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    target, source = args[0], args[1]
+    if not isinstance(target, HostGrad):
+        return NotImplemented
+    if isinstance(source, HostGrad):
+        if source.cell is target.cell:
+            return target
+        source = source.cell.materialize()
+    target.cell.overwrite(source)
+    return target
+
+
+def _padded(args: tuple[Any, ...], defaults: tuple[Any, ...]) -> tuple[Any, ...]:
+    return args + defaults[len(args) :]
+
+
+def _vector_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    gradient, order, dim, keepdim = _padded(args, (None, 2, None, False))
+    if dim or keepdim:
+        return NotImplemented
+    return gradient.cell.norm((func, float(order), kwargs.get("dtype")))
+
+
+def _foreach_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors, order, dtype = _padded(args, (None, 2, None))
+    if not _is_uniform((tensors,)):
+        return NotImplemented
+    key = (func, float(order), dtype)
+    plain = [tensor for tensor in tensors if not isinstance(tensor, HostGrad)]
+    others = iter(func(plain, order, dtype) if plain else ())
+    return [tensor.cell.norm(key) if isinstance(tensor, HostGrad) else next(others) for tensor in tensors]
+
+
+def _scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`mul_` and `div_` of one gradient."""
+    gradient, scale = args
+    if not isinstance(gradient, HostGrad) or not _defer(gradient.cell, _Scale(func, scale)):
+        return NotImplemented
+    return gradient
+
+
+def _foreach_scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    tensors, scales = args
+    if not _is_uniform((tensors,)):
+        return NotImplemented
+    one_scale = None if isinstance(scales, (list, tuple)) else _Scale(func, scales)
+    for index, tensor in enumerate(tensors):
+        scale = one_scale or _Scale(func, scales[index])
+        if not isinstance(tensor, HostGrad) or not _defer(tensor.cell, scale):
+            _run_on_copies(func, ([tensor], [scale.value] if one_scale is None else scale.value), {}, _traits(func))
+    return None
+
+
+def _unscale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """GradScaler's check and scale: torch's own operator looks at the infinity norms instead of the gradients."""
+    tensors, found_inf, inverse_scale = args
+    if not _is_uniform((tensors,)):
+        return NotImplemented
+    scale = _Scale(func, inverse_scale)
+    norms: list[Tensor] = []
+    for tensor in tensors:
+        cell = tensor.cell if isinstance(tensor, HostGrad) else None
+        if cell is not None and cell.can_defer() and scale.factor_for(cell) is not None:
+            norms.append(cell.norm(_INFINITY_NORM))
+            _defer(cell, scale)
+        else:
+            _run_on_copies(func, ([tensor], found_inf, inverse_scale), {}, _traits(func))
+    if norms:
+        func([torch.stack(norms)], found_inf, inverse_scale)
+    return None
+
+
+class _Scale:
+    """The scale of one call: copied once, for the first gradient that defers it, and shared by the others."""
+
+    def __init__(self, operation: Any, value: Any) -> None:
+        self.operation = operation
+        self.value = value
+        self._factor: Factor | None = None
+        self._asked = False
+
+    def factor_for(self, cell: GradCell) -> Factor | None:
+        if not self._asked:
+            self._asked = True
+            self._factor = make_factor(self.operation, self.value, cell.dtype, cell.device, cell.store)
+        return self._factor
+
+
+def _defer(cell: GradCell, scale: _Scale) -> bool:
+    factor = scale.factor_for(cell) if cell.can_defer() else None
+    if factor is None:
+        return False
+    cell.defer(factor)
+    return True
+
+
+_SERVED: dict[Any, Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]] = {
+    _aten.detach.default: _share,
+    _aten.alias.default: _share,
+    _aten.detach_.default: _return_self,
+    _aten.zero_.default: _zero,
+    _aten._foreach_zero_.default: _foreach_zero,
+    _aten.copy_.default: _copy,
+    _aten.linalg_vector_norm.default: _vector_norm,
+    _aten._foreach_norm.Scalar: _foreach_norm,
+    **{func: _foreach_scale if "_foreach_" in func.__name__ else _scale for func in SCALES},
+    UNSCALE: _unscale,
+}

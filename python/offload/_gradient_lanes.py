@@ -1,0 +1,153 @@
+"""How gradients travel: off the device as backward makes them, back for accumulation, and into the update.
+
+`GradientLanes` is the store that `HostGrad` cells use (`_host_grad.GradStore`). It owns the bounded ring of device
+tensors whose copies are in flight, and the order in which backward produces gradients, for prefetching.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import _native
+from ._host_grad import HostGrad, hold
+
+# Device memory that gradients on their way out may keep alive; beyond it backward waits for the lane.
+_RING_BYTES = 256 << 20
+# Factors are fp32 scalars.
+_SCALAR_BYTES = 4
+
+
+class LandedBytes:
+    """A host copy on its way or landed: `address` is valid once `ticket` ended; the buffer lives as long as this."""
+
+    __slots__ = ("address", "buffer", "ticket")
+
+    def __init__(self, buffer: _native.HostBuffer, ticket: _native.Ticket) -> None:
+        self.buffer = buffer
+        self.address = buffer.address
+        self.ticket = ticket
+
+
+@dataclass(frozen=True)
+class StepGradient:
+    """What a job reads: the gradient's bytes in the parameter's element order, and its pending factors."""
+
+    address: int
+    dtype: torch.dtype
+    tickets: Sequence[_native.Ticket]
+    factors: Sequence[tuple[int, int, float]]
+    _read: tuple[LandedBytes, ...]
+
+    def release_after(self, ticket: _native.Ticket) -> None:
+        """The bytes may be reused only once the job is done, even if every gradient is dropped now."""
+        for landed in self._read:
+            landed.buffer.release_after(ticket)
+
+
+class GradientLanes:
+    """See the module's text. One compute thread at a time, as autograd gives it."""
+
+    def __init__(self, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
+        self._pool = pool
+        self._transfers = transfers
+        self.learned: set[Any] = set()
+        self._ring: deque[tuple[_native.Ticket, Tensor]] = deque()
+        self._ring_bytes = 0
+        self._plain_ticket: _native.Ticket | None = None
+        # parameter -> the one whose gradient backward makes next
+        self._next: dict[int, Parameter] = {}
+        self._latest: Parameter | None = None
+
+    @staticmethod
+    def compute_stream() -> int:
+        """torch's handle of the current compute stream; 0 on the CPU, where computing is synchronous."""
+        return 0
+
+    # --- the store of HostGrad ------------------------------------------------------------------------------
+
+    def to_host(self, tensor: Tensor) -> LandedBytes:
+        """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed."""
+        nbytes = tensor.numel() * tensor.element_size()
+        buffer = self._pool.acquire(nbytes, "staging" if nbytes <= _SCALAR_BYTES else "gradients")
+        ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, self.compute_stream())
+        self._keep(ticket, tensor, nbytes)
+        return LandedBytes(buffer, ticket)
+
+    def to_device(self, held: LandedBytes, out: Tensor) -> None:
+        """Fills `out` (same dense strides); the compute stream waits, not the host."""
+        self.wait_upload(self.start_upload(held, out))
+
+    def start_upload(self, held: LandedBytes, out: Tensor) -> _native.Ticket:
+        """Starts filling `out`, which the caller keeps alive until the ticket ended."""
+        nbytes = out.numel() * out.element_size()
+        ticket = self._transfers.submit_to_device(
+            out.data_ptr(), held.address, nbytes, self.compute_stream(), held.ticket
+        )
+        held.buffer.release_after(ticket)
+        return ticket
+
+    def wait_upload(self, ticket: _native.Ticket) -> None:
+        self._transfers.wait_on_stream(self.compute_stream(), ticket)
+
+    def _keep(self, ticket: _native.Ticket, tensor: Tensor, nbytes: int) -> None:
+        self._ring.append((ticket, tensor))
+        self._ring_bytes += nbytes
+        while self._ring and (self._ring[0][0].done or self._ring_bytes > _RING_BYTES):
+            oldest, kept = self._ring.popleft()
+            self._ring_bytes -= kept.numel() * kept.element_size()
+            oldest.wait()
+
+    # --- leaving in backward --------------------------------------------------------------------------------
+
+    def take(self, parameter: Parameter, name: str) -> None:
+        """Called when backward has added to `parameter.grad`: the gradient leaves, the next earlier sum comes."""
+        hold(parameter, name, self)
+        if self._latest is not None:
+            self._next[id(self._latest)] = parameter
+        self._latest = parameter
+        following = self._next.get(id(parameter))
+        if following is not None and isinstance(following.grad, HostGrad):
+            following.grad.cell.prefetch()
+
+    def begin_backward_order(self) -> None:
+        """The next gradient is the first of a backward: nothing precedes it."""
+        self._latest = None
+
+    # --- entering the update --------------------------------------------------------------------------------
+
+    def for_step(self, parameter: Parameter) -> StepGradient:
+        """The parameter's gradient on the host, in the parameter's own element order."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if isinstance(gradient, HostGrad):
+            held = gradient.cell.for_step()
+            if held.strides == parameter.stride():
+                factors = [(kind, address, value) for kind, address, value, _ in held.factors]
+                kept = tuple(keep for *_, keep in held.factors if keep is not None)
+                return StepGradient(held.bytes.address, held.dtype, held.tickets, factors, (held.bytes, *kept))
+        plain = self.on_device(parameter)
+        landed = self.to_host(plain)
+        self._plain_ticket = landed.ticket
+        return StepGradient(landed.address, plain.dtype, [landed.ticket], (), (landed,))
+
+    def on_device(self, parameter: Parameter) -> Tensor:
+        """The parameter's gradient as a plain device tensor with the parameter's strides."""
+        gradient = parameter.grad
+        assert gradient is not None
+        plain = gradient.cell.materialize() if isinstance(gradient, HostGrad) else gradient.detach()
+        if plain.stride() == parameter.stride():
+            return plain
+        return torch.empty_like(parameter, dtype=plain.dtype, requires_grad=False).copy_(plain)
+
+    def wait_for_plain_gradients(self) -> None:
+        """The compute stream waits until the plain gradients that a step reads have left."""
+        if self._plain_ticket is not None:
+            self._transfers.wait_on_stream(self.compute_stream(), self._plain_ticket)
+            self._plain_ticket = None

@@ -1,0 +1,66 @@
+"""Registers the hooks that connect a model to an engine, and removes every one of them. No policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn import Parameter
+from torch.utils.hooks import RemovableHandle
+
+from ._engine import Engine, EngineUnit
+from ._units import Unit
+
+
+class ModuleHook:
+    """A hook that does nothing in a copied or unpickled module: the copy is not the engine's model."""
+
+    def __init__(self, call: Callable[[], None] | None) -> None:
+        self._call = call
+
+    def __call__(self, *_: Any) -> None:
+        if self._call is not None:
+            self._call()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
+        return ModuleHook(None)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ModuleHook, (None,)
+
+
+class Hooks:
+    """All hooks of one wrapped model; `remove()` leaves none."""
+
+    def __init__(self, model: nn.Module, units: Iterable[Unit], engine: Engine) -> None:
+        self._engine = engine
+        self._handles: list[RemovableHandle] = []
+        self._watched: set[int] = set()
+        # Prepended one after another, so the model's own hook, registered last, runs before its unit's.
+        for unit, engine_unit in zip(units, engine.units, strict=True):
+            for module in unit.modules:
+                self._before_forward(module, _make_ready(engine, engine_unit))
+        self._before_forward(model, engine.begin_forward)
+
+    def _before_forward(self, module: nn.Module, call: Callable[[], None]) -> None:
+        self._handles.append(module.register_forward_pre_hook(ModuleHook(call), prepend=True))
+
+    def watch_gradient(self, parameter: Parameter) -> None:
+        """From now on the gradient of `parameter` leaves the device as soon as backward has made it. Idempotent."""
+        if id(parameter) in self._watched:
+            return
+        self._watched.add(id(parameter))
+        lanes, name = self._engine.lanes, self._engine.name_of(parameter)
+        # Closes over the parameter: an earlier user hook may replace the argument that torch passes.
+        self._handles.append(parameter.register_post_accumulate_grad_hook(lambda _: lanes.take(parameter, name)))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._watched.clear()
+
+
+def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:
+    return lambda: engine.make_ready(unit)

@@ -1,0 +1,127 @@
+"""Holding gradients: puts a HostGrad in place of `p.grad` as backward finishes it, and sends the bytes to the host."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from ._errors import InvalidArgument, StateError
+from ._grad_cell import GradCell, GradStore, Owner, StepGradient, is_dense
+from ._grad_face import HostGrad
+from ._grad_factors import HostBytes
+
+__all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "hold"]
+
+
+@_disable_dynamo
+def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
+    """Puts a HostGrad in place of `parameter.grad` and sends the bytes off; for post-accumulate-grad hooks.
+
+    Returns the cell; None where the gradient stays as it is: none, no plain strided tensor, empty, overlapping, with
+    history (`create_graph`), or part of larger memory (flat buffers, DDP buckets). A gradient that a hook of the user
+    keeps a reference to stays its owner until that is dropped and the cell is next used.
+
+    Raises InvalidArgument for a sparse or complex gradient, StateError when another thread's backward pass is writing
+    the same gradient; both name the parameter.
+    """
+    gradient = parameter.grad
+    if isinstance(gradient, HostGrad):
+        cell = gradient.cell
+        del gradient
+        _settle_in_backward(cell)
+        return cell
+    if gradient is None or not _can_hold(gradient, name):
+        return None
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):  # an inference tensor could not be edited outside that mode
+            cell = _replace_gradient(parameter, gradient, name, store)
+    else:
+        cell = _replace_gradient(parameter, gradient, name, store)
+    del gradient  # the cell is to be the only one that refers to it
+    _settle_in_backward(cell)
+    return cell
+
+
+def _replace_gradient(parameter: Tensor, gradient: Tensor, name: str, store: GradStore) -> GradCell:
+    cell = GradCell(name, gradient, store)
+    parameter.grad = HostGrad(cell)
+    return cell
+
+
+def _can_hold(gradient: Tensor, name: str) -> bool:
+    if gradient.layout is not torch.strided and "sparse" in str(gradient.layout):
+        raise InvalidArgument(
+            f"the gradient of {name!r} is sparse ({gradient.layout}): offload needs dense gradients; build the "
+            f"embedding with sparse=False, or leave this parameter on the device"
+        )
+    if gradient.is_complex():
+        raise InvalidArgument(
+            f"the gradient of {name!r} is complex ({gradient.dtype}): offload needs real parameters; leave this "
+            f"parameter on the device, or hold its real and imaginary parts"
+        )
+    if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+        return False
+    count = gradient.numel()
+    if count == 0 or gradient.requires_grad or gradient._is_view() or gradient.is_neg():
+        return False
+    if gradient.untyped_storage().nbytes() != count * gradient.itemsize:
+        return False  # others live in the rest of that memory
+    return is_dense(gradient)
+
+
+class _BackwardPass:
+    """One backward pass on one thread. Autograd keeps it among the pass's callbacks: it dies with the pass."""
+
+    __slots__ = ("__weakref__", "task", "thread", "unsettled")
+
+    def __init__(self, task: int) -> None:
+        self.task = task
+        self.thread = threading.get_ident()
+        self.unsettled: GradCell | None = None
+
+    def __call__(self) -> None:
+        """Called at the end of the pass."""
+        self.settle_previous()
+
+    def settle_previous(self) -> None:
+        """Older torch itself still refers to a gradient while its hooks run: what could not depart then does now."""
+        if self.unsettled is not None:
+            cell, self.unsettled = self.unsettled, None
+            cell.settle()
+
+
+_local = threading.local()
+
+
+def _settle_in_backward(cell: GradCell) -> None:
+    """Settles a cell that this thread's backward pass has written to.
+
+    Refuses two passes at once: autograd runs these hooks outside the lock of its accumulation. Passes within one
+    another (reentrant checkpointing) run on one thread, and an accelerator's passes all run on its own thread: neither
+    is concurrent.
+    """
+    task = torch._C._current_graph_task_id()
+    if task == -1:
+        cell.settle()
+        return
+    reference = getattr(_local, "backward_pass", None)
+    current = None if reference is None else reference()
+    if current is None or current.task != task:
+        current = _BackwardPass(task)
+        torch.autograd.Variable._execution_engine.queue_callback(current)
+        _local.backward_pass = reference = weakref.ref(current)
+    writer = None if cell.writer is None else cell.writer()
+    if writer is not None and writer.thread != current.thread:
+        raise StateError(
+            f"two backward passes at once write the gradient of {cell.name!r}, and autograd can lose one of them: run "
+            f"them one after the other, or clear the gradients and use a copy of the model for each thread"
+        )
+    cell.writer = reference
+    current.settle_previous()
+    cell.settle()
+    if cell.owner is Owner.DEVICE:
+        current.unsettled = cell

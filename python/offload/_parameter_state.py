@@ -1,0 +1,119 @@
+"""The optimizer state of one parameter, wherever it lives.
+
+A state holds the first and second moments (fp32) and an exact fp32 master of the weight, in one of three forms:
+
+- fp32 parameter: `master` is the weight itself (on the host: its upload source);
+- split (bf16 on the host): the working weight plus an int16 `remainder`; no second copy of the weight exists;
+- 16-bit with an fp32 `master` beside the working weight.
+
+On the device the working weight is the parameter; on the host it is a buffer that the parameter is refilled from.
+A split master needs that buffer: it tells which elements of a parameter the user has overwritten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ._adamw import adamw_step_, join_master, round_to_weight, split_master
+
+# No parameter has it: the next step compares the parameter with its working weight.
+_UNKNOWN_VERSION = -1
+
+Allocate = Callable[[torch.dtype, str], Tensor]
+
+
+class ParameterState:
+    """Moments and master of `parameter`.
+
+    `allocate(dtype, tag)` gives a tensor with the parameter's shape and strides, on the tier of the state.
+    """
+
+    def __init__(self, name: str, parameter: Parameter, *, on_host: bool, split: bool, allocate: Allocate) -> None:
+        self.name = name
+        self.parameter = parameter
+        self.on_host = on_host
+        self.step = 0
+        self.remainder: Tensor | None = None
+        self.master: Tensor | None = None
+        self._host_weight: Tensor | None = None
+        if on_host and parameter.dtype != torch.float32:
+            self._host_weight = allocate(parameter.dtype, "weights")
+        if split:
+            self.remainder = allocate(torch.int16, "master").zero_()
+        elif on_host or parameter.dtype != torch.float32:
+            self.master = allocate(torch.float32, "master")
+        self.exp_avg = allocate(torch.float32, "moments").zero_()
+        self.exp_avg_sq = allocate(torch.float32, "moments").zero_()
+        with torch.no_grad():
+            if on_host:
+                self.working_weight().copy_(parameter)
+            if self.master is not None:
+                self.master.copy_(parameter)
+        # The version of the parameter that the working weight equals; another one means the user wrote to it.
+        self.version = parameter._version
+
+    def working_weight(self) -> Tensor:
+        """What the parameter is refilled from (host), or the parameter's own values (device)."""
+        if not self.on_host:
+            return self.parameter.detach()
+        if self._host_weight is not None:
+            return self._host_weight
+        assert self.master is not None
+        return self.master
+
+    def master_value(self) -> Tensor:
+        """The fp32 master: the live tensor where one exists, a new one for a split master."""
+        if self.remainder is not None:
+            return join_master(self.working_weight(), self.remainder)
+        return self.master if self.master is not None else self.working_weight()
+
+    @torch.no_grad()
+    def set_master(self, value: Tensor) -> None:
+        """Makes `value` (any float dtype, any device) the master of a 16-bit parameter, or of any one on the host.
+
+        The parameter itself is not written: `adopt_parameter` decides at the next step whether it still agrees.
+        """
+        value = value.to(device=self.exp_avg.device, dtype=torch.float32)
+        if self.remainder is not None:
+            weight, low = split_master(value)
+            self.remainder.copy_(low)
+            self.working_weight().copy_(weight)
+        elif self.master is not None:
+            self.master.copy_(value)
+            if self._host_weight is not None:
+                self._host_weight.copy_(round_to_weight(value, self.parameter.dtype))
+        self.version = _UNKNOWN_VERSION
+
+    @torch.no_grad()
+    def adopt_parameter(self) -> None:
+        """The user wrote to the parameter: elements that differ from the working weight re-seed the master.
+
+        Elements that are unchanged keep their master's low bits, so swapping weights out and back (an EMA evaluation)
+        leaves training exactly as it was.
+        """
+        self.version = self.parameter._version
+        if not self.on_host and self.master is None:
+            return  # the parameter is its own master
+        new = self.parameter.detach().to(self.exp_avg.device)
+        if new.dtype != torch.float32:
+            old = self.working_weight() if self.on_host else round_to_weight(self.master_value(), new.dtype)
+            changed = new.view(torch.int16) != old.view(torch.int16)
+            if self.remainder is not None:
+                self.remainder.masked_fill_(changed, 0)
+            elif self.master is not None:
+                self.master.copy_(torch.where(changed, new.to(torch.float32), self.master))
+        if self.on_host:
+            self.working_weight().copy_(new)
+
+    @torch.no_grad()
+    def update_on_device(self, gradient: Tensor, scalars: dict[str, Any]) -> None:
+        """One step in torch operations where the states are: for states that stay on the device."""
+        master = self.master_value()
+        adamw_step_(master, self.exp_avg, self.exp_avg_sq, gradient, scalars)
+        if self.parameter.dtype != torch.float32:
+            self.working_weight().copy_(round_to_weight(master, self.parameter.dtype))

@@ -1,0 +1,118 @@
+"""PendingParameter: the class a parameter wears while its bytes are about to change.
+
+After `optim.step()` the new value of a parameter is still being computed. Until it has arrived the parameter's
+class is `PendingParameter`: metadata passes, and any other access first waits for the value (torch's own
+`UninitializedParameter` swaps classes the same way). Units restore the class before they compute, so inside a
+model's forward nothing of this is seen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+_RESOLVE = "_offload_resolve"  # in the parameter's __dict__ while it is pending: a call that makes it current
+
+
+# fmt: off
+_METADATA_PROPERTIES = (
+    "shape", "dtype", "device", "layout", "requires_grad", "grad", "is_leaf", "grad_fn", "ndim", "_version", "names",
+    "grad_dtype", "itemsize", "nbytes", "is_cpu", "is_cuda", "is_meta", "is_sparse", "is_quantized", "is_mkldnn",
+    "output_nr", "retains_grad", "_backward_hooks", "_post_accumulate_grad_hooks",
+)
+_METADATA_METHODS = (
+    "size", "dim", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point", "is_complex",
+    "storage_offset", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "get_device",
+    "is_signed", "is_shared", "ndimension", "__hash__", "__len__", "dim_order", "is_inference",
+)
+# fmt: on
+
+
+def _metadata_calls() -> frozenset[Any]:
+    """What tells nothing about a tensor's values, and so need not wait."""
+    calls: set[Any] = set()
+    for name in _METADATA_PROPERTIES:
+        attribute = getattr(Tensor, name, None)
+        if attribute is not None and hasattr(attribute, "__get__"):
+            calls.add(attribute.__get__)
+    for name in ("grad", "requires_grad", "_backward_hooks", "_post_accumulate_grad_hooks", "grad_dtype"):
+        attribute = getattr(Tensor, name, None)
+        if attribute is not None and hasattr(attribute, "__set__"):
+            calls.add(attribute.__set__)
+    calls.add(Tensor.grad.__delete__)
+    calls.update(getattr(Tensor, name) for name in _METADATA_METHODS if hasattr(Tensor, name))
+    calls.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
+    return frozenset(calls)
+
+
+_METADATA_CALLS = _metadata_calls()
+
+
+class PendingParameter(Parameter):
+    """A parameter whose new value is on its way; see the module's text. Never constructed, only worn."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA_CALLS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for parameter in _pending_in((args, kwargs)):
+            make_current(parameter)
+        return func(*args, **kwargs)
+
+    # These read the class before any torch function is called, so they are made current here.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(make_current(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return make_current(self).__reduce_ex__(protocol)
+
+    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+        return repr(make_current(self))
+
+
+def make_pending(parameter: Parameter, resolve: Callable[[], None]) -> None:
+    """From now on an access to the values of `parameter` calls `resolve` first, which must make it current.
+
+    Only plain `torch.nn.Parameter` objects can wear the class (`can_be_pending`).
+    """
+    setattr(parameter, _RESOLVE, resolve)
+    parameter.__class__ = PendingParameter
+
+
+def can_be_pending(parameter: Tensor) -> bool:
+    """Whether `parameter` is a plain Parameter: a subclass has a class of its own that must not be taken off."""
+    return type(parameter) in (Parameter, PendingParameter)
+
+
+def restore(parameter: Parameter) -> None:
+    """Takes the class off again: the value is there."""
+    parameter.__class__ = Parameter
+    parameter.__dict__.pop(_RESOLVE, None)
+
+
+def make_current(parameter: Parameter) -> Parameter:
+    """Waits for the value of a pending parameter. Raises what the update raised, and the parameter stays pending."""
+    resolve = parameter.__dict__.get(_RESOLVE)
+    if resolve is not None:
+        resolve()
+    restore(parameter)
+    return parameter
+
+
+def _pending_in(value: Any) -> Iterator[PendingParameter]:
+    if isinstance(value, PendingParameter):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _pending_in(item)
+    elif isinstance(value, dict):
+        yield from _pending_in(list(value.values()))

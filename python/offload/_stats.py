@@ -1,0 +1,69 @@
+"""What the engine measured, as one immutable value."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ._config import format_size
+
+__all__ = ["Stats"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stats:
+    """A snapshot of `optim.stats()`; counters run since `wrap`.
+
+    device_bytes, host_bytes: bytes in use by tag (weights, master, moments, gradients, ...).
+    pool: the host pool's counters; *_bytes are bytes, the rest counts.
+    transfers: bytes and copies by direction (to_host, to_device).
+    isa: the instruction set of the host update. pinned: host memory is page-locked; when it is not,
+    pageable_reason says why. update_s: seconds the host update ran; blocked_s: seconds of these that
+    the training thread waited for. fallbacks: every slower path taken, one sentence each.
+    """
+
+    steps: int
+    device_bytes: Mapping[str, int]
+    host_bytes: Mapping[str, int]
+    pool: Mapping[str, int]
+    transfers: Mapping[str, int]
+    isa: str
+    pinned: bool
+    pageable_reason: str | None
+    update_s: float
+    blocked_s: float
+    fallbacks: tuple[str, ...] = ()
+
+    @property
+    def hidden_share(self) -> float | None:
+        """The share of the host update that ran behind other work, 0 to 1; None before any update."""
+        if self.update_s <= 0:
+            return None
+        return min(1.0, max(0.0, 1 - self.blocked_s / self.update_s))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, ready for JSON; `hidden_share` included."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        for name, value in values.items():
+            if isinstance(value, Mapping):
+                values[name] = dict(value)
+        return values | {"fallbacks": list(self.fallbacks), "hidden_share": self.hidden_share}
+
+    def __str__(self) -> str:
+        hidden = "no update yet" if self.hidden_share is None else f"{self.hidden_share:.1%} hidden"
+        memory = "pinned" if self.pinned else f"pageable ({self.pageable_reason or 'not asked for'})"
+        rows = [("steps", str(self.steps))]
+        rows += [(f"device {tag}", format_size(size)) for tag, size in self.device_bytes.items()]
+        rows += [(f"host {tag}", format_size(size)) for tag, size in self.host_bytes.items()]
+        rows.append(("host memory", memory))
+        rows += [(f"pool {name}", _counter(name, value)) for name, value in self.pool.items()]
+        rows += [(f"transfers {name}", _counter(name, value)) for name, value in self.transfers.items()]
+        rows.append(("host update", f"{self.update_s:.3f} s, {self.blocked_s:.3f} s waited for, {hidden}"))
+        rows.append(("instruction set", self.isa))
+        rows += [("fallback", text) for text in self.fallbacks]
+        return "\n".join(f"{name:<28}{value}" for name, value in rows)
+
+
+def _counter(name: str, value: int) -> str:
+    return format_size(value) if name.endswith("_bytes") else str(value)

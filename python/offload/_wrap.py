@@ -1,0 +1,220 @@
+"""The door: `wrap`, `unwrap`, `full_params`. Checks what the user gives, plans, and puts the parts together."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch import nn
+
+from ._config import Config
+from ._engine import Engine
+from ._errors import InvalidArgument, StateError
+from ._hooks import Hooks
+from ._host_grad import HostGrad
+from ._optimizer import NATIVE_OPTIMIZERS, OffloadOptimizer
+from ._plan import ParameterSize, Plan, make_plan
+from ._probe import probe_host
+from ._units import Unit, find_units
+
+# The engine and hooks of every wrapped model.
+_wrapped: weakref.WeakKeyDictionary[nn.Module, tuple[Engine, Hooks]] = weakref.WeakKeyDictionary()
+
+
+@overload
+def wrap(
+    model: nn.Module, optim: torch.optim.Optimizer, *, config: Any = None, **options: Any
+) -> tuple[nn.Module, OffloadOptimizer]: ...
+@overload
+def wrap(
+    model: nn.Module, optim: Sequence[torch.optim.Optimizer], *, config: Any = None, **options: Any
+) -> tuple[nn.Module, tuple[OffloadOptimizer, ...]]: ...
+def wrap(
+    model: nn.Module,
+    optim: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    *,
+    config: Config | dict[str, Any] | None = None,
+    **options: Any,
+) -> tuple[nn.Module, OffloadOptimizer | tuple[OffloadOptimizer, ...]]:
+    """Lets `model` train with optimizer states and gradients off the device; the training loop stays as it is.
+
+    Args:
+        model: any module whose trainable parameters are dense fp32, bf16 or fp16. It is returned, with hooks.
+        optim: a `torch.optim.Adam` or `AdamW` over its parameters, or several. Fresh, or with states to go on from.
+        config: a `Config`, or a dict of its fields. `options` are the same fields and win over it.
+
+    Returns:
+        The same model, and an `OffloadOptimizer` (a tuple of them for several) to use in the place of `optim`.
+
+    Raises:
+        InvalidArgument: an option, model or optimizer that is not legal, or a budget that is too small.
+        OutOfHostMemory: the host budget cannot hold what the plan puts there.
+        StateError: the model or optimizer is wrapped already. In every case nothing was changed.
+    """
+    several = not isinstance(optim, torch.optim.Optimizer)
+    optimizers: list[torch.optim.Optimizer] = list(optim) if several else [optim]  # type: ignore[arg-type,list-item]
+    settings = Config.resolve(config, options)
+    _check_process()
+    _check_model(model)
+    _check_optimizers(model, optimizers)
+    _check_device(model, settings)
+    units = find_units(model)
+    plan = _plan(model, units, optimizers, settings)
+
+    engine = Engine(plan, settings, units)
+    trained = [p for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad]
+    engine.reserve(trained)
+    for parameter in trained:
+        engine.adopt(parameter)
+    hooks = Hooks(model, units, engine)
+    wrapped = tuple(OffloadOptimizer(o, engine, hooks, list(model.parameters())) for o in optimizers)
+    _wrapped[model] = (engine, hooks)
+    return model, wrapped if several else wrapped[0]
+
+
+def unwrap(
+    model: nn.Module, optim: OffloadOptimizer | Sequence[OffloadOptimizer]
+) -> tuple[nn.Module, torch.optim.Optimizer | tuple[torch.optim.Optimizer, ...]]:
+    """Undoes `wrap`: waits for the update, removes every hook, and returns the plain model and optimizer.
+
+    The optimizer holds its states as stock torch does: in each parameter's dtype, on its device. Gradients become
+    plain tensors again. Raises `StateError` if the model is not wrapped.
+    """
+    engine, hooks = _engine_of(model)
+    several = not isinstance(optim, OffloadOptimizer)
+    wrapped: list[OffloadOptimizer] = list(optim) if several else [optim]  # type: ignore[arg-type,list-item]
+    engine.synchronize()
+    hooks.remove()
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, HostGrad):
+            parameter.grad = gradient.cell.materialize()
+    originals = tuple(one.release() for one in wrapped)
+    engine.close()
+    del _wrapped[model]
+    return model, originals if several else originals[0]
+
+
+@contextmanager
+def full_params(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the context every parameter of the wrapped `model` is present and current, for reading and writing.
+
+    In-place writes re-seed the optimizer's masters at the next step.
+    """
+    engine, _ = _engine_of(model)
+    engine.synchronize()
+    yield model
+
+
+def _engine_of(model: nn.Module) -> tuple[Engine, Hooks]:
+    entry = _wrapped.get(model)
+    if entry is None:
+        raise StateError(f"this {type(model).__name__} is not wrapped: pass the model that offload.wrap returned")
+    return entry
+
+
+# --- checks at the door -------------------------------------------------------------------------------------
+
+
+def _check_process() -> None:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size.strip() not in ("", "1"):
+        raise InvalidArgument(
+            f"WORLD_SIZE={world_size}: training in several processes is not supported yet (it would train separate "
+            "models); start one process without torchrun"
+        )
+
+
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    if model in _wrapped:
+        raise StateError("this model is wrapped already: call offload.unwrap(model, optim) first")
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel") or any(
+            base.__name__ == "FSDPModule" for base in kind.__mro__
+        ):
+            raise InvalidArgument(
+                f"{name or 'the model'} is a {kind.__name__}: data parallelism is not supported yet; "
+                "wrap the plain module"
+            )
+    if next(model.parameters(), None) is None:
+        raise InvalidArgument(f"this {type(model).__name__} has no parameters: there is nothing to offload")
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise InvalidArgument(f"{name} is on the meta device: materialise and initialise the model first")
+
+
+def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    if not optimizers:
+        raise InvalidArgument("no optimizer given: pass a torch.optim.Adam or AdamW over the model's parameters")
+    known = {id(parameter) for parameter in model.parameters()}
+    owner: dict[int, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        if isinstance(optimizer, OffloadOptimizer):
+            raise StateError("this optimizer is wrapped already: call offload.unwrap(model, optim) first")
+        if type(optimizer) not in NATIVE_OPTIMIZERS:
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} is not supported yet: legal are torch.optim.Adam and torch.optim.AdamW"
+            )
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise InvalidArgument("the optimizer has only empty groups: give it the model's parameters")
+        for number, group in enumerate(optimizer.param_groups):
+            if not group["params"]:
+                raise InvalidArgument(f"group {number} of the optimizer is empty: remove it or give it parameters")
+            for flag in ("amsgrad", "differentiable", "capturable"):
+                if group.get(flag):
+                    raise InvalidArgument(f"group {number} has {flag}=True, which is not supported: pass {flag}=False")
+            for position, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise InvalidArgument(
+                        f"parameter {position} of group {number}, of shape {tuple(parameter.shape)}, is not the "
+                        "model's: build the optimizer from model.parameters() of the model given to wrap"
+                    )
+                if owner.setdefault(id(parameter), index) != index:
+                    raise InvalidArgument(
+                        f"parameter {position} of group {number} is in two optimizers: each parameter needs one"
+                    )
+
+
+def _check_device(model: nn.Module, settings: Config) -> None:
+    if settings.device is not None:
+        try:
+            asked = torch.device(settings.device)
+        except RuntimeError as error:
+            raise InvalidArgument(f"device={settings.device!r} is no device that torch knows: {error}") from error
+        if asked.type != "cpu":
+            available = asked.type == "cuda" and torch.cuda.is_available()
+            raise InvalidArgument(
+                f"device={settings.device!r}: "
+                + ("accelerators are not supported yet; " if available else "there is no such device here; ")
+                + "legal is device='cpu'"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "cpu":
+            raise InvalidArgument(
+                f"{name} is on {parameter.device}: accelerators are not supported yet; call model.cpu() first"
+            )
+
+
+def _plan(model: nn.Module, units: Sequence[Unit], optimizers: list[torch.optim.Optimizer], settings: Config) -> Plan:
+    trained = {id(p) for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
+    unit_of = {id(parameter): unit.name for unit in units for _, parameter in unit.parameters}
+    sizes = [
+        ParameterSize(
+            name=name,
+            numel=parameter.numel(),
+            itemsize=parameter.element_size(),
+            dtype_name=str(parameter.dtype).removeprefix("torch."),
+            trainable=id(parameter) in trained,
+            unit=unit_of[id(parameter)],
+        )
+        for name, parameter in model.named_parameters()
+    ]
+    host_bytes = probe_host().available_bytes
+    return make_plan(sizes, settings, device_kind="cpu", device_bytes=host_bytes, host_bytes=host_bytes)

@@ -1,0 +1,119 @@
+"""The `offload` command.
+
+Exit codes: 0 done; 1 a check failed; 2 bad arguments, or a package is missing; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+__all__ = ["main"]
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+_EPILOG = "exit codes: 0 done, 1 a check failed, 2 bad arguments or a missing package, 130 stopped by Ctrl-C"
+_DTYPES = ("bfloat16", "float32")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code. Commands import torch; parsing does not."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return EXIT_USAGE
+    from offload import OffloadError
+
+    try:
+        if arguments.command == "train":
+            from ._train import run_train
+
+            return run_train(arguments)
+        from ._bench import run_bench
+
+        return run_bench(arguments)
+    except KeyboardInterrupt:
+        print("offload: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except (OffloadError, ModuleNotFoundError) as error:
+        print(f"offload: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _version() -> str:
+    try:
+        return version("offload")
+    except PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown (not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="offload",
+        description="Train PyTorch models far larger than the device's memory.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("--version", action="version", version=f"offload {_version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_train(commands)
+    _add_bench(commands)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train a small language model with optimizer and gradients on the host",
+        description="Trains a Llama-style model with random weights on the Python standard library's own "
+        "sources (byte tokens), with optimizer states and gradients on the host. Needs `transformers`.",
+        epilog=_EPILOG,
+    )
+    train.add_argument("--params", type=_count, default=5_000_000, metavar="N", help="about this many (default 5M)")
+    train.add_argument("--layers", type=_positive, default=6, help="transformer blocks (default 6)")
+    train.add_argument("--hidden", type=_positive, default=None, help="hidden size; overrides --params")
+    train.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the model (default bfloat16)")
+    train.add_argument("--device", default=None, help="compute device (default: the accelerator, or the CPU)")
+    train.add_argument("--steps", type=_positive, default=200, help="optimizer steps (default 200)")
+    train.add_argument("--batch", type=_positive, default=4, help="sequences a micro-batch (default 4)")
+    train.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default 128)")
+    train.add_argument("--accumulate", type=_positive, default=2, help="micro-batches a step (default 2)")
+    train.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    train.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
+    train.add_argument(
+        "--check",
+        action="store_true",
+        help="repeat the first 20 steps with nothing offloaded (bits must agree) and with plain PyTorch "
+        "(must agree to rounding)",
+    )
+    train.add_argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr")
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser("bench", help="measure one part against its bound", epilog=_EPILOG)
+    bench.add_argument("part", choices=("adamw", "pool", "step", "all"), help="what to measure")
+    bench.add_argument("--quick", action="store_true", help="small sizes, few repeats: shows that it runs")
+    bench.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the result to FILE")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def _count(text: str) -> int:
+    """A number of parameters: 5000000, 5M or 1.5B."""
+    factor = {"K": 10**3, "M": 10**6, "B": 10**9}.get(text[-1:].upper(), 1)
+    try:
+        value = int(float(text[:-1] if factor > 1 else text) * factor)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 5000000, 5M or 1.5B") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} parameters are too few")
+    return value

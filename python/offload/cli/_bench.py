@@ -1,0 +1,74 @@
+"""`offload bench`: runs one measurement and wraps its result with what is needed to read it later."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import offload
+
+__all__ = ["environment", "run_bench", "summary"]
+
+_SCHEMA_VERSION = 1
+_PARTS = ("adamw", "pool", "step")
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    """Measures `options.part` (or all of them), prints the JSON and writes it where asked."""
+    results = {}
+    for part in _PARTS if options.part == "all" else (options.part,):
+        print(f"offload bench {part}: measuring", file=sys.stderr, flush=True)
+        results[part] = importlib.import_module(f"._bench_{part}", __package__).run(options.quick)
+    report = {
+        "schema_version": _SCHEMA_VERSION,
+        "quick": options.quick,
+        "environment": environment(),
+        "results": results,
+    }
+    text = json.dumps(report, indent=2)
+    print(text)
+    if options.json is not None:
+        options.json.write_text(text + "\n")
+    return 0
+
+
+def environment() -> dict[str, Any]:
+    """What a figure depends on besides the code."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": platform.machine(),
+        "cpu": _cpu_model(),
+        "cpu_count": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_threads": torch.get_num_threads(),
+        "offload": offload.__version__,
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def summary(samples: list[float]) -> dict[str, Any]:
+    """`samples` with their median and 20th and 80th percentiles, in the samples' own unit."""
+    ordered = sorted(samples)
+
+    def percentile(share: float) -> float:
+        return ordered[round(share * (len(ordered) - 1))]
+
+    return {"samples": samples, "median": percentile(0.5), "p20": percentile(0.2), "p80": percentile(0.8)}
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"  # aarch64 names no model

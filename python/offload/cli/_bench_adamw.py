@@ -1,0 +1,210 @@
+"""`offload bench adamw`: the host AdamW beside the machine's streaming ceiling and its peers, in one run.
+
+All variants take turns, round after round, so that a noisy minute of the machine meets all of them. The ceiling of a
+variant is the best median over streaming passes with the same reads and writes on the same buffers: plain and
+non-temporal stores, with and without software prefetch, one thread and all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._adamw import FORMATS, AdamWHyper
+from ._bench import summary
+
+__all__ = ["run"]
+
+_HYPER = AdamWHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, maximize=False)
+_STEP = 10  # the step number whose bias correction is applied: any but the first
+
+
+@dataclass
+class _Variant:
+    """One thing to time; `moved` is a tensor that each call must change (None: a streaming pass)."""
+
+    name: str
+    call: Callable[[], object]
+    moved: Tensor | None = None
+    ceiling_of: str | None = None
+    seconds: list[float] = field(default_factory=list)
+
+    def measure(self) -> None:
+        before = None if self.moved is None else self.moved[::4097].clone()
+        start = time.perf_counter()
+        self.call()
+        self.seconds.append(time.perf_counter() - start)
+        if before is not None and self.moved is not None and torch.equal(before, self.moved[::4097]):
+            raise AssertionError(f"{self.name} left its weights as they were: it did not run")
+
+
+@dataclass
+class _Buffers:
+    """The host memory of one format, in the order in which the update takes it."""
+
+    name: str
+    gradient: Tensor
+    master: Tensor  # fp32, or the int16 remainder of a split master
+    weight: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    @classmethod
+    def make(cls, name: str, count: int) -> _Buffers:
+        dtype = torch.float32 if name == "fp32" else torch.bfloat16
+        weight = None if name == "fp32" else torch.randn(count).to(dtype)
+        master = torch.zeros(count, dtype=torch.int16) if name == "split" else torch.randn(count)
+        gradient = torch.randn(count).to(dtype)
+        return cls(name, gradient, master, weight, torch.zeros(count), torch.full((count,), 1e-4))
+
+    @property
+    def bytes_an_element(self) -> int:
+        """Bytes read plus bytes written for one element."""
+        own = 4 + 4 + self.master.element_size()
+        weight = 0 if self.weight is None else self.weight.element_size() * (2 if self.name == "split" else 1)
+        return self.gradient.element_size() + 2 * own + weight
+
+    def update(self, isa: str) -> None:
+        _native.adamw_update(
+            gradient=self.gradient.data_ptr(),
+            gradient_format=FORMATS[self.gradient.dtype],
+            master=self.master.data_ptr(),
+            master_format=_native.MASTER_SPLIT if self.name == "split" else _native.MASTER_FLOAT32,
+            weight=0 if self.weight is None else self.weight.data_ptr(),
+            weight_format=_native.FLOAT32 if self.weight is None else FORMATS[self.weight.dtype],
+            exp_avg=self.exp_avg.data_ptr(),
+            exp_avg_sq=self.exp_avg_sq.data_ptr(),
+            count=self.gradient.numel(),
+            scalars=_native.AdamWScalars(**_HYPER.scalars(_STEP)),
+            isa=isa,
+        )
+
+    def stream(self, non_temporal: bool, prefetch: bool, threads: int) -> None:
+        read, update, write = _native.ACCESS_READ, _native.ACCESS_UPDATE, _native.ACCESS_WRITE
+        arrays = [
+            (self.gradient, read),
+            (self.master, update),
+            (self.exp_avg, update),
+            (self.exp_avg_sq, update),
+        ]
+        if self.weight is not None:
+            arrays.append((self.weight, update if self.name == "split" else write))
+        _native.streaming_pass(
+            [(tensor.data_ptr(), tensor.element_size(), access) for tensor, access in arrays],
+            self.gradient.numel(),
+            non_temporal=non_temporal,
+            prefetch=prefetch,
+            threads=threads,
+        )
+
+    def variants(self) -> list[_Variant]:
+        ours = [
+            _Variant(f"offload {self.name} {isa}", partial(self.update, isa), self.master, self.name)
+            for isa in _native.available_isas()
+        ]
+        threads = sorted({1, _native.shared_thread_count()})
+        passes = [
+            _Variant(
+                f"stream {self.name} {'non-temporal' if nt else 'plain'}{' prefetch' if pf else ''} {n} threads",
+                # 0 asks for the shared pool: a pool made for the call would be timed with its threads' start
+                partial(self.stream, nt, pf, 1 if n == 1 else 0),
+                ceiling_of=self.name,
+            )
+            for nt, pf, n in itertools.product((False, True), (False, True), threads)
+        ]
+        return passes + ours
+
+
+def _torch_fused(count: int) -> _Variant:
+    parameter = torch.nn.Parameter(torch.randn(count))
+    parameter.grad = torch.randn(count)
+    optim = torch.optim.AdamW([parameter], lr=_HYPER.lr, weight_decay=_HYPER.weight_decay, fused=True)
+    return _Variant("torch fp32 fused", optim.step, parameter.detach())
+
+
+def _torch_bf16(count: int) -> _Variant:
+    """What plain torch needs for bf16 training with fp32 states: casts around its fused AdamW (it refuses mixed)."""
+    master = torch.nn.Parameter(torch.randn(count))
+    weight, gradient = torch.randn(count).bfloat16(), torch.randn(count).bfloat16()
+    master.grad = torch.empty(count)
+    optim = torch.optim.AdamW([master], lr=_HYPER.lr, weight_decay=_HYPER.weight_decay, fused=True)
+
+    def step() -> None:
+        assert master.grad is not None
+        master.grad.copy_(gradient)
+        optim.step()
+        weight.copy_(master.detach())
+
+    return _Variant("torch bf16 casts + fused", step, master.detach())
+
+
+def _deepspeed(count: int) -> list[_Variant]:
+    if importlib.util.find_spec("deepspeed") is None:
+        return []
+    from deepspeed.ops.adam import DeepSpeedCPUAdam  # type: ignore[import-not-found]
+
+    parameter = torch.nn.Parameter(torch.randn(count))
+    parameter.grad = torch.randn(count)
+    optim = DeepSpeedCPUAdam([parameter], lr=_HYPER.lr, weight_decay=_HYPER.weight_decay, adamw_mode=True)
+    return [_Variant("deepspeed fp32", optim.step, parameter.detach())]
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Times one step over 64 Mi elements (quick: 4 Mi). Seconds; shares are of the streaming ceiling.
+
+    Returns a JSON-able dict: `variants`, each with `name`, `samples`, `median`, `p20`, `p80` in seconds,
+    `ns_an_element` and, where there is one, `share_of_ceiling` and `gb_per_s`; and `ratios` between variants.
+    """
+    count = (4 if quick else 64) << 20
+    rounds = 7 if quick else 9
+    all_buffers = [_Buffers.make(name, count) for name in ("fp32", "bf16", "split")]
+    variants = [variant for buffers in all_buffers for variant in buffers.variants()]
+    variants += [_torch_fused(count), _torch_bf16(count), *_deepspeed(count)]
+    for variant in variants:  # once untimed: first touches, lazily made states, threads
+        variant.measure()
+        variant.seconds.clear()
+    for _ in range(rounds):
+        for variant in variants:
+            variant.measure()
+
+    results = {variant.name: {"name": variant.name, **summary(variant.seconds)} for variant in variants}
+    for buffers in all_buffers:
+        passes = [v.name for v in variants if v.ceiling_of == buffers.name and v.moved is None]
+        ceiling = min(passes, key=lambda name: results[name]["median"])
+        for variant in variants:
+            if variant.ceiling_of == buffers.name:
+                result = results[variant.name]
+                result["gb_per_s"] = buffers.bytes_an_element * count / result["median"] / 1e9
+                result["share_of_ceiling"] = results[ceiling]["median"] / result["median"]
+                result["ceiling"] = ceiling
+    for result in results.values():
+        result["ns_an_element"] = result["median"] / count * 1e9
+    return {
+        "name": "adamw",
+        "count": count,
+        "threads": _native.shared_thread_count(),
+        "active_isa": _native.active_isa(),
+        "variants": list(results.values()),
+        "ratios": _ratios({name: result["median"] for name, result in results.items()}),
+    }
+
+
+def _ratios(medians: dict[str, float]) -> dict[str, float]:
+    """How many times faster than the peer: medians of the peer over ours."""
+    ours = f" {_native.active_isa()}"
+    pairs = {
+        "fp32 against torch fused": ("torch fp32 fused", "offload fp32" + ours),
+        "bf16 against torch casts + fused": ("torch bf16 casts + fused", "offload bf16" + ours),
+        "split against torch fused": ("torch fp32 fused", "offload split" + ours),
+        "fp32 against deepspeed": ("deepspeed fp32", "offload fp32" + ours),
+    }
+    return {name: medians[peer] / medians[own] for name, (peer, own) in pairs.items() if peer in medians}

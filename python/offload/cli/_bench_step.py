@@ -1,0 +1,148 @@
+"""What a lazy step costs: how well the host update hides, and what hooks and HostGrad add to a model."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import offload
+
+from ._bench import summary
+
+__all__ = ["run"]
+
+_BLOCKS = 16
+
+
+class SleepingBlock(nn.Module):
+    """A block whose compute is a sleep: it takes time, no memory bandwidth and no core."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(elements, dtype=torch.bfloat16))
+        self.sleep_s = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.sleep_s)
+        return x + self.weight[0]  # one element read, a dense gradient of the whole weight
+
+
+class ManyParameters(nn.Module):
+    """A block of `count` tiny parameters: its cost is what is done per module and per parameter."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.scales = nn.ParameterList([nn.Parameter(torch.ones(64)) for _ in range(count)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for scale in self.scales:
+            x = x * scale
+        return x
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """Both measurements; times in seconds (overlap) and microseconds (hooks)."""
+    return {"overlap": _overlap(quick), "hooks": _hooks(quick)}
+
+
+def _overlap(quick: bool) -> dict[str, Any]:
+    elements = (1 << 18) if quick else (1 << 22)
+    repeats = 5 if quick else 15
+    blocks = [SleepingBlock(elements) for _ in range(_BLOCKS)]
+    model: nn.Module = nn.Sequential(*blocks)
+    model, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-3), optimizer="host", gradients="host", device="cpu"
+    )
+    x = torch.zeros(1, dtype=torch.bfloat16)
+
+    def timed(*, update: bool) -> float:
+        start = time.perf_counter()
+        model(x).sum().backward()
+        if update:
+            optimizer.step()
+        optimizer.zero_grad()
+        return time.perf_counter() - start
+
+    def host_update() -> float:
+        """Seconds from `step()` until every new weight is on the device, with nothing to hide behind."""
+        model(x).sum().backward()
+        start = time.perf_counter()
+        optimizer.step()
+        optimizer.synchronize()
+        elapsed = time.perf_counter() - start
+        optimizer.zero_grad()
+        return elapsed
+
+    for _ in range(3):  # first touches and the recording of the first step
+        host_update()
+    sleep_s = summary([host_update() for _ in range(repeats)])["median"]
+    for block in blocks:
+        block.sleep_s = sleep_s / _BLOCKS
+
+    computes, steps, updates, hidden = [], [], [], []
+    for _ in range(repeats):
+        computes.append(timed(update=False))
+        updates.append(host_update())
+        before = optimizer.stats()
+        timed(update=True)
+        # Steady state: each of these forwards runs while the update of the step before it does.
+        steps += [timed(update=True) for _ in range(2)]
+        optimizer.synchronize()
+        after = optimizer.stats()
+        hidden.append(1 - (after.blocked_s - before.blocked_s) / (after.update_s - before.update_s))
+    offload.unwrap(model, optimizer)
+    compute, step, update = summary(computes), summary(steps), summary(updates)
+    return {
+        "synthetic": "the compute is a sleep in each block's forward, as long in all as the host update",
+        "elements": _BLOCKS * elements,
+        "blocks": _BLOCKS,
+        "sleep_s": sleep_s,
+        "compute_s": compute,
+        "update_s": update,
+        "step_s": step,
+        "hidden_share": summary(hidden),
+        "step_over_larger": step["median"] / max(compute["median"], update["median"]),
+        "step_over_sum": step["median"] / (compute["median"] + update["median"]),
+    }
+
+
+def _hooks(quick: bool) -> dict[str, Any]:
+    units = 8 if quick else 32
+    repeats = 5 if quick else 25
+    few, many = 1, 9
+    added = {count: summary(_added_us(units, count, repeats)) for count in (few, many)}
+    per_parameter = (added[many]["median"] - added[few]["median"]) / (units * (many - few))
+    return {
+        "units": units,
+        "added_us": {f"{count} parameters a unit": value for count, value in added.items()},
+        "us_per_parameter": per_parameter,
+        "us_per_unit": added[few]["median"] / units - few * per_parameter,
+    }
+
+
+def _added_us(units: int, count: int, repeats: int) -> list[float]:
+    """Microseconds that a forward and backward of the wrapped model takes longer than that of a plain one."""
+
+    def build() -> nn.Module:
+        return nn.Sequential(*(ManyParameters(count) for _ in range(units)))
+
+    def timed(model: nn.Module) -> float:
+        start = time.perf_counter()
+        model(x).sum().backward()
+        elapsed = time.perf_counter() - start
+        model.zero_grad()
+        return elapsed
+
+    x = torch.ones(64)
+    plain, wrapped = build(), build()
+    wrapped, optimizer = offload.wrap(
+        wrapped, torch.optim.AdamW(wrapped.parameters()), optimizer="host", gradients="host", device="cpu"
+    )
+    for model in (plain, wrapped):
+        timed(model)
+    samples = [(timed(wrapped) - timed(plain)) * 1e6 for _ in range(repeats)]
+    offload.unwrap(wrapped, optimizer)
+    return samples

@@ -1,0 +1,24 @@
+"""Plain text tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["format_bytes", "table"]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """`rows[0]` is the header; the first column is aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+    return "\n".join(lines)
+
+
+def format_bytes(size_bytes: int) -> str:
+    """MiB with one decimal: the sizes of a table stay comparable."""
+    return f"{size_bytes / 2**20:,.1f} MiB"

@@ -1,0 +1,148 @@
+"""`offload train`: the demo run, its checks against runs without offload, and its report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import torch
+
+from ._corpus import read_corpus
+from ._table import format_bytes, table
+from ._training import Run, train
+
+__all__ = ["run_train"]
+
+_CHECK_STEPS = 20
+_KINDS = ("weights", "working", "master", "moments", "gradients")
+_EXIT_CHECK_FAILED = 1
+_EXIT_INTERRUPTED = 130
+# Plain torch.optim.AdamW orders its operations differently, so each step differs by a few fp32 roundings;
+# over 20 steps training amplifies them. A wrong step shows as 1e-1 and more in the loss.
+_LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2}
+
+
+def run_train(options: argparse.Namespace) -> int:
+    """Trains, checks if asked, prints the report; returns the exit code."""
+    corpus = read_corpus()
+    check_steps = min(_CHECK_STEPS, options.steps)
+    run = train(
+        options,
+        corpus,
+        label="offloaded",
+        steps=options.steps,
+        snapshot_step=check_steps if options.check else 0,
+        placement="host",
+        device=options.device,
+    )
+    report = _report(options, run)
+    exit_code = _EXIT_INTERRUPTED if run.interrupted else 0
+    if options.check and not run.interrupted:
+        report["check"], interrupted = _check(options, corpus, run, check_steps)
+        if interrupted:
+            exit_code = _EXIT_INTERRUPTED
+        elif not all(entry["ok"] for entry in report["check"].values()):
+            exit_code = _EXIT_CHECK_FAILED
+    print(_text(report), file=sys.stderr if options.json else sys.stdout)
+    if options.json:
+        print(json.dumps(report))
+    return exit_code
+
+
+def _check(options: argparse.Namespace, corpus: torch.Tensor, run: Run, steps: int) -> tuple[dict[str, Any], bool]:
+    """Results by reference run, and whether Ctrl-C stopped the checks."""
+    results: dict[str, Any] = {}
+    for name, placement in (("nothing_offloaded", "device"), ("plain_torch", None)):
+        reference = train(
+            options,
+            corpus,
+            label=name.replace("_", " "),
+            steps=steps,
+            snapshot_step=steps,
+            placement=placement,
+            device=options.device or run.plan.device_kind,
+        )
+        if reference.interrupted:
+            return results, True
+        loss_difference = max(abs(a - b) for a, b in zip(run.losses, reference.losses, strict=False))
+        weight_difference = max(
+            (run.weights[key].double() - reference.weights[key].double()).abs().max().item() for key in run.weights
+        )
+        if placement is None:
+            ok = loss_difference <= _LOSS_TOLERANCE[options.dtype]
+        else:
+            ok = run.losses[:steps] == reference.losses and all(
+                torch.equal(run.weights[key], reference.weights[key]) for key in run.weights
+            )
+        results[name] = {
+            "ok": ok,
+            "steps": steps,
+            "largest_loss_difference": loss_difference,
+            "largest_weight_difference": weight_difference,
+            "tokens_per_s": reference.tokens_per_s,
+        }
+    return results, False
+
+
+def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "interrupted": run.interrupted,
+        "steps": len(run.losses),
+        "dtype": options.dtype,
+        "device": run.plan.device_kind,
+        "parameters": run.plan.trainable_count,
+        "loss_first": run.losses[0] if run.losses else None,
+        "loss_last": run.losses[-1] if run.losses else None,
+        "losses": run.losses,
+        "tokens_per_s": run.tokens_per_s,
+        "seconds": run.seconds,
+        "bytes": {
+            "device_without_offload": {kind: getattr(run.plan.resident, kind) for kind in _KINDS},
+            "device": {kind: getattr(run.plan.device, kind) for kind in _KINDS},
+            "host": {kind: getattr(run.plan.host, kind) for kind in _KINDS},
+        },
+        "hidden_share": run.stats.hidden_share,
+        "stats": run.stats.to_dict(),
+    }
+
+
+def _text(report: dict[str, Any]) -> str:
+    sizes = report["bytes"]
+    rows: list[tuple[str, ...]] = [("bytes", "device, nothing offloaded", "device", "host")]
+    rows += [(kind, *(format_bytes(sizes[tier][kind]) for tier in sizes)) for kind in _KINDS]
+    rows.append(("total", *(format_bytes(sum(sizes[tier].values())) for tier in sizes)))
+    stats = report["stats"]
+    hidden = "no update yet" if report["hidden_share"] is None else f"{report['hidden_share']:.1%}"
+    facts = [
+        ("run", f"{report['parameters']:,} parameters, {report['dtype']}, on {report['device']}"),
+        ("steps", f"{report['steps']}{' (stopped)' if report['interrupted'] else ''}"),
+        ("loss, first to last", _loss(report)),
+        ("tokens/s", f"{report['tokens_per_s']:,.0f}"),
+        ("host update", f"{stats['update_s']:.2f} s in all ({stats['isa']})"),
+        ("of it hidden", hidden),
+    ]
+    facts += [(f"check: {name.replace('_', ' ')}", _verdict(name, entry)) for name, entry in _checks(report)]
+    width = max(len(name) for name, _ in facts)
+    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts) + "\n\n" + table(rows)
+
+
+def _checks(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    return list(report.get("check", {}).items())
+
+
+def _loss(report: dict[str, Any]) -> str:
+    if report["loss_first"] is None:
+        return "no step ended"
+    return f"{report['loss_first']:.4f} to {report['loss_last']:.4f}"
+
+
+def _verdict(name: str, entry: dict[str, Any]) -> str:
+    differences = (
+        f"largest difference: loss {entry['largest_loss_difference']:.2g}, "
+        f"weights {entry['largest_weight_difference']:.2g}"
+    )
+    expected = "equal to rounding" if name == "plain_torch" else "equal bit for bit"
+    return f"{expected if entry['ok'] else 'NOT ' + expected} over {entry['steps']} steps ({differences})"

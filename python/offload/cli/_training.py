@@ -1,0 +1,203 @@
+"""One training run of the demo: an ordinary PyTorch loop, offloaded or not."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import math
+import sys
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+import offload
+
+from ._corpus import VOCABULARY, batches
+
+__all__ = ["Run", "build_model", "learning_rate_share", "train"]
+
+_HEAD_SIZE = 64
+_WARMUP_SHARE = 0.1
+_FLOOR_SHARE = 0.1  # the cosine ends at this share of the peak learning rate
+_CLIP_NORM = 1.0
+_BETAS = (0.9, 0.95)
+_WEIGHT_DECAY = 0.1
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run produced so far. seconds covers whole steps; weights are taken after `snapshot_step`."""
+
+    losses: list[float] = dataclasses.field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0
+    weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    plan: Any = None
+    stats: Any = None
+    interrupted: bool = False
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def build_model(options: argparse.Namespace) -> nn.Module:
+    """A Llama-style model with random weights; equal options give equal bits."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    hidden = options.hidden or _hidden_for(options.params, options.layers)
+    heads = max(1, hidden // _HEAD_SIZE)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=hidden,
+        intermediate_size=_intermediate(hidden),
+        num_hidden_layers=options.layers,
+        num_attention_heads=heads,
+        max_position_embeddings=options.length,
+        use_cache=False,
+    )
+    torch.manual_seed(options.seed)
+    model: nn.Module = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    return model.to(getattr(torch, options.dtype))
+
+
+def _hidden_for(params: int, layers: int) -> int:
+    """The multiple of the head size whose model comes nearest to `params` parameters."""
+
+    def count(hidden: int) -> int:
+        return layers * (4 * hidden**2 + 3 * hidden * _intermediate(hidden)) + 2 * VOCABULARY * hidden
+
+    guess = max(1, round(math.sqrt(params / (12 * layers)) / _HEAD_SIZE))
+    around = [_HEAD_SIZE * heads for heads in range(max(1, guess - 2), guess + 3)]
+    return min(around, key=lambda hidden: abs(count(hidden) - params))
+
+
+def _intermediate(hidden: int) -> int:
+    """Llama's 8/3 of the hidden size, to a multiple of 16."""
+    return max(16, round(hidden * 8 / 3 / 16) * 16)
+
+
+def learning_rate_share(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine down to a tenth."""
+    warmup = max(1, int(steps * _WARMUP_SHARE))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return _FLOOR_SHARE + (1 - _FLOOR_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """The reference for 16-bit weights: `torch.optim.AdamW` over fp32 masters, in plain PyTorch."""
+
+    def __init__(self, parameters: list[nn.Parameter], **options: Any) -> None:
+        self.weights = parameters
+        self.masters = [parameter.detach().float() for parameter in parameters]
+        super().__init__(self.masters, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+        result = super().step(closure)
+        for master, weight in zip(self.masters, self.weights, strict=True):
+            weight.copy_(master)
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for weight in self.weights:
+            weight.grad = None
+
+
+def train(
+    options: argparse.Namespace,
+    corpus: Tensor,
+    *,
+    label: str,
+    steps: int,
+    snapshot_step: int,
+    placement: str | None,
+    device: str | None,
+) -> Run:
+    """Runs `steps` of the `options.steps` that the schedule spans; stops cleanly on Ctrl-C.
+
+    placement: `"host"` or `"device"` for optimizer and gradients under offload, None for plain PyTorch.
+    """
+    run = Run()
+    model, optimizer, offloaded = _prepare(options, placement, device)
+    run.plan = offloaded.plan if offloaded else None
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_share(step, options.steps))
+    inputs = batches(corpus, batch=options.batch, length=options.length, seed=options.seed)
+    compute_device = next(model.parameters()).device
+
+    model.train()
+    try:
+        for step in range(1, steps + 1):
+            start = time.perf_counter()
+            losses = []
+            for _ in range(options.accumulate):
+                tokens = next(inputs).to(compute_device)
+                loss = model(input_ids=tokens, labels=tokens).loss / options.accumulate
+                loss.backward()
+                losses.append(loss.detach())
+                run.tokens += tokens.numel()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP_NORM)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            run.losses.append(float(torch.stack(losses).sum()))
+            run.seconds += time.perf_counter() - start
+            _progress(label, step, steps, run)
+            if step == snapshot_step:
+                run.weights = _weights(model, offloaded=offloaded is not None)
+    except KeyboardInterrupt:
+        run.interrupted = True
+    _end_progress()
+    if offloaded:
+        offloaded.synchronize()
+        run.stats = offloaded.stats()
+        offload.unwrap(model, offloaded)
+    return run
+
+
+def _prepare(
+    options: argparse.Namespace, placement: str | None, device: str | None
+) -> tuple[nn.Module, torch.optim.Optimizer, offload.OffloadOptimizer | None]:
+    """Model and optimizer of a run; the third is the optimizer again when it is an offloading one."""
+    model = build_model(options)
+    settings: dict[str, Any] = {"lr": options.lr, "betas": _BETAS, "weight_decay": _WEIGHT_DECAY}
+    if placement is None:
+        model = model.to(device or "cpu")
+        kind = torch.optim.AdamW if options.dtype == "float32" else MasterAdamW
+        return model, kind(list(model.parameters()), **settings), None
+    optimizer = torch.optim.AdamW(model.parameters(), **settings)
+    model, offloaded = offload.wrap(model, optimizer, optimizer=placement, gradients=placement, device=device)
+    return model, offloaded, offloaded
+
+
+def _weights(model: nn.Module, *, offloaded: bool) -> dict[str, Tensor]:
+    """Host copies of all parameters."""
+    with offload.full_params(model) if offloaded else contextlib.nullcontext():
+        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+
+
+def _progress(label: str, step: int, steps: int, run: Run) -> None:
+    every = max(1, steps // 10)
+    interactive = sys.stderr.isatty()
+    if not interactive and step % every and step not in (1, steps):
+        return
+    text = f"{label}: step {step}/{steps}  loss {run.losses[-1]:.4f}  {run.tokens_per_s:,.0f} tokens/s"
+    print(
+        f"\r{text}\033[K" if interactive else text,
+        end="" if interactive else "\n",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _end_progress() -> None:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)

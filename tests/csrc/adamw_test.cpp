@@ -1,0 +1,302 @@
+#include "optimizer/adamw.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "base/worker_pool.h"
+#include "check.h"
+#include "optimizer/streaming_ceiling.h"
+
+namespace offload {
+namespace {
+
+constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
+constexpr FloatFormat kAllFormats[] = {FloatFormat::kFloat32, FloatFormat::kBFloat16, FloatFormat::kFloat16};
+constexpr AdamWScalars kScalars = {.weight_scale = 0.9999f,
+                                   .l2 = 0,
+                                   .one_minus_beta1 = 0.1f,
+                                   .beta2 = 0.999f,
+                                   .one_minus_beta2 = 0.001f,
+                                   .step_size = 1e-3f,
+                                   .eps = 1e-8f,
+                                   .maximize = false};
+constexpr Factor kFactors[] = {
+    {FactorKind::kMultiply, 0.3f}, {FactorKind::kDivide, 7.0f}, {FactorKind::kMultiplyReciprocal, 0.7f}};
+
+size_t bytes_of(FloatFormat format) { return format == FloatFormat::kFloat32 ? 4 : 2; }
+
+struct Layout {
+  FloatFormat gradient;
+  MasterFormat master;
+  bool has_weight;
+  FloatFormat weight;
+};
+
+std::vector<Layout> all_layouts() {
+  std::vector<Layout> layouts;
+  for (FloatFormat gradient : kAllFormats) {
+    layouts.push_back({gradient, MasterFormat::kFloat32, false, FloatFormat::kFloat32});
+    layouts.push_back({gradient, MasterFormat::kFloat32, true, FloatFormat::kBFloat16});
+    layouts.push_back({gradient, MasterFormat::kFloat32, true, FloatFormat::kFloat16});
+    layouts.push_back({gradient, MasterFormat::kSplit, true, FloatFormat::kBFloat16});
+  }
+  return layouts;
+}
+
+// Exactly as many bytes as the elements need, so that AddressSanitizer sees any access beyond them, and
+// `offset` elements into the allocation, so that vectors are not aligned.
+class Array {
+ public:
+  Array(size_t count, size_t element_bytes, size_t offset)
+      : bytes_((count + offset) * element_bytes),
+        skip_(offset * element_bytes),
+        memory_(new char[bytes_]()) {}
+
+  template <typename Element>
+  Element* as() const {
+    return reinterpret_cast<Element*>(memory_.get() + skip_);
+  }
+  bool operator==(const Array& other) const {
+    return bytes_ - skip_ == other.bytes_ - other.skip_ &&
+           std::memcmp(as<char>(), other.as<char>(), bytes_ - skip_) == 0;
+  }
+
+ private:
+  size_t bytes_, skip_;
+  std::unique_ptr<char[]> memory_;
+};
+
+// Reproducible fp32 values between 2^-8 and 2^8 of both signs.
+class Values {
+ public:
+  float next() {
+    state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+    const auto random = static_cast<uint32_t>(state_ >> 32);
+    const uint32_t bits = (random & 0x807fffffu) | ((119 + (random >> 23) % 16) << 23);
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+
+ private:
+  uint64_t state_ = 1;
+};
+
+struct States {
+  States(const Layout& layout, size_t count, size_t offset)
+      : layout_(layout),
+        count_(count),
+        gradient(count, bytes_of(layout.gradient), offset),
+        master(count, layout.master == MasterFormat::kSplit ? 2 : 4, offset),
+        weight(count, 2, offset),
+        exp_avg(count, 4, offset),
+        exp_avg_sq(count, 4, offset) {
+    Values values;
+    for (size_t i = 0; i < count; ++i) {
+      const float g = values.next(), p = values.next();
+      if (layout.gradient == FloatFormat::kFloat32) {
+        gradient.as<float>()[i] = g;
+      } else {  // any finite pattern will do: 0x0080 to 0x3fff of either sign
+        uint32_t bits;
+        std::memcpy(&bits, &g, sizeof(bits));
+        gradient.as<uint16_t>()[i] = static_cast<uint16_t>((bits >> 16 & 0x8000u) | (bits & 0x3f7fu) | 0x80u);
+      }
+      if (layout.master == MasterFormat::kSplit) {
+        split_master(&p, weight.as<uint16_t>() + i, master.as<int16_t>() + i, 1);
+      } else {
+        master.as<float>()[i] = p;
+      }
+      exp_avg.as<float>()[i] = values.next();
+      const float root = values.next();
+      exp_avg_sq.as<float>()[i] = root * root;
+    }
+  }
+
+  AdamWSpan span() const {
+    return {.gradient = gradient.as<void>(),
+            .master = master.as<void>(),
+            .weight = layout_.has_weight ? weight.as<void>() : nullptr,
+            .exp_avg = exp_avg.as<float>(),
+            .exp_avg_sq = exp_avg_sq.as<float>(),
+            .count = count_,
+            .gradient_format = layout_.gradient,
+            .weight_format = layout_.weight,
+            .master_format = layout_.master};
+  }
+
+  bool operator==(const States& other) const {
+    return gradient == other.gradient && master == other.master && weight == other.weight &&
+           exp_avg == other.exp_avg && exp_avg_sq == other.exp_avg_sq;
+  }
+
+  Layout layout_;
+  size_t count_;
+  Array gradient, master, weight, exp_avg, exp_avg_sq;
+};
+
+void every_isa_and_alignment_gives_the_same_bits_on_every_tail() {
+  for (const Layout& layout : all_layouts()) {
+    for (size_t count = 0; count < 100; ++count) {
+      States expected(layout, count, 0);
+      const States start(layout, count, 0);
+      adamw_update(expected.span(), kScalars, kFactors, 3, false, Isa::kScalar);
+      CHECK(count == 0 || !(expected == start));
+      for (Isa isa : kAllIsas) {
+        if (!isa_available(isa)) continue;
+        States seen(layout, count, count % 5);
+        adamw_update(seen.span(), kScalars, kFactors, 3, false, isa);
+        CHECK(seen == expected);
+      }
+    }
+  }
+}
+
+void threads_do_not_change_the_bits() {
+  WorkerPool pool(4);
+  for (const Layout& layout : all_layouts()) {
+    constexpr size_t kCount = 100'003;  // several blocks and a tail
+    States expected(layout, kCount, 0), seen(layout, kCount, 1);
+    adamw_update(expected.span(), kScalars, kFactors, 3, false, active_isa());
+    adamw_update_parallel(pool, seen.span(), kScalars, kFactors, 3, false, active_isa());
+    CHECK(seen == expected);
+  }
+}
+
+void one_step_by_hand() {
+  float gradient = 2, master = 1, exp_avg = 0, exp_avg_sq = 0;
+  const AdamWSpan span = {&gradient,
+                          &master,
+                          nullptr,
+                          &exp_avg,
+                          &exp_avg_sq,
+                          1,
+                          FloatFormat::kFloat32,
+                          FloatFormat::kFloat32,
+                          MasterFormat::kFloat32};
+  const AdamWScalars scalars = {.weight_scale = 0.5f,
+                                .l2 = 0,
+                                .one_minus_beta1 = 0.25f,
+                                .beta2 = 0.5f,
+                                .one_minus_beta2 = 0.25f,
+                                .step_size = 0.5f,
+                                .eps = 1,
+                                .maximize = false};
+  adamw_update(span, scalars, nullptr, 0, false, active_isa());
+  CHECK_EQ(exp_avg, 0.5f);
+  CHECK_EQ(exp_avg_sq, 1.0f);
+  CHECK_EQ(master, 0.375f);  // 1 * 0.5 - 0.5 * 0.5 / (1 + 1)
+}
+
+void denormals_are_flushed_only_on_request_and_the_mode_comes_back() {
+  const bool before = flush_denormals_enabled();
+  for (bool flush : {false, true}) {
+    for (Isa isa : kAllIsas) {
+      if (!isa_available(isa)) continue;
+      float gradient = 0, master = 1, exp_avg = 1e-40f, exp_avg_sq = 1;
+      const AdamWSpan span = {&gradient,
+                              &master,
+                              nullptr,
+                              &exp_avg,
+                              &exp_avg_sq,
+                              1,
+                              FloatFormat::kFloat32,
+                              FloatFormat::kFloat32,
+                              MasterFormat::kFloat32};
+      adamw_update(span, kScalars, nullptr, 0, flush, isa);
+      uint32_t bits;
+      std::memcpy(&bits, &exp_avg, sizeof(bits));
+      CHECK_EQ(bits == 0, flush);
+      CHECK_EQ(flush_denormals_enabled(), before);
+    }
+  }
+}
+
+void spans_that_are_not_legal_are_refused() {
+  float memory[4] = {};
+  const AdamWSpan good = {memory,
+                          memory + 1,
+                          nullptr,
+                          memory + 2,
+                          memory + 3,
+                          1,
+                          FloatFormat::kFloat32,
+                          FloatFormat::kFloat32,
+                          MasterFormat::kFloat32};
+  auto update = [](const AdamWSpan& span) { adamw_update(span, kScalars, nullptr, 0, false, Isa::kScalar); };
+  AdamWSpan bad = good;
+  bad.gradient = nullptr;
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "gradient", update(bad));
+  bad = good;
+  bad.weight = memory;
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "weight", update(bad));
+  bad = good;
+  bad.master_format = MasterFormat::kSplit;
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "split", update(bad));
+  bad = good;
+  bad.gradient_format = static_cast<FloatFormat>(9);
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "gradient_format", update(bad));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "factors",
+               adamw_update(good, kScalars, nullptr, 1, false, Isa::kScalar));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "instruction set",
+               adamw_update(good, kScalars, nullptr, 0, false, static_cast<Isa>(9)));
+}
+
+void split_and_join_are_exact() {
+  for (uint32_t high : {0x0000u, 0x3f80u, 0x3f81u, 0x7f7fu, 0x8000u, 0xff7fu}) {
+    for (uint32_t low = 0; low <= 0xffffu; ++low) {
+      const uint32_t bits = (high << 16) | low;
+      float master, joined;
+      std::memcpy(&master, &bits, sizeof(master));
+      uint16_t weight;
+      int16_t remainder;
+      split_master(&master, &weight, &remainder, 1);
+      join_master(&weight, &remainder, &joined, 1);
+      CHECK(std::memcmp(&master, &joined, sizeof(master)) == 0);
+      CHECK_EQ(weight, static_cast<uint16_t>(high + (low >> 15)));  // half up in magnitude
+    }
+  }
+}
+
+void a_streaming_pass_keeps_what_it_updates() {
+  constexpr size_t kCount = 96 * 1024 + 32;
+  WorkerPool pool(2);
+  struct alignas(64) Line {
+    unsigned char bytes[64];
+  };
+  for (bool non_temporal : {false, true}) {
+    for (bool prefetch : {false, true}) {
+      std::vector<Line> read(kCount / 16, Line{{1}}), update(kCount / 32, Line{{2}}),
+          write(kCount / 32, Line{{3}});
+      streaming_pass(pool,
+                     {{read.data(), 4, Access::kRead},
+                      {update.data(), 2, Access::kUpdate},
+                      {write.data(), 2, Access::kWrite}},
+                     kCount, {.non_temporal = non_temporal, .prefetch = prefetch});
+      for (const Line& line : read) CHECK(line.bytes[0] == 1 && line.bytes[63] == 0);
+      for (const Line& line : update) CHECK(line.bytes[0] == 2 && line.bytes[63] == 0);
+      for (const Line& line : write) CHECK(line.bytes[0] == 0);
+    }
+  }
+  Line line = {};
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "multiple",
+               streaming_pass(pool, {{line.bytes, 2, Access::kRead}}, 31, {}));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "multiples of 64",
+               streaming_pass(pool, {{line.bytes + 2, 2, Access::kRead}}, 32, {}));
+}
+
+}  // namespace
+}  // namespace offload
+
+int main() {
+  using namespace offload;
+  every_isa_and_alignment_gives_the_same_bits_on_every_tail();
+  threads_do_not_change_the_bits();
+  one_step_by_hand();
+  denormals_are_flushed_only_on_request_and_the_mode_comes_back();
+  spans_that_are_not_legal_are_refused();
+  split_and_join_are_exact();
+  a_streaming_pass_keeps_what_it_updates();
+  return test::result();
+}

@@ -1,0 +1,142 @@
+#include "transfer/transfer_queue.h"
+
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "device/host_device.h"
+
+namespace offload {
+namespace {
+
+struct Fixture {
+  std::shared_ptr<HostDevice> device = std::make_shared<HostDevice>();
+  TransferQueue queue{device};
+};
+
+void lanes_are_independent() {
+  Fixture f;
+  int on_host = 1, on_device = 2, other = 0;
+  f.device->hold(Direction::kToHost);
+  const Ticket down = f.queue.submit(Direction::kToHost, &on_host, &on_device, sizeof(int), 0);
+  f.queue.submit(Direction::kToDevice, &other, &on_device, sizeof(int), 0).wait();
+  CHECK_EQ(other, 2);
+  CHECK(!down.done());
+  CHECK_EQ(on_host, 1);
+  f.device->release(Direction::kToHost);
+  down.wait();
+  CHECK_EQ(on_host, 2);
+}
+
+void a_copy_waits_for_the_other_lane() {
+  Fixture f;
+  int first = 7, between = 0, last = 0;
+  f.device->hold(Direction::kToHost);
+  const Ticket down = f.queue.submit(Direction::kToHost, &between, &first, sizeof(int), 0);
+  const Ticket up = f.queue.submit_after(Direction::kToDevice, &last, &between, sizeof(int), down);
+  CHECK(!up.done());
+  f.device->release(Direction::kToHost);
+  CHECK(f.queue.wait_on_stream(0, up));
+  CHECK_EQ(last, 7);
+}
+
+void a_refused_copy_leaves_nothing_behind() {
+  Fixture f;
+  int value = 3, copy = 0;
+  const Ticket failed = Ticket::pending();
+  failed.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "broken")));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "null destination",
+               f.queue.submit(Direction::kToDevice, nullptr, &value, sizeof(int), 0, failed));
+  CHECK(f.queue.submit(Direction::kToDevice, &copy, &value, sizeof(int), 0).wait());
+  CHECK_EQ(copy, 3);
+  CHECK_EQ(f.queue.stats().to_device_count, 1u);
+}
+
+void stats_count_bytes_by_direction() {
+  Fixture f;
+  std::vector<char> a(24), b(24);
+  f.queue.submit(Direction::kToHost, a.data(), b.data(), 24, 0).wait();
+  f.queue.submit(Direction::kToDevice, a.data(), b.data(), 8, 0).wait();
+  f.queue.submit(Direction::kToDevice, nullptr, nullptr, 0, 0).wait();
+  const TransferStats stats = f.queue.stats();
+  CHECK_EQ(stats.to_host_bytes, 24u);
+  CHECK_EQ(stats.to_host_count, 1u);
+  CHECK_EQ(stats.to_device_bytes, 8u);
+  CHECK_EQ(stats.to_device_count, 2u);
+}
+
+// Writes down which submission each call belongs to, and lets other threads in between the calls.
+class RecordingDevice final : public Device {
+ public:
+  const char* kind() const noexcept override { return "recording"; }
+  std::unique_ptr<Stream> create_stream(const std::string&) override { return std::make_unique<Stream>(); }
+  Ticket submit_copy(Stream&, Direction, void* destination, const void*, size_t) override {
+    record(reinterpret_cast<uintptr_t>(destination));
+    return {};
+  }
+  void wait_ticket(Stream&, const Ticket&) override { std::this_thread::yield(); }
+  void wait_compute(Stream&, uintptr_t compute_stream) override {
+    record(compute_stream);
+    std::this_thread::yield();
+  }
+  bool compute_wait(uintptr_t, const Ticket&, int64_t) override { return true; }
+  void pin(void*, size_t) override {}
+  void unpin(void*, size_t) noexcept override {}
+
+  std::vector<uintptr_t> calls;  // read when no thread submits
+
+ private:
+  void record(uintptr_t submission) {
+    std::lock_guard lock(mutex_);
+    calls.push_back(submission);
+  }
+
+  std::mutex mutex_;
+};
+
+void a_copy_and_its_waits_are_one_unit() {
+  auto device = std::make_shared<RecordingDevice>();
+  TransferQueue queue(device);
+  constexpr uintptr_t kThreads = 4, kCopies = 200;
+  {
+    std::vector<std::jthread> threads;
+    for (uintptr_t t = 0; t < kThreads; ++t) {
+      threads.emplace_back([&queue, t] {
+        for (uintptr_t i = 1; i <= kCopies; ++i) {
+          const uintptr_t submission = t * kCopies + i;  // stands for the stream and for the destination
+          queue.submit(Direction::kToDevice, reinterpret_cast<void*>(submission), &queue, 1, submission);
+        }
+      });
+    }
+  }
+  CHECK_EQ(device->calls.size(), 2 * kThreads * kCopies);
+  size_t torn = 0;
+  for (size_t i = 0; i < device->calls.size(); i += 2) torn += device->calls[i] != device->calls[i + 1];
+  CHECK_EQ(torn, 0u);
+}
+
+void destruction_finishes_the_lanes() {
+  int value = 5, copy = 0;
+  auto device = std::make_shared<HostDevice>();
+  auto queue = std::make_unique<TransferQueue>(device);
+  device->hold(Direction::kToDevice);
+  const Ticket ticket = queue->submit(Direction::kToDevice, &copy, &value, sizeof(int), 0);
+  queue.reset();
+  CHECK(ticket.done());
+  CHECK_EQ(copy, 5);
+}
+
+}  // namespace
+}  // namespace offload
+
+int main() {
+  using namespace offload;
+  lanes_are_independent();
+  a_copy_waits_for_the_other_lane();
+  a_refused_copy_leaves_nothing_behind();
+  stats_count_bytes_by_direction();
+  a_copy_and_its_waits_are_one_unit();
+  destruction_finishes_the_lanes();
+  return test::result();
+}

@@ -1,0 +1,210 @@
+"""The command: parsing without torch, the demo end to end, its checks, its exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offload
+from offload.cli import _bench, _bench_step, _train, main
+from offload.cli._corpus import batches, read_corpus
+from offload.cli._table import table
+from offload.cli._training import MasterAdamW, Run, build_model, learning_rate_share
+
+TINY = ["--layers", "2", "--hidden", "64", "--length", "16", "--batch", "2"]
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "offload", *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_help_and_version_do_not_import_torch(flag: str) -> None:
+    code = (
+        "import sys\nfrom offload.cli import main\n"
+        f"try:\n    main([{flag!r}])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "offload" in result.stdout
+
+
+def test_module_and_command_agree() -> None:
+    assert run_command("--version").stdout.startswith("offload ")
+    assert "exit codes" in run_command("--help").stdout
+
+
+def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--steps", "0"],
+        ["train", "--params", "few"],
+        ["train", "--dtype", "int8"],
+        ["bench", "it"],
+        ["fly"],
+    ],
+)
+def test_bad_arguments(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+
+
+def test_an_unreachable_device_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--device", "cuda:99"]) == 2
+    assert "cuda:99" in capsys.readouterr().err
+
+
+def test_train_with_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--steps", "6", "--check", "--json"]) == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert report["steps"] == 6 and len(report["losses"]) == 6
+    assert report["check"]["nothing_offloaded"] | {"tokens_per_s": 0} == {
+        "ok": True,
+        "steps": 6,
+        "largest_loss_difference": 0.0,
+        "largest_weight_difference": 0.0,
+        "tokens_per_s": 0,
+    }
+    assert report["check"]["plain_torch"]["ok"]
+    # The run was offloaded: states and gradients on the host, none on the device.
+    assert report["bytes"]["host"]["moments"] == 8 * report["parameters"]
+    assert report["bytes"]["device"]["moments"] == report["bytes"]["device"]["gradients"] == 0
+    assert report["stats"]["host_bytes"]["moments"] >= 8 * report["parameters"]
+    assert report["stats"]["steps"] == 6 and 0 <= report["hidden_share"] <= 1
+    assert "equal bit for bit" in output.err, "with --json the table goes to stderr"
+
+
+def test_train_in_fp32(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--steps", "3", "--check", "--dtype", "float32"]) == 0
+    text = capsys.readouterr().out
+    assert "equal to rounding" in text and "tokens/s" in text and "of it hidden" in text
+
+
+def test_equal_seeds_give_equal_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = []
+    for seed in ("1", "1", "2"):
+        assert main(["train", *TINY, "--steps", "3", "--seed", seed, "--json"]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["losses"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_failed_check_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    honest = _train.train
+
+    def tampered(*arguments: Any, **options: Any) -> Run:
+        run = honest(*arguments, **options)
+        if options["placement"] == "device":
+            run.losses[-1] += 2.0**-20
+        return run
+
+    monkeypatch.setattr(_train, "train", tampered)
+    assert main(["train", *TINY, "--steps", "2", "--check"]) == 1
+    assert "NOT equal bit for bit" in capsys.readouterr().out
+
+
+def test_ctrl_c_ends_with_the_table_so_far() -> None:
+    arguments = [sys.executable, "-m", "offload", "train", *TINY, "--steps", "1000000", "--json"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        while not process.stderr.readline().startswith("offloaded: step 1/"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    report = json.loads(output)
+    assert report["interrupted"] and report["steps"] == len(report["losses"])
+    assert "Traceback" not in errors
+
+
+def test_params_flag_sizes_the_model() -> None:
+    for asked in (1_000_000, 5_000_000, 20_000_000):
+        options = argparse.Namespace(hidden=None, params=asked, layers=6, length=16, seed=0, dtype="float32")
+        count = sum(parameter.numel() for parameter in build_model(options).parameters())
+        assert 0.6 * asked < count < 1.6 * asked
+
+
+def test_the_schedule_warms_up_and_decays() -> None:
+    shares = [learning_rate_share(step, 100) for step in range(100)]
+    assert shares[0] == pytest.approx(0.1) and max(shares) == 1.0
+    assert shares.index(1.0) in (9, 10)
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+    assert 0.1 <= shares[-1] < 0.11
+
+
+def test_corpus_and_batches_are_deterministic() -> None:
+    corpus = read_corpus()
+    assert corpus.dtype == torch.uint8 and len(corpus) > 1_000_000
+    first, second = (next(batches(corpus, batch=3, length=8, seed=5)) for _ in range(2))
+    assert first.shape == (3, 8) and first.dtype == torch.int64
+    assert torch.equal(first, second)
+
+
+def test_a_folder_without_sources_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no Python sources"):
+        read_corpus(tmp_path)
+
+
+def test_master_adamw_is_adamw_over_fp32_copies() -> None:
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(16).bfloat16())
+    master = torch.nn.Parameter(weight.detach().float())
+    ours, stock = MasterAdamW([weight], lr=0.1), torch.optim.AdamW([master], lr=0.1)
+    for _ in range(3):
+        weight.grad = torch.randn(16).bfloat16()
+        master.grad = weight.grad.float()
+        ours.step()
+        stock.step()
+        assert torch.equal(weight.detach(), master.detach().bfloat16())
+    ours.zero_grad()
+    assert weight.grad is None
+
+
+def test_table_aligns_columns() -> None:
+    lines = table([("kind", "bytes"), ("weights", "1"), ("m", "1000")]).splitlines()
+    assert lines == ["kind     bytes", "--------------", "weights      1", "m         1000"]
+
+
+def test_summary_orders_its_samples() -> None:
+    assert _bench.summary([3.0, 1.0, 2.0, 5.0, 4.0]) == {
+        "samples": [3.0, 1.0, 2.0, 5.0, 4.0],
+        "median": 3.0,
+        "p20": 2.0,
+        "p80": 4.0,
+    }
+
+
+def test_bench_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert main(["bench", "all", "--quick", "--json", str(path)]) == 0
+    report = json.loads(path.read_text())
+    assert json.loads(capsys.readouterr().out) == report
+    assert (report["schema_version"], report["quick"]) == (1, True)
+    assert report["environment"]["torch"] == torch.__version__
+    assert report["environment"]["offload"] == offload.__version__
+    assert list(report["results"]) == ["adamw", "pool", "step"]
+    assert all(report["results"].values())
+    overlap = report["results"]["step"]["overlap"]
+    assert "sleep" in overlap["synthetic"]
+    assert overlap["step_s"]["p20"] <= overlap["step_s"]["median"] <= overlap["step_s"]["p80"]
+
+
+def test_bench_measures_one_part_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(_bench_step, "run", lambda quick: {"quick": quick})
+    assert main(["bench", "step"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"] == {"step": {"quick": False}}

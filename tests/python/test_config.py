@@ -1,0 +1,119 @@
+"""Options: what is accepted, and that what is refused says why."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import offload
+from offload._config import Config, format_size, parse_size
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (0, 0),
+        (123, 123),
+        ("512", 512),
+        ("512B", 512),
+        ("24GiB", 24 * 2**30),
+        ("24 gib", 24 * 2**30),
+        ("1.5 GB", 1_500_000_000),
+        ("2K", 2000),
+        ("0.5MiB", 2**19),
+        ("1 Ti", 2**40),
+        ("9007199254740993", 2**53 + 1),  # would lose its last bit in a float
+    ],
+)
+def test_parse_size(text: int | str, expected: int) -> None:
+    assert parse_size(text) == expected
+
+
+@pytest.mark.parametrize("bad", ["", "GiB", "-1GiB", "1 GiBs", "1e9", "ten", -1, 1.5, True, None])
+def test_parse_size_refuses(bad: object) -> None:
+    with pytest.raises(offload.InvalidArgument, match=r"24GiB|negative"):
+        parse_size(bad)  # type: ignore[arg-type]
+
+
+@given(st.integers(0, 2**50))
+def test_format_size_is_read_back_to_its_precision(size: int) -> None:
+    # Two decimals of the unit: a relative error of at most 0.005.
+    assert math.isclose(parse_size(format_size(size)), size, rel_tol=0.006)
+
+
+def test_defaults_offload_by_need() -> None:
+    config = Config()
+    assert (config.optimizer, config.gradients, config.lazy) == ("auto", "auto", True)
+    assert config.device_budget_bytes is None and config.host_budget_bytes is None
+
+
+def test_config_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().optimizer = "host"  # type: ignore[misc]
+
+
+def test_budgets_and_device_are_normalised() -> None:
+    config = Config(device_budget="2GiB", host_budget=10, device=torch.device("cpu"))
+    assert (config.device_budget_bytes, config.host_budget_bytes, config.device) == (2**31, 10, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"optimizer": "gpu"}, ["optimizer='gpu'", "'device', 'host', 'disk', 'auto'"]),
+        ({"optimizer": "disk"}, ["optimizer='disk'", "not yet"]),
+        ({"gradients": "disk"}, ["gradients='disk'", "not yet"]),
+        ({"params": "host"}, ["params='host'", "not yet", "'device', 'auto'"]),
+        ({"activations": "host"}, ["activations='host'", "not yet"]),
+        ({"master": "bf16"}, ["master='bf16'", "'split'"]),
+        ({"lazy": 1}, ["lazy=1", "True"]),
+        ({"pin": "yes"}, ["pin='yes'", "'auto'"]),
+        ({"poison": 0}, ["poison=0", "None"]),
+        ({"grad_dtype": "float32"}, ["grad_dtype='float32'", "None"]),
+        ({"device_budget": "lots"}, ["device_budget", "'lots'"]),
+        ({"host_budget": -5}, ["host_budget", "-5"]),
+        ({"optimiser": "host"}, ["'optimiser'", "did you mean 'optimizer'"]),
+        ({"xyzzy": 1}, ["'xyzzy'", "legal options are optimizer, gradients"]),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], words: list[str]) -> None:
+    with pytest.raises(offload.InvalidArgument) as caught:
+        Config.resolve(None, options)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_resolve_lays_options_over_the_config() -> None:
+    base = Config(optimizer="host", lazy=False)
+    assert Config.resolve(base, {}) == base
+    assert Config.resolve(base, {"lazy": True}) == Config(optimizer="host", lazy=True)
+    assert Config.resolve({"optimizer": "host"}, {"gradients": "host"}) == Config(optimizer="host", gradients="host")
+    assert Config.resolve(None, {}) == Config()
+
+
+def test_resolve_refuses_other_types() -> None:
+    with pytest.raises(offload.InvalidArgument, match="config is a str"):
+        Config.resolve("zero3", {})  # type: ignore[arg-type]
+
+
+def test_poison_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OFFLOAD_POISON", "1")
+    assert Config().poison_enabled
+    assert not Config(poison=False).poison_enabled
+    monkeypatch.setenv("OFFLOAD_POISON", "0")
+    assert not Config().poison_enabled
+    assert Config(poison=True).poison_enabled
+    monkeypatch.delenv("OFFLOAD_POISON")
+    assert not Config().poison_enabled
+
+
+def test_config_and_plan_need_no_torch() -> None:
+    code = "import sys, offload._config, offload._plan, offload._stats; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

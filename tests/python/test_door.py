@@ -1,0 +1,163 @@
+"""Bad input at the door: the error names the value and what is legal, and nothing was changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from training import HOST, batches, loss_of, make_model
+
+
+def untouched(model: nn.Module) -> None:
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+    for p in model.parameters():
+        assert not p._post_accumulate_grad_hooks and type(p) is nn.Parameter
+
+
+def refused(error: type[Exception], match: str, model: nn.Module, optim: Any, **options: Any) -> None:
+    with pytest.raises(error, match=match):
+        offload.wrap(model, optim, **options)
+    untouched(model)
+
+
+def adamw(model: nn.Module, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameters(), **options)
+
+
+def test_optimizer_of_another_model() -> None:
+    refused(offload.InvalidArgument, "not the model's", make_model(), adamw(make_model()))
+
+
+def test_optimizers_that_are_not_adam() -> None:
+    class Mine(torch.optim.AdamW):
+        pass
+
+    model = make_model()
+    refused(offload.InvalidArgument, "SGD is not supported yet", model, torch.optim.SGD(model.parameters(), lr=0.1))
+    refused(offload.InvalidArgument, "Mine is not supported yet", model, Mine(model.parameters()))
+    refused(offload.InvalidArgument, "no optimizer", model, [])
+
+
+@pytest.mark.parametrize("flag", ["amsgrad", "capturable", "differentiable"])
+def test_flags_that_change_the_arithmetic(flag: str) -> None:
+    model = make_model()
+    refused(offload.InvalidArgument, flag, model, adamw(model, **{flag: True}))
+
+
+def test_empty_groups() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    optimizer.param_groups.append({**optimizer.param_groups[0], "params": []})
+    refused(offload.InvalidArgument, "group 1 .* is empty", model, optimizer)
+
+
+def test_parameter_in_two_optimizers() -> None:
+    model = make_model()
+    refused(offload.InvalidArgument, "two optimizers", model, [adamw(model), adamw(model)])
+
+
+def test_wrapping_twice() -> None:
+    model = make_model()
+    model, wrapped = offload.wrap(model, adamw(model), **HOST)
+    with pytest.raises(offload.StateError, match="wrapped already"):
+        offload.wrap(model, adamw(model))
+    with pytest.raises(offload.StateError, match="wrapped already"):
+        offload.wrap(make_model(), wrapped)
+
+
+def test_the_original_optimizer_refuses_to_step() -> None:
+    model = make_model()
+    optimizer = adamw(model)
+    offload.wrap(model, optimizer, **HOST)
+    with pytest.raises(offload.StateError, match="optimizer that wrap returned"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "tpu", "meta"])
+def test_device_that_does_not_exist(device: str) -> None:
+    model = make_model()
+    refused(offload.InvalidArgument, device, model, adamw(model), device=device)
+
+
+def test_budgets_too_small() -> None:
+    model = make_model()
+    refused(offload.InvalidArgument, "KiB", model, adamw(model), device_budget="10KiB")
+    refused(offload.OutOfHostMemory, "KiB", model, adamw(model), host_budget="20KiB", **HOST)
+
+
+def test_unknown_and_illegal_options() -> None:
+    model = make_model()
+    refused(offload.InvalidArgument, "optimizer", model, adamw(model), optimiser="host")
+    refused(offload.InvalidArgument, "moon", model, adamw(model), optimizer="moon")
+    refused(offload.InvalidArgument, "params", model, adamw(model), params="host")
+
+
+def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    model = make_model()
+    refused(offload.InvalidArgument, "WORLD_SIZE=2", model, adamw(model))
+
+
+def test_data_parallel_model() -> None:
+    model = nn.DataParallel(make_model())
+    refused(offload.InvalidArgument, "DataParallel", model, adamw(model))
+
+
+def test_models_that_cannot_be_wrapped() -> None:
+    model = make_model()
+    with pytest.raises(offload.InvalidArgument, match="torch.nn.Module"):
+        offload.wrap("model", adamw(model))  # type: ignore[arg-type]
+    meta = make_model().to("meta")
+    refused(offload.InvalidArgument, "meta device", meta, adamw(meta))
+    complex_model = nn.Linear(2, 2).to(torch.complex64)
+    refused(offload.InvalidArgument, "complex64", complex_model, adamw(complex_model))
+    double = nn.Linear(2, 2).double()
+    refused(offload.InvalidArgument, "float64", double, adamw(double))
+
+
+def test_sparse_gradients_name_the_parameter() -> None:
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
+    model, optimizer = offload.wrap(model, adamw(model), **HOST)
+    with pytest.raises(offload.InvalidArgument, match=r"0\.weight.*sparse"):
+        model(torch.tensor([1, 2])).sum().backward()
+        optimizer.step()
+
+
+def test_nan_gradients_spread_as_in_torch() -> None:
+    model = make_model()
+    model, optimizer = offload.wrap(model, adamw(model, lr=1e-2), **HOST)
+    loss_of(model, next(batches(1))).backward()
+    weight = model.blocks[0].up.weight
+    weight.grad[0, 0] = float("nan")
+    optimizer.step()
+    assert weight[0, 0].isnan() and not weight[1:].isnan().any() and not weight[0, 1:].isnan().any()
+
+
+def test_add_param_group_after_wrap() -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.blocks.parameters(), lr=1e-2)
+    model, wrapped = offload.wrap(model, optimizer, **HOST)
+    wrapped.add_param_group({"params": list(model.embedding.parameters()), "lr": 1e-3})
+    before = model.embedding.weight.detach().clone()
+    loss_of(model, next(batches(1))).backward()
+    wrapped.step()
+    assert not torch.equal(before, model.embedding.weight)
+    with pytest.raises(offload.InvalidArgument, match="amsgrad"):
+        wrapped.add_param_group({"params": list(model.norm.parameters()), "amsgrad": True})
+    assert len(wrapped.param_groups) == 2
+
+
+def test_auto_offloads_the_least_that_fits() -> None:
+    count = sum(p.numel() for p in make_model().parameters())
+    placements = []
+    for budget in (20 * count, 9 * count, 5 * count):
+        model = make_model()
+        _, optimizer = offload.wrap(model, adamw(model), device_budget=budget)
+        placements.append((optimizer.plan.optimizer, optimizer.plan.gradients))
+        assert optimizer.plan.reason
+    assert placements == [("device", "device"), ("host", "device"), ("host", "host")]

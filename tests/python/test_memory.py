@@ -1,0 +1,106 @@
+"""Bytes: the device holds what the plan says, measured by live storages and not by our own counters."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+import offload
+from training import HOST, RESIDENT, batches, loss_of, make_model
+
+
+class Allocations:
+    """What torch's own CPU allocator handed out and got back inside the context; the host pool does not use it."""
+
+    def __enter__(self) -> Allocations:
+        self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        events = self._profile.profiler.kineto_results.events()
+        changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        self.left = sum(changes)
+        assert changes, "the profiler saw no allocation"
+
+
+def bytes_left_by_training(placement: dict[str, str], dtype: torch.dtype) -> tuple[int, int]:
+    """Device bytes that wrap, two steps and a last backward leave behind, and the number of parameters."""
+    model = make_model(dtype)
+    tokens = next(batches(1))
+    with Allocations() as allocations:
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **placement)
+        for _ in range(2):
+            loss_of(model, tokens).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss_of(model, tokens).backward()
+        optimizer.synchronize()
+        # A landed gradient leaves the ring when the next one enters it.
+        for _ in range(2):
+            optimizer._engine.lanes.to_host(torch.zeros(1)).ticket.wait()
+    return allocations.left, sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_and_states_are_off_the_device(dtype: torch.dtype) -> None:
+    offloaded, count = bytes_left_by_training(HOST, dtype)
+    assert offloaded < 0.05 * count * dtype.itemsize
+    states = 8 if dtype == torch.float32 else 12
+    resident, _ = bytes_left_by_training(RESIDENT, dtype)
+    assert resident >= count * (dtype.itemsize + states)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "weights", "master"),
+    [
+        (torch.float32, {}, 0, 4),
+        (torch.bfloat16, {}, 2, 2),
+        (torch.bfloat16, {"master": "fp32"}, 2, 4),
+        (torch.float16, {}, 2, 4),
+    ],
+)
+def test_host_bytes_follow_the_formula(dtype: torch.dtype, options: dict[str, str], weights: int, master: int) -> None:
+    model = make_model(dtype)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST, **options)
+
+    def blocks(itemsize: int) -> int:
+        return sum(-(-p.numel() * itemsize // 256) * 256 for p in model.parameters())
+
+    stats = optimizer.stats()
+    expected = {"weights": blocks(weights), "master": blocks(master), "moments": 2 * blocks(4), "gradients": 0}
+    assert {tag: stats.host_bytes[tag] for tag in expected} == expected
+    mapped = stats.pool["mapped_bytes"]
+    loss_of(model, next(batches(1))).backward()
+    assert optimizer.stats().host_bytes["gradients"] == blocks(dtype.itemsize)
+    assert optimizer.stats().pool["mapped_bytes"] == mapped, "pages were obtained inside a hook"
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.synchronize()
+    assert optimizer.stats().host_bytes["gradients"] == 0
+    assert optimizer.plan.host.total == sum(p.numel() for p in model.parameters()) * (
+        weights + master + 8 + dtype.itemsize
+    )
+
+
+def test_everything_returns_to_the_system_with_the_engine() -> None:
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
+    pool = optimizer._engine.pool
+    loss_of(model, next(batches(1))).backward()
+    optimizer.step()
+    optimizer.synchronize()
+    model, plain = offload.unwrap(model, optimizer)
+    del optimizer
+    gc.collect()
+    assert pool.stats()["live_count"] == 0
+    pool.trim()
+    assert pool.stats()["mapped_bytes"] == 0
+    assert len(plain.state) == len(list(model.parameters()))

@@ -1,0 +1,254 @@
+"""The byte rule: sums by formula, the least offloading that fits, and errors that carry the numbers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import offload
+from offload._config import Config
+from offload._plan import ParameterSize, Plan, TierBytes, make_plan
+from offload._stats import Stats
+
+BIG = 2**50
+WIDTHS = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+def parameter(name: str, numel: int, dtype: str = "bfloat16", *, trainable: bool = True) -> ParameterSize:
+    return ParameterSize(name, numel, WIDTHS[dtype], dtype, trainable)
+
+
+def plan_for(
+    parameters: list[ParameterSize],
+    config: Config | None = None,
+    *,
+    device_bytes: int = BIG,
+    host_bytes: int = BIG,
+    gradient_itemsize: int | None = None,
+) -> Plan:
+    return make_plan(
+        parameters,
+        config or Config(),
+        device_kind="cuda",
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        gradient_itemsize=gradient_itemsize,
+    )
+
+
+HOST = Config(optimizer="host", gradients="host")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "master", "device", "host"),
+    [
+        ("bfloat16", "auto", TierBytes(weights=2), TierBytes(working=2, master=2, moments=8, gradients=2)),
+        ("bfloat16", "split", TierBytes(weights=2), TierBytes(working=2, master=2, moments=8, gradients=2)),
+        ("bfloat16", "fp32", TierBytes(weights=2), TierBytes(working=2, master=4, moments=8, gradients=2)),
+        ("float16", "auto", TierBytes(weights=2), TierBytes(working=2, master=4, moments=8, gradients=2)),
+        ("float32", "auto", TierBytes(weights=4), TierBytes(master=4, moments=8, gradients=4)),
+    ],
+)
+def test_bytes_of_one_offloaded_parameter(dtype: str, master: str, device: TierBytes, host: TierBytes) -> None:
+    plan = plan_for([parameter("p", 1, dtype)], Config(optimizer="host", gradients="host", master=master))
+    assert (plan.device, plan.host) == (device, host)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device"),
+    [
+        ("bfloat16", TierBytes(weights=2, master=4, moments=8, gradients=2)),
+        ("float32", TierBytes(weights=4, moments=8, gradients=4)),
+    ],
+)
+def test_bytes_of_one_resident_parameter(dtype: str, device: TierBytes) -> None:
+    plan = plan_for([parameter("p", 1, dtype)], Config(optimizer="device", gradients="device"))
+    assert plan.device == plan.resident == device
+    assert plan.host == TierBytes()
+
+
+def test_host_update_of_device_gradients_needs_them_on_both_sides() -> None:
+    plan = plan_for([parameter("p", 100)], Config(optimizer="host", gradients="device"))
+    assert (plan.device.gradients, plan.host.gradients) == (200, 200)
+
+
+def test_gradient_itemsize_overrides_the_dtype() -> None:
+    assert plan_for([parameter("p", 100)], HOST, gradient_itemsize=4).host.gradients == 400
+
+
+def test_frozen_parameters_have_weights_only() -> None:
+    plan = plan_for([parameter("p", 100, trainable=False)], HOST)
+    assert (plan.device, plan.host) == (TierBytes(weights=200), TierBytes())
+    assert (plan.trainable_count, plan.frozen_count) == (0, 100)
+
+
+def test_master_form() -> None:
+    half, brain, full = parameter("h", 1, "float16"), parameter("b", 1), parameter("f", 1, "float32")
+    assert plan_for([brain, full], HOST).master == "split"
+    assert plan_for([half, brain], HOST).master == "mixed"
+    assert plan_for([full], HOST).master == "none"
+    assert plan_for([brain], Config(optimizer="device")).master == "fp32"
+
+
+def test_auto_goes_optimizer_then_gradients() -> None:
+    model = [parameter("p", 1000)]  # resident 16,000 B; states away 4,000 B; gradients away too 2,000 B
+    for budget, placement in [
+        (16_000, ("device", "device")),
+        (15_999, ("host", "device")),
+        (4_000, ("host", "device")),
+        (3_999, ("host", "host")),
+        (2_000, ("host", "host")),
+    ]:
+        plan = plan_for(model, Config(device_budget=budget))
+        assert (plan.optimizer, plan.gradients) == placement
+    with pytest.raises(offload.InvalidArgument):
+        plan_for(model, Config(device_budget=1_999))
+
+
+def test_auto_optimizer_stays_when_given_gradients_make_the_room() -> None:
+    plan = plan_for([parameter("p", 1000)], Config(gradients="host", device_budget=14_000))
+    assert (plan.optimizer, plan.gradients) == ("device", "host")
+
+
+def test_a_measured_device_leaves_a_quarter_to_activations() -> None:
+    model = [parameter("p", 1000)]
+    assert plan_for(model, device_bytes=21_334).optimizer == "device"  # 3/4 of it is 16,000.5
+    assert plan_for(model, device_bytes=21_330).optimizer == "host"
+
+
+def test_too_small_a_device_lists_the_numbers() -> None:
+    with pytest.raises(offload.InvalidArgument) as caught:
+        plan_for([parameter("p", 2**30)], Config(device_budget="1GiB"))
+    for word in [
+        "device budget",
+        "2.00 GiB needed",
+        "1.00 GiB available",
+        "raise device_budget",
+        "moments",
+        "8.00 GiB",
+    ]:
+        assert word in str(caught.value)
+
+
+def test_too_small_a_device_under_explicit_placement_points_at_auto() -> None:
+    with pytest.raises(offload.InvalidArgument, match="optimizer='auto'"):
+        plan_for([parameter("p", 2**30)], Config(optimizer="device", device_budget="4GiB"))
+
+
+def test_too_small_a_host_lists_the_numbers() -> None:
+    with pytest.raises(offload.OutOfHostMemory) as caught:
+        plan_for([parameter("p", 2**30)], Config(optimizer="host", gradients="host", host_budget="13GiB"))
+    for word in ["host budget", "14.00 GiB needed", "13.00 GiB available", "raise host_budget", "working"]:
+        assert word in str(caught.value)
+
+
+def test_unsupported_dtypes_are_named() -> None:
+    with pytest.raises(offload.InvalidArgument, match=r"'double'.*float64"):
+        plan_for([ParameterSize("double", 1, 8, "float64")])
+    assert plan_for([ParameterSize("double", 1, 8, "float64", trainable=False)]).device.weights == 8
+    with pytest.raises(offload.InvalidArgument, match=r"'half'.*float16"):
+        plan_for([parameter("half", 1, "float16")], Config(master="split"))
+
+
+def test_explain_says_what_and_why() -> None:
+    text = plan_for([parameter("p", 2**30)], Config(device_budget="8GiB")).explain()
+    for word in ["moments", "8.00 GiB", "optimizer on the host", "16.00 GiB", "the given budget"]:
+        assert word in text
+
+
+def test_on_the_cpu_the_plan_says_that_nothing_is_saved() -> None:
+    plan = make_plan([parameter("p", 1)], HOST, device_kind="cpu", device_bytes=BIG, host_bytes=BIG)
+    assert any("the compute device is the CPU" in line for line in plan.reason)
+
+
+models = st.lists(
+    st.builds(
+        lambda numel, dtype, trainable: parameter("p", numel, dtype, trainable=trainable),
+        st.integers(0, 10**6),
+        st.sampled_from(sorted(WIDTHS)),
+        st.booleans(),
+    ),
+    max_size=8,
+)
+placements = st.sampled_from(["device", "host"])
+
+
+@given(models, placements, placements)
+def test_offloading_moves_bytes_and_loses_none(model: list[ParameterSize], optimizer: str, gradients: str) -> None:
+    plan = plan_for(model, Config(optimizer=optimizer, gradients=gradients, master="fp32"))
+    assert plan.device.weights == sum(p.numel * p.itemsize for p in model)
+    assert plan.device.moments + plan.host.moments == 8 * plan.trainable_count
+    trainable = [p for p in model if p.trainable]
+    gradient_bytes = sum(p.numel * p.itemsize for p in trainable)
+    assert gradient_bytes in (plan.device.gradients, plan.host.gradients)
+    # Every trainable element has an fp32 value on the tier of its optimizer state, and one only.
+    fp32_weights = sum(4 * p.numel for p in trainable if p.itemsize == 4)
+    exact = plan.host.master if optimizer == "host" else plan.device.master + fp32_weights
+    assert exact == 4 * plan.trainable_count
+    assert (plan.host.total == 0) == (not trainable_bytes(plan) or optimizer == gradients == "device")
+
+
+def trainable_bytes(plan: Plan) -> int:
+    return plan.trainable_count
+
+
+@given(models, st.integers(0, 2 * 10**8), st.integers(0, 2 * 10**8))
+def test_more_budget_never_offloads_more(model: list[ParameterSize], first: int, second: int) -> None:
+    small, large = sorted((first, second))
+    try:
+        tight = plan_for(model, Config(device_budget=small))
+    except offload.InvalidArgument:
+        return
+    roomy = plan_for(model, Config(device_budget=large))
+    assert roomy.host.total <= tight.host.total
+    assert roomy.device.total >= tight.device.total
+
+
+@given(models, st.integers(0, 10**8))
+def test_auto_is_the_least_that_fits(model: list[ParameterSize], budget: int) -> None:
+    order = [("device", "device"), ("host", "device"), ("host", "host")]
+    fits = [
+        (optimizer, gradients)
+        for optimizer, gradients in order
+        if plan_for(model, Config(optimizer=optimizer, gradients=gradients)).device.total <= budget
+    ]
+    config = Config(device_budget=budget)
+    if not fits:
+        with pytest.raises(offload.InvalidArgument):
+            plan_for(model, config)
+        return
+    plan = plan_for(model, config)
+    assert (plan.optimizer, plan.gradients) == fits[0]
+    assert plan.device.total <= budget
+
+
+def stats(update_s: float, blocked_s: float) -> Stats:
+    return Stats(
+        steps=3,
+        device_bytes={"weights": 2048},
+        host_bytes={"moments": 4096},
+        pool={"mapped_bytes": 8192, "live_count": 3},
+        transfers={"to_host_bytes": 1024, "to_host_count": 2},
+        isa="avx512",
+        pinned=False,
+        pageable_reason="the CPU device pins nothing",
+        update_s=update_s,
+        blocked_s=blocked_s,
+        fallbacks=("SGD runs as its own class",),
+    )
+
+
+@pytest.mark.parametrize(("update_s", "blocked_s", "share"), [(0, 0, None), (2, 0.5, 0.75), (2, 3, 0.0), (2, 0, 1.0)])
+def test_hidden_share(update_s: float, blocked_s: float, share: float | None) -> None:
+    assert stats(update_s, blocked_s).hidden_share == share
+
+
+def test_stats_as_dict_and_text() -> None:
+    value = stats(2, 0.5)
+    as_dict = value.to_dict()
+    assert as_dict["hidden_share"] == 0.75
+    assert as_dict["host_bytes"] == {"moments": 4096}
+    assert as_dict["fallbacks"] == ["SGD runs as its own class"]
+    for word in ["4.00 KiB", "75.0% hidden", "pageable (the CPU device pins nothing)", "avx512", "SGD runs"]:
+        assert word in str(value)
