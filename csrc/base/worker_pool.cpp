@@ -272,8 +272,7 @@ WorkerPool::WorkerPool(size_t thread_count) : state_(std::make_unique<State>()) 
 WorkerPool::~WorkerPool() {
   Crew* crew = state_->crew.load(std::memory_order_acquire);
   // A crew of another process is leaked for the reason given in current_crew().
-  if (crew != nullptr && !crew->forked())
-    delete crew;
+  if (crew != nullptr && !crew->forked()) delete crew;
 }
 
 void WorkerPool::parallel_for(size_t count, const std::function<void(size_t)>& body) {

@@ -1,7 +1,8 @@
 #include "bindings/bindings.h"
 
 PYBIND11_MODULE(_native, module) {
-  module.doc() = "The native core of offload. Addresses, lengths in bytes and format codes cross as integers.";
+  module.doc() =
+      "The native core of offload. Addresses, lengths in bytes and format codes cross as integers.";
   module.attr("version") = OFFLOAD_VERSION;
   offload::bindings::bind_errors(module);
   offload::bindings::bind_device(module);

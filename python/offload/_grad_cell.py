@@ -149,7 +149,7 @@ class GradCell:
         return self._copy
 
     def settle(self) -> None:
-        """Ends a loan: a copy that something else still reaches is the owner, an owner that nothing else does departs."""
+        """Ends a loan: a copy that something else still reaches is the owner, an owner that nothing does departs."""
         if self._copy is None:
             return
         if self._exposed or _references(self) > _SOLE_OWNER:

@@ -1,7 +1,8 @@
 """How gradients travel: off the device as backward makes them, back for accumulation, and into the update.
 
 `GradientLanes` is the store that `HostGrad` cells use (`_host_grad.GradStore`). It owns the bounded ring of device
-tensors whose copies are in flight, and the order in which backward produces gradients, for prefetching.
+tensors whose copies, in either direction, are in flight, and the order in which backward produces gradients, for
+prefetching.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
-from ._host_grad import HostGrad, hold
+from ._host_grad import HostBytes, HostGrad, hold
 
-# Device memory that gradients on their way out may keep alive; beyond it backward waits for the lane.
+# Device memory that gradients on their way may keep alive; beyond it backward waits for the lane.
 _RING_BYTES = 256 << 20
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
@@ -80,20 +81,23 @@ class GradientLanes:
         self._keep(ticket, tensor, nbytes)
         return LandedBytes(buffer, ticket)
 
-    def to_device(self, held: LandedBytes, out: Tensor) -> None:
+    def to_device(self, held: HostBytes, out: Tensor) -> None:
         """Fills `out` (same dense strides); the compute stream waits, not the host."""
         self.wait_upload(self.start_upload(held, out))
 
-    def start_upload(self, held: LandedBytes, out: Tensor) -> _native.Ticket:
-        """Starts filling `out`, which the caller keeps alive until the ticket ended."""
+    def start_upload(self, held: HostBytes, out: Tensor) -> _native.Ticket:
+        """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
+        assert isinstance(held, LandedBytes)
         nbytes = out.numel() * out.element_size()
         ticket = self._transfers.submit_to_device(
             out.data_ptr(), held.address, nbytes, self.compute_stream(), held.ticket
         )
         held.buffer.release_after(ticket)
+        self._keep(ticket, out, nbytes)
         return ticket
 
     def wait_upload(self, ticket: _native.Ticket) -> None:
+        """The compute stream waits until what start_upload() returned has ended."""
         self._transfers.wait_on_stream(self.compute_stream(), ticket)
 
     def _keep(self, ticket: _native.Ticket, tensor: Tensor, nbytes: int) -> None:
@@ -130,8 +134,9 @@ class GradientLanes:
             held = gradient.cell.for_step()
             if held.strides == parameter.stride():
                 factors = [(kind, address, value) for kind, address, value, _ in held.factors]
-                kept = tuple(keep for *_, keep in held.factors if keep is not None)
-                return StepGradient(held.bytes.address, held.dtype, held.tickets, factors, (held.bytes, *kept))
+                read = (held.bytes, *(keep for *_, keep in held.factors if keep is not None))
+                mine = tuple(landed for landed in read if isinstance(landed, LandedBytes))
+                return StepGradient(held.bytes.address, held.dtype, held.tickets, factors, mine)
         plain = self.on_device(parameter)
         landed = self.to_host(plain)
         self._plain_ticket = landed.ticket

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
@@ -19,6 +20,7 @@ class ModuleHook:
     def __init__(self, call: Callable[[], None] | None) -> None:
         self._call = call
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled code breaks its graph here and calls it
     def __call__(self, *_: Any) -> None:
         if self._call is not None:
             self._call()
@@ -52,8 +54,12 @@ class Hooks:
             return
         self._watched.add(id(parameter))
         lanes, name = self._engine.lanes, self._engine.name_of(parameter)
-        # Closes over the parameter: an earlier user hook may replace the argument that torch passes.
-        self._handles.append(parameter.register_post_accumulate_grad_hook(lambda _: lanes.take(parameter, name)))
+
+        def take(_: Tensor) -> None:
+            # Closes over the parameter: an earlier user hook may replace the argument that torch passes.
+            lanes.take(parameter, name)
+
+        self._handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -71,7 +72,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Submits one update of every parameter that has a gradient; returns what `closure` returned.
 
         Hyperparameters are read now. Raises `InvalidArgument` naming the parameter for a gradient that cannot be used
@@ -120,16 +121,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
         return [states[id(p)] for group in self.param_groups for p in group["params"] if id(p) in states]
 
     @property
-    def state(self) -> dict[Any, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """As in torch: parameter -> step, exp_avg, exp_avg_sq, and the fp32 `master` of a 16-bit parameter.
 
         Current values: reading it waits for the submitted update. Tensors lie where the states do. A split master is
         joined into a new tensor; use `load_state_dict` to write one.
         """
         if not self._adopting:
-            return {}
+            return defaultdict(dict)
         self._engine.synchronize()
-        return {state.parameter: _dump(state) for state in self._own_states() if state.step > 0}
+        return defaultdict(dict, {state.parameter: _dump(state) for state in self._own_states() if state.step > 0})
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -201,11 +202,11 @@ def _dump(state: ParameterState) -> dict[str, Any]:
 
 def _plain(state: ParameterState) -> dict[str, Any]:
     """What stock torch would hold: moments in the parameter's dtype on its device."""
-    like = {"device": state.parameter.device, "dtype": state.parameter.dtype}
+    device, dtype = state.parameter.device, state.parameter.dtype
     return {
         "step": torch.tensor(float(state.step)),
-        "exp_avg": state.exp_avg.detach().to(**like, copy=True),
-        "exp_avg_sq": state.exp_avg_sq.detach().to(**like, copy=True),
+        "exp_avg": state.exp_avg.detach().to(device, dtype, copy=True),
+        "exp_avg_sq": state.exp_avg_sq.detach().to(device, dtype, copy=True),
     }
 
 

@@ -44,7 +44,7 @@ def _metadata_calls() -> frozenset[Any]:
         attribute = getattr(Tensor, name, None)
         if attribute is not None and hasattr(attribute, "__set__"):
             calls.add(attribute.__set__)
-    calls.add(Tensor.grad.__delete__)
+    calls.add(Tensor.grad.__delete__)  # type: ignore[union-attr]
     calls.update(getattr(Tensor, name) for name in _METADATA_METHODS if hasattr(Tensor, name))
     calls.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
     return frozenset(calls)
@@ -73,9 +73,9 @@ class PendingParameter(Parameter):
         return copy.deepcopy(make_current(self), memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return make_current(self).__reduce_ex__(protocol)
+        return make_current(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *args: Any, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(make_current(self))
 
 

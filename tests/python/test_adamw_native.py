@@ -129,9 +129,7 @@ class States:
         )
         return self
 
-    def reference(
-        self, scalars: dict[str, Any] = SCALARS, factors: Sequence[tuple[int, float]] = ()
-    ) -> States:
+    def reference(self, scalars: dict[str, Any] = SCALARS, factors: Sequence[tuple[int, float]] = ()) -> States:
         """[Note: the AdamW sequence], one torch operation for one rounding."""
         gradient = self.gradient.clone()
         for kind, value in factors:
