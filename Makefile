@@ -17,8 +17,8 @@ test: $(VENV)/.installed
 	OFFLOAD_POISON=1 $(PY) -m pytest tests
 
 lint: $(VENV)/.tools
-	$(VENV)/bin/ruff check python tests benches examples
-	$(VENV)/bin/ruff format --check python tests benches examples
+	$(VENV)/bin/ruff check python tests examples
+	$(VENV)/bin/ruff format --check python tests examples
 	$(VENV)/bin/mypy
 	find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m pytest -q -p no:cacheprovider tests/layout

@@ -7,6 +7,8 @@ modules, hooks and the optimizer's face are above it.
 
 from __future__ import annotations
 
+import contextlib
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +85,8 @@ class Engine:
         self._tickets: dict[int, _native.Ticket] = {}
         # Units in the order in which the latest forward touched them: the order of the next update.
         self._touched: dict[EngineUnit, None] = {}
+        # Before the states and parameters are freed, and before the interpreter tears its modules down.
+        weakref.finalize(self, _drain, self.pipeline, self._tickets, self.lanes)
 
     # --- states ---------------------------------------------------------------------------------------------
 
@@ -290,10 +294,6 @@ class Engine:
         finally:
             self._slots.clear()
 
-    def __del__(self) -> None:
-        # The pipeline's destructor finishes what was submitted; it must go before the states it writes to.
-        self.__dict__.pop("pipeline", None)
-
     def stats(self, parameters: Sequence[Tensor]) -> Stats:
         """`parameters`: all of the model's, for the bytes on the device."""
         pool = self.pool.stats()
@@ -339,6 +339,18 @@ _POOL_COUNTERS = (
     "budget_bytes", "mapped_bytes", "pinned_bytes", "used_bytes", "requested_bytes", "peak_used_bytes",
     "waiting_bytes", "live_count",
 )  # fmt: skip
+
+
+# A step that has not ended by then was held or lost its device: exit goes on without it.
+_DRAIN_SECONDS = 5.0
+
+
+def _drain(pipeline: _native.StepPipeline, tickets: Mapping[int, _native.Ticket], lanes: GradientLanes) -> None:
+    """Ends the work in flight on memory that is about to go. `pipeline` is kept until then: it must die first."""
+    for ticket in (*tickets.values(), *lanes.in_flight()):
+        with contextlib.suppress(OffloadError):  # nobody is left to be told
+            if not ticket.wait(_DRAIN_SECONDS):
+                return
 
 
 def state_of(engine: Engine, parameter: Parameter) -> ParameterState:

@@ -108,6 +108,10 @@ class GradientLanes:
             self._ring_bytes -= kept.numel() * kept.element_size()
             oldest.wait()
 
+    def in_flight(self) -> list[_native.Ticket]:
+        """The tickets of copies that may not have ended."""
+        return [ticket for ticket, _ in self._ring]
+
     # --- leaving in backward --------------------------------------------------------------------------------
 
     def take(self, parameter: Parameter, name: str) -> None:

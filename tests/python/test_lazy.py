@@ -257,3 +257,32 @@ def test_dataloader_workers_forked_after_the_first_step() -> None:
         loss_of(model, tokens).backward()
         optimizer.step()
     optimizer.synchronize()
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["running", "held lanes"])
+def test_interpreter_exit_with_work_in_flight(held: bool) -> None:
+    """Neither hangs nor crashes, in whatever order the interpreter tears things down."""
+    import os
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = f"""
+import torch, offload
+from training import HOST, batches, loss_of, make_model
+model = make_model(width=128)
+model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
+loss_of(model, next(batches(1))).backward()
+if {held}:
+    optimizer._engine.device.hold("to_device")
+optimizer.step()
+loss = loss_of(model, next(batches(1))) if not {held} else None
+if loss is not None:
+    loss.backward()
+print("done")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    child = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (child.returncode, child.stdout) == (0, "done\n"), child.stderr
