@@ -38,7 +38,6 @@ class EngineUnit:
     """What the engine keeps of a unit: its states, and whether any of them waits for an update."""
 
     name: str
-    is_root: bool
     states: list[ParameterState] = field(default_factory=list)
     pending: bool = False
     called: bool = False
@@ -72,7 +71,7 @@ class Engine:
         self.lanes = GradientLanes(self.pool, self.transfers)
         self.step_count = 0
         self._failure: BaseException | None = None
-        self.units = [EngineUnit(unit.name, unit.is_root) for unit in units]
+        self.units = [EngineUnit(unit.name) for unit in units]
         self._units_of: dict[int, list[EngineUnit]] = {}
         self._names: dict[int, str] = {}
         for unit, engine_unit in zip(units, self.units, strict=True):
@@ -174,25 +173,25 @@ class Engine:
         Raises before anything is changed when a gradient cannot be used.
         """
         for update in updates:
-            gradient = update.parameter.grad
-            if not isinstance(gradient, HostGrad):
-                check_gradient(self.name_of(update.parameter), gradient)  # type: ignore[arg-type]
+            assert update.parameter.grad is not None
+            check_gradient(self.name_of(update.parameter), update.parameter.grad)
         states = [self.adopt(update.parameter) for update in updates]
         for state in states:
             if state.parameter._version != state.version:
                 self._finish([state])
                 state.adopt_parameter()
         work = list(zip(states, updates, strict=True))
-        self.step_count += 1
         if self.plan.optimizer == "device":
             for state, update in work:
                 state.step += 1
                 state.update_on_device(self.lanes.on_device(state.parameter), update.hyper.scalars(state.step))
                 self._wrote(state)
+            self.step_count += 1
             return
         order = {unit: position for position, unit in enumerate(self._touched)}
         work.sort(key=lambda pair: self._position(pair[0], order))
         self._submit_to_host([pair for pair in work if pair[0].parameter.numel() > 0])
+        self.step_count += 1
 
     def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
         return min((order.get(u, len(order)) for u in self._units_of.get(id(state.parameter), ())), default=0)
@@ -281,7 +280,7 @@ class Engine:
             self._failure = error
             raise
         for state in waiting:
-            del self._tickets[id(state.parameter)]
+            self._tickets.pop(id(state.parameter), None)  # another thread may have waited too
             if can_be_pending(state.parameter):
                 restore(state.parameter)
 

@@ -1,0 +1,177 @@
+"""What training loops do to gradients, through the engine: plain torch's bits, and the update that they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload._host_grad import HostGrad
+from training import HOST, RESIDENT, assert_offloaded, batches, loss_of, make_model, same_bits
+
+Edit = Callable[[nn.Module], Any]
+
+
+def _edit_through_a_view(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad.view(-1)[0] = 0.25
+        p.grad[..., -1].mul_(0.5)
+
+
+def _replace(model: nn.Module) -> None:
+    for index, p in enumerate(model.parameters()):
+        if index % 2:
+            p.grad = p.grad * 2
+        elif index % 3 == 0:
+            p.grad = None
+
+
+def _scale_thrice(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.grad.mul_(0.3).div_(7).mul_(torch.tensor(1.7))
+
+
+def _transposed(model: nn.Module) -> None:
+    weight = model.blocks[0].up.weight
+    weight.grad = (weight.grad * 1.5).t().contiguous().t()
+
+
+EDITS: dict[str, Edit] = {
+    "norm 1": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=1.0),
+    "norm 2": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+    "norm inf": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.001, norm_type=float("inf")),
+    "norm 3": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1, norm_type=3.0),
+    "norm, no foreach": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=False),
+    "norm, foreach": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=True),
+    "twice": lambda model: [nn.utils.clip_grad_norm_(model.parameters(), clip) for clip in (0.3, 0.1)],
+    "value": lambda model: nn.utils.clip_grad_value_(model.parameters(), 1e-3),
+    "scale thrice": _scale_thrice,
+    "edit through a view": _edit_through_a_view,
+    "replace": _replace,
+    "transposed": _transposed,
+    "data": lambda model: [p.grad.data.add_(0.01) for p in model.parameters()],
+    "zero some": lambda model: [p.grad.zero_() for p in list(model.parameters())[::2]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", EDITS)
+def test_the_update_uses_the_edited_gradient(name: str, dtype: torch.dtype) -> None:
+    def run(placement: dict[str, str]) -> tuple[list[torch.Tensor], list[torch.Tensor], Any]:
+        model = make_model(dtype)
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        gradients = []
+        for tokens in batches(3):
+            loss_of(model, tokens).backward()
+            EDITS[name](model)
+            gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()], gradients, optimizer
+
+    weights, gradients, optimizer = run(HOST)
+    expected_weights, expected_gradients, _ = run(RESIDENT)
+    assert_offloaded(optimizer)
+    for one, other in zip(gradients + weights, expected_gradients + expected_weights, strict=True):
+        assert type(one) is torch.Tensor and same_bits(one, other)
+
+
+def test_user_hooks_before_and_after_ours() -> None:
+    def run(placement: dict[str, str]) -> tuple[list[torch.Tensor], list[float]]:
+        model = make_model()
+        seen: list[float] = []
+        weight = model.blocks[0].up.weight
+        weight.register_hook(lambda gradient: gradient * 3)
+        weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.sum().item()))
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+
+        def halve(p: torch.Tensor) -> None:
+            p.grad.mul_(0.5)
+
+        weight.register_post_accumulate_grad_hook(halve)
+        weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad.sum().item()))
+        for tokens in batches(3):
+            loss_of(model, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()], seen
+
+    weights, seen = run(HOST)
+    expected, expected_seen = run(RESIDENT)
+    assert seen == expected_seen
+    for one, other in zip(weights, expected, strict=True):
+        assert same_bits(one, other)
+
+
+def test_gradients_that_are_not_the_optimizers_stay_plain() -> None:
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.blocks.parameters(), lr=1e-2), **HOST)
+    loss_of(model, next(batches(1))).backward()
+    assert type(model.embedding.weight.grad) is torch.Tensor
+    assert isinstance(model.blocks[0].up.weight.grad, HostGrad)
+    before = model.embedding.weight.detach().clone()
+    optimizer.step()
+    assert same_bits(model.embedding.weight.detach(), before)
+
+
+def test_a_step_reads_what_the_gradient_was_at_the_call() -> None:
+    """Edits between step() and the update belong to the next step: with the sequencer held, nothing leaks in."""
+
+    def run(hold: bool, edit: bool) -> list[torch.Tensor]:
+        model = make_model()
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
+        loss_of(model, next(batches(1))).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        if hold:
+            optimizer._engine.pipeline.hold()
+        optimizer.step()
+        if edit:
+            for p in model.parameters():
+                p.grad.mul_(100.0)
+                p.grad.add_(1.0)
+            optimizer.zero_grad(set_to_none=False)
+            optimizer.zero_grad()
+        if hold:
+            optimizer._engine.pipeline.release()
+        return [p.detach().clone() for p in model.parameters()]
+
+    for one, other in zip(run(True, True), run(False, False), strict=True):
+        assert same_bits(one, other)
+
+
+def test_a_plain_gradient_may_be_overwritten_right_after_step() -> None:
+    """Gradients on the device are the user's own tensors: they have left before step() returns."""
+    model = make_model()
+    other = make_model()
+    results = []
+    for candidate, overwrite in ((model, True), (other, False)):
+        candidate, optimizer = offload.wrap(
+            candidate, torch.optim.AdamW(candidate.parameters(), lr=1e-2), optimizer="host", gradients="device"
+        )
+        loss_of(candidate, next(batches(1))).backward()
+        optimizer._engine.pipeline.hold()
+        optimizer.step()
+        if overwrite:
+            for p in candidate.parameters():
+                p.grad.fill_(float("nan"))
+        optimizer._engine.pipeline.release()
+        results.append([p.detach().clone() for p in candidate.parameters()])
+    for one, two in zip(*results, strict=True):
+        assert same_bits(one, two)
+
+
+def test_a_failed_copy_of_a_gradient_is_not_lost() -> None:
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
+    before = {name: state.exp_avg.clone() for name, state in enumerate(optimizer._engine.states.values())}
+    optimizer._engine.device.fail_copy("to_host", 3)
+    with pytest.raises(offload.OffloadError, match="to_host"):
+        loss_of(model, next(batches(1))).backward()
+        optimizer.step()
+        optimizer.synchronize()
+    untouched = [same_bits(state.exp_avg, before[name]) for name, state in enumerate(optimizer._engine.states.values())]
+    assert any(untouched)
