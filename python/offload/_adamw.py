@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _native
 from ._errors import InvalidArgument, StateError
+from ._units import is_dense
 
 FORMATS: dict[torch.dtype, int] = {
     torch.float32: _native.FLOAT32,
@@ -260,15 +261,3 @@ def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     """A host copy of `value` with the strides of `parameter`: fp32, or int16 for a remainder."""
     dtype = torch.int16 if value.dtype == torch.int16 else torch.float32
     return torch.empty_like(parameter, dtype=dtype, device="cpu").copy_(value)
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one contiguous span, in some order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return tensor.numel() == 0
-        expected *= size
-    return True

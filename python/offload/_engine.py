@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
-from ._adamw import FORMATS, AdamWHyper, check_gradient, is_dense
+from ._adamw import FORMATS, AdamWHyper, check_gradient
 from ._config import Config
 from ._errors import InvalidArgument, OffloadError, StateError
 from ._gradient_lanes import GradientLanes
@@ -27,7 +27,7 @@ from ._parameter_state import ParameterState
 from ._pending import can_be_pending, make_pending, restore
 from ._plan import Plan
 from ._stats import Stats
-from ._units import Unit
+from ._units import Unit, is_dense
 
 # Blocks of the pool are multiples of this (csrc/memory/host_pool.h).
 _BLOCK_BYTES = 256

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ._grad_factors import Factor, HostBytes
 
-__all__ = ["GradCell", "GradStore", "NormKey", "Owner", "StepGradient", "is_dense"]
+__all__ = ["GradCell", "GradStore", "NormKey", "Owner", "StepGradient"]
 
 # What a norm over all elements depends on: the operation, its order and the dtype it was asked for.
 NormKey = tuple[Any, float, "torch.dtype | None"]
@@ -264,19 +264,6 @@ class GradCell:
     def _held_bytes(self) -> HostBytes:
         assert self._held is not None
         return self._held
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, each once."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _take_norm(key: NormKey, tensor: Tensor) -> Tensor:

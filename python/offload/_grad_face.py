@@ -22,8 +22,9 @@ from torch._compile import _disable_dynamo
 from torch.utils import _foreach_utils
 
 from ._errors import StateError
-from ._grad_cell import GradCell, is_dense
+from ._grad_cell import GradCell
 from ._grad_factors import SCALES, UNSCALE, Factor, make_factor
+from ._units import is_dense
 
 __all__ = ["HostGrad"]
 

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from ._errors import InvalidArgument, StateError
-from ._grad_cell import GradCell, GradStore, Owner, StepGradient, is_dense
+from ._grad_cell import GradCell, GradStore, Owner, StepGradient
 from ._grad_face import HostGrad
 from ._grad_factors import HostBytes
+from ._units import is_dense
 
 __all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "hold"]
 

@@ -10,9 +10,9 @@ import collections
 import dataclasses
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["ROOT_NAME", "Unit", "find_units"]
+__all__ = ["ROOT_NAME", "Unit", "find_units", "is_dense"]
 
 # No module can have this name: it cannot be written as an attribute path.
 ROOT_NAME = "(root)"
@@ -69,6 +69,19 @@ def find_units(model: nn.Module) -> list[Unit]:
     if between:
         units.insert(0, _unit(ROOT_NAME, model, iter(between), names, is_root=True))
     return units
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one stretch of memory, each once, in some order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def _unit(
