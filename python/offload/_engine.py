@@ -177,7 +177,12 @@ class Engine:
             check_gradient(self.name_of(update.parameter), update.parameter.grad)
         states = [self.adopt(update.parameter) for update in updates]
         for state in states:
-            if state.parameter._version != state.version:
+            # A pending parameter has not been touched since the last step: any access would have made it current.
+            if id(state.parameter) not in self._tickets and state.has_moved():
+                if state.on_host:
+                    self._slots[id(state.parameter)] = self._add_slot(state)
+                state.adopt_parameter()
+            elif state.parameter._version != state.version:
                 self._finish([state])
                 state.adopt_parameter()
         work = list(zip(states, updates, strict=True))

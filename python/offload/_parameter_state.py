@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._adamw import adamw_step_, join_master, round_to_weight, split_master
+from ._errors import StateError
 
 # No parameter has it: the next step compares the parameter with its working weight.
 _UNKNOWN_VERSION = -1
@@ -56,6 +57,22 @@ class ParameterState:
                 self.master.copy_(parameter)
         # The version of the parameter that the working weight equals; another one means the user wrote to it.
         self.version = parameter._version
+        # Where its bytes are; another address means that the user gave it other storage (`p.data = ...`).
+        self.address = parameter.data_ptr()
+        self.layout = (parameter.dtype, parameter.shape, parameter.stride(), parameter.device)
+
+    def has_moved(self) -> bool:
+        """Whether the parameter has other storage than at the last look; `StateError` if it has another layout too."""
+        parameter = self.parameter
+        if parameter.data_ptr() == self.address:
+            return False
+        layout = (parameter.dtype, parameter.shape, parameter.stride(), parameter.device)
+        if layout != self.layout:
+            raise StateError(
+                f"{self.name}: became {layout} after wrap, its state is for {self.layout}; call offload.unwrap before "
+                "model.to(), .half() and the like, and wrap again"
+            )
+        return True
 
     def working_weight(self) -> Tensor:
         """What the parameter is refilled from (host), or the parameter's own values (device)."""
@@ -97,6 +114,7 @@ class ParameterState:
         leaves training exactly as it was.
         """
         self.version = self.parameter._version
+        self.address = self.parameter.data_ptr()
         if not self.on_host and self.master is None:
             return  # the parameter is its own master
         new = self.parameter.detach().to(self.exp_avg.device)

@@ -175,3 +175,48 @@ def test_a_failed_copy_of_a_gradient_is_not_lost() -> None:
         optimizer.synchronize()
     untouched = [same_bits(state.exp_avg, before[name]) for name, state in enumerate(optimizer._engine.states.values())]
     assert any(untouched)
+
+
+def test_training_goes_on_after_an_exception_in_backward() -> None:
+    def run(placement: dict[str, str]) -> list[torch.Tensor]:
+        model = make_model()
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        for step, tokens in enumerate(batches(4)):
+            if step == 2:
+
+                def fail(_: torch.Tensor) -> None:
+                    raise ValueError("on purpose")
+
+                handle = model.blocks[1].up.weight.register_hook(fail)
+                with pytest.raises(ValueError, match="on purpose"):
+                    loss_of(model, tokens).backward()
+                handle.remove()
+                optimizer.zero_grad()
+            loss_of(model, tokens).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().clone() for p in model.parameters()]
+
+    for one, other in zip(run(HOST), run(RESIDENT), strict=True):
+        assert same_bits(one, other)
+
+
+def test_two_wrapped_models_share_the_workers() -> None:
+    def losses(interleaved: bool) -> list[float]:
+        trainings = []
+        for seed in (0, 1):
+            model = make_model(torch.bfloat16, seed=seed)
+            trainings.append(offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST))
+        found: dict[int, list[float]] = {0: [], 1: []}
+        turns = [(step, which) for step in range(4) for which in (0, 1)]
+        for step, which in turns if interleaved else sorted(turns, key=lambda turn: (turn[1], turn[0])):
+            model, optimizer = trainings[which]
+            loss = loss_of(model, next(batches(1, seed=step)))
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found[which].append(loss.item())
+        return found[0] + found[1]
+
+    assert losses(True) == losses(False)

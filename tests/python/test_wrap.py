@@ -297,6 +297,33 @@ def test_resync_after_data_writes() -> None:
     assert_same_bits(run(HOST), run(RESIDENT))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_new_storage_for_a_parameter_is_followed(dtype: torch.dtype) -> None:
+    """`p.data = ...` bumps no version; the old storage may be gone, so nothing may be uploaded there."""
+
+    def run(placement: dict[str, str]) -> Run:
+        def replace(step: int, model: nn.Module, _: Any) -> None:
+            if step == 1:
+                for p in model.blocks[1].parameters():
+                    p.data = p.data * 0.5
+
+        return wrapped_run(make_model(dtype), placement, each_step=replace)
+
+    replaced = run(HOST)
+    assert_same_bits(replaced, run(RESIDENT))
+    assert replaced.losses != wrapped_run(make_model(dtype), HOST).losses
+
+
+@pytest.mark.parametrize("placement", [HOST, RESIDENT], ids=["host", "resident"])
+def test_another_dtype_after_wrap_is_refused(placement: dict[str, str]) -> None:
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+    model.bfloat16()
+    loss_of(model, next(batches(1))).backward()
+    with pytest.raises(offload.StateError, match=r"embedding\.weight.*unwrap"):
+        optimizer.step()
+
+
 def test_optimizer_state_dict_round_trip() -> None:
     """Save in the middle, load into a fresh wrap on another tier: the same bits as never stopped."""
     import io
