@@ -85,7 +85,7 @@ class Engine:
         # Units in the order in which the latest forward touched them: the order of the next update.
         self._touched: dict[EngineUnit, None] = {}
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
-        weakref.finalize(self, _drain, self.pipeline, self._tickets, self.lanes)
+        self._finalizer = weakref.finalize(self, _drain, self.pipeline, self._tickets, self.lanes)
 
     # --- states ---------------------------------------------------------------------------------------------
 
@@ -292,11 +292,13 @@ class Engine:
     # --- the end --------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Waits for work in flight: afterwards no native thread touches a parameter or a state. Idempotent."""
-        try:
-            self.synchronize()
-        finally:
-            self._slots.clear()
+        """Waits for work in flight, ends the lanes and the sequencer and gives up every state. Use nothing after it."""
+        self.synchronize()
+        self._finalizer()
+        self.states.clear()
+        for unit in self.units:
+            unit.states.clear()
+        del self.pipeline, self.lanes, self.transfers, self.pool, self.device
 
     def stats(self, parameters: Sequence[Tensor]) -> Stats:
         """`parameters`: all of the model's, for the bytes on the device."""

@@ -30,7 +30,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, original: torch.optim.Optimizer, engine: Engine, hooks: Hooks, parameters: list[Tensor]) -> None:
-        self._engine = engine
+        self._running: Engine | None = engine
         self._hooks = hooks
         self._all_parameters = parameters
         self._original = original
@@ -45,6 +45,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
         original.state.clear()
         self._refusal = original.register_step_pre_hook(_refuse_step)
         self._adopting = True
+
+    @property
+    def _engine(self) -> Engine:
+        if self._running is None:
+            raise StateError("this optimizer was unwrapped: use the one that offload.unwrap returned")
+        return self._running
 
     # --- parameters -----------------------------------------------------------------------------------------
 
@@ -180,6 +186,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for state in self._own_states():
             if state.step > 0:
                 self._original.state[state.parameter] = _plain(state)
+        self._running = None
         return self._original
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,9 +99,26 @@ def test_everything_returns_to_the_system_with_the_engine() -> None:
     optimizer.step()
     optimizer.synchronize()
     model, plain = offload.unwrap(model, optimizer)
-    del optimizer
-    gc.collect()
     assert pool.stats()["live_count"] == 0
     pool.trim()
     assert pool.stats()["mapped_bytes"] == 0
     assert len(plain.state) == len(list(model.parameters()))
+
+
+def test_unwrap_ends_the_threads_of_the_engine() -> None:
+    def threads() -> list[str]:
+        names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+        return sorted(name for name in names if name.startswith(("offload-to", "offload-step")))
+
+    gc.collect()  # engines of other tests
+    before = threads()
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
+    loss_of(model, next(batches(1))).backward()
+    optimizer.step()
+    optimizer.synchronize()
+    assert len(threads()) == len(before) + 3
+    offload.unwrap(model, optimizer)
+    assert threads() == before
+    with pytest.raises(offload.StateError, match="was unwrapped"):
+        optimizer.step()
