@@ -164,17 +164,24 @@ def test_a_plain_gradient_may_be_overwritten_right_after_step() -> None:
         assert same_bits(one, two)
 
 
-def test_a_failed_copy_of_a_gradient_is_not_lost() -> None:
+def test_a_gradient_that_did_not_arrive_changes_nothing_and_is_named() -> None:
     model = make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
-    before = {name: state.exp_avg.clone() for name, state in enumerate(optimizer._engine.states.values())}
-    optimizer._engine.device.fail_copy("to_host", 3)
-    with pytest.raises(offload.OffloadError, match="to_host"):
-        loss_of(model, next(batches(1))).backward()
-        optimizer.step()
+    device, states = optimizer._engine.device, optimizer._engine.states.values()
+    masters = {state.name: state.master_value().clone() for state in states}
+    device.hold("to_host")  # so that the failure is found by the update and not by a later backward hook
+    device.fail_copy("to_host", 3)
+    loss_of(model, next(batches(1))).backward()
+    device.release("to_host")
+    optimizer.step()
+    with pytest.raises(offload.DeviceError, match="did not arrive") as caught:
         optimizer.synchronize()
-    untouched = [same_bits(state.exp_avg, before[name]) for name, state in enumerate(optimizer._engine.states.values())]
-    assert any(untouched)
+    failed = [state for state in states if f"'{state.name}'" in str(caught.value)]
+    assert len(failed) == 1
+    assert same_bits(failed[0].master_value(), masters[failed[0].name])
+    assert not failed[0].exp_avg.any() and not failed[0].exp_avg_sq.any()
+    with pytest.raises(offload.StateError, match=failed[0].name):
+        loss_of(model, next(batches(1)))
 
 
 def test_training_goes_on_after_an_exception_in_backward() -> None:
