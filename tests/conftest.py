@@ -10,8 +10,3 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     # Weights that wait for their update and recycled buffers are filled with NaN: an early read shows in the loss.
     os.environ.setdefault("OFFLOAD_POISON", "1")
-
-
-@pytest.fixture
-def device() -> str:
-    return "cpu"

@@ -52,14 +52,12 @@ class Update:
 
 
 class Engine:
-    """See the module's text. `native_device` lets tests hold, fail and slow down the lanes."""
+    """See the module's text."""
 
-    def __init__(
-        self, plan: Plan, config: Config, units: Sequence[Unit], *, native_device: _native.HostDevice | None = None
-    ) -> None:
+    def __init__(self, plan: Plan, config: Config, units: Sequence[Unit]) -> None:
         self.plan = plan
         self.config = config
-        self.device = native_device if native_device is not None else _native.HostDevice()
+        self.device = _native.HostDevice()
         self.pool = _native.HostPool(
             self.device,
             budget_bytes=plan.host_capacity,
@@ -178,13 +176,10 @@ class Engine:
         states = [self.adopt(update.parameter) for update in updates]
         for state in states:
             # A pending parameter has not been touched since the last step: any access would have made it current.
-            if id(state.parameter) not in self._tickets and state.has_moved():
-                if state.on_host:
-                    self._slots[id(state.parameter)] = self._add_slot(state)
-                state.adopt_parameter()
-            elif state.parameter._version != state.version:
-                self._finish([state])
-                state.adopt_parameter()
+            if state.parameter._version != state.version or (
+                id(state.parameter) not in self._tickets and state.has_moved()
+            ):
+                self.reseed(state)
         work = list(zip(states, updates, strict=True))
         if self.plan.optimizer == "device":
             for state, update in work:
@@ -197,6 +192,16 @@ class Engine:
         work.sort(key=lambda pair: self._position(pair[0], order))
         self._submit_to_host([pair for pair in work if pair[0].parameter.numel() > 0])
         self.step_count += 1
+
+    def reseed(self, state: ParameterState) -> None:
+        """The user wrote to the parameter, or gave it other storage: its values are the master, its new place is known.
+
+        Raises `StateError` when it has another layout than its state.
+        """
+        self._finish([state])
+        if state.has_moved() and state.on_host:
+            self._slots[id(state.parameter)] = self._add_slot(state)
+        state.adopt_parameter()
 
     def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
         return min((order.get(u, len(order)) for u in self._units_of.get(id(state.parameter), ())), default=0)
@@ -357,11 +362,3 @@ def _drain(pipeline: _native.StepPipeline, tickets: Mapping[int, _native.Ticket]
         with contextlib.suppress(OffloadError):  # nobody is left to be told
             if not ticket.wait(_DRAIN_SECONDS):
                 return
-
-
-def state_of(engine: Engine, parameter: Parameter) -> ParameterState:
-    """The state of a managed parameter; `StateError` for any other."""
-    state = engine.states.get(id(parameter))
-    if state is None:
-        raise StateError(f"{engine.name_of(parameter)} has no state in this optimizer")
-    return state

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._adamw import AdamWHyper
-from ._engine import Engine, Update, state_of
+from ._engine import Engine, Update
 from ._errors import InvalidArgument, StateError
 from ._hooks import Hooks
 from ._parameter_state import ParameterState
@@ -109,7 +109,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """
         self._engine.synchronize()
         for state in self._own_states():
-            state.adopt_parameter()
+            self._engine.reseed(state)
 
     # --- states ---------------------------------------------------------------------------------------------
 
@@ -173,7 +173,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             if saved:
                 self._adopt(parameter, saved)
             elif id(parameter) in self._engine.states:
-                _reset(state_of(self._engine, parameter))
+                _reset(self._engine.states[id(parameter)])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

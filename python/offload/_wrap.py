@@ -21,8 +21,9 @@ from ._plan import ParameterSize, Plan, make_plan
 from ._probe import probe_host
 from ._units import Unit, find_units
 
-# The engine and hooks of every wrapped model.
-_wrapped: weakref.WeakKeyDictionary[nn.Module, tuple[Engine, Hooks]] = weakref.WeakKeyDictionary()
+# What every wrapped model was given.
+_Parts = tuple[Engine, Hooks, tuple[OffloadOptimizer, ...]]
+_wrapped: weakref.WeakKeyDictionary[nn.Module, _Parts] = weakref.WeakKeyDictionary()
 
 
 @overload
@@ -72,7 +73,7 @@ def wrap(
         engine.adopt(parameter)
     hooks = Hooks(model, units, engine)
     wrapped = tuple(OffloadOptimizer(o, engine, hooks, list(model.parameters())) for o in optimizers)
-    _wrapped[model] = (engine, hooks)
+    _wrapped[model] = (engine, hooks, wrapped)
     return model, wrapped if several else wrapped[0]
 
 
@@ -82,11 +83,16 @@ def unwrap(
     """Undoes `wrap`: waits for the update, removes every hook, and returns the plain model and optimizer.
 
     The optimizer holds its states as stock torch does: in each parameter's dtype, on its device. Gradients become
-    plain tensors again. Raises `StateError` if the model is not wrapped.
+    plain tensors again. Raises `StateError` if the model is not wrapped, `InvalidArgument` if `optim` is not what wrap
+    returned with it; nothing was changed then.
     """
-    engine, hooks = _engine_of(model)
+    engine, hooks, known = _parts_of(model)
     several = not isinstance(optim, OffloadOptimizer)
     wrapped: list[OffloadOptimizer] = list(optim) if several else [optim]  # type: ignore[arg-type,list-item]
+    if {id(one) for one in wrapped} != {id(one) for one in known}:
+        raise InvalidArgument(
+            f"unwrap was given {len(wrapped)} optimizers: pass all {len(known)} that offload.wrap returned"
+        )
     engine.synchronize()
     hooks.remove()
     for parameter in model.parameters():
@@ -105,12 +111,12 @@ def full_params(model: nn.Module) -> Iterator[nn.Module]:
 
     In-place writes re-seed the optimizer's masters at the next step.
     """
-    engine, _ = _engine_of(model)
+    engine, *_ = _parts_of(model)
     engine.synchronize()
     yield model
 
 
-def _engine_of(model: nn.Module) -> tuple[Engine, Hooks]:
+def _parts_of(model: nn.Module) -> _Parts:
     entry = _wrapped.get(model)
     if entry is None:
         raise StateError(f"this {type(model).__name__} is not wrapped: pass the model that offload.wrap returned")

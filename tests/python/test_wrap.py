@@ -242,6 +242,17 @@ def test_wrapping_an_optimizer_that_has_trained() -> None:
         assert same_bits(one, other)
 
 
+def test_unwrap_wants_every_optimizer() -> None:
+    model = make_model()
+    pair = torch.optim.AdamW(model.blocks.parameters()), torch.optim.AdamW(model.embedding.parameters())
+    model, wrapped = offload.wrap(model, pair, **HOST)
+    with pytest.raises(offload.InvalidArgument, match="all 2"):
+        offload.unwrap(model, wrapped[0])
+    loss_of(model, next(batches(1))).backward()
+    wrapped[0].step()  # nothing was changed
+    assert offload.unwrap(model, wrapped)[1] == pair
+
+
 def test_unwrap_leaves_nothing() -> None:
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -298,14 +309,17 @@ def test_resync_after_data_writes() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_new_storage_for_a_parameter_is_followed(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("resync", [False, True], ids=["noticed", "resync"])
+def test_new_storage_for_a_parameter_is_followed(dtype: torch.dtype, resync: bool) -> None:
     """`p.data = ...` bumps no version; the old storage may be gone, so nothing may be uploaded there."""
 
     def run(placement: dict[str, str]) -> Run:
-        def replace(step: int, model: nn.Module, _: Any) -> None:
+        def replace(step: int, model: nn.Module, optimizer: Any) -> None:
             if step == 1:
                 for p in model.blocks[1].parameters():
                     p.data = p.data * 0.5
+                if resync:
+                    optimizer.resync()
 
         return wrapped_run(make_model(dtype), placement, each_step=replace)
 
