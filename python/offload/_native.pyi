@@ -66,6 +66,21 @@ class HostDevice(Device):
     def pinned_bytes(self) -> int: ...
 
 @final
+class CudaDevice(Device):
+    """A CUDA device by its ordinal, through the driver API; `driver_path` loads another driver (see csrc/device).
+
+    Raises `DeviceError` with the driver's own words and the remedy when there is no driver, it is too old, or the
+    device is not there. Holds the primary context, as torch does.
+    """
+
+    def __init__(self, index: int = 0, *, driver_path: str = "") -> None: ...
+    def facts(self) -> dict[str, Any]:
+        """name, uuid, index, memory_kind ("discrete", "hmm", "ats", "integrated"), compute_capability (major, minor),
+        multiprocessor_count, copy_engine_count, total_bytes, free_bytes, driver_version, can_pin."""
+    @property
+    def pinned_bytes(self) -> int: ...
+
+@final
 class TransferQueue:
     def __init__(self, device: Device) -> None: ...
     def submit_to_host(

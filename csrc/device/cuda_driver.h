@@ -1,0 +1,95 @@
+// The CUDA driver API as a table of functions, loaded from libcuda.so.1 when a CUDA device is first asked
+// for.
+//
+// Ownership: a table is never unloaded: streams may outlive every device, and the driver its own exit.
+// Threads: immutable once loaded.
+// Invariants: no CUDA header and no toolkit is needed to build; nothing is loaded at import. Every entry is
+//             the exact version named here, whatever newer ones the driver has.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "base/error.h"
+
+namespace offload {
+
+// The driver's own types, as its ABI has them.
+using CudaResult = int;
+using CudaOrdinal = int;
+using CudaContext = struct CudaContextOpaque*;
+using CudaStreamHandle = struct CudaStreamOpaque*;  // null: the legacy default stream
+using CudaEventHandle = struct CudaEventOpaque*;
+using CudaAddress = unsigned long long;
+
+struct CudaUuid {
+  unsigned char bytes[16];
+};
+
+// X(name, exported symbol, the CUDA version whose cuGetProcAddress gives that symbol, parameters)
+#define OFFLOAD_CUDA_ENTRIES(X)                                                                          \
+  X(Init, cuInit, 2000, (unsigned flags))                                                                \
+  X(DriverGetVersion, cuDriverGetVersion, 2020, (int* version))                                          \
+  X(GetErrorName, cuGetErrorName, 6000, (CudaResult error, const char** name))                           \
+  X(GetErrorString, cuGetErrorString, 6000, (CudaResult error, const char** text))                       \
+  X(DeviceGetCount, cuDeviceGetCount, 2000, (int* count))                                                \
+  X(DeviceGet, cuDeviceGet, 2000, (CudaOrdinal * device, int index))                                     \
+  X(DeviceGetName, cuDeviceGetName, 2000, (char* name, int capacity, CudaOrdinal device))                \
+  X(DeviceGetUuid, cuDeviceGetUuid_v2, 11040, (CudaUuid * uuid, CudaOrdinal device))                     \
+  X(DeviceGetAttribute, cuDeviceGetAttribute, 2000, (int* value, int attribute, CudaOrdinal device))     \
+  X(DeviceTotalMem, cuDeviceTotalMem_v2, 3020, (size_t* bytes, CudaOrdinal device))                      \
+  X(DevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, 7000, (CudaContext * context, CudaOrdinal device)) \
+  X(DevicePrimaryCtxRelease, cuDevicePrimaryCtxRelease_v2, 11000, (CudaOrdinal device))                  \
+  X(CtxPushCurrent, cuCtxPushCurrent_v2, 4000, (CudaContext context))                                    \
+  X(CtxPopCurrent, cuCtxPopCurrent_v2, 4000, (CudaContext * context))                                    \
+  X(CtxGetStreamPriorityRange, cuCtxGetStreamPriorityRange, 5050, (int* least, int* greatest))           \
+  X(MemGetInfo, cuMemGetInfo_v2, 3020, (size_t* free_bytes, size_t* total_bytes))                        \
+  X(MemHostRegister, cuMemHostRegister_v2, 6050, (void* address, size_t bytes, unsigned flags))          \
+  X(MemHostUnregister, cuMemHostUnregister, 4000, (void* address))                                       \
+  X(StreamCreateWithPriority, cuStreamCreateWithPriority, 5050,                                          \
+    (CudaStreamHandle * stream, unsigned flags, int priority))                                           \
+  X(StreamDestroy, cuStreamDestroy_v2, 4000, (CudaStreamHandle stream))                                  \
+  X(StreamWaitEvent, cuStreamWaitEvent, 3020,                                                            \
+    (CudaStreamHandle stream, CudaEventHandle event, unsigned flags))                                    \
+  X(EventCreate, cuEventCreate, 2000, (CudaEventHandle * event, unsigned flags))                         \
+  X(EventRecord, cuEventRecord, 2000, (CudaEventHandle event, CudaStreamHandle stream))                  \
+  X(EventQuery, cuEventQuery, 2000, (CudaEventHandle event))                                             \
+  X(EventSynchronize, cuEventSynchronize, 2000, (CudaEventHandle event))                                 \
+  X(EventDestroy, cuEventDestroy_v2, 4000, (CudaEventHandle event))                                      \
+  X(MemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, 3020,                                                         \
+    (CudaAddress destination, const void* source, size_t bytes, CudaStreamHandle stream))                \
+  X(MemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, 3020,                                                         \
+    (void* destination, CudaAddress source, size_t bytes, CudaStreamHandle stream))
+
+class CudaDriver {
+ public:
+  // The table of `path` (empty: OFFLOAD_CUDA_DRIVER, or else libcuda.so.1), loaded and initialised at the
+  // first call for that path. Throws kDevice, and tries again at the next call, when there is no driver, it
+  // is older than kOldestVersion, lacks an entry, or refuses to initialise.
+  static const CudaDriver& load(const std::string& path = "");
+
+  // cuGetProcAddress came with 11.3 and cuDeviceGetUuid_v2 with 11.4; torch 2.6 needs 11.8.
+  static constexpr int kOldestVersion = 11080;
+
+  const std::string& path() const noexcept { return path_; }
+  int version() const noexcept { return version_; }  // 12040 is CUDA 12.4
+
+  // "<doing> failed: CUDA_ERROR_X (the driver's text, code N). <what to do>"
+  Error error(CudaResult code, const std::string& doing) const;
+
+  // Throws error(code, doing) unless the code is 0.
+  void check(CudaResult code, const std::string& doing) const;
+
+#define OFFLOAD_DECLARE_ENTRY(name, symbol, version, parameters) CudaResult(*name) parameters = nullptr;
+  OFFLOAD_CUDA_ENTRIES(OFFLOAD_DECLARE_ENTRY)
+#undef OFFLOAD_DECLARE_ENTRY
+
+ private:
+  explicit CudaDriver(const std::string& path);
+
+  std::string path_;
+  int version_ = 0;
+};
+
+}  // namespace offload
