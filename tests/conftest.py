@@ -1,12 +1,49 @@
-"""What every test shares. Skips are decided here alone."""
+"""What every test shares: the device it runs on. Which tests run where is decided here alone."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
+
+# cuBLAS gives the same bits in every run only with it; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+
+_REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Weights that wait for their update and recycled buffers are filled with NaN: an early read shows in the loss.
     os.environ.setdefault("OFFLOAD_POISON", "1")
+    config.addinivalue_line("markers", "host_device: uses the test controls of HostDevice, so it runs on the CPU alone")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test of the engine (its module uses the fixture `device`) runs on the CPU and, where there is one, on CUDA."""
+    if "device" not in metafunc.fixturenames:
+        return
+    devices = ["cpu"]
+    if (_REQUIRE_GPU or torch.cuda.is_available()) and not metafunc.definition.get_closest_marker("host_device"):
+        devices.append("cuda")
+    metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """The compute device; modules and tensors that the test makes are on it unless it says otherwise."""
+    name: str = request.param
+    if name == "cpu":
+        yield torch.device("cpu")
+        return
+    if not torch.cuda.is_available():
+        pytest.fail("OFFLOAD_REQUIRE_GPU=1, and torch sees no CUDA device")
+    torch.set_default_device(name)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield torch.device(name, torch.cuda.current_device())
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_default_device(None)

@@ -212,7 +212,7 @@ class AdamW(torch.optim.Optimizer):
     def _update(self, parameter: Tensor, hyper: AdamWHyper) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = torch.tensor(0.0, device="cpu")
             state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
         split = parameter.dtype == torch.bfloat16

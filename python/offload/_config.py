@@ -67,7 +67,7 @@ class Config:
     optimizer, gradients, params, activations: where each kind of tensor lives: `"device"`, `"host"` or
         `"auto"` (the least that fits the device budget is offloaded, optimizer states first). This
         release keeps params and activations on the device and has no `"disk"`.
-    device: the compute device, as torch names it; None takes the accelerator, or the CPU without one.
+    device: the compute device, as torch names it, where the model's parameters are; None takes theirs.
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.
     host_budget: what offload may take on the host; None measures.
@@ -119,6 +119,10 @@ class Config:
     def host_budget_bytes(self) -> int | None:
         """The given host budget in bytes, None when it is to be measured."""
         return None if self.host_budget is None else parse_size(self.host_budget)
+
+    def pins_on(self, device_type: str) -> bool:
+        """`pin`, or for `"auto"` whether a device of this type gains by it."""
+        return device_type != "cpu" if self.pin == "auto" else bool(self.pin)
 
     @property
     def poison_enabled(self) -> bool:

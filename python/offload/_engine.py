@@ -8,6 +8,7 @@ modules, hooks and the optimizer's face are above it.
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,13 @@ from ._units import Unit, is_dense
 _BLOCK_BYTES = 256
 
 
+def open_device(device: torch.device) -> _native.Device:
+    """The native device behind `device`. Raises `DeviceError` for one that does not answer."""
+    if device.type == "cpu":
+        return _native.HostDevice()
+    return _native.CudaDevice(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @dataclass(eq=False)
 class EngineUnit:
     """What the engine keeps of a unit: its states, and whether any of them waits for an update."""
@@ -54,19 +62,19 @@ class Update:
 class Engine:
     """See the module's text."""
 
-    def __init__(self, plan: Plan, config: Config, units: Sequence[Unit]) -> None:
+    def __init__(self, device: torch.device, plan: Plan, config: Config, units: Sequence[Unit]) -> None:
         self.plan = plan
         self.config = config
-        self.device = _native.HostDevice()
+        self.device = open_device(device)
         self.pool = _native.HostPool(
             self.device,
             budget_bytes=plan.host_capacity,
-            pin=config.pin is True,
+            pin=config.pins_on(device.type),
             poison=config.poison_enabled,
         )
         self.transfers = _native.TransferQueue(self.device)
         self.pipeline = _native.StepPipeline(self.transfers)
-        self.lanes = GradientLanes(self.pool, self.transfers)
+        self.lanes = GradientLanes(device, self.pool, self.transfers)
         self.step_count = 0
         self._failure: BaseException | None = None
         self.units = [EngineUnit(unit.name) for unit in units]
@@ -91,8 +99,17 @@ class Engine:
         return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)} outside the model")
 
     def reserve(self, parameters: Sequence[Parameter]) -> None:
-        """Obtains the host pages of these parameters' states and gradients at once, before any hook runs."""
+        """Obtains the host pages of these parameters' states and gradients at once, before any hook runs.
+
+        Warns when the pages could not be locked: training goes on, at the speed of pageable memory.
+        """
         self.pool.reserve(sum(self._host_bytes(parameter) for parameter in parameters))
+        pool = self.pool.stats()
+        if pool["pin_refused"]:
+            warnings.warn(
+                f"offload trains on pageable host memory, at a fraction of the link's speed: {pool['pin_refusal']}",
+                stacklevel=3,  # the caller of wrap()
+            )
 
     def _host_bytes(self, parameter: Parameter) -> int:
         sizes: list[int] = []
@@ -131,7 +148,8 @@ class Engine:
 
         def allocate(dtype: torch.dtype, tag: Any) -> Tensor:
             if not on_host or parameter.numel() == 0:
-                return torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                tier = torch.device("cpu") if on_host else parameter.device
+                return torch.empty_like(parameter, dtype=dtype, device=tier, requires_grad=False)
             buffer = self.pool.acquire(parameter.numel() * dtype.itemsize, tag)
             return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
 

@@ -285,7 +285,7 @@ def _references(cell: GradCell) -> int:
 
 def _count_sole_owner() -> int:
     """What _references() gives for a copy that only its cell refers to: it varies with Python and torch."""
-    return _references(GradCell("", torch.empty(1), cast(GradStore, None)))
+    return _references(GradCell("", torch.empty(1, device="cpu"), cast(GradStore, None)))
 
 
 _SOLE_OWNER = _count_sole_owner()

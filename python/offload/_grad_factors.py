@@ -94,7 +94,7 @@ def make_factor(operation: Any, scale: Any, dtype: torch.dtype, device: torch.de
         # .to() may return the clone itself, which the factor keeps reading: the store gets one of its own.
         held = store.to_host(scale.to(rounding).to(torch.float32, copy=True))
     else:
-        value = float(torch.as_tensor(scale, dtype=torch.float64).to(rounding).to(torch.float32))
+        value = float(torch.as_tensor(scale, dtype=torch.float64, device="cpu").to(rounding).to(torch.float32))
     apply = SCALES[operation]
     return Factor(kind, value, held, lambda gradient: apply(gradient, scale))
 
@@ -135,7 +135,7 @@ def _native_form(
                 scale = number
             else:
                 scale = torch.tensor(number, dtype=kind_of_scale[0], device=kind_of_scale[1])
-            exact = torch.as_tensor(scale, dtype=torch.float64).cpu()
+            exact = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
             for piece in (values, values[-1009:], values[5:18], values[7:8]):
                 probed = piece.to(device_type, copy=True)
                 try:
@@ -157,9 +157,9 @@ _PROBE_SCALES = (1 / 3, 1.0, 0.5, -0.7, 1e-3, 0.99951171875, 1.00390625, 3.0, 7.
 def _probe_values(dtype: torch.dtype) -> Tensor:
     """Every bit pattern of a 16-bit format; a spread of fp32, its subnormals included. On the CPU."""
     if dtype != torch.float32:
-        return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    spread = torch.arange(-(2**31), 2**31, 400_009, dtype=torch.int64)  # a prime: the low bits vary
-    subnormal = torch.arange(0, 2**23, 8209, dtype=torch.int64)
+        return torch.arange(-(2**15), 2**15, dtype=torch.int32, device="cpu").to(torch.int16).view(dtype)
+    spread = torch.arange(-(2**31), 2**31, 400_009, dtype=torch.int64, device="cpu")  # a prime: the low bits vary
+    subnormal = torch.arange(0, 2**23, 8209, dtype=torch.int64, device="cpu")
     return torch.cat((spread, subnormal)).to(torch.int32).view(dtype)
 
 

@@ -19,7 +19,7 @@ from torch.nn import Parameter
 from . import _native
 from ._host_grad import HostBytes, HostGrad, hold
 
-# Device memory that gradients on their way may keep alive; beyond it backward waits for the lane.
+# Device memory that gradients on their way may keep alive; beyond it the compute stream waits for the lane.
 _RING_BYTES = 256 << 20
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
@@ -55,21 +55,24 @@ class StepGradient:
 class GradientLanes:
     """See the module's text. One compute thread at a time, as autograd gives it."""
 
-    def __init__(self, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
+    def __init__(self, device: torch.device, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
+        self._device = device
         self._pool = pool
         self._transfers = transfers
         self.learned: set[Any] = set()
-        self._ring: deque[tuple[_native.Ticket, Tensor]] = deque()
+        # A copy, the device tensor that it reads or writes, and the compute stream that the tensor belongs to.
+        self._ring: deque[tuple[_native.Ticket, Tensor, int]] = deque()
         self._ring_bytes = 0
         self._plain_ticket: _native.Ticket | None = None
         # parameter -> the one whose gradient backward makes next
         self._next: dict[int, Parameter] = {}
         self._latest: Parameter | None = None
 
-    @staticmethod
-    def compute_stream() -> int:
-        """torch's handle of the current compute stream; 0 on the CPU, where computing is synchronous."""
-        return 0
+    def compute_stream(self) -> int:
+        """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
+        if self._device.type == "cpu":
+            return 0
+        return torch.cuda.current_stream(self._device).cuda_stream
 
     # --- the store of HostGrad ------------------------------------------------------------------------------
 
@@ -101,16 +104,18 @@ class GradientLanes:
         self._transfers.wait_on_stream(self.compute_stream(), ticket)
 
     def _keep(self, ticket: _native.Ticket, tensor: Tensor, nbytes: int) -> None:
-        self._ring.append((ticket, tensor))
+        self._ring.append((ticket, tensor, self.compute_stream()))
         self._ring_bytes += nbytes
         while self._ring and (self._ring[0][0].done or self._ring_bytes > _RING_BYTES):
-            oldest, kept = self._ring.popleft()
+            oldest, kept, stream = self._ring.popleft()
             self._ring_bytes -= kept.numel() * kept.element_size()
-            oldest.wait()
+            # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
+            # and not the host, waits for the copy.
+            self._transfers.wait_on_stream(stream, oldest)
 
     def in_flight(self) -> list[_native.Ticket]:
         """The tickets of copies that may not have ended."""
-        return [ticket for ticket, _ in self._ring]
+        return [ticket for ticket, *_ in self._ring]
 
     # --- leaving in backward --------------------------------------------------------------------------------
 

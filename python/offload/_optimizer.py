@@ -198,7 +198,7 @@ def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 def _dump(state: ParameterState) -> dict[str, Any]:
     dumped: dict[str, Any] = {
-        "step": torch.tensor(float(state.step)),
+        "step": torch.tensor(float(state.step), device="cpu"),
         "exp_avg": state.exp_avg,
         "exp_avg_sq": state.exp_avg_sq,
     }
@@ -211,7 +211,7 @@ def _plain(state: ParameterState) -> dict[str, Any]:
     """What stock torch would hold: moments in the parameter's dtype on its device."""
     device, dtype = state.parameter.device, state.parameter.dtype
     return {
-        "step": torch.tensor(float(state.step)),
+        "step": torch.tensor(float(state.step), device="cpu"),
         "exp_avg": state.exp_avg.detach().to(device, dtype, copy=True),
         "exp_avg_sq": state.exp_avg_sq.detach().to(device, dtype, copy=True),
     }

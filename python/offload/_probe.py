@@ -33,7 +33,7 @@ class HostFacts:
 
 @dataclasses.dataclass(frozen=True)
 class DeviceFacts:
-    """One compute device: torch's name and kind, bytes in all and free."""
+    """One compute device: torch's name and kind, bytes in all and free; what torch caches and nobody uses is free."""
 
     name: str
     kind: str
@@ -85,7 +85,8 @@ def probe_device(name: str | None = None) -> DeviceFacts:
         raise DeviceError(f"device {name!r} does not exist: torch sees {count} CUDA devices")
     index = torch.cuda.current_device() if device.index is None else device.index
     free, total = torch.cuda.mem_get_info(index)
-    return DeviceFacts(f"cuda:{index}", "cuda", total, free)
+    cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
+    return DeviceFacts(f"cuda:{index}", "cuda", total, free + cached)
 
 
 def _meminfo(path: Path) -> dict[str, int]:

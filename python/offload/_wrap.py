@@ -18,7 +18,7 @@ from ._hooks import Hooks
 from ._host_grad import HostGrad
 from ._optimizer import NATIVE_OPTIMIZERS, OffloadOptimizer
 from ._plan import ParameterSize, Plan, make_plan
-from ._probe import probe_host
+from ._probe import probe_device, probe_host
 from ._units import Unit, find_units
 
 # What every wrapped model was given.
@@ -62,11 +62,11 @@ def wrap(
     _check_process()
     _check_model(model)
     _check_optimizers(model, optimizers)
-    _check_device(model, settings)
+    device = _device_of(model, settings)
     units = find_units(model)
-    plan = _plan(model, units, optimizers, settings)
+    plan = _plan(model, units, optimizers, settings, device)
 
-    engine = Engine(plan, settings, units)
+    engine = Engine(device, plan, settings, units)
     trained = [p for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad]
     engine.reserve(trained)
     for parameter in trained:
@@ -188,27 +188,59 @@ def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer])
                     )
 
 
-def _check_device(model: nn.Module, settings: Config) -> None:
-    if settings.device is not None:
-        try:
-            asked = torch.device(settings.device)
-        except RuntimeError as error:
-            raise InvalidArgument(f"device={settings.device!r} is no device that torch knows: {error}") from error
-        if asked.type != "cpu":
-            available = asked.type == "cuda" and torch.cuda.is_available()
-            raise InvalidArgument(
-                f"device={settings.device!r}: "
-                + ("accelerators are not supported yet; " if available else "there is no such device here; ")
-                + "legal is device='cpu'"
-            )
+def _device_of(model: nn.Module, settings: Config) -> torch.device:
+    """The one device that all parameters are on, which must be the one asked for."""
+    first_name, first = next(iter(model.named_parameters()))
     for name, parameter in model.named_parameters():
-        if parameter.device.type != "cpu":
+        if parameter.device != first.device:
             raise InvalidArgument(
-                f"{name} is on {parameter.device}: accelerators are not supported yet; call model.cpu() first"
+                f"{name} is on {parameter.device} and {first_name} on {first.device}: one device computes in this "
+                f"release; call model.to({str(first.device)!r}) first"
             )
+    if first.device.type not in ("cpu", "cuda"):
+        raise InvalidArgument(
+            f"{first_name} is on {first.device}: legal are 'cpu' and 'cuda' devices; call model.to() first"
+        )
+    if settings.device is None:
+        if first.device.type == "cpu" and torch.cuda.is_available():
+            raise InvalidArgument(
+                "the model is on the CPU and there is an accelerator: call model.to('cuda') first, or pass "
+                "device='cpu' to train on the CPU"
+            )
+        return first.device
+    asked = _parse_device(settings.device)
+    if asked != first.device:
+        raise InvalidArgument(
+            f"device={settings.device!r}, but {first_name} is on {first.device}: call model.to({str(asked)!r}) first, "
+            f"or pass device={str(first.device)!r}"
+        )
+    return asked
 
 
-def _plan(model: nn.Module, units: Sequence[Unit], optimizers: list[torch.optim.Optimizer], settings: Config) -> Plan:
+def _parse_device(name: str | torch.device) -> torch.device:
+    """A device that is there, CUDA ones with their index."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidArgument(f"device={name!r} is no device that torch knows: {error}") from error
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
+        raise InvalidArgument(
+            f"device={name!r}: there is no such device here; legal are 'cpu'"
+            + "".join(f", 'cuda:{index}'" for index in range(torch.cuda.device_count()))
+        )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _plan(
+    model: nn.Module,
+    units: Sequence[Unit],
+    optimizers: list[torch.optim.Optimizer],
+    settings: Config,
+    device: torch.device,
+) -> Plan:
     trained = {id(p) for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
     unit_of = {id(parameter): unit.name for unit in units for _, parameter in unit.parameters}
     sizes = [
@@ -223,4 +255,9 @@ def _plan(model: nn.Module, units: Sequence[Unit], optimizers: list[torch.optim.
         for name, parameter in model.named_parameters()
     ]
     host_bytes = probe_host().available_bytes
-    return make_plan(sizes, settings, device_kind="cpu", device_bytes=host_bytes, host_bytes=host_bytes)
+    if device.type == "cpu":
+        device_bytes = host_bytes
+    else:
+        # The weights are there already, and are part of what the plan places.
+        device_bytes = probe_device(str(device)).free_bytes + sum(size.numel * size.itemsize for size in sizes)
+    return make_plan(sizes, settings, device_kind=device.type, device_bytes=device_bytes, host_bytes=host_bytes)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import offload
-from training import HOST, batches, loss_of, make_model
+from offload import _engine, _native
+from training import HOST, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
 
 
 def untouched(model: nn.Module) -> None:
@@ -78,10 +79,35 @@ def test_the_original_optimizer_refuses_to_step() -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "tpu", "meta"])
-def test_device_that_does_not_exist(device: str) -> None:
+@pytest.mark.parametrize("absent", ["cuda:77", "tpu", "meta"])
+def test_device_that_does_not_exist(absent: str) -> None:
     model = make_model()
-    refused(offload.InvalidArgument, device, model, adamw(model), device=device)
+    refused(offload.InvalidArgument, absent, model, adamw(model), device=absent)
+
+
+def test_model_on_several_devices() -> None:
+    model = make_model()
+    model.head.to("meta")
+    refused(offload.InvalidArgument, "head.weight is on the meta device", model, adamw(model))
+
+
+def test_memory_that_cannot_be_pinned_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fallback is visible: a warning with the driver's words and stats; training goes on with the same bits."""
+
+    def refusing(device: torch.device) -> Any:
+        host_device = _native.HostDevice()
+        host_device.fail_pin(1)
+        return host_device
+
+    monkeypatch.setattr(_engine, "open_device", refusing)
+    model = make_model()
+    with pytest.warns(UserWarning, match="pageable host memory.*fail_pin") as warned:
+        model, optimizer = offload.wrap(model, adamw(model, lr=1e-2), pin=True, **HOST)
+    assert warned[0].filename == __file__
+    assert not optimizer.stats().pinned and "fail_pin" in str(optimizer.stats().pageable_reason)
+    refused_run = train(model, optimizer)
+    monkeypatch.undo()
+    assert_same_bits(refused_run, wrapped_run(make_model(), {**HOST, "pin": True}))
 
 
 def test_budgets_too_small() -> None:

@@ -13,6 +13,8 @@ import offload
 from offload._host_grad import HostGrad
 from training import HOST, RESIDENT, assert_offloaded, batches, loss_of, make_model, same_bits
 
+pytestmark = pytest.mark.usefixtures("device")
+
 Edit = Callable[[nn.Module], Any]
 
 
@@ -164,6 +166,7 @@ def test_a_plain_gradient_may_be_overwritten_right_after_step() -> None:
         assert same_bits(one, two)
 
 
+@pytest.mark.host_device
 def test_a_gradient_that_did_not_arrive_changes_nothing_and_is_named() -> None:
     model = make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)

@@ -15,6 +15,8 @@ import offload
 from offload._pending import PendingParameter
 from training import HOST, batches, loss_of, make_model, same_bits
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def submitted(held: bool = True) -> tuple[nn.Module, Any, dict[str, torch.Tensor]]:
     """A model after a step whose update the held sequencer has not begun, and the values it will have."""
@@ -66,7 +68,7 @@ def test_metadata_does_not_wait() -> None:
     model, optimizer, _ = submitted()
     waited = releasing(optimizer)
     weight = model.blocks[0].up.weight
-    assert weight.shape == (48, 24) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+    assert weight.shape == (48, 24) and weight.dtype == torch.float32 and weight.device == torch.get_default_device()
     assert weight.requires_grad and weight.is_leaf and weight.numel() == 48 * 24 and weight.dim() == 2
     assert weight.stride() == (24, 1) and weight.is_contiguous() and len(weight) == 48
     assert isinstance(weight, nn.Parameter) and weight.grad is not None and hash(weight) == id(weight)
@@ -83,7 +85,7 @@ READS: dict[str, Callable[[nn.Module, Any], Any]] = {
     "detach": lambda model, _: model.blocks[0].up.weight.detach(),
     "data": lambda model, _: model.blocks[0].up.weight.data,
     "clone": lambda model, _: model.blocks[0].up.weight.clone(),
-    "numpy": lambda model, _: torch.from_numpy(model.blocks[0].up.weight.detach().numpy()),
+    "numpy": lambda model, _: torch.tensor(model.blocks[0].up.weight.detach().cpu().numpy()),
     "index": lambda model, _: model.blocks[0].up.weight[:],
     "tolist": lambda model, _: torch.tensor(model.blocks[0].up.weight.tolist()),
     "deepcopy": lambda model, _: copy.deepcopy(model.blocks[0].up.weight).detach(),
@@ -219,6 +221,7 @@ def test_step_between_forward_and_backward_is_refused_by_autograd() -> None:
         loss.backward()
 
 
+@pytest.mark.host_device
 def test_a_failed_upload_names_the_parameter_and_is_final() -> None:
     model = make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
@@ -259,6 +262,7 @@ def test_dataloader_workers_forked_after_the_first_step() -> None:
     optimizer.synchronize()
 
 
+@pytest.mark.host_device
 @pytest.mark.parametrize("held", [False, True], ids=["running", "held lanes"])
 def test_interpreter_exit_with_work_in_flight(held: bool) -> None:
     """Neither hangs nor crashes, in whatever order the interpreter tears things down."""

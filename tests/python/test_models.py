@@ -9,6 +9,8 @@ from torch import nn
 import offload
 from training import HOST, RESIDENT, assert_offloaded, assert_same_bits, batches, loss_of, make_model, wrapped_run
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_huggingface_llama_trains_exactly() -> None:
     import transformers

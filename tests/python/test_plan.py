@@ -41,7 +41,7 @@ HOST = Config(optimizer="host", gradients="host")
 
 
 @pytest.mark.parametrize(
-    ("dtype", "master", "device", "host"),
+    ("dtype", "master", "on_device", "on_host"),
     [
         ("bfloat16", "auto", TierBytes(weights=2), TierBytes(working=2, master=2, moments=8, gradients=2)),
         ("bfloat16", "split", TierBytes(weights=2), TierBytes(working=2, master=2, moments=8, gradients=2)),
@@ -50,21 +50,21 @@ HOST = Config(optimizer="host", gradients="host")
         ("float32", "auto", TierBytes(weights=4), TierBytes(master=4, moments=8, gradients=4)),
     ],
 )
-def test_bytes_of_one_offloaded_parameter(dtype: str, master: str, device: TierBytes, host: TierBytes) -> None:
+def test_bytes_of_one_offloaded_parameter(dtype: str, master: str, on_device: TierBytes, on_host: TierBytes) -> None:
     plan = plan_for([parameter("p", 1, dtype)], Config(optimizer="host", gradients="host", master=master))
-    assert (plan.device, plan.host) == (device, host)
+    assert (plan.device, plan.host) == (on_device, on_host)
 
 
 @pytest.mark.parametrize(
-    ("dtype", "device"),
+    ("dtype", "on_device"),
     [
         ("bfloat16", TierBytes(weights=2, master=4, moments=8, gradients=2)),
         ("float32", TierBytes(weights=4, moments=8, gradients=4)),
     ],
 )
-def test_bytes_of_one_resident_parameter(dtype: str, device: TierBytes) -> None:
+def test_bytes_of_one_resident_parameter(dtype: str, on_device: TierBytes) -> None:
     plan = plan_for([parameter("p", 1, dtype)], Config(optimizer="device", gradients="device"))
-    assert plan.device == plan.resident == device
+    assert plan.device == plan.resident == on_device
     assert plan.host == TierBytes()
 
 

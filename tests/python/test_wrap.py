@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -24,6 +25,8 @@ from training import (
     train,
     wrapped_run,
 )
+
+pytestmark = pytest.mark.usefixtures("device")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LOOPS: dict[str, dict[str, Any]] = {
@@ -197,10 +200,10 @@ def test_fp16_scaler_with_a_skipped_step() -> None:
         optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-2)
         if placement is not None:
             model, optimizer = offload.wrap(model, optimizer, **placement)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**34, growth_interval=2)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=2.0**34, growth_interval=2)
         losses, scales = [], []
         for tokens in batches(24):
-            with torch.autocast("cpu", dtype=torch.float16):
+            with torch.autocast(torch.get_default_device().type, dtype=torch.float16):
                 loss = loss_of(model, tokens)
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -375,3 +378,28 @@ def test_standalone_adamw_equals_the_wrapped_one() -> None:
         ours = wrapped_run(model, RESIDENT, clip=None)
         plain = copy.deepcopy(model)
         assert_same_bits(ours, train(plain, offload.AdamW(plain.parameters(), lr=1e-2), clip=None))
+
+
+def test_a_default_device_of_the_user_does_not_reach_the_engine() -> None:
+    """`torch.set_default_device` moves what the user makes; the tensors that offload makes say where they are."""
+
+    def run(default: str | None) -> list[torch.Tensor]:
+        model = make_model(torch.bfloat16)
+        data = list(batches(4))
+        stock = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        with torch.device(default) if default else nullcontext():
+            model, optimizer = offload.wrap(model, stock, **HOST)
+            for tokens in data:
+                loss_of(model, tokens).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+            saved = optimizer.state_dict()
+            optimizer.load_state_dict(saved)
+            optimizer.stats()
+            model, stock = offload.unwrap(model, optimizer)
+        states = [*saved["state"].values(), *stock.state.values()]
+        return [*model.parameters(), *(value for state in states for value in state.values())]
+
+    for one, other in zip(run("meta"), run(None), strict=True):
+        assert same_bits(one.detach(), other.detach())

@@ -52,9 +52,11 @@ def make_model(dtype: torch.dtype = torch.float32, seed: int = 0, **options: Any
 
 
 def batches(count: int, seed: int = 1, vocabulary: int = 40, size: int = 4, length: int = 6) -> Iterator[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    """The same tokens on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
     for _ in range(count):
-        yield torch.randint(0, vocabulary, (size, length + 1), generator=generator)
+        tokens = torch.randint(0, vocabulary, (size, length + 1), generator=generator, device="cpu")
+        yield tokens.to(torch.get_default_device())
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
