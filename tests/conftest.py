@@ -18,7 +18,7 @@ _REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
 def pytest_configure(config: pytest.Config) -> None:
     # Weights that wait for their update and recycled buffers are filled with NaN: an early read shows in the loss.
     os.environ.setdefault("OFFLOAD_POISON", "1")
-    config.addinivalue_line("markers", "host_device: uses the test controls of HostDevice, so it runs on the CPU alone")
+    config.addinivalue_line("markers", "cpu_only: uses the controls of HostDevice, or host tensors, so it runs on the CPU alone")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" not in metafunc.fixturenames:
         return
     devices = ["cpu"]
-    if (_REQUIRE_GPU or torch.cuda.is_available()) and not metafunc.definition.get_closest_marker("host_device"):
+    if (_REQUIRE_GPU or torch.cuda.is_available()) and not metafunc.definition.get_closest_marker("cpu_only"):
         devices.append("cuda")
     metafunc.parametrize("device", devices, indirect=True)
 

@@ -166,7 +166,7 @@ def test_a_plain_gradient_may_be_overwritten_right_after_step() -> None:
         assert same_bits(one, two)
 
 
-@pytest.mark.host_device
+@pytest.mark.cpu_only
 def test_a_gradient_that_did_not_arrive_changes_nothing_and_is_named() -> None:
     model = make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)

@@ -372,6 +372,7 @@ def test_optimizer_state_dict_round_trip() -> None:
             assert same_bits(one.detach(), two.detach())
 
 
+@pytest.mark.cpu_only
 def test_standalone_adamw_equals_the_wrapped_one() -> None:
     for dtype in DTYPES:
         model = make_model(dtype)
