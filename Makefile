@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: demo test lint sanitize bench install clean
+.PHONY: demo test lint sanitize bench install gpu-build gpu-test gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -17,8 +17,8 @@ test: $(VENV)/.installed
 	OFFLOAD_POISON=1 $(PY) -m pytest tests
 
 lint: $(VENV)/.tools
-	$(VENV)/bin/ruff check python tests examples
-	$(VENV)/bin/ruff format --check python tests examples
+	$(VENV)/bin/ruff check python tests examples benches
+	$(VENV)/bin/ruff format --check python tests examples benches
 	$(VENV)/bin/mypy
 	find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m pytest -q -p no:cacheprovider tests/layout
@@ -36,6 +36,23 @@ bench: $(VENV)/.installed
 	$(VENV)/bin/offload bench all
 
 install: $(VENV)/.installed
+
+# For a machine with an NVIDIA card, without a network: PYTHON has torch, transformers, pytest, pytest-timeout, hypothesis,
+# scikit-build-core, pybind11, cmake and ninja already. REQUIRE_GPU=0 runs the same on the CPU.
+REQUIRE_GPU ?= 1
+GPU_SITE := $(abspath build/gpu-site)
+
+gpu-build:
+	$(if $(filter 0,$(REQUIRE_GPU)),,$(PYTHON) benches/require_gpu.py)
+	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target $(GPU_SITE) .
+
+# Stopped, as by Ctrl-C, when it takes 8 minutes.
+gpu-test: gpu-build
+	PYTHONPATH=$(GPU_SITE) OFFLOAD_POISON=1 $(if $(filter 0,$(REQUIRE_GPU)),,OFFLOAD_REQUIRE_GPU=1) \
+	  timeout --foreground --signal=INT --kill-after=15 480 $(PYTHON) -m pytest tests
+
+gpu-acceptance: gpu-build
+	PYTHONPATH=$(GPU_SITE) PYTHON=$(PYTHON) benches/gpu_acceptance.sh
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)

@@ -55,6 +55,9 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
         ["train", "--params", "few"],
         ["train", "--dtype", "int8"],
         ["bench", "it"],
+        ["bench"],
+        ["bench", "adamw", "--device", "cpu"],
+        ["bench", "train", "--offload", "weights"],
         ["fly"],
     ],
 )
@@ -197,7 +200,7 @@ def test_bench_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (report["schema_version"], report["quick"]) == (1, True)
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["offload"] == offload.__version__
-    assert list(report["results"]) == ["adamw", "pool", "step"]
+    assert list(report["results"]) == ["adamw", "pool", "step", "link"]
     assert all(report["results"].values())
     overlap = report["results"]["step"]["overlap"]
     assert "sleep" in overlap["synthetic"]
@@ -205,6 +208,6 @@ def test_bench_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_bench_measures_one_part_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_bench_step, "run", lambda quick: {"quick": quick})
+    monkeypatch.setattr(_bench_step, "run", lambda options: iter([{"quick": options.quick}]))
     assert main(["bench", "step"]) == 0
     assert json.loads(capsys.readouterr().out)["results"] == {"step": {"quick": False}}

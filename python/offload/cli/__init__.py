@@ -95,9 +95,40 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser("bench", help="measure one part against its bound", epilog=_EPILOG)
-    bench.add_argument("part", choices=("adamw", "pool", "step", "all"), help="what to measure")
-    bench.add_argument("--quick", action="store_true", help="small sizes, few repeats: shows that it runs")
-    bench.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the result to FILE")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--quick", action="store_true", help="small sizes, few repeats: shows that it runs")
+    shared.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the result to FILE")
+    on_device = argparse.ArgumentParser(add_help=False, parents=[shared])
+    on_device.add_argument("--device", default=None, help="compute device (default: the accelerator, or the CPU)")
+    parts = bench.add_subparsers(dest="part", metavar="PART", required=True)
+
+    def add(name: str, parent: argparse.ArgumentParser, text: str) -> argparse.ArgumentParser:
+        return parts.add_parser(name, parents=[parent], help=text, description=f"Measures {text}.", epilog=_EPILOG)
+
+    add("adamw", shared, "the host update beside the memory's own speed and its peers")
+    add("pool", shared, "what a block of host memory costs, and what the layout wastes")
+    add("step", on_device, "how much of the host update hides, and what hooks cost")
+    add("link", on_device, "the copy lanes beside raw copies on the same link")
+    _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
+    add("all", on_device, "all of these but train, which takes its time")
+
+
+def _add_bench_train(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--size", choices=("tiny", "1b", "8b"), default="tiny", help="of the model (default tiny)")
+    train.add_argument("--tokens", type=_positive, default=None, help="tokens a step (default: by size)")
+    train.add_argument("--steps", type=_positive, default=None, help="timed steps of each run (default: by size)")
+    train.add_argument(
+        "--offload",
+        nargs="+",
+        choices=("optimizer", "gradients"),
+        default=["optimizer", "gradients"],
+        metavar="KIND",
+        help="what the offloaded run keeps on the host: optimizer, gradients (default both)",
+    )
+    train.add_argument(
+        "--host-budget", default=None, metavar="SIZE", help="for offload, as '110GiB' (default: measured)"
+    )
+    train.add_argument("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them")
 
 
 def _positive(text: str) -> int:

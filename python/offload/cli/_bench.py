@@ -16,29 +16,58 @@ import torch
 
 import offload
 
-__all__ = ["environment", "run_bench", "summary"]
+__all__ = ["bench_device", "environment", "run_bench", "summary"]
 
 _SCHEMA_VERSION = 1
-_PARTS = ("adamw", "pool", "step")
+_ALL = ("adamw", "pool", "step", "link")
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """Measures `options.part` (or all of them), prints the JSON and writes it where asked."""
-    results = {}
-    for part in _PARTS if options.part == "all" else (options.part,):
-        print(f"offload bench {part}: measuring", file=sys.stderr, flush=True)
-        results[part] = importlib.import_module(f"._bench_{part}", __package__).run(options.quick)
-    report = {
+    """Measures `options.part` (or all of them), prints the JSON, and its table on stderr where a part has one.
+
+    The file that was asked for is written whenever a part has something new: a long run that is stopped leaves what
+    it had.
+    """
+    report: dict[str, Any] = {
         "schema_version": _SCHEMA_VERSION,
         "quick": options.quick,
         "environment": environment(),
-        "results": results,
+        "results": {},
     }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if options.json is not None:
-        options.json.write_text(text + "\n")
+    for part in _ALL if options.part == "all" else (options.part,):
+        print(f"offload bench {part}: measuring", file=sys.stderr, flush=True)
+        module = importlib.import_module(f"._bench_{part}", __package__)
+        for result in module.run(options):
+            report["results"][part] = result
+            if options.json is not None:
+                options.json.write_text(json.dumps(report, indent=2) + "\n")
+        if hasattr(module, "text"):
+            print(module.text(report["results"][part]), file=sys.stderr)
+    print(json.dumps(report, indent=2))
     return 0
+
+
+def bench_device(name: str | None) -> torch.device:
+    """The device called `name` (None: the accelerator, or the CPU), made current if it is CUDA's, with its index.
+
+    Raises `InvalidArgument` for a device that torch cannot use.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise offload.InvalidArgument(f"device {name!r} is no device that torch knows: use 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise offload.InvalidArgument(f"device {name!r} cannot be measured: use 'cpu', 'cuda' or 'cuda:N'")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = device.index or 0
+    if index >= count:
+        raise offload.InvalidArgument(f"device {name!r} is not there: torch sees {count} CUDA devices")
+    torch.cuda.set_device(index)  # streams and timings below are of the current device
+    return torch.device("cuda", index)
 
 
 def environment() -> dict[str, Any]:

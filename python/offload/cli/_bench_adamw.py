@@ -7,10 +7,11 @@ non-temporal stores, with and without software prefetch, one thread and all.
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ from .. import _native
 from .._adamw import FORMATS, AdamWHyper
 from ._bench import summary
 
-__all__ = ["run"]
+__all__ = ["run", "streaming_bytes_per_s"]
 
 _HYPER = AdamWHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, maximize=False)
 _STEP = 10  # the step number whose bias correction is applied: any but the first
@@ -106,13 +107,15 @@ class _Buffers:
             threads=threads,
         )
 
-    def variants(self) -> list[_Variant]:
-        ours = [
+    def updates(self) -> list[_Variant]:
+        return [
             _Variant(f"offload {self.name} {isa}", partial(self.update, isa), self.master, self.name)
             for isa in _native.available_isas()
         ]
+
+    def passes(self) -> list[_Variant]:
         threads = sorted({1, _native.shared_thread_count()})
-        passes = [
+        return [
             _Variant(
                 f"stream {self.name} {'non-temporal' if nt else 'plain'}{' prefetch' if pf else ''} {n} threads",
                 # 0 asks for the shared pool: a pool made for the call would be timed with its threads' start
@@ -121,7 +124,6 @@ class _Buffers:
             )
             for nt, pf, n in itertools.product((False, True), (False, True), threads)
         ]
-        return passes + ours
 
 
 def _torch_fused(count: int) -> _Variant:
@@ -158,23 +160,37 @@ def _deepspeed(count: int) -> list[_Variant]:
     return [_Variant("deepspeed fp32", optim.step, parameter.detach())]
 
 
-def run(quick: bool) -> dict[str, Any]:
-    """Times one step over 64 Mi elements (quick: 4 Mi). Seconds; shares are of the streaming ceiling.
-
-    Returns a JSON-able dict: `variants`, each with `name`, `samples`, `median`, `p20`, `p80` in seconds,
-    `ns_an_element` and, where there is one, `share_of_ceiling` and `gb_per_s`; and `ratios` between variants.
-    """
-    count = (4 if quick else 64) << 20
-    rounds = 7 if quick else 9
-    all_buffers = [_Buffers.make(name, count) for name in ("fp32", "bf16", "split")]
-    variants = [variant for buffers in all_buffers for variant in buffers.variants()]
-    variants += [_torch_fused(count), _torch_bf16(count), *_deepspeed(count)]
-    for variant in variants:  # once untimed: first touches, lazily made states, threads
+def _measure(variants: list[_Variant], rounds: int) -> None:
+    """All variants take turns; once before that untimed: first touches, lazily made states, threads."""
+    for variant in variants:
         variant.measure()
         variant.seconds.clear()
     for _ in range(rounds):
         for variant in variants:
             variant.measure()
+
+
+def streaming_bytes_per_s(name: str, count: int, rounds: int) -> float:
+    """Bytes a second, read and written, of the fastest streaming pass over `count` elements of the format `name`."""
+    buffers = _Buffers.make(name, count)
+    passes = buffers.passes()
+    _measure(passes, rounds)
+    seconds: float = min(summary(one.seconds)["median"] for one in passes)
+    return buffers.bytes_an_element * count / seconds
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Times one step over 64 Mi elements (quick: 4 Mi). Seconds; shares are of the streaming ceiling.
+
+    Yields a JSON-able dict: `variants`, each with `name`, `samples`, `median`, `p20`, `p80` in seconds,
+    `ns_an_element` and, where there is one, `share_of_ceiling` and `gb_per_s`; and `ratios` between variants.
+    """
+    count = (4 if options.quick else 64) << 20
+    rounds = 7 if options.quick else 9
+    all_buffers = [_Buffers.make(name, count) for name in ("fp32", "bf16", "split")]
+    variants = [variant for buffers in all_buffers for variant in buffers.passes() + buffers.updates()]
+    variants += [_torch_fused(count), _torch_bf16(count), *_deepspeed(count)]
+    _measure(variants, rounds)
 
     results = {variant.name: {"name": variant.name, **summary(variant.seconds)} for variant in variants}
     for buffers in all_buffers:
@@ -188,7 +204,7 @@ def run(quick: bool) -> dict[str, Any]:
                 result["ceiling"] = ceiling
     for result in results.values():
         result["ns_an_element"] = result["median"] / count * 1e9
-    return {
+    yield {
         "name": "adamw",
         "count": count,
         "threads": _native.shared_thread_count(),

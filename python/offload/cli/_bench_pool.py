@@ -5,9 +5,10 @@ Memory bandwidth and latency are measured; the overhead table is computed from p
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -24,11 +25,11 @@ _BYTES_PER_PARAMETER = (2, 2, 4, 4, 2)
 _ACQUIRE_TARGET_NS = 2000
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Measures and computes; `quick` maps 256 MiB instead of 2 GiB and repeats less. Plain dicts, ready for JSON."""
-    rounds, mapped_bytes = (5, 256 << 20) if quick else (21, 2 << 30)
+    rounds, mapped_bytes = (5, 256 << 20) if options.quick else (21, 2 << 30)
     acquire = _measured(_acquire_release_ns, rounds)
-    return {
+    yield {
         "name": "pool",
         "acquire_release_ns": acquire | {"target": _ACQUIRE_TARGET_NS, "block_bytes": _CACHED_BYTES},
         "map_and_first_touch_gb_per_s": {

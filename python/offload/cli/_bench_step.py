@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 import offload
 
-from ._bench import summary
+from ._bench import bench_device, summary
 
 __all__ = ["run"]
 
@@ -18,15 +20,16 @@ _BLOCKS = 64  # the update of the first block is what nothing hides, so it shoul
 
 
 class SleepingBlock(nn.Module):
-    """A block whose compute is a sleep: it takes time, no memory bandwidth and no core."""
+    """A block whose compute is a sleep: it takes time, no memory bandwidth and, on the CPU, no core."""
 
-    def __init__(self, elements: int) -> None:
+    def __init__(self, elements: int, sleep: Callable[[float], None]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(elements, dtype=torch.bfloat16))
+        self.sleep = sleep
         self.sleep_s = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        time.sleep(self.sleep_s)
+        self.sleep(self.sleep_s)
         return x + self.weight[0]  # one element read, a dense gradient of the whole weight
 
 
@@ -43,20 +46,44 @@ class ManyParameters(nn.Module):
         return x
 
 
-def run(quick: bool) -> dict[str, Any]:
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Both measurements; times in seconds (overlap) and microseconds (hooks)."""
-    return {"overlap": _overlap(quick), "hooks": _hooks(quick)}
+    device = bench_device(options.device)
+    overlap = _overlap(options.quick, device)
+    yield {"device": str(device), "overlap": overlap, "hooks": _hooks(options.quick, device)}
 
 
-def _overlap(quick: bool) -> dict[str, Any]:
+def _wait_for_compute(device: torch.device) -> None:
+    """Ends a timing: work on a CUDA device goes on after the call that submitted it."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
+def _sleep_on(device: torch.device) -> Callable[[float], None]:
+    """A sleep of so many seconds that takes its turn in the compute stream."""
+    if device.type == "cpu":
+        return time.sleep
+    spin: Callable[[int], None] = torch.cuda._sleep
+    cycles = 100_000_000
+    spin(cycles)  # the clock of an idle device is low: let it rise before it is measured
+    _wait_for_compute(device)
+    start = time.perf_counter()
+    spin(cycles)
+    _wait_for_compute(device)
+    cycles_per_s = cycles / (time.perf_counter() - start)
+    return lambda seconds: spin(int(seconds * cycles_per_s))
+
+
+def _overlap(quick: bool, device: torch.device) -> dict[str, Any]:
     elements = (1 << 16) if quick else (1 << 21)
     repeats = 5 if quick else 15
-    blocks = [SleepingBlock(elements) for _ in range(_BLOCKS)]
-    model: nn.Module = nn.Sequential(*blocks)
+    sleep = _sleep_on(device)
+    blocks = [SleepingBlock(elements, sleep) for _ in range(_BLOCKS)]
+    model: nn.Module = nn.Sequential(*blocks).to(device)
     model, optimizer = offload.wrap(
-        model, torch.optim.AdamW(model.parameters(), lr=1e-3), optimizer="host", gradients="host", device="cpu"
+        model, torch.optim.AdamW(model.parameters(), lr=1e-3), optimizer="host", gradients="host", device=str(device)
     )
-    x = torch.zeros(1, dtype=torch.bfloat16)
+    x = torch.zeros(1, dtype=torch.bfloat16, device=device)
 
     def timed(*, update: bool) -> float:
         start = time.perf_counter()
@@ -64,11 +91,13 @@ def _overlap(quick: bool) -> dict[str, Any]:
         if update:
             optimizer.step()
         optimizer.zero_grad()
+        _wait_for_compute(device)
         return time.perf_counter() - start
 
     def host_update() -> float:
         """Seconds from `step()` until every new weight is on the device, with nothing to hide behind."""
         model(x).sum().backward()
+        _wait_for_compute(device)
         start = time.perf_counter()
         optimizer.step()
         optimizer.synchronize()
@@ -109,11 +138,11 @@ def _overlap(quick: bool) -> dict[str, Any]:
     }
 
 
-def _hooks(quick: bool) -> dict[str, Any]:
+def _hooks(quick: bool, device: torch.device) -> dict[str, Any]:
     units = 8 if quick else 32
     repeats = 5 if quick else 25
     few, many = 1, 9
-    added = {count: summary(_added_us(units, count, repeats)) for count in (few, many)}
+    added = {count: summary(_added_us(units, count, repeats, device)) for count in (few, many)}
     per_parameter = (added[many]["median"] - added[few]["median"]) / (units * (many - few))
     return {
         "units": units,
@@ -123,23 +152,24 @@ def _hooks(quick: bool) -> dict[str, Any]:
     }
 
 
-def _added_us(units: int, count: int, repeats: int) -> list[float]:
+def _added_us(units: int, count: int, repeats: int, device: torch.device) -> list[float]:
     """Microseconds that a forward and backward of the wrapped model takes longer than that of a plain one."""
 
     def build() -> nn.Module:
-        return nn.Sequential(*(ManyParameters(count) for _ in range(units)))
+        return nn.Sequential(*(ManyParameters(count) for _ in range(units))).to(device)
 
     def timed(model: nn.Module) -> float:
         start = time.perf_counter()
         model(x).sum().backward()
+        _wait_for_compute(device)
         elapsed = time.perf_counter() - start
         model.zero_grad()
         return elapsed
 
-    x = torch.ones(64)
+    x = torch.ones(64, device=device)
     plain, wrapped = build(), build()
     wrapped, optimizer = offload.wrap(
-        wrapped, torch.optim.AdamW(wrapped.parameters()), optimizer="host", gradients="host", device="cpu"
+        wrapped, torch.optim.AdamW(wrapped.parameters()), optimizer="host", gradients="host", device=str(device)
     )
     for model in (plain, wrapped):
         timed(model)

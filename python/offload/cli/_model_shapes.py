@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["MODELS", "ModelShape", "shapes"]
+__all__ = ["MODELS", "TINY", "ModelShape", "shapes"]
 
 Shape = tuple[int, ...]
 
@@ -28,6 +28,7 @@ class ModelShape:
 
 MODELS: dict[str, ModelShape] = {
     "Llama-3.1-8B": ModelShape(128256, 4096, 32, 14336, 32, 8),
+    "Llama-3.2-1B": ModelShape(128256, 2048, 16, 8192, 32, 8, head_size=64, tied_head=True),
     "Mistral-7B": ModelShape(32000, 4096, 32, 14336, 32, 8),
     "Llama-3.1-70B": ModelShape(128256, 8192, 80, 28672, 64, 8),
     "Gemma-2-9B": ModelShape(256000, 3584, 42, 14336, 16, 8, head_size=256, tied_head=True, norms_per_layer=4),
@@ -36,6 +37,9 @@ MODELS: dict[str, ModelShape] = {
     "Qwen2.5-14B": ModelShape(152064, 5120, 48, 13824, 40, 8, attention_bias=True),
     "Qwen2.5-7B": ModelShape(152064, 3584, 28, 18944, 28, 4, attention_bias=True),
 }
+
+# No published model: small enough to train anywhere in seconds.
+TINY = ModelShape(256, 64, 2, 176, 4, 2, head_size=16)
 
 
 def shapes(model: ModelShape) -> list[Shape]:

@@ -1,0 +1,205 @@
+"""`offload bench link` and `train`: what they report, and that a wrong figure cannot be reported. Never how fast."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload.cli import _bench_train, main
+from offload.cli._bench_link import Copy, Link, Side
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The tiny model gains nothing by more, and a busy machine makes torch's threads wait for each other."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(count)
+
+
+@pytest.fixture
+def torch_settings() -> Iterator[None]:
+    """`bench train` makes algorithms deterministic for the whole process."""
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    yield
+    torch.use_deterministic_algorithms(enabled, warn_only=warns)
+    torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+def report(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["results"]
+
+
+# --- every part ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["link", "step", "train"])
+@pytest.mark.parametrize(("device", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "measured")])
+def test_a_device_that_cannot_be_measured_is_named(
+    part: str, device: str, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", part, "--quick", "--device", device]) == 2
+    error = capsys.readouterr().err
+    assert repr(device) in error and reason in error
+
+
+def test_a_run_that_is_stopped_leaves_what_it_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(options: Any) -> Iterator[dict[str, Any]]:
+        yield {"runs": 1}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(_bench_train, "run", stopped)
+    path = tmp_path / "result.json"
+    assert main(["bench", "train", "--json", str(path)]) == 130
+    assert report(path) == {"train": {"runs": 1}}
+    assert "stopped" in capsys.readouterr().err
+
+
+# --- link ---------------------------------------------------------------------------------------------------
+
+
+def test_link_reports_every_size_and_direction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert main(["bench", "link", "--quick", "--json", str(path)]) == 0
+    result = report(path)["link"]
+    assert [(row["mode"], row["bytes"]) for row in result["rows"]] == [
+        (mode, 65536 * 4**power) for mode in ("to_host", "to_device", "both") for power in range(4)
+    ]
+    for row in result["rows"]:
+        rates = row["gb_per_s"]
+        assert {"lanes", "raw"} <= set(rates) and len(rates["raw"]["samples"]) == 3
+        assert row["share_of_raw"] == rates["lanes"]["median"] / rates["raw"]["median"] > 0
+    assert result["submission_us"]["lanes"]["to_host"]["median"] > 0
+    assert result["pin_refusal"] is None
+    output = capsys.readouterr()
+    assert "share of raw" in output.err and json.loads(output.out)["results"]["link"] == result
+
+
+@pytest.mark.parametrize("name", ["lanes", "raw"])
+def test_both_sides_move_the_bytes(name: str) -> None:
+    Link(torch.device("cpu"), 1 << 16).sides[name].check()
+
+
+@pytest.mark.parametrize("lane", ["to_host", "to_device"])
+def test_a_side_that_leaves_bytes_behind_is_found(lane: str) -> None:
+    honest = Link(torch.device("cpu"), 1 << 16).sides["raw"]
+
+    class Lossy:
+        def submit(self, copies: Sequence[Copy]) -> None:
+            honest.copier.submit([c._replace(nbytes=c.nbytes - (c.lane == lane)) for c in copies])
+
+        def wait(self) -> None:
+            honest.copier.wait()
+
+    with pytest.raises(AssertionError, match=f"Lossy left bytes of the lane {lane} behind"):
+        Side(Lossy(), honest.pairs).check()  # type: ignore[arg-type]
+
+
+def test_copies_stay_inside_their_own_buffers() -> None:
+    side = Link(torch.device("cpu"), 1024).sides["lanes"]
+    copies = side.copies("both", 256, 6)  # four fit, so two start over
+    assert [copy.lane for copy in copies] == ["to_host", "to_device"] * 6
+    for lane, (device, host) in side.pairs.items():
+        destination, source = (host, device) if lane == "to_host" else (device, host)
+        offsets = [256 * (index % 4) for index in range(6)]
+        mine = [copy for copy in copies if copy.lane == lane]
+        assert [copy.destination - destination.data_ptr() for copy in mine] == offsets
+        assert [copy.source - source.data_ptr() for copy in mine] == offsets
+    assert {copy.nbytes for copy in side.copies("to_host", 256, 6)} == {256}
+
+
+# --- train --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_train_compares_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "result.json"
+    assert main(["bench", "train", "--quick", "--steps", "3", "--json", str(path)]) == 0
+    result = report(path)["train"]
+    runs = result["runs"]
+    assert list(runs) == ["offloaded", "resident", "torch", "compute"] and result["interleaved"]
+    # Two steps to warm up, and one more before each of the three blocks of one timed step.
+    assert all(len(one["losses"]) == 8 and len(one["step_s"]["samples"]) == 3 for one in runs.values())
+    assert result["losses_equal_resident"] and runs["offloaded"]["losses"] == runs["resident"]["losses"]
+    assert runs["compute"]["losses"] != runs["resident"]["losses"], "training changes the weights"
+    # The offloaded run was offloaded, the resident one was not.
+    count = result["parameters"]
+    offloaded, resident = (runs[name]["stats"] for name in ("offloaded", "resident"))
+    assert offloaded["host_bytes"]["moments"] >= 8 * count and "moments" not in offloaded["device_bytes"]
+    assert resident["device_bytes"]["moments"] == 8 * count and resident["host_bytes"]["moments"] == 0
+    assert offloaded["transfers"]["to_host_bytes"] >= 8 * 2 * count
+    assert 0 <= result["hidden_share"] <= 1
+    assert set(result["bound"]) == {"compute_s", "to_host_s", "to_device_s", "host_update_s"}
+    assert "equal bit for bit" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_train_goes_on_when_a_run_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = _bench_train.Run._make_optimizer
+
+    def too_large(self: Any, options: Any) -> Any:
+        if self.name == "resident":
+            raise torch.OutOfMemoryError("tried to allocate 112 GiB\nand more")
+        return honest(self, options)
+
+    monkeypatch.setattr(_bench_train.Run, "_make_optimizer", too_large)
+    monkeypatch.setattr(_bench_train, "_free_bytes", lambda device: 0)  # one run after the other
+    path = tmp_path / "result.json"
+    arguments = ["--steps", "1", "--offload", "gradients", "--tokens", "16", "--no-checkpointing", "--json", str(path)]
+    assert main(["bench", "train", "--quick", *arguments]) == 0
+    result = report(path)["train"]
+    assert not result["interleaved"] and result["tokens_a_step"] == result["sequence_tokens"] == 16
+    assert result["runs"]["resident"] == {"does_not_fit": "tried to allocate 112 GiB"}
+    assert len(result["runs"]["torch"]["losses"]) == 4
+    assert "losses_equal_resident" not in result and result["share_of_bound"] > 0
+    assert "host_update_s" not in result["bound"], "the optimizer was on the device"
+    assert result["runs"]["offloaded"]["stats"]["device_bytes"]["moments"] == 8 * result["parameters"]
+    assert "does not fit" in capsys.readouterr().err
+
+
+def test_the_bound_is_the_largest_part() -> None:
+    def one(seconds: float, *losses: float) -> dict[str, Any]:
+        return {"step_s": {"median": seconds}, "losses": list(losses)}
+
+    result = {
+        "parameters": 1000,
+        "offload": ["gradients", "optimizer"],
+        "rates_bytes_per_s": {"to_host": 1000.0, "to_device": 500.0, "host_memory": 6000.0},
+        "runs": {"offloaded": one(8.0, 1, 2), "resident": one(4.0, 1, 2.5), "compute": one(3.0, 1, 1)},
+    }
+    concluded = _bench_train._conclusions(result)
+    assert concluded["bound"] == {"compute_s": 3.0, "to_host_s": 2.0, "to_device_s": 4.0, "host_update_s": 5.0}
+    assert concluded["bound_by"] == "host_update_s" and concluded["share_of_bound"] == 5 / 8
+    assert concluded["losses_equal_resident"] is False and concluded["step_over_resident"] == 2.0
+
+
+def test_tokens_that_fill_no_sequence_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "train", "--tokens", "33"]) == 2
+    assert "--tokens 33" in capsys.readouterr().err
+
+
+# --- make gpu-test ------------------------------------------------------------------------------------------
+
+
+def test_gpu_targets_refuse_a_machine_without_a_card() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benches/require_gpu.py")], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "sees no NVIDIA device" in done.stderr and "REQUIRE_GPU=0" in done.stderr
