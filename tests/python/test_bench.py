@@ -15,6 +15,7 @@ import torch
 
 from offload.cli import _bench_train, main
 from offload.cli._bench_link import Copy, Link, Side
+from offload.cli._model_shapes import shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,6 +124,15 @@ def test_copies_stay_inside_their_own_buffers() -> None:
 
 
 # --- train --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["tiny", "1b", "8b"])
+def test_the_model_has_the_shapes_that_the_bound_counts(name: str) -> None:
+    size = _bench_train._SIZES[name]
+    model = _bench_train._build(size, torch.device("meta"), checkpointing=True)
+    assert [tuple(parameter.shape) for parameter in model.parameters()] == shapes(size.shape)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.usefixtures("torch_settings")
