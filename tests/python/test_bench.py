@@ -47,13 +47,13 @@ def report(path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("part", ["link", "step", "train"])
-@pytest.mark.parametrize(("device", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "measured")])
+@pytest.mark.parametrize(("name", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "measured")])
 def test_a_device_that_cannot_be_measured_is_named(
-    part: str, device: str, reason: str, capsys: pytest.CaptureFixture[str]
+    part: str, name: str, reason: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", part, "--quick", "--device", device]) == 2
+    assert main(["bench", part, "--quick", "--device", name]) == 2
     error = capsys.readouterr().err
-    assert repr(device) in error and reason in error
+    assert repr(name) in error and reason in error
 
 
 def test_a_run_that_is_stopped_leaves_what_it_had(
