@@ -18,7 +18,9 @@ _REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
 def pytest_configure(config: pytest.Config) -> None:
     # Weights that wait for their update and recycled buffers are filled with NaN: an early read shows in the loss.
     os.environ.setdefault("OFFLOAD_POISON", "1")
-    config.addinivalue_line("markers", "cpu_only: uses the controls of HostDevice, or host tensors, so it runs on the CPU alone")
+    config.addinivalue_line(
+        "markers", "cpu_only: uses the controls of HostDevice, or host tensors, so it runs on the CPU alone"
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
