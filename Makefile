@@ -20,7 +20,7 @@ lint: $(VENV)/.tools
 	$(VENV)/bin/ruff check python tests examples benches
 	$(VENV)/bin/ruff format --check python tests examples benches
 	$(VENV)/bin/mypy
-	find csrc tests/csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc tests/csrc tests/driver_double -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m pytest -q -p no:cacheprovider tests/layout
 
 # The native tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from driver_double import DriverDouble, compile_double
 
 # cuBLAS gives the same bits in every run only with it; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -49,3 +51,18 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_default_device(None)
+
+
+@pytest.fixture(scope="session")
+def driver_double_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The compiled double, for tests that load it in another process."""
+    return compile_double(tmp_path_factory.mktemp("driver_double"))
+
+
+@pytest.fixture
+def driver_double(driver_double_library: Path) -> Iterator[DriverDouble]:
+    """A CUDA driver over host memory, as after its start; `CudaDevice(driver_path=driver_double.path)` loads it."""
+    double = DriverDouble(driver_double_library)
+    double.reset()
+    yield double
+    double.reset()

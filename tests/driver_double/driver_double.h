@@ -1,14 +1,12 @@
-// A CUDA driver for tests: the entries of csrc/device/cuda_driver.h over host
-// memory, with faults on purpose.
+// A CUDA driver for tests: the entries of csrc/device/cuda_driver.h over host memory, with faults on purpose.
 //
-// "Device" memory is host memory, so a copy is a memmove, done by the thread of
-// its stream. The legacy default stream is the calling thread, as compute is on
-// the CPU: what waits on it waits in the call. Every entry counts its calls and
-// can be made to fail; nothing here links to the code under test.
+// "Device" memory is host memory, so a copy is a memmove, done by the thread of its stream. The legacy
+// default stream is the calling thread, as compute is on the CPU: what waits on it waits in the call. A
+// pageable source is read by the call, and a copy into pageable memory ends in the call. Every entry counts
+// its calls and can be made to fail; nothing here links to the code under test.
 //
-// Threads: every control may be called from any thread.
-// Ownership: the library is loaded once a process; double_reset() between
-// tests.
+// Threads: every control may be called from any thread, but not in a forked child, which has no driver.
+// Ownership: the library is loaded once a process; double_reset() between tests.
 #pragma once
 
 #include <cstddef>
@@ -16,48 +14,42 @@
 
 extern "C" {
 
-// Forgets faults, holds, counts and the lost context; kind "discrete", version
-// 13000, one device. Live objects stay: double_live() tells of what a test
-// leaked.
+// Forgets faults, holds, counts and the lost context; kind "discrete", version 13000, one device. Live
+// objects stay: double_live() tells of what a test leaked.
 void double_reset();
 
-// What cuDeviceGetAttribute tells of memory: "discrete", "hmm", "ats" (Grace
-// Hopper) or "integrated". 0 if unknown.
-int double_set_kind(const char *kind);
-void double_set_version(
-    int version); // of cuDriverGetVersion: 12040 is CUDA 12.4
-void double_set_device_count(int count); // at most 8
-void double_set_proc_address(int level); // 2: cuGetProcAddress_v2 works, 1:
-                                         // only the one of 11.3, 0: neither
-void double_hide(const char *symbol);    // cuGetProcAddress does not know it
-                                         // (dlsym still does); "" shows all
+// What cuDeviceGetAttribute tells of memory: "discrete", "hmm", "ats" (Grace Hopper) or "integrated". 0 if
+// unknown.
+int double_set_kind(const char* kind);
+void double_set_version(int version);     // of cuDriverGetVersion: 12040 is CUDA 12.4
+void double_set_device_count(int count);  // at most 8
+void double_set_proc_address(int level);  // 2: cuGetProcAddress_v2 works, 1: only the one of 11.3, 0: neither
+void double_hide(const char* symbol);  // cuGetProcAddress does not know it (dlsym still does); "" shows all
 
-// The nth call of the entry from now on (1: the next) returns `code`; with
-// `lasting`, so do all later ones. nth 0 disarms. Returns 0 when there is no
-// such entry.
-int double_fail(const char *entry, size_t nth, int code, int lasting);
+// The nth call of the entry from now on (1: the next) returns `code` and does nothing; with `lasting`, so do
+// all later ones. nth 0 disarms. Returns 0 when there is no such entry.
+int double_fail(const char* entry, size_t nth, int code, int lasting);
 
-// The nth copy of the direction ("to_host", "to_device") that is accepted from
-// now on fails while it runs, as a real one does: nothing is copied, the
-// context is lost, and every later call returns `code`.
-int double_fail_copy(const char *direction, size_t nth, int code);
+// The nth copy of the direction ("to_host", "to_device") that is accepted from now on fails while it runs, as
+// a real one does: nothing is copied, the context is lost, and every later call that needs a context returns
+// `code`. Calls that give something back do so all the same; pushing and popping the context still work.
+int double_fail_copy(const char* direction, size_t nth, int code);
 
-// Copies of the direction are accepted but do not run until release.
-int double_hold(const char *direction);
-int double_release(const char *direction);
+// Copies of the direction are accepted but do not run until release. Returns 0 when there is no such
+// direction.
+int double_hold(const char* direction);
+int double_release(const char* direction);
 
-size_t double_calls(const char *entry); // since double_reset()
+size_t double_calls(const char* entry);  // since double_reset()
 
-// What is alive now: "contexts" (retains not released), "streams", "events",
-// "registrations", "registered_bytes", "pending_copies", and "pushed_contexts"
-// of the calling thread. SIZE_MAX if unknown.
-size_t double_live(const char *what);
+// What is alive now: "contexts" (retains not released), "streams", "events", "registrations",
+// "registered_bytes", "pending_copies", and "pushed_contexts" of the calling thread. SIZE_MAX if unknown.
+size_t double_live(const char* what);
 
-// How often a rule of the real driver was broken since double_reset(), and the
-// first case in words ("" if none): a call without a current context, use of a
-// destroyed stream or event, a copy from or to host memory that lies only
-// partly in a registration, registering overlapping ranges, a stream that is
-// not non-blocking.
+// How often a rule of the real driver was broken since double_reset(), and the first case in words ("" if
+// none): a call without a current context, use of a destroyed stream or event or of one of another context, a
+// copy from or to host memory that is only partly in one registration, registering overlapping ranges,
+// unregistering what is not registered or what a queued copy uses, a stream that is not non-blocking.
 size_t double_misuses();
-const char *double_first_misuse();
+const char* double_first_misuse();
 }

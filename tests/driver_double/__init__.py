@@ -1,0 +1,77 @@
+"""The driver double from Python: compiled once, controlled through ctypes."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parent
+
+_SIZE_MAX = ctypes.c_size_t(-1).value
+
+
+def compile_double(folder: Path) -> Path:
+    """Builds libdriver_double.so in `folder`; needs a C++ compiler only (CXX picks it)."""
+    library = folder / "libdriver_double.so"
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", "-Wl,-Bsymbolic", "-pthread", f"-I{SOURCES.parent}"]
+    sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, *sources, "-o", str(library)], check=True)
+    return library
+
+
+class DriverDouble:
+    """The controls of driver_double.h. The library is loaded once a process, so all instances of a path are one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._library = ctypes.CDLL(self.path)
+        for name in ("double_calls", "double_live", "double_misuses"):
+            getattr(self._library, name).restype = ctypes.c_size_t
+        self._library.double_first_misuse.restype = ctypes.c_char_p
+
+    def reset(self) -> None:
+        self._library.double_reset()
+
+    def set_kind(self, kind: str) -> None:
+        assert self._library.double_set_kind(kind.encode()), kind
+
+    def set_version(self, version: int) -> None:
+        self._library.double_set_version(version)
+
+    def set_device_count(self, count: int) -> None:
+        self._library.double_set_device_count(count)
+
+    def set_proc_address(self, level: int) -> None:
+        self._library.double_set_proc_address(level)
+
+    def hide(self, symbol: str) -> None:
+        self._library.double_hide(symbol.encode())
+
+    def fail(self, entry: str, nth: int, code: int, *, lasting: bool = False) -> None:
+        assert self._library.double_fail(entry.encode(), ctypes.c_size_t(nth), code, int(lasting)), entry
+
+    def fail_copy(self, direction: str, nth: int, code: int) -> None:
+        assert self._library.double_fail_copy(direction.encode(), ctypes.c_size_t(nth), code), direction
+
+    def hold(self, direction: str) -> None:
+        assert self._library.double_hold(direction.encode()), direction
+
+    def release(self, direction: str) -> None:
+        assert self._library.double_release(direction.encode()), direction
+
+    def calls(self, entry: str) -> int:
+        return self._known(self._library.double_calls(entry.encode()), entry)
+
+    def live(self, what: str) -> int:
+        return self._known(self._library.double_live(what.encode()), what)
+
+    def misuses(self) -> tuple[int, str]:
+        """How many, and the first in words."""
+        return self._library.double_misuses(), self._library.double_first_misuse().decode()
+
+    @staticmethod
+    def _known(value: int, name: str) -> int:
+        assert value != _SIZE_MAX, f"the double knows no {name!r}"
+        return value

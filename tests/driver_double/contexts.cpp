@@ -1,0 +1,268 @@
+// The entries that need a context: memory, streams, events and copies.
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "driver_double/state.h"
+
+using namespace driver_double;
+
+namespace {
+
+constexpr uintptr_t kFirstContext = 0xC0000;  // of ordinal 0; the others follow
+
+// The live stream of a handle in the current context; null otherwise, which is a misuse.
+std::shared_ptr<Stream> stream_of(const char* entry, void* handle) {
+  State& all = state();
+  const auto found = all.streams.find(reinterpret_cast<uintptr_t>(handle));
+  if (found != all.streams.end() && found->second->ordinal == pushed().back()) return found->second;
+  all.misuse(std::string(entry) + " of a stream that was destroyed or is of another context");
+  return nullptr;
+}
+
+Event* event_of(const char* entry, void* handle) {
+  State& all = state();
+  const auto found = all.events.find(reinterpret_cast<uintptr_t>(handle));
+  if (found != all.events.end()) return &found->second;
+  all.misuse(std::string(entry) + " of an event that was destroyed");
+  return nullptr;
+}
+
+int copy(const char* entry, Direction direction, void* destination, const void* source, size_t bytes,
+         void* stream_handle) {
+  Call call(entry, Needs::kContext);
+  if (call.refused()) return call.code();
+  std::shared_ptr<Stream> stream;
+  if (stream_handle != nullptr && !(stream = stream_of(entry, stream_handle))) return kInvalidHandle;
+  Operation copy{.kind = Operation::kCopy,
+                 .completion = std::make_shared<Completion>(),
+                 .direction = direction,
+                 .destination = destination,
+                 .source = source,
+                 .bytes = bytes,
+                 .staged = {},
+                 .registration = nullptr,
+                 .failure = 0};
+  const std::shared_ptr<Completion> completion = copy.completion;
+  if (const int code = prepare_copy(copy); code != kSuccess) return code;
+  if (!stream) {
+    run_copy(call.lock(), copy);
+    return state().lost;
+  }
+  const bool waits = direction == kToHost && !copy.registration;
+  stream->queue.push_back(std::move(copy));
+  state().changed.notify_all();
+  // Into pageable memory the driver copies through its own, and returns when that is done.
+  return waits ? wait_done(call.lock(), completion) : kSuccess;
+}
+
+}  // namespace
+
+extern "C" {
+
+// --- contexts --------------------------------------------------------------------------------------------
+
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  Call call("cuDevicePrimaryCtxRetain", Needs::kDriver);
+  if (call.refused()) return call.code();
+  if (device < 0 || device >= state().device_count) return kInvalidDevice;
+  if (state().lost != 0) return state().lost;
+  ++state().retains[device];
+  *context = reinterpret_cast<void*>(kFirstContext + static_cast<uintptr_t>(device));
+  return kSuccess;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  Call call("cuDevicePrimaryCtxRelease_v2", Needs::kDriver);
+  if (call.refused()) return call.code();
+  if (device < 0 || device >= state().device_count) return kInvalidDevice;
+  size_t& count = state().retains[device];
+  if (count == 0) {
+    state().misuse("cuDevicePrimaryCtxRelease_v2 of a context that nobody retains");
+    return kInvalidContext;
+  }
+  --count;
+  return state().lost;
+}
+
+// A lost context can still be pushed and popped: that concerns the thread alone.
+int cuCtxPushCurrent_v2(void* context) {
+  Call call("cuCtxPushCurrent_v2", Needs::kDriver);
+  if (call.refused()) return call.code();
+  const uintptr_t ordinal = reinterpret_cast<uintptr_t>(context) - kFirstContext;
+  if (ordinal >= kDevicesAtMost || state().retains[static_cast<int>(ordinal)] == 0) {
+    state().misuse("cuCtxPushCurrent_v2 of a context that nobody retains");
+    return kInvalidContext;
+  }
+  pushed().push_back(static_cast<int>(ordinal));
+  return kSuccess;
+}
+
+int cuCtxPopCurrent_v2(void** context) {
+  Call call("cuCtxPopCurrent_v2", Needs::kDriver);
+  if (call.refused()) return call.code();
+  if (pushed().empty()) {
+    state().misuse("cuCtxPopCurrent_v2 without a current context");
+    return kInvalidContext;
+  }
+  if (context != nullptr) {
+    *context = reinterpret_cast<void*>(kFirstContext + static_cast<uintptr_t>(pushed().back()));
+  }
+  pushed().pop_back();
+  return kSuccess;
+}
+
+int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+  Call call("cuCtxGetStreamPriorityRange", Needs::kContext);
+  if (call.refused()) return call.code();
+  if (least != nullptr) *least = 0;
+  if (greatest != nullptr) *greatest = -5;
+  return kSuccess;
+}
+
+int cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
+  Call call("cuMemGetInfo_v2", Needs::kContext);
+  if (call.refused()) return call.code();
+  *free_bytes = size_t{6} << 30;
+  *total_bytes = size_t{8} << 30;
+  return kSuccess;
+}
+
+// --- host memory -----------------------------------------------------------------------------------------
+
+int cuMemHostRegister_v2(void* address, size_t bytes, unsigned flags) {
+  Call call("cuMemHostRegister_v2", Needs::kContext);
+  if (call.refused()) return call.code();
+  constexpr unsigned kLegalFlags = 0x0F;  // portable, mapped, I/O memory, read-only
+  if (address == nullptr || bytes == 0 || (flags & ~kLegalFlags) != 0) return kInvalidValue;
+  State& all = state();
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  for (const auto& [start, registration] : all.registrations) {
+    if (begin < start + registration->bytes && start < begin + bytes) {
+      all.misuse("registering memory that is registered already");
+      return kAlreadyRegistered;
+    }
+  }
+  all.registrations.emplace(begin, std::make_shared<Registration>(Registration{.bytes = bytes}));
+  return kSuccess;
+}
+
+int cuMemHostUnregister(void* address) {
+  Call call("cuMemHostUnregister", Needs::kGiveBack);
+  if (call.refused()) return call.code();
+  State& all = state();
+  const auto found = all.registrations.find(reinterpret_cast<uintptr_t>(address));
+  if (found == all.registrations.end()) {
+    all.misuse("unregistering memory that is not registered");
+    return kNotRegistered;
+  }
+  if (found->second->copies > 0) all.misuse("unregistering memory that a queued copy uses");
+  all.registrations.erase(found);
+  return all.lost;
+}
+
+// --- streams and events ----------------------------------------------------------------------------------
+
+int cuStreamCreateWithPriority(void** stream, unsigned flags, int) {
+  Call call("cuStreamCreateWithPriority", Needs::kContext);
+  if (call.refused()) return call.code();
+  if (flags > 1) return kInvalidValue;
+  if (flags != 1) state().misuse("a stream that is not non-blocking");
+  *stream = reinterpret_cast<void*>(start_stream(pushed().back()));
+  return kSuccess;
+}
+
+int cuStreamDestroy_v2(void* handle) {
+  Call call("cuStreamDestroy_v2", Needs::kGiveBack);
+  if (call.refused()) return call.code();
+  const std::shared_ptr<Stream> stream = stream_of("cuStreamDestroy_v2", handle);
+  if (!stream) return kInvalidHandle;
+  stream->destroyed = true;
+  state().streams.erase(reinterpret_cast<uintptr_t>(handle));
+  state().changed.notify_all();
+  return state().lost;
+}
+
+int cuStreamWaitEvent(void* stream_handle, void* event_handle, unsigned flags) {
+  Call call("cuStreamWaitEvent", Needs::kContext);
+  if (call.refused()) return call.code();
+  if (flags > 1) return kInvalidValue;
+  std::shared_ptr<Stream> stream;
+  if (stream_handle != nullptr && !(stream = stream_of("cuStreamWaitEvent", stream_handle))) {
+    return kInvalidHandle;
+  }
+  const Event* event = event_of("cuStreamWaitEvent", event_handle);
+  if (event == nullptr) return kInvalidHandle;
+  if (!event->latest || event->latest->done) return kSuccess;
+  if (!stream) return wait_done(call.lock(), std::shared_ptr<Completion>(event->latest));
+  stream->queue.push_back(Operation{.kind = Operation::kWait, .completion = event->latest});
+  state().changed.notify_all();
+  return kSuccess;
+}
+
+int cuEventCreate(void** event, unsigned flags) {
+  Call call("cuEventCreate", Needs::kContext);
+  if (call.refused()) return call.code();
+  if (flags > 7) return kInvalidValue;
+  State& all = state();
+  const uintptr_t handle = all.next_handle += 16;
+  all.events.emplace(handle, Event{.ordinal = pushed().back(), .latest = nullptr});
+  *event = reinterpret_cast<void*>(handle);
+  return kSuccess;
+}
+
+int cuEventRecord(void* event_handle, void* stream_handle) {
+  Call call("cuEventRecord", Needs::kContext);
+  if (call.refused()) return call.code();
+  std::shared_ptr<Stream> stream;
+  if (stream_handle != nullptr && !(stream = stream_of("cuEventRecord", stream_handle)))
+    return kInvalidHandle;
+  Event* event = event_of("cuEventRecord", event_handle);
+  if (event == nullptr) return kInvalidHandle;
+  if (event->ordinal != pushed().back()) {
+    state().misuse("cuEventRecord of an event of another context");
+    return kInvalidHandle;
+  }
+  event->latest = std::make_shared<Completion>(Completion{.done = !stream});
+  if (stream) stream->queue.push_back(Operation{.kind = Operation::kRecord, .completion = event->latest});
+  state().changed.notify_all();
+  return kSuccess;
+}
+
+int cuEventQuery(void* handle) {
+  Call call("cuEventQuery", Needs::kContext);
+  if (call.refused()) return call.code();
+  const Event* event = event_of("cuEventQuery", handle);
+  if (event == nullptr) return kInvalidHandle;
+  return !event->latest || event->latest->done ? kSuccess : kNotReady;
+}
+
+int cuEventSynchronize(void* handle) {
+  Call call("cuEventSynchronize", Needs::kContext);
+  if (call.refused()) return call.code();
+  const Event* event = event_of("cuEventSynchronize", handle);
+  if (event == nullptr) return kInvalidHandle;
+  if (!event->latest) return kSuccess;
+  return wait_done(call.lock(), std::shared_ptr<Completion>(event->latest));
+}
+
+int cuEventDestroy_v2(void* handle) {
+  Call call("cuEventDestroy_v2", Needs::kGiveBack);
+  if (call.refused()) return call.code();
+  if (event_of("cuEventDestroy_v2", handle) == nullptr) return kInvalidHandle;
+  state().events.erase(reinterpret_cast<uintptr_t>(handle));
+  return state().lost;
+}
+
+// --- copies ----------------------------------------------------------------------------------------------
+
+int cuMemcpyHtoDAsync_v2(unsigned long long destination, const void* source, size_t bytes, void* stream) {
+  return copy("cuMemcpyHtoDAsync_v2", kToDevice, reinterpret_cast<void*>(destination), source, bytes, stream);
+}
+
+int cuMemcpyDtoHAsync_v2(void* destination, unsigned long long source, size_t bytes, void* stream) {
+  return copy("cuMemcpyDtoHAsync_v2", kToHost, destination, reinterpret_cast<const void*>(source), bytes,
+              stream);
+}
+
+}  // extern "C"

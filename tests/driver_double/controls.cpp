@@ -1,0 +1,129 @@
+#include <algorithm>
+#include <cstring>
+#include <string>
+
+#include "driver_double/driver_double.h"
+#include "driver_double/state.h"
+
+using namespace driver_double;
+
+namespace {
+
+std::unique_lock<std::mutex> locked() { return std::unique_lock(state().mutex); }
+
+Lane* lane_of(const char* direction) {
+  if (std::strcmp(direction, "to_host") == 0) return &state().lanes[kToHost];
+  if (std::strcmp(direction, "to_device") == 0) return &state().lanes[kToDevice];
+  return nullptr;
+}
+
+int set_held(const char* direction, bool held) {
+  const auto lock = locked();
+  Lane* lane = lane_of(direction);
+  if (lane == nullptr) return 0;
+  lane->held = held;
+  state().changed.notify_all();
+  return 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+void double_reset() {
+  const auto lock = locked();
+  state().forget();
+}
+
+int double_set_kind(const char* kind) {
+  const auto lock = locked();
+  const std::string wanted = kind;
+  if (wanted != "discrete" && wanted != "hmm" && wanted != "ats" && wanted != "integrated") return 0;
+  state().kind = wanted;
+  return 1;
+}
+
+void double_set_version(int version) {
+  const auto lock = locked();
+  state().version = version;
+}
+
+void double_set_device_count(int count) {
+  const auto lock = locked();
+  state().device_count = std::clamp(count, 0, kDevicesAtMost);
+}
+
+void double_set_proc_address(int level) {
+  const auto lock = locked();
+  state().proc_address_level = level;
+}
+
+void double_hide(const char* symbol) {
+  const auto lock = locked();
+  if (*symbol == '\0') {
+    state().hidden.clear();
+  } else {
+    state().hidden.emplace_back(symbol);
+  }
+}
+
+int double_fail(const char* entry, size_t nth, int code, int lasting) {
+  const auto lock = locked();
+  const auto found = state().entries.find(entry);
+  if (found == state().entries.end()) return 0;
+  found->second.until_failure = nth;
+  found->second.code = code;
+  found->second.lasting = lasting != 0;
+  return 1;
+}
+
+int double_fail_copy(const char* direction, size_t nth, int code) {
+  const auto lock = locked();
+  Lane* lane = lane_of(direction);
+  if (lane == nullptr) return 0;
+  lane->until_failure = nth;
+  lane->code = code;
+  return 1;
+}
+
+int double_hold(const char* direction) { return set_held(direction, true); }
+int double_release(const char* direction) { return set_held(direction, false); }
+
+size_t double_calls(const char* entry) {
+  const auto lock = locked();
+  const auto found = state().entries.find(entry);
+  return found == state().entries.end() ? SIZE_MAX : found->second.calls;
+}
+
+size_t double_live(const char* what) {
+  const auto lock = locked();
+  const State& all = state();
+  const std::string wanted = what;
+  size_t sum = 0;
+  if (wanted == "contexts") {
+    for (const auto& [ordinal, count] : all.retains) sum += count;
+    return sum;
+  }
+  if (wanted == "registered_bytes") {
+    for (const auto& [start, registration] : all.registrations) sum += registration->bytes;
+    return sum;
+  }
+  if (wanted == "streams") return all.streams.size();
+  if (wanted == "events") return all.events.size();
+  if (wanted == "registrations") return all.registrations.size();
+  if (wanted == "pending_copies") return all.lanes[kToHost].pending + all.lanes[kToDevice].pending;
+  if (wanted == "pushed_contexts") return pushed().size();
+  return SIZE_MAX;
+}
+
+size_t double_misuses() {
+  const auto lock = locked();
+  return state().misuses;
+}
+
+const char* double_first_misuse() {
+  const auto lock = locked();
+  return state().first_misuse.c_str();
+}
+
+}  // extern "C"

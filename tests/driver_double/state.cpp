@@ -1,0 +1,212 @@
+#include "driver_double/state.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstring>
+#include <thread>
+#include <utility>
+
+namespace driver_double {
+namespace {
+
+// A real driver answers so from its exit on.
+struct ExitMark {
+  ~ExitMark() { state().deinitialized = true; }
+} exit_mark;
+
+// The registration that holds the whole range. `partly`: one holds a part of it, which no copy may do; two
+// adjacent ones do not make one.
+std::shared_ptr<Registration> registration_of(const void* address, size_t bytes, bool& partly) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  partly = false;
+  for (const auto& [start, registration] : state().registrations) {
+    const uintptr_t end = start + registration->bytes;
+    if (begin >= start && begin + bytes <= end) return registration;
+    if (begin < end && start < begin + bytes) partly = true;
+  }
+  return nullptr;
+}
+
+void finish(Operation& operation) {
+  if (operation.kind == Operation::kWait) return;  // it is the event's
+  operation.completion->done = true;
+  if (operation.kind != Operation::kCopy) return;
+  --state().lanes[operation.direction].pending;
+  if (operation.registration) --operation.registration->copies;
+}
+
+// Nothing that was queued runs any more, and whoever waits is told.
+void lose(std::unique_lock<std::mutex>& lock, int code) {
+  State& all = state();
+  all.losing = true;
+  // Memory may be freed once the loss is seen.
+  all.changed.wait(lock, [&] { return all.running == 0; });
+  all.losing = false;
+  all.lost = code;
+  ++all.losses;
+  for (const std::weak_ptr<Stream>& entry : all.queues) {
+    const std::shared_ptr<Stream> stream = entry.lock();
+    if (!stream) continue;
+    for (Operation& operation : stream->queue) finish(operation);
+    stream->queue.clear();
+  }
+  all.changed.notify_all();
+}
+
+void run_stream(const std::shared_ptr<Stream>& stream) {
+  State& all = state();
+  std::unique_lock lock(all.mutex);
+  while (true) {
+    all.changed.wait(lock, [&] { return !stream->queue.empty() || stream->destroyed; });
+    if (stream->queue.empty()) return;
+    Operation operation = std::move(stream->queue.front());
+    stream->queue.pop_front();
+    if (operation.kind == Operation::kCopy) {
+      run_copy(lock, operation);
+    } else if (operation.kind == Operation::kWait) {
+      wait_done(lock, operation.completion);
+    } else {
+      finish(operation);
+      all.changed.notify_all();
+    }
+  }
+}
+
+}  // namespace
+
+State& state() {
+  static State* const all = [] {
+    auto* made = new State;
+    for (const std::string& name : entry_names()) made->entries[name];
+    made->forget();
+    return made;
+  }();
+  return *all;
+}
+
+std::vector<int>& pushed() {
+  thread_local std::vector<int> ordinals;
+  return ordinals;
+}
+
+void State::forget() {
+  for (auto& [name, entry] : entries) entry = Entry{};
+  for (Lane& lane : lanes) lane = Lane{.pending = lane.pending};
+  version = 13000;
+  device_count = 1;
+  proc_address_level = 2;
+  kind = "discrete";
+  hidden.clear();
+  lost = 0;
+  misuses = 0;
+  first_misuse.clear();
+  changed.notify_all();
+}
+
+void State::misuse(const std::string& what) {
+  if (misuses++ == 0) first_misuse = what;
+}
+
+Call::Call(const char* entry, Needs needs) : code_(kSuccess) {
+  State& all = state();
+  const pid_t owner = all.initialized_by;
+  if (owner != 0 && owner != getpid()) {
+    code_ = kNotInitialized;  // a forked child has no driver
+  } else if (all.deinitialized) {
+    code_ = kDeinitialized;
+  } else {
+    lock_ = std::unique_lock(all.mutex);
+    code_ = admit(entry, needs);
+  }
+}
+
+int Call::admit(const char* entry, Needs needs) {
+  State& all = state();
+  Entry& counted = all.entries.at(entry);
+  ++counted.calls;
+  if (counted.until_failure > 0) {
+    const bool fails = counted.until_failure == 1;
+    if (!fails || !counted.lasting) --counted.until_failure;
+    if (fails) return counted.code;
+  }
+  if (needs == Needs::kNothing) return kSuccess;
+  if (all.initialized_by == 0) return kNotInitialized;
+  if (needs == Needs::kDriver) return kSuccess;
+  if (pushed().empty()) {
+    all.misuse(std::string(entry) + " without a current context");
+    return kInvalidContext;
+  }
+  if (all.retains[pushed().back()] == 0) {
+    all.misuse(std::string(entry) + " in a context that was given back");
+    return kContextIsDestroyed;
+  }
+  return needs == Needs::kContext ? all.lost : kSuccess;
+}
+
+uintptr_t start_stream(int ordinal) {
+  State& all = state();
+  auto stream = std::make_shared<Stream>();
+  stream->ordinal = ordinal;
+  std::erase_if(all.queues, [](const std::weak_ptr<Stream>& queue) { return queue.expired(); });
+  all.queues.push_back(stream);
+  // Detached: a destroyed stream finishes its queue, and the process may end before a held one.
+  std::thread([stream] { run_stream(stream); }).detach();
+  const uintptr_t handle = all.next_handle += 16;
+  all.streams.emplace(handle, std::move(stream));
+  return handle;
+}
+
+int prepare_copy(Operation& copy) {
+  State& all = state();
+  const void* host = copy.direction == kToHost ? copy.destination : copy.source;
+  if (copy.bytes > 0) {
+    if (copy.destination == nullptr || copy.source == nullptr) return kInvalidValue;
+    bool partly = false;
+    copy.registration = registration_of(host, copy.bytes, partly);
+    if (!copy.registration && partly) {
+      all.misuse("a copy of " + std::to_string(copy.bytes) +
+                 " bytes whose host memory lies only partly in a registration");
+      return kInvalidValue;
+    }
+    if (!copy.registration && copy.direction == kToDevice) {
+      const auto* bytes = static_cast<const unsigned char*>(copy.source);
+      copy.staged.assign(bytes, bytes + copy.bytes);
+    }
+  }
+  Lane& lane = all.lanes[copy.direction];
+  if (lane.until_failure > 0 && --lane.until_failure == 0) copy.failure = lane.code;
+  ++lane.pending;
+  if (copy.registration) ++copy.registration->copies;
+  return kSuccess;
+}
+
+void run_copy(std::unique_lock<std::mutex>& lock, Operation& copy) {
+  State& all = state();
+  const size_t losses = all.losses;
+  const Lane& lane = all.lanes[copy.direction];
+  all.changed.wait(lock, [&] { return all.losses != losses || (!lane.held && !all.losing); });
+  if (all.losses == losses) {
+    if (copy.failure != 0) {
+      lose(lock, copy.failure);
+    } else if (copy.bytes > 0) {
+      ++all.running;
+      lock.unlock();
+      // memmove, for "device" and host memory may be the same.
+      std::memmove(copy.destination, copy.staged.empty() ? copy.source : copy.staged.data(), copy.bytes);
+      lock.lock();
+      --all.running;
+    }
+  }
+  finish(copy);
+  all.changed.notify_all();
+}
+
+int wait_done(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Completion>& completion) {
+  State& all = state();
+  const size_t losses = all.losses;
+  all.changed.wait(lock, [&] { return completion->done || all.losses != losses; });
+  return all.lost;
+}
+
+}  // namespace driver_double

@@ -1,0 +1,173 @@
+// What the double keeps: handles, queues, registrations, and the faults that are armed.
+//
+// Threads: everything is guarded by State::mutex, but the flags that say otherwise; each stream is one
+//          detached thread, which outlives its handle until its queue is empty, as the real one does.
+// Ownership: handles are numbers that are never used twice, so a destroyed one is always recognised. The
+//            state is never freed: threads of streams may run until the process ends.
+// Invariants: no operation is queued while the context is lost, and no copy runs when it becomes so.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace driver_double {
+
+// As in cuda.h.
+enum Code : int {
+  kSuccess = 0,
+  kInvalidValue = 1,
+  kNotInitialized = 3,
+  kDeinitialized = 4,
+  kNoDevice = 100,
+  kInvalidDevice = 101,
+  kInvalidContext = 201,
+  kInvalidHandle = 400,
+  kNotFound = 500,
+  kNotReady = 600,
+  kContextIsDestroyed = 709,
+  kAlreadyRegistered = 712,
+  kNotRegistered = 713,
+  kNotSupported = 801,
+};
+
+constexpr int kDevicesAtMost = 8;
+
+enum Direction { kToHost, kToDevice };
+
+// The end of something queued; shared by the queue and by who waits for it.
+struct Completion {
+  bool done = false;
+};
+
+struct Registration {
+  size_t bytes = 0;
+  size_t copies = 0;  // queued or running over it
+};
+
+struct Operation {
+  enum Kind { kCopy, kRecord, kWait } kind;
+  std::shared_ptr<Completion> completion;  // of this operation; of the event for kWait
+
+  // of copies
+  Direction direction = kToHost;
+  void* destination = nullptr;
+  const void* source = nullptr;
+  size_t bytes = 0;
+  std::vector<unsigned char> staged = {};           // of a pageable source, which is read by the call itself
+  std::shared_ptr<Registration> registration = {};  // null: pageable
+  int failure = 0;  // what the context is lost with when this copy runs; 0: it works
+};
+
+struct Stream {
+  int ordinal = 0;
+  bool destroyed = false;
+  std::deque<Operation> queue;
+};
+
+struct Event {
+  int ordinal = 0;
+  std::shared_ptr<Completion> latest;  // null: never recorded
+};
+
+struct Entry {
+  size_t calls = 0;
+  size_t until_failure = 0;  // 0: not armed
+  int code = 0;
+  bool lasting = false;
+};
+
+struct Lane {
+  bool held = false;
+  size_t pending = 0;
+  size_t until_failure = 0;  // 0: not armed
+  int code = 0;
+};
+
+struct State {
+  // The process that initialised the driver; read before the mutex, which a fork may have left locked.
+  std::atomic<pid_t> initialized_by{0};
+  std::atomic<bool> deinitialized{false};
+
+  std::mutex mutex;
+  std::condition_variable changed;  // of anything below that somebody waits for
+  // guarded by mutex
+  std::map<std::string, Entry> entries;
+  Lane lanes[2];  // by Direction
+
+  int version = 0;
+  int device_count = 0;
+  int proc_address_level = 0;
+  std::string kind;
+  std::vector<std::string> hidden;
+
+  std::map<int, size_t> retains;  // by ordinal
+  uintptr_t next_handle = 0x10000;
+  std::map<uintptr_t, std::shared_ptr<Stream>> streams;
+  std::map<uintptr_t, Event> events;
+  std::map<uintptr_t, std::shared_ptr<Registration>> registrations;  // by address
+  std::vector<std::weak_ptr<Stream>> queues;                         // destroyed streams too
+
+  int lost = 0;  // what every call returns since the context was lost
+  size_t losses = 0;
+  bool losing = false;  // no further copy starts
+  size_t running = 0;   // copies that move bytes now
+
+  size_t misuses = 0;
+  std::string first_misuse;
+
+  void forget();  // what double_reset() does
+  void misuse(const std::string& what);
+};
+
+State& state();
+
+// Every exported symbol of the driver: the entries that are counted and can fail.
+std::vector<std::string> entry_names();
+
+// The contexts pushed by this thread, as ordinals.
+std::vector<int>& pushed();
+
+enum class Needs {
+  kNothing,   // not even cuInit
+  kDriver,    // cuInit
+  kContext,   // a current context that is not lost
+  kGiveBack,  // a current context; what a lost one returns comes after the work is done
+};
+
+// What each entry does first: counts, fails as armed, checks what it needs. Holds the mutex while it lives.
+class Call {
+ public:
+  Call(const char* entry, Needs needs);
+  bool refused() const { return code_ != kSuccess; }
+  int code() const { return code_; }
+  std::unique_lock<std::mutex>& lock() { return lock_; }
+
+ private:
+  int admit(const char* entry, Needs needs);
+
+  std::unique_lock<std::mutex> lock_;
+  int code_;
+};
+
+// --- streams: called with the mutex held ---------------------------------------------------------------
+
+uintptr_t start_stream(int ordinal);
+
+// Fills in what a copy needs to run and arms it. Returns 0 or what a refused copy returns.
+int prepare_copy(Operation& copy);
+void run_copy(std::unique_lock<std::mutex>& lock, Operation& copy);
+
+// Waits until `completion` is done. Returns 0, or what the context was lost with.
+int wait_done(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Completion>& completion);
+
+}  // namespace driver_double
