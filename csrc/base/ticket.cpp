@@ -12,7 +12,10 @@
 namespace offload {
 
 struct Ticket::State {
-  ForkGuard owner;
+  explicit State(std::shared_ptr<TicketMark> its_mark) : mark(std::move(its_mark)) {}
+
+  const ForkGuard owner;
+  const std::shared_ptr<TicketMark> mark;
   std::atomic<bool> ended{false};
 
   std::mutex mutex;
@@ -25,7 +28,11 @@ struct Ticket::State {
   bool has_ended() const noexcept { return ended.load(std::memory_order_acquire); }
 };
 
-Ticket Ticket::pending() { return Ticket(std::make_shared<State>()); }
+Ticket Ticket::pending(std::shared_ptr<TicketMark> mark) {
+  return Ticket(std::make_shared<State>(std::move(mark)));
+}
+
+TicketMark* Ticket::mark() const noexcept { return state_ ? state_->mark.get() : nullptr; }
 
 bool Ticket::done() const noexcept { return !state_ || state_->has_ended(); }
 

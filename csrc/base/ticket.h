@@ -14,13 +14,22 @@
 
 namespace offload {
 
+// What a device knows about the work of a ticket, so that its streams can wait for it without the host.
+class TicketMark {
+ public:
+  virtual ~TicketMark() = default;
+};
+
 class Ticket {
  public:
   // Already done: what callers hold before any work was submitted.
   Ticket() = default;
 
-  // Not done until complete() or fail().
-  static Ticket pending();
+  // Not done until complete() or fail(). The mark must not hold the ticket: the ticket holds it.
+  static Ticket pending(std::shared_ptr<TicketMark> mark = nullptr);
+
+  // Null for work that only the host can wait for.
+  TicketMark* mark() const noexcept;
 
   // True once the work ended, well or badly. Never blocks.
   bool done() const noexcept;

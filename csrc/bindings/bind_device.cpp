@@ -43,7 +43,7 @@ Ticket submit(TransferQueue& queue, Direction direction, uintptr_t destination, 
 void bind_base(py::module_& module) {
   py::class_<Ticket>(module, "Ticket")
       .def(py::init<>())
-      .def_static("pending", &Ticket::pending)
+      .def_static("pending", [] { return Ticket::pending(); })
       .def_property_readonly("done", &Ticket::done)
       .def(
           "wait",

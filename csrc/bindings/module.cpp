@@ -6,6 +6,7 @@ PYBIND11_MODULE(_native, module) {
   module.attr("version") = OFFLOAD_VERSION;
   offload::bindings::bind_errors(module);
   offload::bindings::bind_device(module);
+  offload::bindings::bind_cuda(module);
   offload::bindings::bind_memory(module);
   offload::bindings::bind_optimizer(module);
   offload::bindings::bind_pipeline(module);

@@ -75,11 +75,14 @@ class CudaDriver {
   const std::string& path() const noexcept { return path_; }
   int version() const noexcept { return version_; }  // 12040 is CUDA 12.4
 
-  // "<doing> failed: CUDA_ERROR_X (the driver's text, code N). <what to do>"
-  Error error(CudaResult code, const std::string& doing) const;
+  // "<doing> failed: CUDA_ERROR_X (the driver's text, code N). <what to do>". `remedy` says it better than
+  // the code alone would, and does not count where the code means that everything is lost.
+  Error error(CudaResult code, const std::string& doing, const std::string& remedy = "") const;
 
   // Throws error(code, doing) unless the code is 0.
-  void check(CudaResult code, const std::string& doing) const;
+  void check(CudaResult code, const char* doing) const {
+    if (code != 0) throw error(code, doing);
+  }
 
 #define OFFLOAD_DECLARE_ENTRY(name, symbol, version, parameters) CudaResult(*name) parameters = nullptr;
   OFFLOAD_CUDA_ENTRIES(OFFLOAD_DECLARE_ENTRY)

@@ -76,7 +76,8 @@ class CudaDevice(Device):
     def __init__(self, index: int = 0, *, driver_path: str = "") -> None: ...
     def facts(self) -> dict[str, Any]:
         """name, uuid, index, memory_kind ("discrete", "hmm", "ats", "integrated"), compute_capability (major, minor),
-        multiprocessor_count, copy_engine_count, total_bytes, free_bytes, driver_version, can_pin."""
+        multiprocessor_count, copy_engine_count, total_bytes, free_bytes, driver_version, can_pin,
+        pageable_copy_count (copies so far whose host memory is not registered)."""
     @property
     def pinned_bytes(self) -> int: ...
 

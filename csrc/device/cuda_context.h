@@ -1,0 +1,81 @@
+// The primary context of one CUDA device, as torch uses it, and the events that live in it.
+//
+// Ownership: retains the context and owns every event; held by devices, streams and events, and given back
+//            with the last of them. Leaked in a forked child, where the driver no longer works.
+// Threads: every member may be called from any thread.
+// Invariants: a context is current on a thread only within a Current. Events are never destroyed before the
+//             context: a free one serves again. An event may be recorded again as soon as the waits for it
+//             have been submitted: CUDA binds a wait to the record before it.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/fork_guard.h"
+#include "device/cuda_driver.h"
+
+namespace offload {
+
+class CudaEvent;
+
+class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContext> {
+ public:
+  // Makes the context current on the calling thread for as long as it lives.
+  class Current {
+   public:
+    explicit Current(const CudaPrimaryContext& context);
+    ~Current();
+    Current(const Current&) = delete;
+    Current& operator=(const Current&) = delete;
+
+   private:
+    const CudaDriver& driver_;
+  };
+
+  CudaPrimaryContext(const CudaDriver& driver, CudaOrdinal ordinal);
+  ~CudaPrimaryContext();
+  CudaPrimaryContext(const CudaPrimaryContext&) = delete;
+  CudaPrimaryContext& operator=(const CudaPrimaryContext&) = delete;
+
+  const CudaDriver& driver() const noexcept { return driver_; }
+  const ForkGuard& owner() const noexcept { return owner_; }
+
+  // A new event, or one that nobody holds any more, recorded on the stream. The context must be current.
+  std::shared_ptr<CudaEvent> record_event(CudaStreamHandle stream);
+
+ private:
+  friend class CudaEvent;
+  std::shared_ptr<CudaEvent> acquire_event();
+  void recycle(CudaEventHandle event) noexcept;
+
+  const ForkGuard owner_;
+  const CudaDriver& driver_;
+  const CudaOrdinal ordinal_;
+  CudaContext handle_ = nullptr;
+
+  std::mutex mutex_;
+  // guarded by mutex_
+  std::vector<CudaEventHandle> free_events_;
+  size_t event_count_ = 0;  // free or held
+};
+
+class CudaEvent {
+ public:
+  CudaEvent(std::shared_ptr<CudaPrimaryContext> context, CudaEventHandle handle)
+      : context_(std::move(context)), handle_(handle) {}
+  ~CudaEvent() { context_->recycle(handle_); }
+  CudaEvent(const CudaEvent&) = delete;
+  CudaEvent& operator=(const CudaEvent&) = delete;
+
+  CudaEventHandle handle() const noexcept { return handle_; }
+
+  // Later work of the stream starts only after the event. The context must be current.
+  void hold_back(CudaStreamHandle stream) const;
+
+ private:
+  const std::shared_ptr<CudaPrimaryContext> context_;
+  const CudaEventHandle handle_;
+};
+
+}  // namespace offload

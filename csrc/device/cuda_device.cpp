@@ -1,0 +1,191 @@
+#include "device/cuda_device.h"
+
+#include <cstdlib>
+#include <utility>
+
+#include "base/error.h"
+#include "device/cuda_stream.h"
+
+namespace offload {
+namespace {
+
+// CU_DEVICE_ATTRIBUTE_*
+constexpr int kMultiprocessorCount = 16;
+constexpr int kIntegrated = 18;
+constexpr int kAsyncEngineCount = 40;
+constexpr int kComputeCapabilityMajor = 75;
+constexpr int kComputeCapabilityMinor = 76;
+constexpr int kPageableMemoryAccess = 88;
+constexpr int kHostRegisterSupported = 99;
+constexpr int kPageableMemoryAccessUsesHostPageTables = 100;
+
+constexpr unsigned kPortable = 0x1;  // CU_MEMHOSTREGISTER_PORTABLE: registered for every context
+
+constexpr CudaResult kAlreadyRegistered = 712;  // CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
+
+constexpr const char* kPinRemedy =
+    "Copies of this memory are pageable, which is slower. Raise the limit on locked memory (`ulimit -l "
+    "unlimited`, `docker run --ulimit memlock=-1`, LimitMEMLOCK=infinity in a service); WSL pins about half "
+    "of "
+    "its memory at most, so raise `memory` in .wslconfig; or lower host_budget";
+constexpr const char* kAlreadyPinnedRemedy =
+    "Another library has registered these pages; leave them to it, or unregister them there";
+
+CudaOrdinal find_device(const CudaDriver& driver, int index) {
+  int count = 0;
+  driver.check(driver.DeviceGetCount(&count), "cuDeviceGetCount");
+  if (index < 0 || index >= count) {
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    throw Error(ErrorKind::kDevice, "there is no device cuda:" + std::to_string(index) +
+                                        ": the driver shows " + std::to_string(count) +
+                                        " (CUDA_VISIBLE_DEVICES is " +
+                                        (visible != nullptr ? "'" + std::string(visible) + "'" : "not set") +
+                                        "); legal are indices from 0 below that count");
+  }
+  CudaOrdinal ordinal = 0;
+  driver.check(driver.DeviceGet(&ordinal, index), "cuDeviceGet");
+  return ordinal;
+}
+
+std::string uuid_text(const CudaUuid& uuid) {
+  constexpr const char* kDigits = "0123456789abcdef";
+  std::string text;
+  for (int i = 0; i < 16; ++i) {
+    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+    text += kDigits[uuid.bytes[i] >> 4];
+    text += kDigits[uuid.bytes[i] & 0xF];
+  }
+  return text;
+}
+
+CudaStreamHandle compute_handle(uintptr_t compute_stream) {
+  return reinterpret_cast<CudaStreamHandle>(compute_stream);
+}
+
+}  // namespace
+
+CudaDevice::CudaDevice(const CudaDeviceOptions& options)
+    : driver_(CudaDriver::load(options.driver_path)),
+      index_(options.index),
+      drain_ns_(options.drain_ns),
+      ordinal_(find_device(driver_, options.index)),
+      context_(std::make_shared<CudaPrimaryContext>(driver_, ordinal_)) {}
+
+CudaDevice::~CudaDevice() {
+  if (context_->owner().forked()) return;
+  for (const uintptr_t start : pinned_.starts()) unpin(reinterpret_cast<void*>(start), 0);
+}
+
+std::unique_ptr<Stream> CudaDevice::create_stream(const std::string& name) {
+  context_->owner().require_owner("this CudaDevice");
+  return std::make_unique<CudaStream>(context_, name, drain_ns_);
+}
+
+Ticket CudaDevice::submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
+                               size_t bytes) {
+  context_->owner().require_owner("this CudaDevice");
+  const void* host = direction == Direction::kToHost ? destination : source;
+  PinnedRanges::Cut cut = pinned_.cut(reinterpret_cast<uintptr_t>(host), bytes);
+  if (!cut.pinned) pageable_copy_count_.fetch_add(1, std::memory_order_relaxed);
+  return static_cast<CudaStream&>(stream).submit(direction, destination, source, std::move(cut.parts_bytes),
+                                                 cut.pinned);
+}
+
+void CudaDevice::wait_ticket(Stream& stream, const Ticket& ticket) {
+  context_->owner().require_owner("this CudaDevice");
+  if (ticket.done() && !ticket.error()) return;
+  static_cast<CudaStream&>(stream).wait_ticket(ticket);
+}
+
+void CudaDevice::wait_compute(Stream& stream, uintptr_t compute_stream) {
+  context_->owner().require_owner("this CudaDevice");
+  static_cast<CudaStream&>(stream).wait_compute(compute_handle(compute_stream));
+}
+
+bool CudaDevice::compute_wait(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns) {
+  context_->owner().require_owner("this CudaDevice");
+  const CudaCopyMark* mark = CudaCopyMark::of(ticket, context_.get());
+  if (mark == nullptr || ticket.done()) return ticket.wait(timeout_ns);
+  if (!mark->issued().wait_ended(timeout_ns)) return false;
+  const std::shared_ptr<CudaEvent> event = mark->event();
+  if (!event) return ticket.wait();  // it has ended meanwhile: rethrows its error
+  CudaPrimaryContext::Current current(*context_);
+  event->hold_back(compute_handle(compute_stream));
+  return true;
+}
+
+void CudaDevice::pin(void* address, size_t bytes) {
+  context_->owner().require_owner("this CudaDevice");
+  const std::string what = "pinning " + std::to_string(bytes) + " bytes of host memory at address " +
+                           std::to_string(reinterpret_cast<uintptr_t>(address));
+  if (!can_pin()) {
+    throw Error(ErrorKind::kDevice, what +
+                                        " failed: this device does not register host memory. Copies of it "
+                                        "are pageable, which is slower");
+  }
+  CudaPrimaryContext::Current current(*context_);
+  if (const CudaResult code = driver_.MemHostRegister(address, bytes, kPortable); code != 0) {
+    throw driver_.error(code, what, code == kAlreadyRegistered ? kAlreadyPinnedRemedy : kPinRemedy);
+  }
+  pinned_.add(reinterpret_cast<uintptr_t>(address), bytes);
+}
+
+void CudaDevice::unpin(void* address, size_t) noexcept {
+  if (context_->owner().forked()) return;  // the lock may be held for ever, and the pages are the parent's
+  pinned_.remove(reinterpret_cast<uintptr_t>(address));
+  try {
+    CudaPrimaryContext::Current current(*context_);
+    driver_.check(driver_.MemHostUnregister(address), "cuMemHostUnregister");
+  } catch (const Error&) {
+    // The context is lost or the process exiting, and the registration gone with it.
+  }
+}
+
+int CudaDevice::attribute(int attribute) const {
+  int value = 0;
+  driver_.check(driver_.DeviceGetAttribute(&value, attribute, ordinal_), "cuDeviceGetAttribute");
+  return value;
+}
+
+bool CudaDevice::can_pin() const { return attribute(kHostRegisterSupported) != 0; }
+
+CudaMemoryKind CudaDevice::memory_kind() const {
+  if (attribute(kIntegrated) != 0) return CudaMemoryKind::kIntegrated;
+  if (attribute(kPageableMemoryAccess) == 0) return CudaMemoryKind::kDiscrete;
+  return attribute(kPageableMemoryAccessUsesHostPageTables) != 0 ? CudaMemoryKind::kAts
+                                                                 : CudaMemoryKind::kHmm;
+}
+
+CudaFacts CudaDevice::facts() const {
+  context_->owner().require_owner("this CudaDevice");
+  CudaFacts facts;
+  char name[256] = "";
+  driver_.check(driver_.DeviceGetName(name, sizeof(name), ordinal_), "cuDeviceGetName");
+  facts.name = name;
+  CudaUuid uuid{};
+  driver_.check(driver_.DeviceGetUuid(&uuid, ordinal_), "cuDeviceGetUuid");
+  facts.uuid = uuid_text(uuid);
+  facts.index = index_;
+  facts.memory_kind = memory_kind();
+  facts.compute_capability_major = attribute(kComputeCapabilityMajor);
+  facts.compute_capability_minor = attribute(kComputeCapabilityMinor);
+  facts.multiprocessor_count = attribute(kMultiprocessorCount);
+  facts.copy_engine_count = attribute(kAsyncEngineCount);
+  {
+    CudaPrimaryContext::Current current(*context_);
+    size_t total_bytes = 0;
+    driver_.check(driver_.MemGetInfo(&facts.free_bytes, &total_bytes), "cuMemGetInfo");
+  }
+  driver_.check(driver_.DeviceTotalMem(&facts.total_bytes, ordinal_), "cuDeviceTotalMem");
+  facts.driver_version = driver_.version();
+  facts.can_pin = can_pin();
+  facts.pageable_copy_count = pageable_copy_count_.load(std::memory_order_relaxed);
+  return facts;
+}
+
+size_t CudaDevice::pinned_bytes() const {
+  context_->owner().require_owner("this CudaDevice");
+  return pinned_.total_bytes();
+}
+
+}  // namespace offload

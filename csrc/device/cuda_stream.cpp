@@ -1,0 +1,346 @@
+#include "device/cuda_stream.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <deque>
+#include <numeric>
+#include <thread>
+#include <utility>
+
+#include "base/error.h"
+
+namespace offload {
+namespace {
+
+constexpr unsigned kNonBlocking = 0x1;  // CU_STREAM_NON_BLOCKING: torch computes on the legacy stream
+
+// One thing that a copy starts after: a position of a compute stream, or else a ticket.
+struct Wait {
+  std::shared_ptr<CudaEvent> position;
+  Ticket ticket;
+};
+
+struct Copy {
+  Direction direction;
+  void* destination;
+  const void* source;
+  std::vector<size_t> parts_bytes;
+  std::vector<Wait> waits;
+  Ticket ticket;
+  std::shared_ptr<CudaCopyMark> mark;
+  // set when it is issued
+  bool sent = false;                 // its bytes may be on their way
+  std::shared_ptr<CudaEvent> event;  // recorded behind it; null: it was refused
+  std::exception_ptr error;
+
+  size_t total_bytes() const { return std::accumulate(parts_bytes.begin(), parts_bytes.end(), size_t{0}); }
+};
+
+void name_thread(const std::string& name) {
+  // The kernel takes names of up to 15 characters.
+  pthread_setname_np(pthread_self(), ("offload-" + name).substr(0, 15).c_str());
+}
+
+}  // namespace
+
+CudaCopyMark* CudaCopyMark::of(const Ticket& ticket, const CudaPrimaryContext* context) noexcept {
+  auto* mark = dynamic_cast<CudaCopyMark*>(ticket.mark());
+  return mark != nullptr && mark->context_ == context ? mark : nullptr;
+}
+
+std::shared_ptr<CudaEvent> CudaCopyMark::event() const {
+  std::lock_guard lock(mutex_);
+  return event_;
+}
+
+void CudaCopyMark::set_issued(std::shared_ptr<CudaEvent> event) {
+  {
+    std::lock_guard lock(mutex_);
+    event_ = std::move(event);
+  }
+  issued_.complete();
+}
+
+void CudaCopyMark::set_ended() { set_issued(nullptr); }
+
+// What a stream shares with its threads.
+class CudaStream::Worker : public std::enable_shared_from_this<Worker> {
+ public:
+  Worker(std::shared_ptr<CudaPrimaryContext> context, std::string name)
+      : context_(std::move(context)), driver_(context_->driver()), name_(std::move(name)) {
+    CudaPrimaryContext::Current current(*context_);
+    int least = 0, greatest = 0;
+    driver_.check(driver_.CtxGetStreamPriorityRange(&least, &greatest), "cuCtxGetStreamPriorityRange");
+    driver_.check(driver_.StreamCreateWithPriority(&handle_, kNonBlocking, greatest),
+                  "cuStreamCreateWithPriority");
+  }
+
+  const ForkGuard& owner() const noexcept { return context_->owner(); }
+  void wait_ticket(const Ticket& ticket);
+  void wait_compute(CudaStreamHandle compute_stream);
+  Ticket submit(Copy copy, bool pinned);
+  void finish(int64_t drain_ns);
+
+ private:
+  void start_threads(bool needs_issuer);
+  void run_issuer(std::stop_token stop);
+  void run_ender(std::stop_token stop);
+
+  const Ticket& gate(const Wait& wait) const noexcept;
+  void issue(Copy& copy) noexcept;
+  void arm(const Wait& wait, Copy& copy);
+  void send(const Copy& copy);
+  bool saw_end(Copy& copy) noexcept;
+  void end(Copy& copy) noexcept;
+  void abandon(std::unique_lock<std::mutex> lock);
+
+  const std::shared_ptr<CudaPrimaryContext> context_;
+  const CudaDriver& driver_;
+  const std::string name_;
+  CudaStreamHandle handle_ = nullptr;
+
+  // used by whoever issues: the issuer while a copy is deferred, else the holder of mutex_
+  std::deque<Wait> owed_;  // of copies issued so far; a wait that the driver refused is owed to the next copy
+
+  std::mutex mutex_;
+  std::condition_variable_any changed_;
+  // guarded by mutex_; a copy leaves its queue when it is over with it, and nobody else touches the first
+  std::vector<Wait> waits_;     // for the next copy
+  std::deque<Copy> deferred_;   // not yet issued
+  std::deque<Copy> in_flight_;  // not yet ended
+
+  std::jthread issuer_;
+  std::jthread ender_;
+};
+
+void CudaStream::Worker::wait_ticket(const Ticket& ticket) {
+  std::lock_guard lock(mutex_);
+  waits_.push_back({nullptr, ticket});
+}
+
+void CudaStream::Worker::wait_compute(CudaStreamHandle compute_stream) {
+  // Recorded now even if the copies before are deferred: later the compute stream will have gone on.
+  CudaPrimaryContext::Current current(*context_);
+  std::shared_ptr<CudaEvent> position = context_->record_event(compute_stream);
+  std::lock_guard lock(mutex_);
+  waits_.push_back({std::move(position), Ticket()});
+}
+
+Ticket CudaStream::Worker::submit(Copy copy, bool pinned) {
+  auto mark = std::make_shared<CudaCopyMark>(context_.get());
+  Ticket ticket = Ticket::pending(mark);
+  copy.mark = std::move(mark);
+  copy.ticket = ticket;
+  {
+    std::lock_guard lock(mutex_);
+    const bool now =
+        pinned && deferred_.empty() &&
+        std::all_of(waits_.begin(), waits_.end(), [this](const Wait& wait) { return gate(wait).done(); });
+    start_threads(!now);
+    copy.waits = std::exchange(waits_, {});
+    if (now) {
+      issue(copy);
+      in_flight_.push_back(std::move(copy));
+    } else {
+      deferred_.push_back(std::move(copy));
+    }
+  }
+  changed_.notify_all();
+  return ticket;
+}
+
+void CudaStream::Worker::start_threads(bool needs_issuer) {
+  auto self = shared_from_this();
+  if (!ender_.joinable()) ender_ = std::jthread([self](std::stop_token stop) { self->run_ender(stop); });
+  if (needs_issuer && !issuer_.joinable()) {
+    issuer_ = std::jthread([self](std::stop_token stop) { self->run_issuer(stop); });
+  }
+}
+
+void CudaStream::Worker::run_issuer(std::stop_token stop) {
+  name_thread(name_ + "-is");
+  std::unique_lock lock(mutex_);
+  while (changed_.wait(lock, stop, [&] { return !deferred_.empty(); })) {
+    // It stays in the queue until it is issued, so that no later copy overtakes it.
+    Copy& copy = deferred_.front();
+    lock.unlock();
+    for (const Wait& wait : copy.waits) static_cast<void>(gate(wait).wait_ended(stop));
+    issue(copy);
+    lock.lock();
+    in_flight_.push_back(std::move(copy));
+    deferred_.pop_front();
+    changed_.notify_all();
+  }
+}
+
+void CudaStream::Worker::run_ender(std::stop_token stop) {
+  name_thread(name_);
+  std::unique_lock lock(mutex_);
+  while (changed_.wait(lock, stop, [&] { return !in_flight_.empty(); })) {
+    Copy& copy = in_flight_.front();
+    lock.unlock();
+    end(copy);
+    lock.lock();
+    in_flight_.pop_front();
+    changed_.notify_all();
+  }
+}
+
+// What the host must wait for before the driver can be told to wait.
+const Ticket& CudaStream::Worker::gate(const Wait& wait) const noexcept {
+  const CudaCopyMark* mark = CudaCopyMark::of(wait.ticket, context_.get());
+  return mark != nullptr ? mark->issued() : wait.ticket;
+}
+
+void CudaStream::Worker::issue(Copy& copy) noexcept {
+  for (Wait& wait : copy.waits) owed_.push_back(std::move(wait));
+  copy.waits.clear();
+  try {
+    CudaPrimaryContext::Current current(*context_);
+    // Also when a ticket has failed: the copies behind this one run, and rely on the other waits.
+    while (!owed_.empty()) {
+      arm(owed_.front(), copy);
+      owed_.pop_front();
+    }
+    if (copy.error) return;
+    copy.sent = true;
+    send(copy);
+    copy.event = context_->record_event(handle_);
+    copy.mark->set_issued(copy.event);
+  } catch (...) {
+    copy.error = std::current_exception();
+  }
+}
+
+// A copy that the driver fails while it runs loses the context, and with it the copies armed behind it.
+void CudaStream::Worker::arm(const Wait& wait, Copy& copy) {
+  std::shared_ptr<CudaEvent> event = wait.position;
+  if (const CudaCopyMark* mark = CudaCopyMark::of(wait.ticket, context_.get())) event = mark->event();
+  if (event) {
+    event->hold_back(handle_);
+  } else if (!wait.ticket.done()) {
+    copy.error = std::make_exception_ptr(Error(
+        ErrorKind::kDevice,
+        "the copy was cancelled: its stream " + name_ + " was destroyed before the work it waits for ended"));
+  } else if (!copy.error) {
+    copy.error = wait.ticket.error();
+  }
+}
+
+void CudaStream::Worker::send(const Copy& copy) {
+  auto* destination = static_cast<char*>(copy.destination);
+  const auto* source = static_cast<const char*>(copy.source);
+  for (const size_t bytes : copy.parts_bytes) {
+    const CudaResult code =
+        copy.direction == Direction::kToHost
+            ? driver_.MemcpyDtoHAsync(destination, reinterpret_cast<CudaAddress>(source), bytes, handle_)
+            : driver_.MemcpyHtoDAsync(reinterpret_cast<CudaAddress>(destination), source, bytes, handle_);
+    if (code != 0) {
+      throw driver_.error(code, "a copy of " + std::to_string(copy.total_bytes()) + " bytes " +
+                                    (copy.direction == Direction::kToHost ? "to_host" : "to_device"));
+    }
+    destination += bytes;
+    source += bytes;
+  }
+}
+
+void CudaStream::Worker::end(Copy& copy) noexcept {
+  // Until its end was seen, the bytes may be on their way, and their memory must not be given back: so a
+  // refusal is asked about once more. Only a lost context refuses twice.
+  if (copy.sent && !saw_end(copy)) static_cast<void>(saw_end(copy));
+  copy.ticket.fail(copy.error);
+  copy.mark->set_ended();
+}
+
+// Blocks until all that was sent is over; false and the copy's error when the driver refuses to say.
+bool CudaStream::Worker::saw_end(Copy& copy) noexcept {
+  try {
+    CudaPrimaryContext::Current current(*context_);
+    if (!copy.event) copy.event = context_->record_event(handle_);
+    const CudaResult code = driver_.EventSynchronize(copy.event->handle());
+    if (code == 0) return true;
+    throw driver_.error(code, "a copy of " + std::to_string(copy.total_bytes()) + " bytes " +
+                                  (copy.direction == Direction::kToHost ? "to_host" : "to_device"));
+  } catch (...) {
+    if (!copy.error) copy.error = std::current_exception();
+    return false;
+  }
+}
+
+void CudaStream::Worker::finish(int64_t drain_ns) {
+  issuer_.request_stop();
+  std::unique_lock lock(mutex_);
+  while (const size_t left = deferred_.size() + in_flight_.size()) {
+    const auto moved_on = [&] { return deferred_.size() + in_flight_.size() < left; };
+    if (!changed_.wait_for(lock, std::chrono::nanoseconds(drain_ns), moved_on)) {
+      abandon(std::move(lock));
+      return;
+    }
+  }
+  lock.unlock();
+  ender_.request_stop();
+  if (issuer_.joinable()) issuer_.join();
+  if (ender_.joinable()) ender_.join();
+  CudaPrimaryContext::Current current(*context_);
+  driver_.check(driver_.StreamDestroy(handle_), "cuStreamDestroy");
+}
+
+// The driver hangs in a call of one of the threads. They keep this object alive, and the stream is leaked.
+void CudaStream::Worker::abandon(std::unique_lock<std::mutex> lock) {
+  std::vector<std::pair<Ticket, std::shared_ptr<CudaCopyMark>>> left;
+  for (const auto* queue : {&in_flight_, &deferred_}) {
+    for (const Copy& copy : *queue) left.emplace_back(copy.ticket, copy.mark);
+  }
+  lock.unlock();
+  ender_.request_stop();
+  if (issuer_.joinable()) issuer_.detach();
+  if (ender_.joinable()) ender_.detach();
+  const auto error = std::make_exception_ptr(Error(
+      ErrorKind::kDevice, "the copy was given up: stream " + name_ +
+                              " was destroyed and the device does not answer. Restart the process and go "
+                              "on from a checkpoint; `dmesg | grep Xid` may tell why"));
+  for (const auto& [ticket, mark] : left) {
+    ticket.fail(error);
+    mark->set_ended();
+  }
+}
+
+CudaStream::CudaStream(std::shared_ptr<CudaPrimaryContext> context, std::string name, int64_t drain_ns)
+    : worker_(std::make_shared<Worker>(std::move(context), std::move(name))), drain_ns_(drain_ns) {}
+
+CudaStream::~CudaStream() {
+  if (worker_->owner().forked()) {
+    // Leaked on purpose: in a child there are no threads to join, and the locks may be held.
+    new std::shared_ptr<Worker>(std::move(worker_));
+    return;
+  }
+  try {
+    worker_->finish(drain_ns_);
+  } catch (const std::exception&) {
+    // The context is lost or the process exiting, and the driver's stream gone with it.
+  }
+}
+
+void CudaStream::wait_ticket(const Ticket& ticket) { worker_->wait_ticket(ticket); }
+
+void CudaStream::wait_compute(CudaStreamHandle compute_stream) { worker_->wait_compute(compute_stream); }
+
+Ticket CudaStream::submit(Direction direction, void* destination, const void* source,
+                          std::vector<size_t> parts_bytes, bool pinned) {
+  return worker_->submit({.direction = direction,
+                          .destination = destination,
+                          .source = source,
+                          .parts_bytes = std::move(parts_bytes),
+                          .waits = {},
+                          .ticket = {},
+                          .mark = nullptr,
+                          .sent = false,
+                          .event = nullptr,
+                          .error = nullptr},
+                         pinned);
+}
+
+}  // namespace offload
