@@ -99,13 +99,15 @@ class EntryFinder {
     // cuGetProcAddress takes the name without its suffix: the version says which one is meant.
     const std::string name = symbol.substr(0, symbol.rfind("_v"));
     void* entry = nullptr;
-    if (newest_ != nullptr) {
-      int status = 0;
-      if (newest_(name.c_str(), &entry, version, kLegacyStream, &status) != 0 || status != 0) entry = nullptr;
-    } else if (older_ != nullptr) {
-      if (older_(name.c_str(), &entry, version, kLegacyStream) != 0) entry = nullptr;
+    int status = 0;
+    if (newest_ != nullptr && newest_(name.c_str(), &entry, version, kLegacyStream, &status) == 0 &&
+        entry != nullptr) {
+      return entry;
     }
-    return entry != nullptr ? entry : dlsym(library_, symbol.c_str());
+    if (older_ != nullptr && older_(name.c_str(), &entry, version, kLegacyStream) == 0 && entry != nullptr) {
+      return entry;
+    }
+    return dlsym(library_, symbol.c_str());
   }
 
  private:

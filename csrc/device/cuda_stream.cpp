@@ -28,6 +28,7 @@ struct Copy {
   void* destination;
   const void* source;
   std::vector<size_t> parts_bytes;
+  bool pinned;  // its host side
   std::vector<Wait> waits;
   Ticket ticket;
   std::shared_ptr<CudaCopyMark> mark;
@@ -81,7 +82,7 @@ class CudaStream::Worker : public std::enable_shared_from_this<Worker> {
   const ForkGuard& owner() const noexcept { return context_->owner(); }
   void wait_ticket(const Ticket& ticket);
   void wait_compute(CudaStreamHandle compute_stream);
-  Ticket submit(Copy copy, bool pinned);
+  Ticket submit(Copy copy);
   void finish(int64_t drain_ns);
 
  private:
@@ -89,7 +90,7 @@ class CudaStream::Worker : public std::enable_shared_from_this<Worker> {
   void run_issuer(std::stop_token stop);
   void run_ender(std::stop_token stop);
 
-  const Ticket& gate(const Wait& wait) const noexcept;
+  const Ticket& gate(const Wait& wait, const Copy& copy) const noexcept;
   void issue(Copy& copy) noexcept;
   void arm(const Wait& wait, Copy& copy);
   void send(const Copy& copy);
@@ -129,16 +130,15 @@ void CudaStream::Worker::wait_compute(CudaStreamHandle compute_stream) {
   waits_.push_back({std::move(position), Ticket()});
 }
 
-Ticket CudaStream::Worker::submit(Copy copy, bool pinned) {
+Ticket CudaStream::Worker::submit(Copy copy) {
   auto mark = std::make_shared<CudaCopyMark>(context_.get());
   Ticket ticket = Ticket::pending(mark);
   copy.mark = std::move(mark);
   copy.ticket = ticket;
   {
     std::lock_guard lock(mutex_);
-    const bool now =
-        pinned && deferred_.empty() &&
-        std::all_of(waits_.begin(), waits_.end(), [this](const Wait& wait) { return gate(wait).done(); });
+    const auto open = [&](const Wait& wait) { return gate(wait, copy).done(); };
+    const bool now = copy.pinned && deferred_.empty() && std::all_of(waits_.begin(), waits_.end(), open);
     start_threads(!now);
     copy.waits = std::exchange(waits_, {});
     if (now) {
@@ -167,13 +167,14 @@ void CudaStream::Worker::run_issuer(std::stop_token stop) {
     // It stays in the queue until it is issued, so that no later copy overtakes it.
     Copy& copy = deferred_.front();
     lock.unlock();
-    for (const Wait& wait : copy.waits) static_cast<void>(gate(wait).wait_ended(stop));
+    for (const Wait& wait : copy.waits) static_cast<void>(gate(wait, copy).wait_ended(stop));
     issue(copy);
     lock.lock();
     in_flight_.push_back(std::move(copy));
     deferred_.pop_front();
     changed_.notify_all();
   }
+  ender_.request_stop();  // not before: its work comes from here
 }
 
 void CudaStream::Worker::run_ender(std::stop_token stop) {
@@ -189,10 +190,11 @@ void CudaStream::Worker::run_ender(std::stop_token stop) {
   }
 }
 
-// What the host must wait for before the driver can be told to wait.
-const Ticket& CudaStream::Worker::gate(const Wait& wait) const noexcept {
+// What the host must wait for before the driver can be told to wait. All of it for a pageable copy: the
+// driver may read its source in the call, whatever the stream still waits for.
+const Ticket& CudaStream::Worker::gate(const Wait& wait, const Copy& copy) const noexcept {
   const CudaCopyMark* mark = CudaCopyMark::of(wait.ticket, context_.get());
-  return mark != nullptr ? mark->issued() : wait.ticket;
+  return mark != nullptr && copy.pinned ? mark->issued() : wait.ticket;
 }
 
 void CudaStream::Worker::issue(Copy& copy) noexcept {
@@ -272,6 +274,7 @@ bool CudaStream::Worker::saw_end(Copy& copy) noexcept {
 
 void CudaStream::Worker::finish(int64_t drain_ns) {
   issuer_.request_stop();
+  if (!issuer_.joinable()) ender_.request_stop();
   std::unique_lock lock(mutex_);
   while (const size_t left = deferred_.size() + in_flight_.size()) {
     const auto moved_on = [&] { return deferred_.size() + in_flight_.size() < left; };
@@ -281,7 +284,6 @@ void CudaStream::Worker::finish(int64_t drain_ns) {
     }
   }
   lock.unlock();
-  ender_.request_stop();
   if (issuer_.joinable()) issuer_.join();
   if (ender_.joinable()) ender_.join();
   CudaPrimaryContext::Current current(*context_);
@@ -295,7 +297,6 @@ void CudaStream::Worker::abandon(std::unique_lock<std::mutex> lock) {
     for (const Copy& copy : *queue) left.emplace_back(copy.ticket, copy.mark);
   }
   lock.unlock();
-  ender_.request_stop();
   if (issuer_.joinable()) issuer_.detach();
   if (ender_.joinable()) ender_.detach();
   const auto error = std::make_exception_ptr(Error(
@@ -334,13 +335,13 @@ Ticket CudaStream::submit(Direction direction, void* destination, const void* so
                           .destination = destination,
                           .source = source,
                           .parts_bytes = std::move(parts_bytes),
+                          .pinned = pinned,
                           .waits = {},
                           .ticket = {},
                           .mark = nullptr,
                           .sent = false,
                           .event = nullptr,
-                          .error = nullptr},
-                         pinned);
+                          .error = nullptr});
 }
 
 }  // namespace offload

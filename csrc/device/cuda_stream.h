@@ -34,7 +34,7 @@ class CudaStream final : public Stream {
   void wait_ticket(const Ticket& ticket);
   void wait_compute(CudaStreamHandle compute_stream);
 
-  // `parts_bytes`: what the driver takes in one call each, one after the other.
+  // `parts_bytes`: what the driver takes in one call each, one after the other. `pinned`: the host side.
   Ticket submit(Direction direction, void* destination, const void* source, std::vector<size_t> parts_bytes,
                 bool pinned);
 

@@ -63,21 +63,6 @@ void nth_copy_fails_alone() {
   CHECK(f.copy(24, 8).wait());
 }
 
-void wait_ticket_orders_and_fails_only_the_next_copy() {
-  Fixture f;
-  const Ticket gate = Ticket::pending();
-  f.device.wait_ticket(*f.stream, gate);
-  const Ticket next = f.copy(0, 8);
-  const Ticket later = f.copy(8, 8);
-  CHECK(!next.done());
-  CHECK(!later.done());
-  gate.fail(std::make_exception_ptr(Error(ErrorKind::kStorage, "the disk is gone")));
-  CHECK_THROWS(ErrorKind::kStorage, "the disk is gone", next.wait());
-  CHECK(later.wait());
-  CHECK_EQ(f.destination[0], '.');
-  CHECK_EQ(f.destination[8], 'x');
-}
-
 void bandwidth_follows_the_clock() {
   Fixture f(1e9);  // a byte a nanosecond
   const Ticket first = f.copy(0, 10);
@@ -125,15 +110,6 @@ void destruction_ends_held_and_delayed_copies() {
   CHECK_EQ(f.device.pending_count(kLane), 0u);
 }
 
-void destruction_cancels_a_wait_that_cannot_end() {
-  Fixture f;
-  f.device.wait_ticket(*f.stream, Ticket::pending());
-  const Ticket ticket = f.copy(0, 8);
-  f.stream.reset();
-  CHECK_THROWS(ErrorKind::kDevice, "destroyed before the work it waits for ended", ticket.wait());
-  CHECK_EQ(f.destination[0], '.');
-}
-
 void pins_are_counted_and_fail_on_request() {
   HostDevice device;
   char page[16];
@@ -172,11 +148,9 @@ int main() {
   using namespace offload;
   held_copies_run_after_release_and_in_order();
   nth_copy_fails_alone();
-  wait_ticket_orders_and_fails_only_the_next_copy();
   bandwidth_follows_the_clock();
   hold_time_does_not_count_as_transfer_time();
   destruction_ends_held_and_delayed_copies();
-  destruction_cancels_a_wait_that_cannot_end();
   pins_are_counted_and_fail_on_request();
   illegal_rates_are_refused();
   ticket_callbacks_run_once();

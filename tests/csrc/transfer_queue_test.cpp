@@ -4,60 +4,64 @@
 #include <thread>
 #include <vector>
 
+#include "any_device.h"
 #include "check.h"
-#include "device/host_device.h"
 
 namespace offload {
 namespace {
 
 struct Fixture {
-  std::shared_ptr<HostDevice> device = std::make_shared<HostDevice>();
-  TransferQueue queue{device};
+  test::AnyDevice any;
+  TransferQueue queue{any.device};
+  char* host = any.host_memory.data();
+
+  explicit Fixture(test::DeviceKind kind) : any(kind) {}
 };
 
-void lanes_are_independent() {
-  Fixture f;
-  int on_host = 1, on_device = 2, other = 0;
-  f.device->hold(Direction::kToHost);
-  const Ticket down = f.queue.submit(Direction::kToHost, &on_host, &on_device, sizeof(int), 0);
-  f.queue.submit(Direction::kToDevice, &other, &on_device, sizeof(int), 0).wait();
-  CHECK_EQ(other, 2);
+void lanes_are_independent(test::DeviceKind kind) {
+  Fixture f(kind);
+  char on_device = 'd', other = '.';
+  f.host[8] = 'h';
+  f.any.hold(Direction::kToHost);
+  const Ticket down = f.queue.submit(Direction::kToHost, f.host, &on_device, 1, 0);
+  f.queue.submit(Direction::kToDevice, &other, f.host + 8, 1, 0).wait();
+  CHECK_EQ(other, 'h');
   CHECK(!down.done());
-  CHECK_EQ(on_host, 1);
-  f.device->release(Direction::kToHost);
+  f.any.release(Direction::kToHost);
   down.wait();
-  CHECK_EQ(on_host, 2);
+  CHECK_EQ(f.host[0], 'd');
 }
 
-void a_copy_waits_for_the_other_lane() {
-  Fixture f;
-  int first = 7, between = 0, last = 0;
-  f.device->hold(Direction::kToHost);
-  const Ticket down = f.queue.submit(Direction::kToHost, &between, &first, sizeof(int), 0);
-  const Ticket up = f.queue.submit_after(Direction::kToDevice, &last, &between, sizeof(int), down);
+void a_copy_waits_for_the_other_lane(test::DeviceKind kind) {
+  Fixture f(kind);
+  char first = '7', last = '.';
+  f.any.hold(Direction::kToHost);
+  const Ticket down = f.queue.submit(Direction::kToHost, f.host, &first, 1, 0);
+  const Ticket up = f.queue.submit_after(Direction::kToDevice, &last, f.host, 1, down);
   CHECK(!up.done());
-  f.device->release(Direction::kToHost);
+  f.any.release(Direction::kToHost);
   CHECK(f.queue.wait_on_stream(0, up));
-  CHECK_EQ(last, 7);
+  CHECK_EQ(last, '7');
 }
 
-void a_refused_copy_leaves_nothing_behind() {
-  Fixture f;
-  int value = 3, copy = 0;
+void a_refused_copy_leaves_nothing_behind(test::DeviceKind kind) {
+  Fixture f(kind);
+  char copy = '.';
+  f.host[0] = '3';
   const Ticket failed = Ticket::pending();
   failed.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "broken")));
   CHECK_THROWS(ErrorKind::kInvalidArgument, "null destination",
-               f.queue.submit(Direction::kToDevice, nullptr, &value, sizeof(int), 0, failed));
-  CHECK(f.queue.submit(Direction::kToDevice, &copy, &value, sizeof(int), 0).wait());
-  CHECK_EQ(copy, 3);
+               f.queue.submit(Direction::kToDevice, nullptr, f.host, 1, 0, failed));
+  CHECK(f.queue.submit(Direction::kToDevice, &copy, f.host, 1, 0).wait());
+  CHECK_EQ(copy, '3');
   CHECK_EQ(f.queue.stats().to_device_count, 1u);
 }
 
-void stats_count_bytes_by_direction() {
-  Fixture f;
-  std::vector<char> a(24), b(24);
-  f.queue.submit(Direction::kToHost, a.data(), b.data(), 24, 0).wait();
-  f.queue.submit(Direction::kToDevice, a.data(), b.data(), 8, 0).wait();
+void stats_count_bytes_by_direction(test::DeviceKind kind) {
+  Fixture f(kind);
+  std::vector<char> on_device(24);
+  f.queue.submit(Direction::kToHost, f.host, on_device.data(), 24, 0).wait();
+  f.queue.submit(Direction::kToDevice, on_device.data(), f.host, 8, 0).wait();
   f.queue.submit(Direction::kToDevice, nullptr, nullptr, 0, 0).wait();
   const TransferStats stats = f.queue.stats();
   CHECK_EQ(stats.to_host_bytes, 24u);
@@ -132,10 +136,12 @@ void destruction_finishes_the_lanes() {
 
 int main() {
   using namespace offload;
-  lanes_are_independent();
-  a_copy_waits_for_the_other_lane();
-  a_refused_copy_leaves_nothing_behind();
-  stats_count_bytes_by_direction();
+  for (const test::DeviceKind kind : test::kEveryDevice) {
+    lanes_are_independent(kind);
+    a_copy_waits_for_the_other_lane(kind);
+    a_refused_copy_leaves_nothing_behind(kind);
+    stats_count_bytes_by_direction(kind);
+  }
   a_copy_and_its_waits_are_one_unit();
   destruction_finishes_the_lanes();
   return test::result();
