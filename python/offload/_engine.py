@@ -24,6 +24,7 @@ from ._config import Config
 from ._errors import InvalidArgument, OffloadError, StateError
 from ._gradient_lanes import GradientLanes
 from ._host_grad import HostGrad
+from ._interrupts import Uninterrupted
 from ._parameter_state import ParameterState
 from ._pending import can_be_pending, make_pending, restore
 from ._plan import Plan
@@ -154,11 +155,12 @@ class Engine:
             return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
 
         state = ParameterState(name, parameter, on_host=on_host, split=self._splits(parameter), allocate=allocate)
-        if on_host:
-            self._slots[id(parameter)] = self._add_slot(state)
-        for unit in self._units_of.get(id(parameter), ()):
-            unit.states.append(state)
-        self.states[id(parameter)] = state
+        with Uninterrupted():
+            if on_host:
+                self._slots[id(parameter)] = self._add_slot(state)
+            for unit in self._units_of.get(id(parameter), ()):
+                unit.states.append(state)
+            self.states[id(parameter)] = state
         return state
 
     def _add_slot(self, state: ParameterState) -> int:
@@ -186,8 +188,10 @@ class Engine:
         """Submits the updates in the order in which the next forward needs them, and returns.
 
         Parameters are pending from here until their unit's next forward, or any other access, waits for them.
-        Raises before anything is changed when a gradient cannot be used.
+        All of the step happens, or none: Ctrl-C comes before it or after it. Raises before anything is changed when a
+        gradient cannot be used.
         """
+        self._refuse_after_failure()
         for update in updates:
             assert update.parameter.grad is not None
             check_gradient(self.name_of(update.parameter), update.parameter.grad)
@@ -200,16 +204,28 @@ class Engine:
                 self.reseed(state)
         work = list(zip(states, updates, strict=True))
         if self.plan.optimizer == "device":
-            for state, update in work:
-                state.step += 1
-                state.update_on_device(self.lanes.on_device(state.parameter), update.hyper.scalars(state.step))
-                self._wrote(state)
-            self.step_count += 1
+            self._update_on_device(work)
             return
         order = {unit: position for position, unit in enumerate(self._touched)}
         work.sort(key=lambda pair: self._position(pair[0], order))
         self._submit_to_host([pair for pair in work if pair[0].parameter.numel() > 0])
-        self.step_count += 1
+
+    def _update_on_device(self, work: Sequence[tuple[ParameterState, Update]]) -> None:
+        begun = False
+        try:
+            with Uninterrupted():
+                for state, update in work:
+                    gradient = self.lanes.on_device(state.parameter)
+                    begun = True
+                    state.update_on_device(gradient, update.hyper.scalars(state.step + 1))
+                    state.step += 1
+                    self._wrote(state)
+                self.step_count += 1
+                begun = False
+        except Exception as error:
+            if begun:
+                self._failure = error
+            raise
 
     def reseed(self, state: ParameterState) -> None:
         """The user wrote to the parameter, or gave it other storage: its values are the master, its new place is known.
@@ -240,26 +256,35 @@ class Engine:
             read.append(taken)
         # A plain gradient is still the user's own tensor: it must have left before the user can write to it.
         self.lanes.wait_for_plain_gradients()
+        states = [state for state, _ in work]
         if self.config.poison_enabled:
-            self._finish([state for state, _ in work])
-            for state, _ in work:
+            self._finish(states)
+        with Uninterrupted():
+            tickets = self._submit(jobs, states)
+            for state, taken, ticket in zip(states, read, tickets, strict=True):
+                state.step += 1
+                taken.release_after(ticket)
+                self._tickets[id(state.parameter)] = ticket
+                self._wrote(state)
+                for unit in self._units_of.get(id(state.parameter), ()):
+                    unit.pending = True
+                if can_be_pending(state.parameter):
+                    make_pending(state.parameter, lambda state=state: self._finish([state]))  # type: ignore[misc]
+            self.step_count += 1
+        # A Parameter subclass cannot announce a read: nobody may see it before it is current.
+        self._finish([state for state in states if not (self.config.lazy and can_be_pending(state.parameter))])
+
+    def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:
+        if self.config.poison_enabled:
+            for state in states:
                 state.parameter.detach().fill_(float("nan"))
-        tickets = self.pipeline.submit(jobs, self.lanes.compute_stream())
-        unguarded = []
-        for (state, _), taken, ticket in zip(work, read, tickets, strict=True):
-            state.step += 1
-            taken.release_after(ticket)
-            self._tickets[id(state.parameter)] = ticket
-            self._wrote(state)
-            for unit in self._units_of.get(id(state.parameter), ()):
-                unit.pending = True
-            if can_be_pending(state.parameter):
-                make_pending(state.parameter, lambda state=state: self._finish([state]))  # type: ignore[misc]
-            else:
-                unguarded.append(state)
-        if not self.config.lazy:
-            unguarded = [state for state, _ in work]
-        self._finish(unguarded)
+        try:
+            return self.pipeline.submit(jobs, self.lanes.compute_stream())
+        except BaseException:
+            if self.config.poison_enabled:
+                for state in states:
+                    state.parameter.detach().copy_(state.working_weight())
+            raise
 
     @staticmethod
     def _wrote(state: ParameterState) -> None:
@@ -283,6 +308,7 @@ class Engine:
 
         Such a unit's weights are used from outside of it, so nothing announces the use.
         """
+        self._refuse_after_failure()
         self._touched.clear()
         self.lanes.begin_backward_order()
         for unit in self.units:
@@ -292,6 +318,7 @@ class Engine:
 
     def synchronize(self) -> None:
         """Waits for every submitted update; the parameters are plain again."""
+        self._refuse_after_failure()
         self._finish(list(self.states.values()))
         for unit in self.units:
             unit.pending = False
@@ -303,14 +330,21 @@ class Engine:
         try:
             self.pipeline.wait([self._tickets[id(state.parameter)] for state in waiting])
         except OffloadError as error:
-            if self._failure is not None:
-                raise StateError(f"an earlier update failed, the weights are not current: {self._failure}") from error
+            self._refuse_after_failure()
             self._failure = error
             raise
         for state in waiting:
             self._tickets.pop(id(state.parameter), None)  # another thread may have waited too
             if can_be_pending(state.parameter):
                 restore(state.parameter)
+
+    def _refuse_after_failure(self) -> None:
+        """A failed update is told once as it was, then so: some parameters took the step, others did not."""
+        if self._failure is not None:
+            raise StateError(
+                "an earlier update failed, so weights and optimizer states are no longer those of one step: build "
+                f"model and optimizer again and load your last checkpoint. The failure was: {self._failure}"
+            ) from self._failure
 
     # --- the end --------------------------------------------------------------------------------------------
 

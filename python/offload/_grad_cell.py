@@ -78,6 +78,10 @@ class GradCell:
 
     name is the parameter's, for messages; shape, strides, dtype and device are the gradient's. A new cell is owned by
     `gradient` itself, dense and not overlapping; `settle()` sends it off once the caller has dropped its reference.
+
+    Ctrl-C may come between any two lines: `owner` changes in one assignment, with what the new owner needs in place
+    before it. What is on the host counts for the owner HOST only, norms are dropped before a value changes, and a loan
+    that was not settled is settled by the next edit.
     """
 
     __slots__ = (
@@ -164,6 +168,7 @@ class GradCell:
     def own_on_device(self) -> Tensor:
         """Makes the device copy the owner (an edit of it counts), until settle() finds that nothing else reaches it."""
         copy = self.lend()
+        self._norms = {}
         self.owner = Owner.DEVICE
         self._forget_host()
         return copy
@@ -179,6 +184,8 @@ class GradCell:
             self.lend().zero_()
             self.settle()
         if self.owner is not Owner.DEVICE:
+            self._copy = None
+            self._norms = {}
             self.owner = Owner.ZERO
             self._forget_host()
 
@@ -202,10 +209,11 @@ class GradCell:
 
     def defer(self, factor: Factor) -> None:
         """Appends a pending scale; legal when can_defer()."""
-        self._factors.append(factor)
         self._norms = {}
+        self._factors.append(factor)
 
     def can_defer(self) -> bool:
+        self.settle()
         # A gradient without dimensions takes part in type promotion like a scalar: torch's rounding was not probed.
         return self.owner is Owner.HOST and len(self._factors) < _MAX_PENDING and len(self.shape) > 0
 
@@ -244,10 +252,12 @@ class GradCell:
     def _depart(self) -> None:
         copy = self.lend()  # when the store refuses it, it stays the owner and nothing is lost
         norms = {key: _take_norm(key, copy) for key in self.store.learned}
-        self._held = self.store.to_host(copy)
+        held = self.store.to_host(copy)
+        self._forget_host()
+        self._held = held
         self._norms = norms
-        self._copy = None
         self.owner = Owner.HOST
+        self._copy = None
 
     def _forget_host(self) -> None:
         self._held = None

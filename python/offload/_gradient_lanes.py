@@ -7,6 +7,7 @@ prefetching.
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
+from ._errors import OffloadError
 from ._host_grad import HostBytes, HostGrad, hold
+from ._interrupts import Uninterrupted
 
 # Device memory that gradients on their way may keep alive; beyond it the compute stream waits for the lane.
 _RING_BYTES = 256 << 20
@@ -80,8 +83,11 @@ class GradientLanes:
         """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed."""
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._pool.acquire(nbytes, "staging" if nbytes <= _SCALAR_BYTES else "gradients")
-        ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, self.compute_stream())
-        self._keep(ticket, tensor, nbytes)
+        with Uninterrupted():  # a copy in flight that nothing keeps alive would touch memory of others
+            ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, self.compute_stream())
+            buffer.release_after(ticket)
+            self._keep(ticket, tensor, nbytes)
+        self._wait_for_room()
         return LandedBytes(buffer, ticket)
 
     def to_device(self, held: HostBytes, out: Tensor) -> None:
@@ -92,11 +98,13 @@ class GradientLanes:
         """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
         assert isinstance(held, LandedBytes)
         nbytes = out.numel() * out.element_size()
-        ticket = self._transfers.submit_to_device(
-            out.data_ptr(), held.address, nbytes, self.compute_stream(), held.ticket
-        )
-        held.buffer.release_after(ticket)
-        self._keep(ticket, out, nbytes)
+        with Uninterrupted():
+            ticket = self._transfers.submit_to_device(
+                out.data_ptr(), held.address, nbytes, self.compute_stream(), held.ticket
+            )
+            held.buffer.release_after(ticket)
+            self._keep(ticket, out, nbytes)
+        self._wait_for_room()
         return ticket
 
     def wait_upload(self, ticket: _native.Ticket) -> None:
@@ -106,12 +114,22 @@ class GradientLanes:
     def _keep(self, ticket: _native.Ticket, tensor: Tensor, nbytes: int) -> None:
         self._ring.append((ticket, tensor, self.compute_stream()))
         self._ring_bytes += nbytes
-        while self._ring and (self._ring[0][0].done or self._ring_bytes > _RING_BYTES):
-            oldest, kept, stream = self._ring.popleft()
-            self._ring_bytes -= kept.numel() * kept.element_size()
+        while self._ring and self._ring[0][0].done:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, kept, _ = self._ring.popleft()
+        self._ring_bytes -= kept.numel() * kept.element_size()
+
+    def _wait_for_room(self) -> None:
+        while self._ring_bytes > _RING_BYTES:
+            ticket, _, stream = self._ring[0]
             # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
             # and not the host, waits for the copy.
-            self._transfers.wait_on_stream(stream, oldest)
+            with contextlib.suppress(OffloadError):  # who reads what did not land is told
+                self._transfers.wait_on_stream(stream, ticket)
+            with Uninterrupted():
+                self._drop_oldest()
 
     def in_flight(self) -> list[_native.Ticket]:
         """The tickets of copies that may not have ended."""

@@ -113,10 +113,13 @@ class ParameterState:
         Elements that are unchanged keep their master's low bits, so swapping weights out and back (an EMA evaluation)
         leaves training exactly as it was.
         """
-        self.version = self.parameter._version
-        self.address = self.parameter.data_ptr()
-        if not self.on_host and self.master is None:
-            return  # the parameter is its own master
+        version, address = self.parameter._version, self.parameter.data_ptr()
+        if self.on_host or self.master is not None:  # else the parameter is its own master
+            self._take_values()
+        # Last: interrupted before, the next step does all of it again.
+        self.version, self.address = version, address
+
+    def _take_values(self) -> None:
         new = self.parameter.detach().to(self.exp_avg.device)
         if new.dtype != torch.float32:
             old = self.working_weight() if self.on_host else round_to_weight(self.master_value(), new.dtype)

@@ -95,8 +95,9 @@ def can_be_pending(parameter: Tensor) -> bool:
 
 def restore(parameter: Parameter) -> None:
     """Takes the class off again: the value is there."""
-    parameter.__class__ = Parameter
+    # The class last: interrupted in between, the next access takes it off. A plain parameter never keeps the call.
     parameter.__dict__.pop(_RESOLVE, None)
+    parameter.__class__ = Parameter
 
 
 def make_current(parameter: Parameter) -> Parameter:

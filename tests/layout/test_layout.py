@@ -39,7 +39,7 @@ CSRC_FLOORS = {
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
     ("_errors", "_config", "_plan", "_stats"),
-    ("_units", "_pending", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace"),
+    ("_units", "_pending", "_interrupts", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace"),
     ("_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_streaming", "_activations", "_parameter_state"),
     ("_gradient_lanes",),
     ("_engine",),
