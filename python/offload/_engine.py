@@ -8,6 +8,7 @@ modules, hooks and the optimizer's face are above it.
 from __future__ import annotations
 
 import contextlib
+import os
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,7 @@ class Engine:
         self.pipeline = _native.StepPipeline(self.transfers)
         self.lanes = GradientLanes(device, self.pool, self.transfers)
         self.step_count = 0
+        self._process = os.getpid()
         self._failure: BaseException | None = None
         self.units = [EngineUnit(unit.name) for unit in units]
         self._units_of: dict[int, list[EngineUnit]] = {}
@@ -337,6 +339,14 @@ class Engine:
             self._tickets.pop(id(state.parameter), None)  # another thread may have waited too
             if can_be_pending(state.parameter):
                 restore(state.parameter)
+
+    def require_own_process(self) -> None:
+        """Raises `StateError` in a forked child: the pool's pages are not there, touching a state would crash."""
+        if os.getpid() != self._process:
+            raise StateError(
+                f"this optimizer belongs to process {self._process} and was forked into {os.getpid()}: the states "
+                "are not in a child; call offload.wrap there, on a model of its own"
+            )
 
     def _refuse_after_failure(self) -> None:
         """A failed update is told once as it was, then so: some parameters took the step, others did not."""

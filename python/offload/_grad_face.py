@@ -177,19 +177,23 @@ def _run_on_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tra
             return [lend(item, is_written) for item in value]
         return value
 
+    result: Any = None
+    lent: Any = None
+    lent_by_name: Any = None
+    begun = False
     try:
-        result = func(
-            *[lend(value, position in traits.written) for position, value in enumerate(args)],
-            **{name: lend(value, name in traits.written) for name, value in kwargs.items()},
-        )
+        lent = [lend(value, position in traits.written) for position, value in enumerate(args)]
+        lent_by_name = {name: lend(value, name in traits.written) for name, value in kwargs.items()}
+        begun = True
+        result = func(*lent, **lent_by_name)
         return _with_faces(result, {id(face.cell.lend()): face for face in reversed(faces)})
     finally:
-        result = None
+        result = lent = lent_by_name = None
         cells = {id(face.cell): face.cell for face in faces}
         for key, cell in cells.items():  # all of them before one departs: the store may refuse
-            if traits.foreign or key in written:
+            if begun and (traits.foreign or key in written):
                 cell.own_on_device()
-        if not traits.foreign:
+        if not (begun and traits.foreign):
             for cell in cells.values():
                 cell.settle()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,7 +30,8 @@ class ModuleHook:
         return ModuleHook(None)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ModuleHook, (None,)
+        # Takes anything and does nothing, as ModuleHook(None), where offload may not be installed.
+        return getattr, (contextlib.nullcontext(), "__exit__")
 
 
 class Hooks:

@@ -41,16 +41,18 @@ class Uninterrupted:
 
     def __exit__(self, *_: object) -> None:
         self._inside = False
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._restore()
         for number in self._caught:
             signal.raise_signal(number)
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self._inside:
             self._caught.append(number)
-            return
-        # Still entering, or another handler raised before this one was put back.
-        handler = self._handlers[number]
-        signal.signal(number, handler)
-        handler(number, frame)
+        else:  # still entering, or restoring: what this handler raises leaves at once, so all go back now
+            self._restore()
+            self._handlers[number](number, frame)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            if signal.getsignal(number) == self._record:
+                signal.signal(number, handler)

@@ -50,6 +50,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def _engine(self) -> Engine:
         if self._running is None:
             raise StateError("this optimizer was unwrapped: use the one that offload.unwrap returned")
+        self._running.require_own_process()
         return self._running
 
     # --- parameters -----------------------------------------------------------------------------------------
@@ -176,6 +177,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 _reset(self._engine.states[id(parameter)])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses copy.copy(), copy.deepcopy(), pickle and torch.save()."""
+        raise StateError(
+            "an OffloadOptimizer cannot be copied or pickled, it belongs to one model and one process: save its "
+            "state_dict(); for a copy give the copied model and a new optimizer to offload.wrap and load it there"
+        )
 
     # --- the end --------------------------------------------------------------------------------------------
 

@@ -1,0 +1,328 @@
+"""Ctrl-C anywhere: it comes at once or after a short stretch, and leaves a state that training goes on from.
+
+Signals are raised at every line of the package that a training step runs, phase by phase, and the model, its
+gradients and its states are compared bit for bit with a run that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import offload
+from offload._interrupts import Uninterrupted
+from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
+
+PACKAGE = str(Path(offload.__file__).parent)
+
+# A line of the package in a phase of the step, and which of its executions.
+Place = tuple[str, str, int]
+
+
+class Trainer:
+    """One model under one placement, stepping through the same data as its twin."""
+
+    PHASES = ("forward", "backward", "clip", "step", "wait", "state_dict", "zero_grad")
+
+    def __init__(self, placement: dict[str, str], dtype: torch.dtype, scaled: bool) -> None:
+        model = make_model(dtype, width=8, depth=2, vocabulary=11, tied=True)
+        self.model, self.optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
+        self.loss: Any = None
+
+    def phases(self, tokens: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
+        def forward() -> None:
+            self.loss = self.scaler.scale(loss_of(self.model, tokens))
+
+        def backward() -> None:
+            self.loss.backward()
+
+        def clip() -> None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
+
+        for _ in range(2):  # micro-batches
+            yield "forward", forward
+            yield "backward", backward
+        yield "clip", clip
+        yield "step", lambda: self.scaler.step(self.optimizer)
+        yield "wait", self.model.blocks[1].up.weight.clone
+        yield "state_dict", lambda: (self.model.state_dict(), self.optimizer.state_dict())
+        yield "zero_grad", lambda: self.optimizer.zero_grad(set_to_none=False)
+
+    def step(self, tokens: Tensor) -> None:
+        for _, run in self.phases(tokens):
+            run()
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        self.loss = None
+        self.optimizer.zero_grad()
+        self.scaler.update(8.0)  # forgets that it unscaled
+
+    def gradients(self) -> list[Tensor | None]:
+        return [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
+
+    def values(self) -> dict[str, Tensor]:
+        """All that a step changes."""
+        values = {name: value.clone() for name, value in self.model.state_dict().items()}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            values |= {f"{index} {name}": value.clone() for name, value in state.items()}
+        return values
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
+
+
+@contextmanager
+def each_line(call: Callable[[str], None], of: str = PACKAGE) -> Iterator[None]:
+    """Calls with "path:line" before every line of the package, or of one file of it, that runs in this thread."""
+
+    def local(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            call(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return local
+
+    def enter(frame: FrameType, event: str, _: Any) -> Any:
+        return local if frame.f_code.co_filename.startswith(of) else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
+
+
+def lines_of(trainer: Trainer, tokens: Tensor) -> list[Place]:
+    """Where to interrupt: every line in every phase, the first time it runs there and one of the later ones."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for phase, run in trainer.phases(tokens):
+        with each_line(lambda line, phase=phase: counts.update([(phase, line)])):  # type: ignore[misc]
+            run()
+    trainer.begin_again()
+    first = [(phase, line, 1) for phase, line in counts]
+    later = [
+        (phase, line, 2 + sum(map(ord, line)) % (count - 1)) for (phase, line), count in counts.items() if count > 1
+    ]
+    return first + later
+
+
+def interrupted_step(trainer: Trainer, tokens: Tensor, place: Place) -> str | None:
+    """Runs a step with Ctrl-C at `place`; returns the phase that raised, None when the line did not run this time."""
+    phase_of_place, line_of_place, execution = place
+    seen = 0
+
+    def on_line(line: str) -> None:
+        nonlocal seen
+        if line == line_of_place:
+            seen += 1
+            if seen == execution:
+                signal.raise_signal(signal.SIGINT)
+
+    phase = None
+    try:
+        for phase, run in trainer.phases(tokens):
+            if phase == phase_of_place:
+                with each_line(on_line, line_of_place.rpartition(":")[0]):
+                    run()
+            else:
+                run()
+    except KeyboardInterrupt:
+        return phase
+    assert seen < execution, f"Ctrl-C at {place} was lost"
+    return None
+
+
+def legal_gradients(twin: Trainer, tokens: Tensor) -> list[list[Tensor | None]]:
+    """What each gradient can be at some point of the step; leaves `twin` after its step."""
+    moments = [twin.gradients()]
+    for phase, run in twin.phases(tokens):
+        run()
+        if phase in ("backward", "clip", "zero_grad"):
+            moments.append(twin.gradients())
+    twin.begin_again()
+    return [list(of_parameter) for of_parameter in zip(*moments, strict=True)]
+
+
+# The last number: every so many lines. They differ little, and the first takes them all.
+CASES = {
+    "fp32 on the host": (HOST, torch.float32, False, 1),
+    "bf16 on the host": (HOST, torch.bfloat16, False, 7),
+    "fp32 scaled, gradients on the device": ({"optimizer": "host", "gradients": "device"}, torch.float32, True, 7),
+    "states on the device": ({"optimizer": "device", "gradients": "host"}, torch.float32, False, 7),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ctrl_c_at_every_line_of_a_step(case: str) -> None:
+    placement, dtype, scaled, stride = CASES[case]
+    trainer, twin = Trainer(placement, dtype, scaled), Trainer(RESIDENT, dtype, scaled)
+    tokens = next(batches(1, vocabulary=11, size=2, length=3))
+    trainer.step(tokens)
+    places = lines_of(trainer, tokens)[::stride]
+    for _ in range(2):
+        twin.step(tokens)
+    raised: Counter[str] = Counter()
+    before = twin.values()
+    for place in places:
+        gradients = legal_gradients(twin, tokens)
+        after = twin.values()
+        phase = interrupted_step(trainer, tokens, place)
+        for gradient, legal in zip(trainer.gradients(), gradients, strict=True):
+            assert (
+                any(
+                    same_bits(gradient, value) if gradient is not None and value is not None else gradient is value
+                    for value in legal
+                )
+                or phase == "clip"
+            ), place
+        now = trainer.values()
+        done = equal(now, after)
+        assert done or equal(now, before), f"a torn step after Ctrl-C at {place}"
+        if phase is not None:
+            raised[phase] += 1
+            assert done or Trainer.PHASES.index(phase) <= Trainer.PHASES.index("step"), place
+        trainer.begin_again()
+        if not done:
+            trainer.step(tokens)
+            assert equal(trainer.values(), after), f"training did not go on after Ctrl-C at {place}"
+        before = after
+    hooked = {"backward"} if placement["gradients"] == "host" else set()
+    assert set(raised) >= {"forward", "step", "state_dict"} | hooked, raised
+
+
+@contextmanager
+def ctrl_c_in(function: str) -> Iterator[None]:
+    """Sends this thread a real SIGINT from another one when it is in `function`; KeyboardInterrupt must come."""
+    main = threading.main_thread().ident
+    assert main is not None
+    over = threading.Event()
+
+    def send() -> None:
+        while sys._current_frames()[main].f_code.co_name != function:
+            if over.wait(0.001):
+                return
+        signal.pthread_kill(main, signal.SIGINT)
+
+    thread = threading.Thread(target=send)
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+BLOCKING: dict[str, Callable[[nn.Module, Any, Tensor], Any]] = {
+    "forward": lambda model, _, tokens: model(tokens),
+    "read": lambda model, _, tokens: model.head.weight.clone(),
+    "synchronize": lambda _, optimizer, tokens: optimizer.synchronize(),
+    "state_dict": lambda model, _, tokens: model.state_dict(),
+    "optimizer.state_dict": lambda _, optimizer, tokens: optimizer.state_dict(),
+    "full_params": lambda model, _, tokens: offload.full_params(model).__enter__(),
+    "unwrap": lambda model, optimizer, tokens: offload.unwrap(model, optimizer),
+}
+
+
+@pytest.mark.parametrize("call", BLOCKING)
+def test_ctrl_c_while_blocked_on_an_update(call: str) -> None:
+    """The wait ends, the update does not: it is there when it is asked for again."""
+    tokens = next(batches(1))
+    results = []
+    for held in (False, True):
+        model = make_model()
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
+        device = optimizer._engine.device
+        loss_of(model, tokens).backward()
+        if held:
+            device.hold("to_device")
+            optimizer.step()
+            with ctrl_c_in("_finish"):
+                BLOCKING[call](model, optimizer, tokens[:, :-1])
+            device.release("to_device")
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        results.append({name: value.clone() for name, value in model.state_dict().items()})
+    assert equal(*results)
+
+
+def test_ctrl_c_while_backward_waits_for_a_held_lane() -> None:
+    """The earlier micro-batch's sum cannot come back: Ctrl-C leaves backward, the sums stay as they were."""
+    tokens = next(batches(1))
+    model = make_model()
+    twin = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
+    twin, twin_optimizer = offload.wrap(twin, torch.optim.AdamW(twin.parameters(), lr=1e-2), **RESIDENT)
+    for candidate in (model, twin):
+        loss_of(candidate, tokens).backward()
+    loss = loss_of(model, tokens)
+    device = optimizer._engine.device
+    device.hold("to_device")
+    with ctrl_c_in("wait_upload"):
+        loss.backward()
+    device.release("to_device")
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None
+        assert same_bits(p.grad.clone(), q.grad) or same_bits(p.grad.clone(), 2 * q.grad)
+    for candidate, its in ((model, optimizer), (twin, twin_optimizer)):
+        its.zero_grad()
+        loss_of(candidate, tokens).backward()
+        its.step()
+    assert equal(dict(model.state_dict()), dict(twin.state_dict()))
+
+
+def test_no_signal_is_lost_and_every_handler_is_put_back() -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stop
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        for number, error in ((signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Stop)):
+            reached = []
+            with pytest.raises(error), Uninterrupted():
+                with Uninterrupted():
+                    signal.raise_signal(number)
+                    reached.append("inner")
+                reached.append("outer")
+            assert reached == ["inner", "outer"]
+            assert signal.getsignal(signal.SIGTERM) is stop
+            assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        with pytest.raises(Stop) as raised, Uninterrupted():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("first")
+        assert isinstance(raised.value.__context__, ValueError)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_another_thread_leaves_the_handlers_alone() -> None:
+    seen: list[Any] = []
+
+    def look() -> None:
+        with Uninterrupted():
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    thread.join()
+    assert seen == [signal.default_int_handler]
