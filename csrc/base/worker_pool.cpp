@@ -1,5 +1,6 @@
 #include "base/worker_pool.h"
 
+#include <pthread.h>
 #include <signal.h>
 
 #include <algorithm>
@@ -75,14 +76,7 @@ class Crew {
  public:
   explicit Crew(size_t worker_count) : worker_count_(worker_count) {}
 
-  ~Crew() {
-    {
-      std::lock_guard lock(mutex_);
-      stopping_.store(true, std::memory_order_relaxed);
-    }
-    gate_opened_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
-  }
+  ~Crew() { end_workers(); }
 
   bool forked() const noexcept { return owner_.forked(); }
 
@@ -107,6 +101,19 @@ class Crew {
       last_left_.wait(lock, empty);
     }
     if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+  }
+
+  void end_workers() noexcept {
+    std::lock_guard no_loop(loop_mutex_);
+    {
+      std::lock_guard lock(mutex_);
+      stopping_.store(true, std::memory_order_relaxed);
+    }
+    gate_opened_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+    stopping_.store(false, std::memory_order_relaxed);
+    started_ = false;
   }
 
  private:
@@ -209,6 +216,7 @@ class LoopOnStack {
 };
 
 void Crew::serve() noexcept {
+  pthread_setname_np(pthread_self(), "offload-worker");
   LoopOnStack frame(this);
   uint64_t last_loop = 0;
   for (;;) {
@@ -285,6 +293,11 @@ void WorkerPool::parallel_for(size_t count, const std::function<void(size_t)>& b
   }
   LoopOnStack frame(crew);
   crew->run(count, body);
+}
+
+void WorkerPool::end_threads() noexcept {
+  Crew* crew = state_->crew.load(std::memory_order_acquire);
+  if (crew != nullptr && !crew->forked() && !LoopOnStack::contains(crew)) crew->end_workers();
 }
 
 size_t WorkerPool::thread_count() const noexcept { return state_->thread_count; }

@@ -4,10 +4,12 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -117,6 +119,57 @@ void loops_of_several_callers_do_not_mix() {
   CHECK_EQ(wrong.load(), size_t{0});
 }
 
+size_t threads_of_this_process() {
+  const std::filesystem::directory_iterator tasks("/proc/self/task");
+  return static_cast<size_t>(std::distance(begin(tasks), end(tasks)));
+}
+
+// A joined thread may be listed for a moment longer: the system wakes its joiner before it forgets it.
+bool threads_become(size_t count) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (threads_of_this_process() != count) {
+    if (std::chrono::steady_clock::now() > deadline) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+void ended_threads_are_gone_and_come_back_with_the_next_loop() {
+  const size_t before = threads_of_this_process();
+  WorkerPool pool(4);
+  pool.end_threads();  // it has none yet
+  for (int round = 0; round < 20; ++round) {
+    std::atomic<size_t> ran{0};
+    pool.parallel_for(100, [&](size_t) { ++ran; });
+    CHECK_EQ(ran.load(), size_t{100});
+    CHECK(threads_become(before + 3));
+    pool.end_threads();
+    CHECK(threads_become(before));
+  }
+  pool.end_threads();
+}
+
+void threads_end_between_the_loops_of_other_callers() {
+  WorkerPool pool(3);
+  std::atomic<size_t> ran{0};
+  std::thread caller([&] {
+    for (int round = 0; round < 200; ++round) pool.parallel_for(50, [&](size_t) { ++ran; });
+  });
+  for (int round = 0; round < 50; ++round) pool.end_threads();
+  caller.join();
+  CHECK_EQ(ran.load(), size_t{200 * 50});
+}
+
+void a_loop_does_not_end_its_own_threads() {
+  WorkerPool pool(3);
+  std::atomic<size_t> ran{0};
+  pool.parallel_for(20, [&](size_t) {
+    pool.end_threads();
+    ++ran;
+  });
+  CHECK_EQ(ran.load(), size_t{20});
+}
+
 // Waits for the child and returns its exit status; -1 when a signal ended it.
 int status_of(pid_t child) {
   int status = 0;
@@ -165,6 +218,7 @@ void a_child_may_destroy_a_pool_that_it_never_used() {
   pool->parallel_for(10, [](size_t) {});
   const pid_t child = fork();
   if (child == 0) {
+    pool->end_threads();
     delete pool;
     _exit(0);
   }
@@ -240,6 +294,9 @@ int main() {
   an_exception_of_every_index_is_reported_once();
   loops_inside_a_loop_run_inline();
   loops_of_several_callers_do_not_mix();
+  ended_threads_are_gone_and_come_back_with_the_next_loop();
+  threads_end_between_the_loops_of_other_callers();
+  a_loop_does_not_end_its_own_threads();
 #if !defined(__SANITIZE_THREAD__)  // its runtime does not survive new threads in a child of many threads
   a_child_forked_during_a_loop_has_a_pool_of_its_own();
 #endif
