@@ -314,10 +314,12 @@ def _unscale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for tensor in tensors:
         cell = tensor.cell if isinstance(tensor, HostGrad) else None
         if cell is not None and cell.can_defer() and scale.factor_for(cell) is not None:
-            norms.append(cell.norm(_INFINITY_NORM))
-            _defer(cell, scale)
-        else:
-            _run_on_copies(func, ([tensor], found_inf, inverse_scale), {}, _traits(func))
+            norm = cell.norm(_INFINITY_NORM)
+            # Taking it may have made a device copy the owner: then nothing can wait any more.
+            if _defer(cell, scale):
+                norms.append(norm)
+                continue
+        _run_on_copies(func, ([tensor], found_inf, inverse_scale), {}, _traits(func))
     if norms:
         func([torch.stack(norms)], found_inf, inverse_scale)
     return None

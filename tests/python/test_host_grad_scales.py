@@ -276,3 +276,22 @@ def test_lists_take_the_code_path_of_plain_tensors_one_gradient_at_a_time() -> N
     states = [torch.ones(9) for _ in parameters]
     torch._foreach_lerp_(states, [p.grad for p in parameters], 0.5)
     assert store.peak == 1
+
+
+def test_unscaling_is_not_lost_while_the_store_still_keeps_an_upload() -> None:
+    """Asking for the norm brings a copy; while its lane refers to that, it is the owner and no scale can wait."""
+
+    class KeepingStore(HostStore):
+        def to_device(self, held: Any, out: Tensor) -> None:
+            super().to_device(held, out)
+            self.kept = out
+
+    store = KeepingStore()
+    gradients = [held(values(torch.float32, count), store) for count in (5, 300)]
+    expected = [values(torch.float32, count) for count in (5, 300)]
+    for tensors in (gradients, expected):
+        found = torch.zeros(())
+        torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, torch.tensor(1 / 1024))
+        assert found.item() == 0.0
+    for gradient, value in zip(gradients, expected, strict=True):
+        assert same_bits(as_the_optimizer_reads(cell_of(gradient).for_step(), gradient.shape), value)
