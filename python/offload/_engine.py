@@ -32,6 +32,9 @@ from ._plan import Plan
 from ._stats import Stats
 from ._units import Unit, is_dense
 
+# The engines of this process: the last one ends the threads that they share.
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
 # Blocks of the pool are multiples of this (csrc/memory/host_pool.h).
 _BLOCK_BYTES = 256
 
@@ -94,6 +97,7 @@ class Engine:
         # Units in the order in which the latest forward touched them: the order of the next update.
         self._touched: dict[EngineUnit, None] = {}
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
+        _engines.add(self)
         self._finalizer = weakref.finalize(self, _drain, self.pipeline, self._tickets, self.lanes)
 
     # --- states ---------------------------------------------------------------------------------------------
@@ -358,9 +362,27 @@ class Engine:
 
     # --- the end --------------------------------------------------------------------------------------------
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether an update failed, and the error was raised."""
+        return self._failure is not None
+
+    def abandon(self) -> None:
+        """After a failed update: waits for work in flight, whatever its end; the parameters are plain again."""
+        for ticket in self._tickets.values():
+            with contextlib.suppress(OffloadError):  # the first error was raised already
+                ticket.wait()
+        for state in self.states.values():
+            if can_be_pending(state.parameter):
+                restore(state.parameter)
+        self._tickets.clear()
+
     def close(self) -> None:
-        """Waits for work in flight, ends the lanes and the sequencer and gives up every state. Use nothing after it."""
-        self.synchronize()
+        """Ends the lanes, the sequencer and, for the last engine, the shared threads, and gives up every state.
+
+        Comes after `synchronize` or `abandon`. Use nothing after it.
+        """
+        _engines.discard(self)
         self._finalizer()
         self.states.clear()
         for unit in self.units:
@@ -424,3 +446,5 @@ def _drain(pipeline: _native.StepPipeline, tickets: Mapping[int, _native.Ticket]
         with contextlib.suppress(OffloadError):  # nobody is left to be told
             if not ticket.wait(_DRAIN_SECONDS):
                 return
+    if not list(_engines):  # len() may count engines that are being finalized
+        _native.end_shared_threads()

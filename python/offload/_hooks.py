@@ -41,6 +41,9 @@ class Hooks:
         self._engine = engine
         self._handles: list[RemovableHandle] = []
         self._watched: set[int] = set()
+        for module in model.modules():
+            hook = ModuleHook(_keep_parameters(module))
+            self._handles.append(module.register_load_state_dict_post_hook(hook))  # type: ignore[no-untyped-call]
         # Prepended one after another, so the model's own hook, registered last, runs before its unit's.
         for unit, engine_unit in zip(units, engine.units, strict=True):
             for module in unit.modules:
@@ -68,6 +71,22 @@ class Hooks:
             handle.remove()
         self._handles.clear()
         self._watched.clear()
+
+
+def _keep_parameters(module: nn.Module) -> Callable[[], None]:
+    """Undoes what `load_state_dict(assign=True)` does to parameters: they stay the same objects and take the values."""
+    current = module._parameters
+    kept = dict(current)
+
+    @torch.no_grad()
+    def keep() -> None:
+        for name, parameter in kept.items():
+            assigned = current.get(name)
+            if parameter is not None and assigned is not None and assigned is not parameter:
+                current[name] = parameter
+                parameter.copy_(assigned)
+
+    return keep
 
 
 def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,15 +10,24 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import _checkpoint
 from ._adamw import AdamWHyper
 from ._engine import Engine, Update
-from ._errors import InvalidArgument, StateError
+from ._errors import StateError
 from ._hooks import Hooks
 from ._parameter_state import ParameterState
 from ._plan import Plan
 from ._stats import Stats
 
 NATIVE_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
+
+
+_STATE_DICT_HOOKS = (
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+)
 
 
 class OffloadOptimizer(torch.optim.Optimizer):
@@ -38,10 +46,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._adopting = False
         super().__init__(original.param_groups, dict(original.defaults))
         self.param_groups = original.param_groups
+        for name in _STATE_DICT_HOOKS:  # the user's, whichever of the two they are registered on
+            setattr(self, name, getattr(original, name))
         for group in self.param_groups:
             AdamWHyper.of_group(group, decoupled=self._decoupled)
             for parameter in group["params"]:
-                self._adopt(parameter, original.state.get(parameter))
+                self._take_over(parameter, original.state.get(parameter))
         original.state.clear()
         self._refusal = original.register_step_pre_hook(_refuse_step)
         self._adopting = True
@@ -55,14 +65,18 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     # --- parameters -----------------------------------------------------------------------------------------
 
-    def _adopt(self, parameter: Parameter, saved: Mapping[str, Any] | None = None) -> None:
-        if not parameter.requires_grad and not saved:
+    def _adopt(self, parameter: Parameter, *, has_state: bool = False) -> None:
+        if not parameter.requires_grad and not has_state:
             return  # frozen: no state until it has a gradient
-        state = self._engine.adopt(parameter)
-        if saved:
-            _load(state, saved)
+        self._engine.adopt(parameter)
         if parameter.requires_grad and self._engine.plan.gradients == "host":
             self._hooks.watch_gradient(parameter)
+
+    def _take_over(self, parameter: Parameter, saved: Mapping[str, Any] | None) -> None:
+        """Goes on from the state that the wrapped optimizer has of a parameter."""
+        self._adopt(parameter, has_state=bool(saved))
+        if saved:
+            _checkpoint.load(self._engine.states[id(parameter)], saved)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the states of the new parameters are made at once, within the host budget."""
@@ -131,13 +145,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def state(self) -> defaultdict[Tensor, Any]:
         """As in torch: parameter -> step, exp_avg, exp_avg_sq, and the fp32 `master` of a 16-bit parameter.
 
-        Current values: reading it waits for the submitted update. Tensors lie where the states do. A split master is
-        joined into a new tensor; use `load_state_dict` to write one.
+        Current values: reading it waits for the submitted update. Tensors lie where the states do, and as in torch
+        they are the live ones, which the next `step()` writes to: save them, or deep-copy them, before it. A split
+        master is joined into a new tensor; use `load_state_dict` to write one.
         """
         if not self._adopting:
             return defaultdict(dict)
         self._engine.synchronize()
-        return defaultdict(dict, {state.parameter: _dump(state) for state in self._own_states() if state.step > 0})
+        return defaultdict(
+            dict, {state.parameter: _checkpoint.dump(state) for state in self._own_states() if state.step > 0}
+        )
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -149,32 +166,27 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         With a `master` the fp32 value is restored exactly, wherever the model's weight at the next step is its rounded
         value (model and optimizer may be loaded in any order); elsewhere, and without one, the weight is the master.
-        Raises `InvalidArgument` when groups or shapes do not match; nothing is changed then.
+        Hyperparameters are those loaded; `foreach`, `fused`, `capturable` and `differentiable` stay as they were.
+        Raises `InvalidArgument` when groups, shapes or kind of state do not match or something is NaN, and
+        `OutOfHostMemory`; nothing is changed then.
         """
+        state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        saved_groups = state_dict["param_groups"]
-        counts = [len(group["params"]) for group in self.param_groups]
-        saved_counts = [len(group["params"]) for group in saved_groups]
-        if counts != saved_counts:
-            raise InvalidArgument(
-                f"the loaded state has groups of {saved_counts} parameters, this optimizer of {counts}"
-            )
-        pairs = [
-            (parameter, state_dict["state"].get(index))
-            for group, saved_group in zip(self.param_groups, saved_groups, strict=True)
-            for parameter, index in zip(group["params"], saved_group["params"], strict=True)
-        ]
-        for parameter, saved in pairs:
-            _check_saved(self._engine.name_of(parameter), parameter, saved)
+            replaced = hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        pairs = _checkpoint.check(self.param_groups, state_dict, self._engine.name_of, decoupled=self._decoupled)
         self._engine.synchronize()
-        for group, saved_group in zip(self.param_groups, saved_groups, strict=True):
-            group.update({key: copy.deepcopy(value) for key, value in saved_group.items() if key != "params"})
         for parameter, saved in pairs:
             if saved:
-                self._adopt(parameter, saved)
-            elif id(parameter) in self._engine.states:
-                _reset(self._engine.states[id(parameter)])
+                self._adopt(parameter, has_state=True)  # may be over the host budget: before anything is changed
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            _checkpoint.load_group(group, saved_group, decoupled=self._decoupled)
+        states = self._engine.states
+        for parameter, saved in pairs:
+            if saved:
+                _checkpoint.load(states[id(parameter)], saved)
+            elif id(parameter) in states:
+                _checkpoint.reset(states[id(parameter)])
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -187,14 +199,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def release(self) -> torch.optim.Optimizer:
-        """Gives the states back to the wrapped optimizer and returns it; used by `offload.unwrap`."""
-        self._engine.synchronize()
+    def plain_states(self) -> dict[Tensor, dict[str, Any]]:
+        """The states as stock torch would hold them."""
+        return {state.parameter: _checkpoint.plain(state) for state in self._own_states() if state.step > 0}
+
+    def release(self, states: Mapping[Tensor, dict[str, Any]]) -> torch.optim.Optimizer:
+        """Gives `states` to the wrapped optimizer and returns it; this one refuses everything from now on."""
         self._refusal.remove()
-        for state in self._own_states():
-            if state.step > 0:
-                self._original.state[state.parameter] = _plain(state)
+        self._original.state.update(states)
         self._running = None
+        del self._hooks, self._all_parameters
         return self._original
 
 
@@ -202,55 +216,3 @@ def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     raise StateError(
         f"this {type(optimizer).__name__} was given to offload.wrap: call step() of the optimizer that wrap returned"
     )
-
-
-def _dump(state: ParameterState) -> dict[str, Any]:
-    dumped: dict[str, Any] = {
-        "step": torch.tensor(float(state.step), device="cpu"),
-        "exp_avg": state.exp_avg,
-        "exp_avg_sq": state.exp_avg_sq,
-    }
-    if state.parameter.dtype != torch.float32:
-        dumped["master"] = state.master_value()
-    return dumped
-
-
-def _plain(state: ParameterState) -> dict[str, Any]:
-    """What stock torch would hold: moments in the parameter's dtype on its device."""
-    device, dtype = state.parameter.device, state.parameter.dtype
-    return {
-        "step": torch.tensor(float(state.step), device="cpu"),
-        "exp_avg": state.exp_avg.detach().to(device, dtype, copy=True),
-        "exp_avg_sq": state.exp_avg_sq.detach().to(device, dtype, copy=True),
-    }
-
-
-def _check_saved(name: str, parameter: Tensor, saved: Mapping[str, Any] | None) -> None:
-    if not saved:
-        return
-    if "max_exp_avg_sq" in saved:
-        raise InvalidArgument(f"{name}: the state comes from amsgrad=True, which is not supported")
-    for key in ("exp_avg", "exp_avg_sq", "master"):
-        value = saved.get(key)
-        if value is None and key != "master":
-            raise InvalidArgument(f"{name}: the loaded state has no {key!r}; Adam and AdamW states can be loaded")
-        if value is not None and value.shape != parameter.shape:
-            raise InvalidArgument(f"{name}: {key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-
-
-@torch.no_grad()
-def _load(state: ParameterState, saved: Mapping[str, Any]) -> None:
-    _check_saved(state.name, state.parameter, saved)
-    state.step = int(saved["step"])
-    state.exp_avg.copy_(saved["exp_avg"])
-    state.exp_avg_sq.copy_(saved["exp_avg_sq"])
-    master = saved.get("master")
-    if master is not None:
-        state.set_master(master)
-
-
-@torch.no_grad()
-def _reset(state: ParameterState) -> None:
-    state.step = 0
-    state.exp_avg.zero_()
-    state.exp_avg_sq.zero_()

@@ -107,6 +107,15 @@ class ParameterState:
         self.version = _UNKNOWN_VERSION
 
     @torch.no_grad()
+    def seed_master(self) -> None:
+        """Makes the working weight the master: its low bits are forgotten."""
+        if self.remainder is not None:
+            self.remainder.zero_()
+        elif self.master is not None and self.parameter.dtype != torch.float32:
+            self.master.copy_(self.working_weight())
+        self.version = _UNKNOWN_VERSION
+
+    @torch.no_grad()
     def adopt_parameter(self) -> None:
         """The user wrote to the parameter: elements that differ from the working weight re-seed the master.
 

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from . import _checkpoint
 from ._config import Config
 from ._engine import Engine
 from ._errors import InvalidArgument, StateError
@@ -67,9 +68,10 @@ def wrap(
     plan = _plan(model, units, optimizers, settings, device)
 
     engine = Engine(device, plan, settings, units)
-    trained = [p for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad]
-    engine.reserve(trained)
-    for parameter in trained:
+    parameters = [(p, o) for o in optimizers for g in o.param_groups for p in g["params"]]
+    with_state = [p for p, o in parameters if p.requires_grad or o.state.get(p)]
+    engine.reserve(with_state)
+    for parameter in with_state:
         engine.adopt(parameter)
     hooks = Hooks(model, units, engine)
     wrapped = tuple(OffloadOptimizer(o, engine, hooks, list(model.parameters())) for o in optimizers)
@@ -83,8 +85,13 @@ def unwrap(
     """Undoes `wrap`: waits for the update, removes every hook, and returns the plain model and optimizer.
 
     The optimizer holds its states as stock torch does: in each parameter's dtype, on its device. Gradients become
-    plain tensors again. Raises `StateError` if the model is not wrapped, `InvalidArgument` if `optim` is not what wrap
-    returned with it; nothing was changed then.
+    plain tensors again. To keep fp32 moments and masters of a 16-bit model, take `optim.state_dict()` first.
+
+    After a failed update that was raised, the states are no longer those of one step: they and gradients on the host
+    are given up, weights may be of either step, and the plain model and optimizer are ready to load a checkpoint.
+
+    Raises `StateError` if the model is not wrapped, `InvalidArgument` if `optim` is not what wrap returned with it, and
+    the error of an update in flight; nothing was changed then.
     """
     engine, hooks, known = _parts_of(model)
     several = not isinstance(optim, OffloadOptimizer)
@@ -93,13 +100,20 @@ def unwrap(
         raise InvalidArgument(
             f"unwrap was given {len(wrapped)} optimizers: pass all {len(known)} that offload.wrap returned"
         )
-    engine.synchronize()
+    held = [(p, p.grad.cell) for p in model.parameters() if isinstance(p.grad, HostGrad)]
+    if engine.has_failed:
+        engine.abandon()
+        gradients: list[Tensor | None] = [None] * len(held)
+        states: list[dict[Tensor, Any]] = [{}] * len(wrapped)
+    else:
+        engine.synchronize()
+        gradients = [cell.materialize() for _, cell in held]
+        states = [one.plain_states() for one in wrapped]
+    # Nothing was changed until here, and nothing fails from here on.
     hooks.remove()
-    for parameter in model.parameters():
-        gradient = parameter.grad
-        if isinstance(gradient, HostGrad):
-            parameter.grad = gradient.cell.materialize()
-    originals = tuple(one.release() for one in wrapped)
+    for (parameter, _), gradient in zip(held, gradients, strict=True):
+        parameter.grad = gradient
+    originals = tuple(one.release(own) for one, own in zip(wrapped, states, strict=True))
     engine.close()
     del _wrapped[model]
     return model, originals if several else originals[0]
@@ -159,7 +173,7 @@ def _check_model(model: nn.Module) -> None:
 def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     if not optimizers:
         raise InvalidArgument("no optimizer given: pass a torch.optim.Adam or AdamW over the model's parameters")
-    known = {id(parameter) for parameter in model.parameters()}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     owner: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         if isinstance(optimizer, OffloadOptimizer):
@@ -177,11 +191,13 @@ def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer])
                 if group.get(flag):
                     raise InvalidArgument(f"group {number} has {flag}=True, which is not supported: pass {flag}=False")
             for position, parameter in enumerate(group["params"]):
-                if id(parameter) not in known:
+                if id(parameter) not in names:
                     raise InvalidArgument(
                         f"parameter {position} of group {number}, of shape {tuple(parameter.shape)}, is not the "
                         "model's: build the optimizer from model.parameters() of the model given to wrap"
                     )
+                if saved := optimizer.state.get(parameter):
+                    _checkpoint.check_state(names[id(parameter)], parameter, saved)
                 if owner.setdefault(id(parameter), index) != index:
                     raise InvalidArgument(
                         f"parameter {position} of group {number} is in two optimizers: each parameter needs one"
