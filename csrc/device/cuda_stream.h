@@ -1,13 +1,4 @@
-// One ordered queue of copies on a CUDA device.
-//
-// [Note: who issues a copy]
-// A copy is issued, that is given to the driver, on the calling thread, unless it must not be yet: it is
-// behind work that only the host can wait for (a ticket without a mark, or whose copy is itself not issued),
-// or its host memory is pageable, where the driver would block the caller. Such a copy is deferred to the
-// stream's issuer thread, and so is every copy behind it. No stream ever waits on host memory, so an error,
-// Ctrl-C or exit leaves none waiting. A second thread, the ender, sleeps in the driver until the oldest
-// issued copy is over and ends its ticket. They are two because neither wait can be woken for the sake of the
-// other.
+// One ordered queue of copies on a CUDA device; see [Note: who issues a copy] below.
 //
 // Ownership: owns the driver's stream and both threads, which start at first need.
 // Threads: every member may be called from any thread. In a forked child a stream dies without joining.
@@ -26,6 +17,14 @@
 
 namespace offload {
 
+// [Note: who issues a copy]
+// A copy is issued, that is given to the driver, on the calling thread, unless it must not be yet: it is
+// behind work that only the host can wait for (a ticket without a mark, or whose copy is itself not issued),
+// or its host memory is pageable, where the driver would block the caller. Such a copy is deferred to the
+// stream's issuer thread, and so is every copy behind it. No stream ever waits on host memory, so an error,
+// Ctrl-C or exit leaves none waiting. A second thread, the ender, sleeps in the driver until the oldest
+// issued copy is over and ends its ticket. They are two because neither wait can be woken for the sake of the
+// other.
 class CudaStream final : public Stream {
  public:
   CudaStream(std::shared_ptr<CudaPrimaryContext> context, std::string name, int64_t drain_ns);

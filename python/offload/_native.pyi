@@ -34,6 +34,7 @@ def default_thread_count() -> int: ...
 def shared_thread_count() -> int: ...
 def end_shared_threads() -> None:
     """Joins the threads of the shared WorkerPool; the next loop starts new ones."""
+
 def parallel_sum_for_test(count: int) -> int:
     """Sums range(count) on the shared WorkerPool: shows that the pool works (after a fork, say)."""
 
