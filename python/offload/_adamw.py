@@ -47,7 +47,9 @@ class AdamWHyper:
         Raises `InvalidArgument` for settings that change the arithmetic and are not implemented.
         """
         if group.get("amsgrad"):
-            raise InvalidArgument("amsgrad=True is not supported: pass amsgrad=False")
+            raise InvalidArgument(
+                "amsgrad=True is not supported beside groups without: set it in a group before offload.wrap"
+            )
         beta1, beta2 = group["betas"]
         return cls(
             lr=float(group["lr"]),
@@ -122,8 +124,18 @@ def round_to_weight(master: Tensor, dtype: torch.dtype) -> Tensor:
     return split_master(master)[0] if dtype == torch.bfloat16 else master.to(dtype)
 
 
+@torch.no_grad()
+def write_weight(weight: Tensor, master: Tensor) -> None:
+    """`weight` becomes `round_to_weight` of `master`, which has its strides; on the host by the native core."""
+    if weight.dtype == torch.bfloat16 and weight.device.type == "cpu":
+        remainder = torch.empty(weight.numel(), dtype=torch.int16, device="cpu")  # nobody needs it
+        _native.split_master(master.data_ptr(), weight.data_ptr(), remainder.data_ptr(), weight.numel())
+    else:
+        weight.copy_(round_to_weight(master, weight.dtype))
+
+
 def check_gradient(name: str, gradient: Tensor) -> None:
-    """Raises `InvalidArgument` naming the parameter if its gradient cannot be used by Adam here."""
+    """Raises `InvalidArgument` naming the parameter if its gradient cannot be used here."""
     if gradient.layout != torch.strided:
         raise InvalidArgument(
             f"{name}: gradient has layout {gradient.layout}; only dense (torch.strided) gradients are supported: "

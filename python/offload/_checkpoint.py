@@ -1,13 +1,13 @@
-"""Optimizer states in torch's own Adam and AdamW layout: what is saved, and what is checked before any of it is loaded.
+"""Optimizer states in torch's own layout: what is saved, and what is checked before any of it is loaded.
 
-A state holds `step`, fp32 `exp_avg` and `exp_avg_sq` and, for a 16-bit parameter, its fp32 `master`. Stock torch loads
-that too (it casts the moments and has no use for the master), and what stock torch saved loads here.
+A state of Adam and AdamW holds `step`, fp32 `exp_avg` and `exp_avg_sq` and, for a 16-bit parameter, its fp32 `master`.
+Stock torch loads that too (it casts the moments and has no use for the master), and what stock torch saved loads here.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.nn import Parameter
 
 from ._adamw import AdamWHyper
 from ._errors import InvalidArgument
-from ._parameter_state import ParameterState
+from ._parameter_state import AdamWState
 
 Groups = Sequence[dict[str, Any]]
 SavedState = Mapping[str, Any]
@@ -26,7 +26,7 @@ _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 _IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 
 
-def dump(state: ParameterState) -> dict[str, Any]:
+def dump(state: AdamWState) -> dict[str, Any]:
     """The state as `optimizer.state` shows it: the live tensors, and a new one for a split master."""
     dumped: dict[str, Any] = {
         "step": torch.tensor(float(state.step), device="cpu"),
@@ -38,7 +38,7 @@ def dump(state: ParameterState) -> dict[str, Any]:
     return dumped
 
 
-def plain(state: ParameterState) -> dict[str, Any]:
+def plain(state: AdamWState) -> dict[str, Any]:
     """What stock torch would hold: moments in the parameter's dtype on its device."""
     device, dtype = state.parameter.device, state.parameter.dtype
     return {
@@ -48,10 +48,13 @@ def plain(state: ParameterState) -> dict[str, Any]:
     }
 
 
-def check(
-    groups: Groups, state_dict: Mapping[str, Any], name_of: Callable[[Parameter], str], *, decoupled: bool
-) -> list[tuple[Parameter, SavedState | None]]:
-    """Every parameter of `groups` with its saved state. Raises `InvalidArgument` for anything that cannot be loaded."""
+def pair(
+    groups: Groups, state_dict: Mapping[str, Any]
+) -> tuple[list[tuple[Parameter, SavedState | None]], dict[Any, Any]]:
+    """Every parameter of `groups` with its saved state, and the entries that belong to no parameter.
+
+    Raises `InvalidArgument` for what is no state of an optimizer with these groups.
+    """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         raise InvalidArgument(
             "this is no optimizer state: it needs the keys 'state' and 'param_groups', as optimizer.state_dict() has"
@@ -61,6 +64,16 @@ def check(
     saved_counts = [len(group["params"]) for group in saved_groups]
     if counts != saved_counts:
         raise InvalidArgument(f"the loaded state has groups of {saved_counts} parameters, this optimizer of {counts}")
+    saved_states = state_dict["state"]
+    indices = [index for group in saved_groups for index in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    pairs = [(parameter, saved_states.get(index)) for parameter, index in zip(parameters, indices, strict=True)]
+    known = set(indices)
+    return pairs, {key: value for key, value in saved_states.items() if key not in known}
+
+
+def check_groups(groups: Groups, saved_groups: Groups, *, decoupled: bool) -> None:
+    """Raises `InvalidArgument` unless the saved groups have the hyperparameters of Adam or AdamW."""
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
         missing = [key for key in _HYPERPARAMETERS if key not in saved_group]
         if missing:
@@ -71,23 +84,15 @@ def check(
             AdamWHyper.of_group({**group, **saved_group}, decoupled=decoupled)
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"group {number} of the loaded state: {error}") from error
-    saved_states = state_dict["state"]
-    indices = [index for group in saved_groups for index in group["params"]]
-    unknown = sorted(map(str, saved_states.keys() - set(indices)))
-    if unknown:
-        raise InvalidArgument(f"the loaded state has an entry {unknown[0]!r} that is in none of its groups")
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    pairs = [(parameter, saved_states.get(index)) for parameter, index in zip(parameters, indices, strict=True)]
-    for parameter, saved in pairs:
-        if saved:
-            check_state(name_of(parameter), parameter, saved)
-    return pairs
 
 
 def check_state(name: str, parameter: Tensor, saved: SavedState) -> None:
     """Raises `InvalidArgument` unless `saved` is an Adam state of this parameter, of which nothing is NaN."""
     if "max_exp_avg_sq" in saved:
-        raise InvalidArgument(f"{name}: the state comes from amsgrad=True, which is not supported")
+        raise InvalidArgument(
+            f"{name}: the state comes from amsgrad=True and this optimizer has amsgrad=False: build it with "
+            "amsgrad=True before offload.wrap"
+        )
     for key in ("step", "exp_avg", "exp_avg_sq"):
         if saved.get(key) is None:
             raise InvalidArgument(f"{name}: the loaded state has no {key!r}; Adam and AdamW states can be loaded")
@@ -109,7 +114,7 @@ def check_state(name: str, parameter: Tensor, saved: SavedState) -> None:
             raise InvalidArgument(f"{name}: {key} contains NaN, that run had diverged: load an earlier checkpoint")
 
 
-def load_group(group: dict[str, Any], saved_group: Mapping[str, Any], *, decoupled: bool) -> None:
+def load_group(group: dict[str, Any], saved_group: Mapping[str, Any]) -> None:
     """Takes over the hyperparameters, and what else the saved group holds but parameters and implementation flags."""
     group.update(
         {
@@ -118,12 +123,10 @@ def load_group(group: dict[str, Any], saved_group: Mapping[str, Any], *, decoupl
             if key != "params" and key not in _IMPLEMENTATION_FLAGS
         }
     )
-    if decoupled:  # as torch: an AdamW stays one when it loads what an Adam saved
-        group["decoupled_weight_decay"] = True
 
 
 @torch.no_grad()
-def load(state: ParameterState, saved: SavedState) -> None:
+def load(state: AdamWState, saved: SavedState) -> None:
     """Writes a checked state in place: no tensor of ours changes its storage, its dtype or its tier."""
     state.step = int(saved["step"])
     state.exp_avg.copy_(saved["exp_avg"])
@@ -136,7 +139,7 @@ def load(state: ParameterState, saved: SavedState) -> None:
 
 
 @torch.no_grad()
-def reset(state: ParameterState) -> None:
+def reset(state: AdamWState) -> None:
     """The saved run had no state of this parameter: it starts anew from its weight."""
     state.step = 0
     state.exp_avg.zero_()

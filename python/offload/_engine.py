@@ -13,7 +13,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,17 +23,17 @@ from . import _native
 from ._adamw import FORMATS, AdamWHyper, check_gradient
 from ._config import Config
 from ._errors import InvalidArgument, OffloadError, StateError
-from ._gradient_lanes import GradientLanes
-from ._host_grad import HostGrad
+from ._gradient_lanes import GradientLanes, StepGradient
 from ._interrupts import Uninterrupted
-from ._parameter_state import ParameterState
+from ._parameter_state import AdamWState, ParameterState
 from ._pending import can_be_pending, make_pending, restore
 from ._plan import Plan
-from ._stats import Stats
 from ._units import Unit, is_dense
 
 # The engines of this process: the last one ends the threads that they share.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+State = TypeVar("State", bound=ParameterState)
 
 # Blocks of the pool are multiples of this (csrc/memory/host_pool.h).
 _BLOCK_BYTES = 256
@@ -80,8 +80,12 @@ class Engine:
         self.transfers = _native.TransferQueue(self.device)
         self.pipeline = _native.StepPipeline(self.transfers)
         self.lanes = GradientLanes(device, self.pool, self.transfers)
+        self.isa = _native.active_isa()
         self.step_count = 0
         self._process = os.getpid()
+        # Optimizers that run as their own class: their states are torch's, outside the pool.
+        self.torch_optimizers: list[torch.optim.Optimizer] = []
+        self.torch_update_s = 0.0
         self._failure: BaseException | None = None
         self.units = [EngineUnit(unit.name) for unit in units]
         self._units_of: dict[int, list[EngineUnit]] = {}
@@ -105,12 +109,12 @@ class Engine:
     def name_of(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)} outside the model")
 
-    def reserve(self, parameters: Sequence[Parameter]) -> None:
+    def reserve(self, parameters: Sequence[tuple[Parameter, type[ParameterState]]]) -> None:
         """Obtains the host pages of these parameters' states and gradients at once, before any hook runs.
 
         Warns when the pages could not be locked: training goes on, at the speed of pageable memory.
         """
-        self.pool.reserve(sum(self._host_bytes(parameter) for parameter in parameters))
+        self.pool.reserve(sum(self._host_bytes(parameter, kind) for parameter, kind in parameters))
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
@@ -118,28 +122,31 @@ class Engine:
                 stacklevel=3,  # the caller of wrap()
             )
 
-    def _host_bytes(self, parameter: Parameter) -> int:
+    def _host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
         sizes: list[int] = []
         if self.plan.optimizer == "host":
-            sizes += [4, 4]
+            if kind is AdamWState:
+                sizes += [4, 4]
             if parameter.dtype == torch.float32:
                 sizes.append(4)
             else:
-                sizes += [2, 2 if self._splits(parameter) else 4]
+                sizes += [2, 2 if self._splits(parameter, kind) else 4]
         if self.plan.gradients == "host" or self.plan.optimizer == "host":
             sizes.append(parameter.element_size())
         return sum(-(-size * parameter.numel() // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
 
-    def _splits(self, parameter: Parameter) -> bool:
-        return self.plan.optimizer == "host" and parameter.dtype == torch.bfloat16 and self.config.master != "fp32"
+    def _splits(self, parameter: Parameter, kind: type[ParameterState]) -> bool:
+        wanted = self.plan.optimizer == "host" and self.config.master != "fp32"
+        return kind.may_split and wanted and parameter.dtype == torch.bfloat16
 
-    def adopt(self, parameter: Parameter) -> ParameterState:
+    def adopt(self, parameter: Parameter, kind: type[State]) -> State:
         """Makes the state of a parameter: its master is its present value, its moments are zero.
 
         Raises `InvalidArgument` for dtypes and layouts that no state can mirror, `OutOfHostMemory` over the budget.
         """
         known = self.states.get(id(parameter))
         if known is not None:
+            assert isinstance(known, kind)
             return known
         name = self.name_of(parameter)
         if parameter.dtype not in FORMATS:
@@ -160,16 +167,17 @@ class Engine:
             buffer = self.pool.acquire(parameter.numel() * dtype.itemsize, tag)
             return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
 
-        state = ParameterState(name, parameter, on_host=on_host, split=self._splits(parameter), allocate=allocate)
+        split = self._splits(parameter, kind)
+        state = kind(name, parameter, on_host=on_host, split=split, allocate=allocate)
         with Uninterrupted():
-            if on_host:
+            if on_host and isinstance(state, AdamWState):
                 self._slots[id(parameter)] = self._add_slot(state)
             for unit in self._units_of.get(id(parameter), ()):
                 unit.states.append(state)
             self.states[id(parameter)] = state
         return state
 
-    def _add_slot(self, state: ParameterState) -> int:
+    def _add_slot(self, state: AdamWState) -> int:
         parameter = state.parameter
         weight = state.working_weight()
         master = state.remainder if state.remainder is not None else state.master
@@ -198,16 +206,9 @@ class Engine:
         gradient cannot be used.
         """
         self._refuse_after_failure()
-        for update in updates:
-            assert update.parameter.grad is not None
-            check_gradient(self.name_of(update.parameter), update.parameter.grad)
-        states = [self.adopt(update.parameter) for update in updates]
-        for state in states:
-            # A pending parameter has not been touched since the last step: any access would have made it current.
-            if state.parameter._version != state.version or (
-                id(state.parameter) not in self._tickets and state.has_moved()
-            ):
-                self.reseed(state)
+        self.check_gradients([update.parameter for update in updates])
+        states = [self.adopt(update.parameter, AdamWState) for update in updates]
+        self._reseed_written(states)
         work = list(zip(states, updates, strict=True))
         if self.plan.optimizer == "device":
             self._update_on_device(work)
@@ -216,7 +217,7 @@ class Engine:
         work.sort(key=lambda pair: self._position(pair[0], order))
         self._submit_to_host([pair for pair in work if pair[0].parameter.numel() > 0])
 
-    def _update_on_device(self, work: Sequence[tuple[ParameterState, Update]]) -> None:
+    def _update_on_device(self, work: Sequence[tuple[AdamWState, Update]]) -> None:
         begun = False
         try:
             with Uninterrupted():
@@ -233,20 +234,96 @@ class Engine:
                 self._failure = error
             raise
 
+    def check_gradients(self, parameters: Sequence[Parameter]) -> None:
+        """Raises `InvalidArgument` naming the first parameter whose gradient no update can use."""
+        for parameter in parameters:
+            assert parameter.grad is not None
+            check_gradient(self.name_of(parameter), parameter.grad)
+
+    def float32_gradients(self, parameters: Sequence[Parameter]) -> list[Tensor]:
+        """Their gradients in fp32 on the tier of the states, where nothing else reads them: they may be edited.
+
+        Raises the error of a gradient that did not arrive, with the parameter's name.
+        """
+        if self.plan.optimizer == "device":
+            return [self.lanes.on_device(parameter).to(torch.float32) for parameter in parameters]
+        taken = [self.lanes.for_step(parameter) if parameter.numel() > 0 else None for parameter in parameters]
+        with contextlib.suppress(OffloadError):  # _landed() raises it with the name
+            self.lanes.wait_for_plain_gradients()
+        gradients = [self._landed(parameter, gradient) for parameter, gradient in zip(parameters, taken, strict=True)]
+        for ticket in self.lanes.in_flight():  # an upload may still read the bytes
+            with contextlib.suppress(OffloadError):  # whoever asked for it is told
+                ticket.wait()
+        return gradients
+
+    def _landed(self, parameter: Parameter, gradient: StepGradient | None) -> Tensor:
+        if gradient is None:
+            return torch.empty_like(parameter, dtype=torch.float32, device="cpu")
+        try:
+            return gradient.float32(parameter)
+        except OffloadError as error:
+            raise type(error)(f"{self.name_of(parameter)}: its gradient did not arrive: {error}") from error
+
+    def settle(self, states: Sequence[ParameterState]) -> None:
+        """Masters and parameters agree afterwards: every upload has ended, and what the user wrote is the master."""
+        self._refuse_after_failure()
+        self._finish(states)
+        self._reseed_written(states)
+
+    def publish(self, states: Sequence[ParameterState]) -> None:
+        """The fp32 masters of settled states were written: the parameters follow, in the order of their next use.
+
+        Those of states on the host are pending until their upload has ended.
+        """
+        order = {unit: position for position, unit in enumerate(self._touched)}
+        try:
+            with Uninterrupted():
+                for state in sorted(states, key=lambda state: self._position(state, order)):
+                    state.follow_master()
+                    state.step += 1
+                    if state.on_host and state.parameter.numel() > 0:
+                        self._await(state, self._submit_weight(state))
+                    else:
+                        self._wrote(state)
+                self.step_count += 1
+        except OffloadError as error:  # some weights follow their masters, others do not
+            self._failure = error
+            raise
+        self._finish_what_cannot_wait(states)
+
+    def _submit_weight(self, state: ParameterState) -> _native.Ticket:
+        parameter = state.parameter
+        if self.config.poison_enabled:
+            parameter.detach().fill_(float("nan"))
+        return self.transfers.submit_to_device(
+            parameter.data_ptr(),
+            state.working_weight().data_ptr(),
+            parameter.numel() * parameter.element_size(),
+            self.lanes.compute_stream(),
+        )
+
+    def _reseed_written(self, states: Sequence[ParameterState]) -> None:
+        for state in states:
+            # A pending parameter has not been touched since the last step: any access would have made it current.
+            if state.parameter._version != state.version or (
+                id(state.parameter) not in self._tickets and state.has_moved()
+            ):
+                self.reseed(state)
+
     def reseed(self, state: ParameterState) -> None:
         """The user wrote to the parameter, or gave it other storage: its values are the master, its new place is known.
 
         Raises `StateError` when it has another layout than its state.
         """
         self._finish([state])
-        if state.has_moved() and state.on_host:
+        if state.has_moved() and state.on_host and isinstance(state, AdamWState):
             self._slots[id(state.parameter)] = self._add_slot(state)
         state.adopt_parameter()
 
     def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
         return min((order.get(u, len(order)) for u in self._units_of.get(id(state.parameter), ())), default=0)
 
-    def _submit_to_host(self, work: Sequence[tuple[ParameterState, Update]]) -> None:
+    def _submit_to_host(self, work: Sequence[tuple[AdamWState, Update]]) -> None:
         jobs = []
         read = []  # the host bytes that each job reads
         scalars: dict[tuple[AdamWHyper, int], _native.AdamWScalars] = {}
@@ -270,15 +347,9 @@ class Engine:
             for state, taken, ticket in zip(states, read, tickets, strict=True):
                 state.step += 1
                 taken.release_after(ticket)
-                self._tickets[id(state.parameter)] = ticket
-                self._wrote(state)
-                for unit in self._units_of.get(id(state.parameter), ()):
-                    unit.pending = True
-                if can_be_pending(state.parameter):
-                    make_pending(state.parameter, lambda state=state: self._finish([state]))  # type: ignore[misc]
+                self._await(state, ticket)
             self.step_count += 1
-        # A Parameter subclass cannot announce a read: nobody may see it before it is current.
-        self._finish([state for state in states if not (self.config.lazy and can_be_pending(state.parameter))])
+        self._finish_what_cannot_wait(states)
 
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:
         if self.config.poison_enabled:
@@ -291,6 +362,19 @@ class Engine:
                 for state in states:
                     state.parameter.detach().copy_(state.working_weight())
             raise
+
+    def _await(self, state: ParameterState, ticket: _native.Ticket) -> None:
+        """The parameter is pending until `ticket` ends."""
+        self._tickets[id(state.parameter)] = ticket
+        self._wrote(state)
+        for unit in self._units_of.get(id(state.parameter), ()):
+            unit.pending = True
+        if can_be_pending(state.parameter):
+            make_pending(state.parameter, lambda: self._finish([state]))
+
+    def _finish_what_cannot_wait(self, states: Sequence[ParameterState]) -> None:
+        """A Parameter subclass cannot announce a read: nobody may see it before it is current."""
+        self._finish([state for state in states if not (self.config.lazy and can_be_pending(state.parameter))])
 
     @staticmethod
     def _wrote(state: ParameterState) -> None:
@@ -337,8 +421,8 @@ class Engine:
             self.pipeline.wait([self._tickets[id(state.parameter)] for state in waiting])
         except OffloadError as error:
             self._refuse_after_failure()
-            self._failure = error
-            raise
+            self._failure = _named(error, [(state.name, self._tickets[id(state.parameter)]) for state in waiting])
+            raise self._failure from error
         for state in waiting:
             self._tickets.pop(id(state.parameter), None)  # another thread may have waited too
             if can_be_pending(state.parameter):
@@ -385,55 +469,24 @@ class Engine:
         _engines.discard(self)
         self._finalizer()
         self.states.clear()
+        self.torch_optimizers.clear()
         for unit in self.units:
             unit.states.clear()
         del self.pipeline, self.lanes, self.transfers, self.pool, self.device
 
-    def stats(self, parameters: Sequence[Tensor]) -> Stats:
-        """`parameters`: all of the model's, for the bytes on the device."""
-        pool = self.pool.stats()
-        pipeline = self.pipeline.stats()
-        device = {
-            "weights": sum(p.numel() * p.element_size() for p in parameters),
-            "gradients": sum(
-                p.grad.numel() * p.grad.element_size()
-                for p in parameters
-                if p.grad is not None and not isinstance(p.grad, HostGrad)
-            ),
-        }
-        on_device = [state for state in self.states.values() if not state.on_host]
-        if on_device:
-            device["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
-            device["moments"] = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes for s in on_device)
-        fallbacks = [
-            f"{state.name}: a Parameter subclass ({type(state.parameter).__name__}) cannot be pending, its update is "
-            "waited for inside step()"
-            for state in self.states.values()
-            if state.on_host and not can_be_pending(state.parameter)
-        ]
-        if pool["pin_refused"]:
-            fallbacks.append(f"host memory is pageable: {pool['pin_refusal']}")
-        if self.plan.optimizer == "device":
-            fallbacks.append("optimizer on the device runs as separate torch operations")
-        return Stats(
-            steps=self.step_count,
-            device_bytes=device,
-            host_bytes=pool["tag_bytes"],
-            pool={name: pool[name] for name in _POOL_COUNTERS},
-            transfers=self.transfers.stats(),
-            isa=_native.active_isa(),
-            pinned=pool["pinned_bytes"] > 0,
-            pageable_reason=pool["pin_refusal"] or None,
-            update_s=pipeline["update_ns"] / 1e9,
-            blocked_s=pipeline["blocked_ns"] / 1e9,
-            fallbacks=tuple(fallbacks),
-        )
+
+def _named(error: OffloadError, work: Sequence[tuple[str, _native.Ticket]]) -> OffloadError:
+    """`error` of one of these ended tickets, with the name of what failed if it does not say."""
+    failed = next((name for name, ticket in work if _has_failed(ticket)), "")
+    return error if failed in str(error) else type(error)(f"{failed}: {error}")
 
 
-_POOL_COUNTERS = (
-    "budget_bytes", "mapped_bytes", "pinned_bytes", "used_bytes", "requested_bytes", "peak_used_bytes",
-    "waiting_bytes", "live_count",
-)  # fmt: skip
+def _has_failed(ticket: _native.Ticket) -> bool:
+    try:
+        ticket.wait()
+    except OffloadError:
+        return True
+    return False
 
 
 # A step that has not ended by then was held or lost its device: exit goes on without it.

@@ -162,36 +162,43 @@ def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return _run_on_copies(func, args, kwargs, traits)
 
 
-def _run_on_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits) -> Any:
-    """The general way, see [Note: serving a gradient]."""
-    faces: list[HostGrad] = []
-    written: set[int] = set()
+class _Loan:
+    """The faces that one operation borrows copies of. No local function: one that calls itself is a reference cycle,
+    which would keep the gradients until the garbage collector comes by."""
 
-    def lend(value: Any, is_written: bool) -> Any:
+    def __init__(self) -> None:
+        self.faces: list[HostGrad] = []
+        self.written: set[int] = set()
+
+    def lend(self, value: Any, is_written: bool) -> Any:
         if isinstance(value, HostGrad):
-            faces.append(value)
+            self.faces.append(value)
             if is_written:
-                written.add(id(value.cell))
+                self.written.add(id(value.cell))
             return value.cell.lend()
         if isinstance(value, (list, tuple)):
-            return [lend(item, is_written) for item in value]
+            return [self.lend(item, is_written) for item in value]
         return value
 
+
+def _run_on_copies(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], traits: _Traits) -> Any:
+    """The general way, see [Note: serving a gradient]."""
+    loan = _Loan()
     result: Any = None
     lent: Any = None
     lent_by_name: Any = None
     begun = False
     try:
-        lent = [lend(value, position in traits.written) for position, value in enumerate(args)]
-        lent_by_name = {name: lend(value, name in traits.written) for name, value in kwargs.items()}
+        lent = [loan.lend(value, position in traits.written) for position, value in enumerate(args)]
+        lent_by_name = {name: loan.lend(value, name in traits.written) for name, value in kwargs.items()}
         begun = True
         result = func(*lent, **lent_by_name)
-        return _with_faces(result, {id(face.cell.lend()): face for face in reversed(faces)})
+        return _with_faces(result, {id(face.cell.lend()): face for face in reversed(loan.faces)})
     finally:
         result = lent = lent_by_name = None
-        cells = {id(face.cell): face.cell for face in faces}
+        cells = {id(face.cell): face.cell for face in loan.faces}
         for key, cell in cells.items():  # all of them before one departs: the store may refuse
-            if begun and (traits.foreign or key in written):
+            if begun and (traits.foreign or key in loan.written):
                 cell.own_on_device()
         if not (begun and traits.foreign):
             for cell in cells.values():

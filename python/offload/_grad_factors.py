@@ -17,7 +17,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["DIVIDE", "MULTIPLY", "MULTIPLY_RECIPROCAL", "SCALES", "UNSCALE", "Factor", "HostBytes", "make_factor"]
+__all__ = [
+    "DIVIDE", "MULTIPLY", "MULTIPLY_RECIPROCAL", "SCALES", "UNSCALE", "Factor", "HostBytes", "apply_factor",
+    "make_factor",
+]  # fmt: skip
 
 # FactorKind of csrc/optimizer/adamw.h.
 MULTIPLY, DIVIDE, MULTIPLY_RECIPROCAL = 0, 1, 2
@@ -164,17 +167,25 @@ def _probe_values(dtype: torch.dtype) -> Tensor:
 
 
 def _emulate(gradient: Tensor, scale: Tensor, kind: int, rounding: torch.dtype) -> Tensor:
-    """What the optimizer computes, in separate operations on the CPU; the scale is expanded so that torch cannot
-    take a path of its own for scalars."""
-    wide = gradient.to(torch.float32)
-    value = scale.to(rounding).to(torch.float32).reshape(1).expand(wide.shape).contiguous()
+    """What the optimizer computes, on the CPU."""
+    value = float(scale.to(rounding).to(torch.float32))
+    return apply_factor(gradient.to(torch.float32), kind, value, gradient.dtype).to(gradient.dtype)
+
+
+def apply_factor(wide: Tensor, kind: int, value: float, dtype: torch.dtype) -> Tensor:
+    """A factor as the native update applies it, in separate operations: a new tensor, rounded to `dtype`, in fp32.
+
+    wide: an fp32 tensor on the CPU; value: an fp32 value.
+    """
+    # Expanded, so that torch cannot take a path of its own for scalars.
+    factor = torch.full((1,), value, dtype=torch.float32, device="cpu").expand(wide.shape).contiguous()
     if kind == MULTIPLY:
-        wide = wide * value
+        scaled = wide * factor
     elif kind == DIVIDE:
-        wide = wide / value
+        scaled = wide / factor
     else:
-        wide = wide * (torch.ones_like(value) / value)
-    return wide.to(gradient.dtype)
+        scaled = wide * (torch.ones_like(factor) / factor)
+    return scaled.to(dtype).to(torch.float32)
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -8,6 +8,7 @@ prefetching.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.nn import Parameter
 
 from . import _native
 from ._errors import OffloadError
+from ._grad_factors import apply_factor
 from ._host_grad import HostBytes, HostGrad, hold
 from ._interrupts import Uninterrupted
 
@@ -48,6 +50,20 @@ class StepGradient:
     tickets: Sequence[_native.Ticket]
     factors: Sequence[tuple[int, int, float]]
     _read: tuple[LandedBytes, ...]
+
+    def float32(self, parameter: Parameter) -> Tensor:
+        """Waits until the bytes have landed: the gradient in fp32 on the host, factors applied.
+
+        It is over the bytes themselves when they need neither a factor nor widening.
+        """
+        for ticket in self.tickets:
+            ticket.wait()
+        stored = torch.frombuffer(self._read[0].buffer, dtype=self.dtype)
+        wide = stored.as_strided(parameter.shape, parameter.stride()).to(torch.float32)
+        for kind, address, value in self.factors:
+            number = ctypes.c_float.from_address(address).value if address else value
+            wide = apply_factor(wide, kind, number, self.dtype)
+        return wide
 
     def release_after(self, ticket: _native.Ticket) -> None:
         """The bytes may be reused only once the job is done, even if every gradient is dropped now."""
@@ -125,8 +141,8 @@ class GradientLanes:
         while self._ring_bytes > _RING_BYTES:
             ticket, _, stream = self._ring[0]
             # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
-            # and not the host, waits for the copy.
-            with contextlib.suppress(OffloadError):  # who reads what did not land is told
+            # and not the host, waits for the copy. Who uses a failed copy is told, not who comes next.
+            with contextlib.suppress(OffloadError):
                 self._transfers.wait_on_stream(stream, ticket)
             with Uninterrupted():
                 self._drop_oldest()
@@ -180,6 +196,6 @@ class GradientLanes:
 
     def wait_for_plain_gradients(self) -> None:
         """The compute stream waits until the plain gradients that a step reads have left."""
-        if self._plain_ticket is not None:
-            self._transfers.wait_on_stream(self.compute_stream(), self._plain_ticket)
-            self._plain_ticket = None
+        ticket, self._plain_ticket = self._plain_ticket, None  # a failed copy is told of once
+        if ticket is not None:
+            self._transfers.wait_on_stream(self.compute_stream(), ticket)

@@ -3,23 +3,65 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from . import _checkpoint
-from ._adamw import AdamWHyper
-from ._engine import Engine, Update
+from ._checkpoint import Groups, SavedState
+from ._engine import Engine
+from ._engine_stats import engine_stats
 from ._errors import StateError
 from ._hooks import Hooks
 from ._parameter_state import ParameterState
 from ._plan import Plan
 from ._stats import Stats
 
-NATIVE_OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW)
+
+class Updater(Protocol):
+    """Runs the arithmetic of one wrapped optimizer and owns what it keeps of each parameter.
+
+    Making one checks the optimizer, makes the states of its parameters and takes copies of those it has; nothing of the
+    user's is changed. `groups` are always the user's own; `pairs` are their parameters with what a state_dict holds of
+    each, `others` its entries of no parameter.
+    """
+
+    engine: Engine
+
+    def check_group(self, group: Mapping[str, Any]) -> None:
+        """Raises `InvalidArgument` for settings that cannot be run."""
+
+    def adopt(self, parameter: Parameter) -> None:
+        """Makes the state of a parameter. Idempotent."""
+
+    def step(self, groups: Groups) -> None:
+        """Updates every parameter that has a gradient, or submits that."""
+
+    def dump(self, groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
+        """What `optimizer.state` shows, by parameter; submitted updates have ended."""
+
+    def check(
+        self,
+        groups: Groups,
+        saved_groups: Groups,
+        pairs: Iterable[tuple[Parameter, SavedState | None]],
+        others: Mapping[Any, Any],
+    ) -> None:
+        """Raises `InvalidArgument` for what load() cannot take."""
+
+    def load(
+        self, groups: Groups, pairs: Iterable[tuple[Parameter, SavedState | None]], others: Mapping[Any, Any]
+    ) -> None:
+        """Takes copies of checked states; without one a parameter starts anew. The groups are loaded already."""
+
+    def plain_states(self) -> dict[Any, Any]:
+        """The states as stock torch would hold them, by parameter."""
+
+    def release(self, states: Mapping[Any, Any]) -> None:
+        """Gives the wrapped optimizer these states, and its attributes as they are now."""
 
 
 _STATE_DICT_HOOKS = (
@@ -31,64 +73,63 @@ _STATE_DICT_HOOKS = (
 
 
 class OffloadOptimizer(torch.optim.Optimizer):
-    """Returned by `offload.wrap` in the place of a `torch.optim.Adam` or `AdamW`.
+    """Returned by `offload.wrap` in the place of a torch optimizer.
 
     `param_groups` is the wrapped optimizer's own list, so schedulers made before or after `wrap` act on both.
-    `step()` submits the update and returns; parameters become current when they are next used.
+    `step()` submits the update of Adam and AdamW and returns; another class has updated its masters by then. Parameters
+    become current when they are next used.
     """
 
-    def __init__(self, original: torch.optim.Optimizer, engine: Engine, hooks: Hooks, parameters: list[Tensor]) -> None:
-        self._running: Engine | None = engine
+    def __init__(self, original: torch.optim.Optimizer, updater: Updater, hooks: Hooks, model: nn.Module) -> None:
+        self._running: Updater | None = updater
         self._hooks = hooks
-        self._all_parameters = parameters
+        self._all_parameters = list(model.parameters())
         self._original = original
-        self._decoupled = type(original) is torch.optim.AdamW
         self._adopting = False
         super().__init__(original.param_groups, dict(original.defaults))
         self.param_groups = original.param_groups
         for name in _STATE_DICT_HOOKS:  # the user's, whichever of the two they are registered on
             setattr(self, name, getattr(original, name))
-        for group in self.param_groups:
-            AdamWHyper.of_group(group, decoupled=self._decoupled)
-            for parameter in group["params"]:
-                self._take_over(parameter, original.state.get(parameter))
+        self._watch()
         original.state.clear()
         self._refusal = original.register_step_pre_hook(_refuse_step)
         self._adopting = True
 
     @property
-    def _engine(self) -> Engine:
+    def _updater(self) -> Updater:
         if self._running is None:
             raise StateError("this optimizer was unwrapped: use the one that offload.unwrap returned")
-        self._running.require_own_process()
+        self._running.engine.require_own_process()
         return self._running
+
+    @property
+    def _engine(self) -> Engine:
+        return self._updater.engine
 
     # --- parameters -----------------------------------------------------------------------------------------
 
-    def _adopt(self, parameter: Parameter, *, has_state: bool = False) -> None:
-        if not parameter.requires_grad and not has_state:
-            return  # frozen: no state until it has a gradient
-        self._engine.adopt(parameter)
-        if parameter.requires_grad and self._engine.plan.gradients == "host":
-            self._hooks.watch_gradient(parameter)
-
-    def _take_over(self, parameter: Parameter, saved: Mapping[str, Any] | None) -> None:
-        """Goes on from the state that the wrapped optimizer has of a parameter."""
-        self._adopt(parameter, has_state=bool(saved))
-        if saved:
-            _checkpoint.load(self._engine.states[id(parameter)], saved)
+    def _watch(self) -> None:
+        if self._engine.plan.gradients == "host":
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.requires_grad:
+                        self._hooks.watch_gradient(parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the states of the new parameters are made at once, within the host budget."""
-        super().add_param_group(param_group)
-        if self._adopting:
-            try:
-                AdamWHyper.of_group(self.param_groups[-1], decoupled=self._decoupled)
-                for parameter in self.param_groups[-1]["params"]:
-                    self._adopt(parameter)
-            except Exception:
-                self.param_groups.pop()
-                raise
+        if not self._adopting:
+            super().add_param_group(param_group)
+            return
+        self._original.add_param_group(param_group)  # its class may have checks and defaults of its own
+        try:
+            self._updater.check_group(self.param_groups[-1])
+            for parameter in self.param_groups[-1]["params"]:
+                if parameter.requires_grad:
+                    self._updater.adopt(parameter)
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._watch()
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -97,17 +138,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """Submits one update of every parameter that has a gradient; returns what `closure` returned.
 
         Hyperparameters are read now. Raises `InvalidArgument` naming the parameter for a gradient that cannot be used
-        (nothing is changed then), and `StateError` after an earlier update failed.
+        (nothing is changed then), `StateError` after an earlier update failed, and what the step of another class
+        raises: masters, and weights with them, may then be updated in part, as in plain torch.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        updates = []
-        for group in self.param_groups:
-            hyper = AdamWHyper.of_group(group, decoupled=self._decoupled)
-            updates += [Update(p, hyper) for p in group["params"] if p.grad is not None]
-        self._engine.submit_step(updates)
+        self._updater.step(self.param_groups)
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
         return loss
@@ -135,7 +173,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def stats(self) -> Stats:
         """Bytes by tier, transfers, and how much of the host update was hidden, so far."""
-        return self._engine.stats(self._all_parameters)
+        return engine_stats(self._engine, self._all_parameters)
 
     def _own_states(self) -> list[ParameterState]:
         states = self._engine.states
@@ -143,7 +181,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """As in torch: parameter -> step, exp_avg, exp_avg_sq, and the fp32 `master` of a 16-bit parameter.
+        """As in torch: parameter -> what its class keeps, and the fp32 `master` of a 16-bit parameter.
 
         Current values: reading it waits for the submitted update. Tensors lie where the states do, and as in torch
         they are the live ones, which the next `step()` writes to: save them, or deep-copy them, before it. A split
@@ -152,9 +190,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if not self._adopting:
             return defaultdict(dict)
         self._engine.synchronize()
-        return defaultdict(
-            dict, {state.parameter: _checkpoint.dump(state) for state in self._own_states() if state.step > 0}
-        )
+        return defaultdict(dict, self._updater.dump(self.param_groups))
 
     @state.setter
     def state(self, value: Any) -> None:
@@ -162,7 +198,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
             raise StateError("optimizer.state cannot be assigned: use load_state_dict()")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads torch's AdamW layout, in place: groups stay the same objects, moments stay fp32, on their tier.
+        """Loads the layout of the optimizer's class, in place: groups stay the same objects, states fp32 on their tier.
 
         With a `master` the fp32 value is restored exactly, wherever the model's weight at the next step is its rounded
         value (model and optimizer may be loaded in any order); elsewhere, and without one, the weight is the master.
@@ -174,19 +210,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
-        pairs = _checkpoint.check(self.param_groups, state_dict, self._engine.name_of, decoupled=self._decoupled)
+        pairs, others = _checkpoint.pair(self.param_groups, state_dict)
+        self._updater.check(self.param_groups, state_dict["param_groups"], pairs, others)
         self._engine.synchronize()
         for parameter, saved in pairs:
             if saved:
-                self._adopt(parameter, has_state=True)  # may be over the host budget: before anything is changed
+                self._updater.adopt(parameter)  # may be over the host budget: before anything is changed
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            _checkpoint.load_group(group, saved_group, decoupled=self._decoupled)
-        states = self._engine.states
-        for parameter, saved in pairs:
-            if saved:
-                _checkpoint.load(states[id(parameter)], saved)
-            elif id(parameter) in states:
-                _checkpoint.reset(states[id(parameter)])
+            _checkpoint.load_group(group, saved_group)
+        self._updater.load(self.param_groups, pairs, others)
+        self._watch()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -199,14 +232,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def plain_states(self) -> dict[Tensor, dict[str, Any]]:
+    def plain_states(self) -> dict[Any, Any]:
         """The states as stock torch would hold them."""
-        return {state.parameter: _checkpoint.plain(state) for state in self._own_states() if state.step > 0}
+        return self._updater.plain_states()
 
-    def release(self, states: Mapping[Tensor, dict[str, Any]]) -> torch.optim.Optimizer:
+    def release(self, states: Mapping[Any, Any]) -> torch.optim.Optimizer:
         """Gives `states` to the wrapped optimizer and returns it; this one refuses everything from now on."""
         self._refusal.remove()
-        self._original.state.update(states)
+        self._updater.release(states)
         self._running = None
         del self._hooks, self._all_parameters
         return self._original

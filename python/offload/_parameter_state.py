@@ -1,6 +1,6 @@
 """The optimizer state of one parameter, wherever it lives.
 
-A state holds the first and second moments (fp32) and an exact fp32 master of the weight, in one of three forms:
+A state holds an exact fp32 master of the weight, in one of three forms:
 
 - fp32 parameter: `master` is the weight itself (on the host: its upload source);
 - split (bf16 on the host): the working weight plus an int16 `remainder`; no second copy of the weight exists;
@@ -8,6 +8,8 @@ A state holds the first and second moments (fp32) and an exact fp32 master of th
 
 On the device the working weight is the parameter; on the host it is a buffer that the parameter is refilled from.
 A split master needs that buffer: it tells which elements of a parameter the user has overwritten.
+
+An `AdamWState` holds the first and second moments (fp32) too; other optimizers keep theirs themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._adamw import adamw_step_, join_master, round_to_weight, split_master
+from ._adamw import adamw_step_, join_master, round_to_weight, split_master, write_weight
 from ._errors import StateError
 
 # No parameter has it: the next step compares the parameter with its working weight.
@@ -29,10 +31,13 @@ Allocate = Callable[[torch.dtype, str], Tensor]
 
 
 class ParameterState:
-    """Moments and master of `parameter`.
+    """The master of `parameter`, and how many updates it had in `step`.
 
     `allocate(dtype, tag)` gives a tensor with the parameter's shape and strides, on the tier of the state.
     """
+
+    # Whether the master may be split: only the native update reads and writes one.
+    may_split = False
 
     def __init__(self, name: str, parameter: Parameter, *, on_host: bool, split: bool, allocate: Allocate) -> None:
         self.name = name
@@ -48,8 +53,6 @@ class ParameterState:
             self.remainder = allocate(torch.int16, "master").zero_()
         elif on_host or parameter.dtype != torch.float32:
             self.master = allocate(torch.float32, "master")
-        self.exp_avg = allocate(torch.float32, "moments").zero_()
-        self.exp_avg_sq = allocate(torch.float32, "moments").zero_()
         with torch.no_grad():
             if on_host:
                 self.working_weight().copy_(parameter)
@@ -95,7 +98,7 @@ class ParameterState:
 
         The parameter itself is not written: `adopt_parameter` decides at the next step whether it still agrees.
         """
-        value = value.to(device=self.exp_avg.device, dtype=torch.float32)
+        value = value.to(device=self.working_weight().device, dtype=torch.float32)
         if self.remainder is not None:
             weight, low = split_master(value)
             self.remainder.copy_(low)
@@ -129,7 +132,7 @@ class ParameterState:
         self.version, self.address = version, address
 
     def _take_values(self) -> None:
-        new = self.parameter.detach().to(self.exp_avg.device)
+        new = self.parameter.detach().to(self.working_weight().device)
         if new.dtype != torch.float32:
             old = self.working_weight() if self.on_host else round_to_weight(self.master_value(), new.dtype)
             changed = new.view(torch.int16) != old.view(torch.int16)
@@ -139,6 +142,23 @@ class ParameterState:
                 self.master.copy_(torch.where(changed, new.to(torch.float32), self.master))
         if self.on_host:
             self.working_weight().copy_(new)
+
+    @torch.no_grad()
+    def follow_master(self) -> None:
+        """The fp32 master was written: the working weight becomes its rounded value."""
+        if self.parameter.dtype != torch.float32:
+            write_weight(self.working_weight(), self.master_value())
+
+
+class AdamWState(ParameterState):
+    """Master and moments of `parameter`."""
+
+    may_split = True
+
+    def __init__(self, name: str, parameter: Parameter, *, on_host: bool, split: bool, allocate: Allocate) -> None:
+        super().__init__(name, parameter, on_host=on_host, split=split, allocate=allocate)
+        self.exp_avg = allocate(torch.float32, "moments").zero_()
+        self.exp_avg_sq = allocate(torch.float32, "moments").zero_()
 
     @torch.no_grad()
     def update_on_device(self, gradient: Tensor, scalars: dict[str, Any]) -> None:

@@ -29,7 +29,8 @@ _HOST_SHARE_FOR_OTHERS = 0.10
 class ParameterSize:
     """One parameter as the plan sees it; a tied parameter appears once.
 
-    numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`).
+    numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`). may_split: its
+    optimizer can use a split master.
     """
 
     name: str
@@ -38,6 +39,7 @@ class ParameterSize:
     dtype_name: str
     trainable: bool = True
     unit: str = ""
+    may_split: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,12 +106,13 @@ def make_plan(
     device_bytes: int,
     host_bytes: int,
     gradient_itemsize: int | None = None,
+    notes: Sequence[str] = (),
 ) -> Plan:
     """Chooses placements for `parameters` and counts bytes.
 
     device_kind: `"cpu"`, `"cuda"`, ...; device_bytes: free device memory, including what these weights
     already take there; host_bytes: available host memory. Budgets of `config` replace the measured figures.
-    gradient_itemsize: bytes of a gradient element, None for that of the parameter.
+    gradient_itemsize: bytes of a gradient element, None for that of the parameter. notes: further reasons.
 
     Raises InvalidArgument when the device budget is too small for what was asked, or for anything under
     "auto", and OutOfHostMemory when the host budget is; both list what is needed and available by kind.
@@ -137,6 +140,7 @@ def make_plan(
     reason = [*tried, f"optimizer on the {optimizer} and gradients on the {gradients}: {_chosen(config)}"]
     reason.append(f"device: {format_size(device.total)} of {format_size(device_capacity)} ({device_note})")
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
+    reason += notes
     if device_kind == "cpu":
         reason.append("the compute device is the CPU: both tiers are one memory, and offloading saves none")
     return Plan(
@@ -200,7 +204,7 @@ class _Sizes:
 def _host_master_of(parameter: ParameterSize, config: Config) -> Literal["none", "fp32", "split"]:
     if parameter.itemsize == 4:
         return "none"
-    if parameter.dtype_name == "bfloat16" and config.master != "fp32":
+    if parameter.may_split and parameter.dtype_name == "bfloat16" and config.master != "fp32":
         return "split"
     return "fp32"
 

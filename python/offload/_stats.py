@@ -15,7 +15,8 @@ __all__ = ["Stats"]
 class Stats:
     """A snapshot of `optim.stats()`; counters run since `wrap`.
 
-    device_bytes, host_bytes: bytes in use by tag (weights, master, moments, gradients, ...).
+    device_bytes, host_bytes: bytes in use by tag (weights, master, moments, gradients, ...); torch_states
+    are those of an optimizer that runs as its own torch class, beside the host budget.
     pool: the host pool's counters; *_bytes are bytes, the rest counts.
     transfers: bytes and copies by direction (to_host, to_device).
     isa: the instruction set of the host update. pinned: host memory is page-locked; when it is not,

@@ -11,15 +11,16 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from . import _checkpoint
 from ._config import Config
 from ._engine import Engine
 from ._errors import InvalidArgument, StateError
 from ._hooks import Hooks
 from ._host_grad import HostGrad
-from ._optimizer import NATIVE_OPTIMIZERS, OffloadOptimizer
+from ._native_updater import NativeUpdater
+from ._optimizer import OffloadOptimizer
 from ._plan import ParameterSize, Plan, make_plan
 from ._probe import probe_device, probe_host
+from ._torch_updater import TorchUpdater, check_torch_optimizer
 from ._units import Unit, find_units
 
 # What every wrapped model was given.
@@ -46,7 +47,8 @@ def wrap(
 
     Args:
         model: any module whose trainable parameters are dense fp32, bf16 or fp16. It is returned, with hooks.
-        optim: a `torch.optim.Adam` or `AdamW` over its parameters, or several. Fresh, or with states to go on from.
+        optim: a torch optimizer over its parameters, or several. Fresh, or with states to go on from. Of torch's,
+            `Adam` and `AdamW` run in native code; any other class runs as itself over fp32 masters, at its own speed.
         config: a `Config`, or a dict of its fields. `options` are the same fields and win over it.
 
     Returns:
@@ -68,13 +70,19 @@ def wrap(
     plan = _plan(model, units, optimizers, settings, device)
 
     engine = Engine(device, plan, settings, units)
-    parameters = [(p, o) for o in optimizers for g in o.param_groups for p in g["params"]]
-    with_state = [p for p, o in parameters if p.requires_grad or o.state.get(p)]
-    engine.reserve(with_state)
-    for parameter in with_state:
-        engine.adopt(parameter)
+    kinds = [(optimizer, _updater_of(optimizer)) for optimizer in optimizers]
+    engine.reserve(
+        [
+            (parameter, updater.state_kind)
+            for optimizer, updater in kinds
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad or optimizer.state.get(parameter)
+        ]
+    )
+    updaters = [updater(optimizer, engine) for optimizer, updater in kinds]
     hooks = Hooks(model, units, engine)
-    wrapped = tuple(OffloadOptimizer(o, engine, hooks, list(model.parameters())) for o in optimizers)
+    wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
     _wrapped[model] = (engine, hooks, wrapped)
     return model, wrapped if several else wrapped[0]
 
@@ -172,36 +180,38 @@ def _check_model(model: nn.Module) -> None:
 
 def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
     if not optimizers:
-        raise InvalidArgument("no optimizer given: pass a torch.optim.Adam or AdamW over the model's parameters")
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+        raise InvalidArgument("no optimizer given: pass a torch.optim.Optimizer over the model's parameters")
+    known = {id(parameter) for parameter in model.parameters()}
     owner: dict[int, int] = {}
     for index, optimizer in enumerate(optimizers):
         if isinstance(optimizer, OffloadOptimizer):
             raise StateError("this optimizer is wrapped already: call offload.unwrap(model, optim) first")
-        if type(optimizer) not in NATIVE_OPTIMIZERS:
-            raise InvalidArgument(
-                f"{type(optimizer).__name__} is not supported yet: legal are torch.optim.Adam and torch.optim.AdamW"
-            )
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InvalidArgument(f"optimizer {index} is a {type(optimizer).__name__}: give torch.optim.Optimizer")
+        if _updater_of(optimizer) is TorchUpdater:
+            check_torch_optimizer(optimizer, model)
         if not any(group["params"] for group in optimizer.param_groups):
             raise InvalidArgument("the optimizer has only empty groups: give it the model's parameters")
         for number, group in enumerate(optimizer.param_groups):
             if not group["params"]:
                 raise InvalidArgument(f"group {number} of the optimizer is empty: remove it or give it parameters")
-            for flag in ("amsgrad", "differentiable", "capturable"):
+            for flag in ("differentiable", "capturable"):
                 if group.get(flag):
                     raise InvalidArgument(f"group {number} has {flag}=True, which is not supported: pass {flag}=False")
             for position, parameter in enumerate(group["params"]):
-                if id(parameter) not in names:
+                if id(parameter) not in known:
                     raise InvalidArgument(
                         f"parameter {position} of group {number}, of shape {tuple(parameter.shape)}, is not the "
                         "model's: build the optimizer from model.parameters() of the model given to wrap"
                     )
-                if saved := optimizer.state.get(parameter):
-                    _checkpoint.check_state(names[id(parameter)], parameter, saved)
                 if owner.setdefault(id(parameter), index) != index:
                     raise InvalidArgument(
                         f"parameter {position} of group {number} is in two optimizers: each parameter needs one"
                     )
+
+
+def _updater_of(optimizer: torch.optim.Optimizer) -> type[NativeUpdater] | type[TorchUpdater]:
+    return NativeUpdater if NativeUpdater.takes(optimizer) else TorchUpdater
 
 
 def _device_of(model: nn.Module, settings: Config) -> torch.device:
@@ -257,7 +267,13 @@ def _plan(
     settings: Config,
     device: torch.device,
 ) -> Plan:
-    trained = {id(p) for o in optimizers for g in o.param_groups for p in g["params"] if p.requires_grad}
+    trained = {
+        id(p): _updater_of(o).state_kind.may_split
+        for o in optimizers
+        for g in o.param_groups
+        for p in g["params"]
+        if p.requires_grad
+    }
     unit_of = {id(parameter): unit.name for unit in units for _, parameter in unit.parameters}
     sizes = [
         ParameterSize(
@@ -267,6 +283,7 @@ def _plan(
             dtype_name=str(parameter.dtype).removeprefix("torch."),
             trainable=id(parameter) in trained,
             unit=unit_of[id(parameter)],
+            may_split=trained.get(id(parameter), False),
         )
         for name, parameter in model.named_parameters()
     ]
@@ -276,4 +293,12 @@ def _plan(
     else:
         # The weights are there already, and are part of what the plan places.
         device_bytes = probe_device(str(device)).free_bytes + sum(size.numel * size.itemsize for size in sizes)
-    return make_plan(sizes, settings, device_kind=device.type, device_bytes=device_bytes, host_bytes=host_bytes)
+    others = sorted({type(o).__name__ for o in optimizers if _updater_of(o) is TorchUpdater})
+    return make_plan(
+        sizes,
+        settings,
+        device_kind=device.type,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        notes=[f"{name}: what it keeps is not known before it runs, two fp32 moments are charged" for name in others],
+    )

@@ -41,9 +41,10 @@ PYTHON_FLOORS = (
     ("_errors", "_config", "_plan", "_stats"),
     ("_units", "_pending", "_interrupts", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace"),
     ("_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_streaming", "_activations", "_parameter_state"),
-    ("_gradient_lanes", "_checkpoint"),
-    ("_engine",),
-    ("_hooks", "_optimizer"),
+    ("_gradient_lanes",),
+    ("_engine", "_engine_stats"),
+    ("_checkpoint",),
+    ("_hooks", "_optimizer", "_native_updater", "_torch_updater"),
     ("_wrap",),
 )
 DOORS = ("__init__", "__main__")  # may import every floor

@@ -215,7 +215,7 @@ REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "meta": (lambda s: first_state(s).update(exp_avg=torch.zeros(40, 24, device="meta")), "on meta"),
     "NaN moment": (nan_in("exp_avg"), "exp_avg contains NaN"),
     "NaN master": (nan_in("master"), "master contains NaN"),
-    "a state of no parameter": (lambda s: s["state"].update({99: first_state(s)}), "'99' that is in none"),
+    "a state of no parameter": (lambda s: s["state"].update({99: first_state(s)}), "99 that is in none"),
     "the last state": (
         lambda s: s["state"][21].pop("exp_avg"),
         r"head\.weight: the loaded state has no 'exp_avg'",

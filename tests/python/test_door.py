@@ -34,17 +34,12 @@ def test_optimizer_of_another_model() -> None:
     refused(offload.InvalidArgument, "not the model's", make_model(), adamw(make_model()))
 
 
-def test_optimizers_that_are_not_adam() -> None:
-    class Mine(torch.optim.AdamW):
-        pass
-
-    model = make_model()
-    refused(offload.InvalidArgument, "SGD is not supported yet", model, torch.optim.SGD(model.parameters(), lr=0.1))
-    refused(offload.InvalidArgument, "Mine is not supported yet", model, Mine(model.parameters()))
-    refused(offload.InvalidArgument, "no optimizer", model, [])
+def test_no_optimizer() -> None:
+    refused(offload.InvalidArgument, "no optimizer", make_model(), [])
+    refused(offload.InvalidArgument, "optimizer 0 is a str", make_model(), ["adamw"])
 
 
-@pytest.mark.parametrize("flag", ["amsgrad", "capturable", "differentiable"])
+@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
 def test_flags_that_change_the_arithmetic(flag: str) -> None:
     model = make_model()
     refused(offload.InvalidArgument, flag, model, adamw(model, **{flag: True}))

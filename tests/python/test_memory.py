@@ -91,6 +91,25 @@ def test_host_bytes_follow_the_formula(dtype: torch.dtype, options: dict[str, st
     )
 
 
+def test_gradients_are_given_back_without_the_garbage_collector() -> None:
+    """Adding a micro-batch on the device borrows copies: nothing of that may keep a gradient in a reference cycle."""
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
+    gc.collect()
+    gc.disable()
+    try:
+        for tokens in batches(2):
+            loss_of(model, tokens).backward()
+        assert nn.utils.clip_grad_norm_(model.parameters(), 0.1) > 0
+        model.head.weight.grad.abs_()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.synchronize()
+        assert optimizer.stats().host_bytes["gradients"] == 0
+    finally:
+        gc.enable()
+
+
 def test_everything_returns_to_the_system_with_the_engine() -> None:
     model = make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)

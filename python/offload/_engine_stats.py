@@ -1,0 +1,78 @@
+"""What `optim.stats()` shows of an engine: bytes by tier, transfers, times and every slower path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ._engine import Engine
+from ._host_grad import HostGrad
+from ._parameter_state import AdamWState
+from ._pending import can_be_pending
+from ._stats import Stats
+
+_POOL_COUNTERS = (
+    "budget_bytes", "mapped_bytes", "pinned_bytes", "used_bytes", "requested_bytes", "peak_used_bytes",
+    "waiting_bytes", "live_count",
+)  # fmt: skip
+
+
+def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
+    """`parameters`: all of the model's, for the bytes on the device."""
+    pool = engine.pool.stats()
+    pipeline = engine.pipeline.stats()
+    device = {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": sum(
+            p.grad.numel() * p.grad.element_size()
+            for p in parameters
+            if p.grad is not None and not isinstance(p.grad, HostGrad)
+        ),
+    }
+    on_device = [state for state in engine.states.values() if not state.on_host]
+    if on_device:
+        device["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
+        device["moments"] = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes for s in on_device if isinstance(s, AdamWState))
+    host = dict(pool["tag_bytes"])
+    if engine.torch_optimizers:
+        tier = host if engine.plan.optimizer == "host" else device
+        tier["torch_states"] = sum(_state_bytes(optimizer.state) for optimizer in engine.torch_optimizers)
+    fallbacks = [
+        f"{state.name}: a Parameter subclass ({type(state.parameter).__name__}) cannot be pending, its update is "
+        "waited for inside step()"
+        for state in engine.states.values()
+        if state.on_host and not can_be_pending(state.parameter)
+    ]
+    if pool["pin_refused"]:
+        fallbacks.append(f"host memory is pageable: {pool['pin_refusal']}")
+    if engine.plan.optimizer == "device":
+        fallbacks.append("optimizer on the device runs as separate torch operations")
+    fallbacks += [
+        f"{type(optimizer).__name__} has no native update: its own torch operations run on the "
+        f"{engine.plan.optimizer} inside step()"
+        for optimizer in engine.torch_optimizers
+    ]
+    return Stats(
+        steps=engine.step_count,
+        device_bytes=device,
+        host_bytes=host,
+        pool={name: pool[name] for name in _POOL_COUNTERS},
+        transfers=engine.transfers.stats(),
+        isa=engine.isa,
+        pinned=pool["pinned_bytes"] > 0,
+        pageable_reason=pool["pin_refusal"] or None,
+        update_s=pipeline["update_ns"] / 1e9 + engine.torch_update_s,
+        blocked_s=pipeline["blocked_ns"] / 1e9 + engine.torch_update_s,
+        fallbacks=tuple(fallbacks),
+    )
+
+
+def _state_bytes(value: Any) -> int:
+    """Of the tensors in a torch optimizer's state, however nested."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(_state_bytes(item) for item in value.values())
+    return sum(_state_bytes(item) for item in value) if isinstance(value, (list, tuple)) else 0
