@@ -1,10 +1,10 @@
-// One ordered queue of copies on a CUDA device; see [Note: who issues a copy] below.
+// One ordered queue of copies on a CUDA device.
 //
-// Ownership: owns the driver's stream and both threads, which start at first need.
+// Ownership: owns the driver's stream and two threads, which start at first need.
 // Threads: every member may be called from any thread. In a forked child a stream dies without joining.
-// Stream order: copies start and their tickets end in submission order, the failed ones included.
-//               A dying stream finishes what was submitted; a copy whose ticket is still pending fails. When
-//               nothing ends for `drain_ns` (a hung device), the rest fails and the stream leaks on purpose.
+// Stream order: copies start and their tickets end in submission order, the failed ones included. A dying
+//               stream finishes what was submitted; a copy whose ticket is still pending fails. When nothing
+//               ends for `drain_ns` (a hung device), the rest fails and the stream leaks on purpose.
 #pragma once
 
 #include <cstdint>

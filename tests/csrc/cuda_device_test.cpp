@@ -456,6 +456,28 @@ void every_entry_may_fail_at_every_call() {
   CHECK(fault_count > 60);
 }
 
+// As at the exit of a process, where the driver goes first.
+void after_the_driver_shut_down_nothing_hangs() {
+  double_reset();
+  CudaDeviceOptions options;
+  options.driver_path = DRIVER_DOUBLE_PATH;
+  std::vector<char> host(64, 'h'), on_device(64, 'd');
+  Ticket ticket;
+  {
+    CudaDevice device(options);
+    device.pin(host.data(), 64);
+    auto stream = device.create_stream("to_device");
+    device.submit_copy(*stream, Direction::kToDevice, on_device.data(), host.data(), 8).wait();
+#define FAIL_ENTRY(name, symbol, version, parameters) double_fail(#symbol, 1, 4, 1);
+    OFFLOAD_CUDA_ENTRIES(FAIL_ENTRY)
+#undef FAIL_ENTRY
+    ticket = device.submit_copy(*stream, Direction::kToDevice, on_device.data(), host.data(), 8);
+    device.wait_ticket(*stream, ticket);
+    CHECK_THROWS(ErrorKind::kDevice, "The process is exiting", device.wait_compute(*stream, 0));
+  }
+  CHECK_THROWS(ErrorKind::kDevice, "The process is exiting", ticket.wait(kHangNs));
+}
+
 void a_hung_device_is_given_up() {
   double_reset();
   CudaDeviceOptions options;
@@ -503,6 +525,7 @@ int main() {
   a_refused_wait_is_owed_to_the_next_copy();
   no_ticket_ends_before_its_bytes();
   every_entry_may_fail_at_every_call();
+  after_the_driver_shut_down_nothing_hangs();
   a_hung_device_is_given_up();
   return test::result();
 }

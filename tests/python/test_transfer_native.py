@@ -1,4 +1,7 @@
-"""HostDevice, TransferQueue and Ticket through the native boundary: order, faults, bandwidth, signals, fork, exit."""
+"""Devices, TransferQueue and Ticket through the native boundary: order, faults, bandwidth, signals, fork, exit.
+
+What every device keeps runs on HostDevice and on CudaDevice over the driver double.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,11 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from driver_double import DriverDouble
 from torch import Tensor
 
 from offload import _native
@@ -25,8 +30,8 @@ def nbytes(tensor: Tensor) -> int:
 class Link:
     """A device, its queue, and two pieces of memory to copy between."""
 
-    def __init__(self, **options: object) -> None:
-        self.device = _native.HostDevice(**options)  # type: ignore[arg-type]
+    def __init__(self, device: _native.Device) -> None:
+        self.device = device
         self.queue = _native.TransferQueue(self.device)
         self.source = torch.arange(64, dtype=torch.int32)
         self.destination = torch.full((64,), -1, dtype=torch.int32)
@@ -36,8 +41,29 @@ class Link:
         return self.queue.submit_to_host(destination.data_ptr(), source.data_ptr(), 4 * count, after=after)
 
 
-def test_a_copy_moves_the_bytes_and_is_counted() -> None:
-    link = Link()
+class HostLink(Link):
+    device: _native.HostDevice
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(_native.HostDevice(**options))  # type: ignore[arg-type]
+        self.hold, self.release = self.device.hold, self.device.release
+
+
+class CudaLink(Link):
+    def __init__(self, double: DriverDouble) -> None:
+        super().__init__(_native.CudaDevice(driver_path=double.path))
+        self.hold, self.release = double.hold, double.release
+
+
+AnyLink = HostLink | CudaLink
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def link(request: pytest.FixtureRequest, driver_double: DriverDouble) -> AnyLink:
+    return HostLink() if request.param == "cpu" else CudaLink(driver_double)
+
+
+def test_a_copy_moves_the_bytes_and_is_counted(link: AnyLink) -> None:
     assert link.to_host().wait()
     assert torch.equal(link.destination, link.source)
     assert link.queue.stats() == {
@@ -46,27 +72,35 @@ def test_a_copy_moves_the_bytes_and_is_counted() -> None:
         "to_device_bytes": 0,
         "to_device_count": 0,
     }
-    assert link.device.kind == "cpu"
+    assert link.device.kind == ("cpu" if isinstance(link, HostLink) else "cuda")
 
 
-def test_a_held_lane_keeps_its_copies_and_leaves_the_other_lane_alone() -> None:
-    link = Link()
-    link.device.hold("to_host")
+def test_a_held_lane_keeps_its_copies_and_leaves_the_other_lane_alone(link: AnyLink) -> None:
+    link.hold("to_host")
     held = link.to_host()
     other = torch.zeros(64, dtype=torch.int32)
     link.queue.submit_to_device(other.data_ptr(), link.source.data_ptr(), nbytes(other)).wait()
     assert torch.equal(other, link.source)
     assert not held.done
-    assert link.device.pending_count("to_host") == 1
     assert int(link.destination.max()) == -1
-    link.device.release("to_host")
+    link.release("to_host")
     assert held.wait()
     assert torch.equal(link.destination, link.source)
+
+
+def test_pending_copies_are_counted_by_lane() -> None:
+    link = HostLink()
+    link.hold("to_host")
+    held = link.to_host()
+    assert link.device.pending_count("to_host") == 1
+    assert link.device.pending_count("to_device") == 0
+    link.release("to_host")
+    assert held.wait()
     assert link.device.pending_count("to_host") == 0
 
 
 def test_the_nth_copy_fails_with_its_facts_and_the_others_run() -> None:
-    link = Link()
+    link = HostLink()
     link.device.fail_copy("to_host", 2)
     first, second, third = (link.to_host(first, 8) for first in (0, 8, 16))
     assert first.wait()
@@ -77,8 +111,7 @@ def test_the_nth_copy_fails_with_its_facts_and_the_others_run() -> None:
     assert second.done
 
 
-def test_a_copy_behind_a_failed_ticket_fails_alone() -> None:
-    link = Link()
+def test_a_copy_behind_a_failed_ticket_fails_alone(link: AnyLink) -> None:
     gate = _native.Ticket.pending()
     behind, later = link.to_host(0, 8, after=gate), link.to_host(8, 8)
     assert not behind.done
@@ -91,7 +124,7 @@ def test_a_copy_behind_a_failed_ticket_fails_alone() -> None:
 
 def test_bandwidth_is_counted_on_the_clock() -> None:
     clock = _native.ManualClock()
-    link = Link(clock=clock, to_host_bytes_per_s=1e9)  # a byte a nanosecond
+    link = HostLink(clock=clock, to_host_bytes_per_s=1e9)  # a byte a nanosecond
     first, second = link.to_host(0, 10), link.to_host(10, 10)
     clock.advance(39)
     assert not first.done
@@ -114,17 +147,17 @@ def test_wait_times_out_and_is_ended_by_another_thread() -> None:
     assert _native.Ticket().done
 
 
-def test_wait_on_stream_waits_and_raises() -> None:
-    link = Link()
+def test_wait_on_stream_waits_and_raises(link: AnyLink) -> None:
     link.queue.wait_on_stream(0, link.to_host())
     assert torch.equal(link.destination, link.source)
-    link.device.fail_copy("to_host", 1)
-    with pytest.raises(DeviceError, match="copy 1"):
-        link.queue.wait_on_stream(0, link.to_host())
+    gate = _native.Ticket.pending()
+    gate.fail("the source is gone")
+    with pytest.raises(DeviceError, match="the source is gone"):
+        link.queue.wait_on_stream(0, link.to_host(after=gate))
 
 
 def test_bad_arguments_are_refused() -> None:
-    link = Link()
+    link = HostLink()
     with pytest.raises(InvalidArgument, match="no lane 'up'"):
         link.device.hold("up")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match="null source"):
@@ -137,7 +170,7 @@ def test_bad_arguments_are_refused() -> None:
 
 def test_destroying_the_queue_ends_what_is_in_flight() -> None:
     clock = _native.ManualClock()
-    link = Link(clock=clock, to_host_bytes_per_s=1)  # 256 s on a clock that stands still
+    link = HostLink(clock=clock, to_host_bytes_per_s=1)  # 256 s on a clock that stands still
     slow = link.to_host()
     link.device.hold("to_host")
     held = link.to_host()
@@ -147,31 +180,54 @@ def test_destroying_the_queue_ends_what_is_in_flight() -> None:
     assert torch.equal(link.destination, link.source)
 
 
-PRELUDE = """
+HOST_DEVICE = """
+device = _native.HostDevice()
+hold, release = device.hold, device.release
+refused = [lambda: release("to_host"), lambda: device.pending_count("to_host")]
+"""
+
+CUDA_DEVICE = """
+sys.path.insert(0, {tests!r})
+from driver_double import DriverDouble
+double = DriverDouble({path!r})
+device = _native.CudaDevice(driver_path=double.path)
+hold, release = double.hold, double.release
+refused = [lambda: _native.CudaDevice(driver_path=double.path), device.facts]
+"""
+
+LANES = """
 import ctypes, gc, os, sys
 from offload import _native
 from offload._errors import StateError
-device = _native.HostDevice()
+{device}
 queue = _native.TransferQueue(device)
 memory = (ctypes.c_char * 64)()
 address = ctypes.addressof(memory)
-device.hold("to_host")
-device.hold("to_device")
+hold("to_host")
+hold("to_device")
 ticket = queue.submit_to_host(address, address + 32, 32)
 """
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def prelude(request: pytest.FixtureRequest, driver_double_library: Path) -> str:
+    """The start of a program: two lanes, both held, and a copy on its way."""
+    cuda = CUDA_DEVICE.format(tests=str(Path(__file__).parents[1]), path=str(driver_double_library))
+    return LANES.format(device=HOST_DEVICE if request.param == "cpu" else cuda)
 
 
 @pytest.mark.parametrize(
     "block",
     ["ticket.wait()", "ticket.wait(timeout_s=1e6)", "queue.wait_on_stream(0, ticket)"],
 )
-def test_ctrl_c_interrupts_a_wait(block: str) -> None:
-    script = f"""{PRELUDE}
+def test_ctrl_c_interrupts_a_wait(block: str, prelude: str) -> None:
+    script = f"""{prelude}
 try:
     print("waiting", flush=True)
     {block}
 except KeyboardInterrupt:
     print("interrupted", flush=True)
+    release("to_host")
 """
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -191,21 +247,26 @@ def run(script: str) -> str:
     return done.stdout
 
 
-def test_the_interpreter_exits_with_copies_in_flight_and_held() -> None:
+def test_the_interpreter_exits_with_copies_in_flight_and_held(prelude: str) -> None:
     # In a cycle with themselves, so that only the collector, in an order of its own, ends them. The memory is
     # theirs until then, hence in the cycle, too.
-    assert run(f"{PRELUDE}\nring = [device, queue, ticket, memory]\nring.append(ring)\nprint('end')") == "end\n"
+    assert run(f"{prelude}\nring = [device, queue, ticket, memory]\nring.append(ring)\nprint('end')") == "end\n"
 
 
-def test_a_forked_child_refuses_the_parents_lanes_and_exits() -> None:
-    output = run(f"""{PRELUDE}
+def test_the_interpreter_exits_with_lanes_that_nobody_destroys(prelude: str) -> None:
+    # As after a reference that an extension lost: their threads run until the process ends.
+    keep = "ctypes.pythonapi.Py_IncRef(ctypes.py_object(kept))"
+    assert run(f"{prelude}\nfor kept in (device, queue, ticket, memory): {keep}\nprint('end')") == "end\n"
+
+
+def test_a_forked_child_refuses_the_parents_lanes_and_exits(prelude: str) -> None:
+    output = run(f"""{prelude}
 pid = os.fork()
 if pid == 0:
     for call in (
         ticket.wait,
         lambda: queue.submit_to_host(address, address + 32, 32),
-        lambda: device.release("to_host"),
-        lambda: device.pending_count("to_host"),
+        *refused,
     ):
         try:
             call()
@@ -213,11 +274,11 @@ if pid == 0:
             print("belongs to the parent process" in str(error))
     own = _native.TransferQueue(_native.HostDevice())
     print(own.submit_to_device(address, address + 32, 32).wait(), flush=True)
-    del device, queue, ticket, own
+    del device, queue, ticket, own, refused
     gc.collect()
     sys.exit(7)
 print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-device.release("to_host")
+release("to_host")
 print(ticket.wait())
 """)
     assert output.split() == ["True"] * 5 + ["7", "True"]
