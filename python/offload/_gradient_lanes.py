@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,9 +84,10 @@ class GradientLanes:
         self._ring: deque[tuple[_native.Ticket, Tensor, int]] = deque()
         self._ring_bytes = 0
         self._plain_ticket: _native.Ticket | None = None
-        # parameter -> the one whose gradient backward makes next
-        self._next: dict[int, Parameter] = {}
-        self._latest: Parameter | None = None
+        # id of a parameter -> the one whose gradient backward makes next. Weakly: gradients refer to their lanes, and
+        # the garbage collector does not see through a parameter's .grad.
+        self._next: weakref.WeakValueDictionary[int, Parameter] = weakref.WeakValueDictionary()
+        self._latest: int | None = None
 
     def compute_stream(self) -> int:
         """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
@@ -157,8 +159,8 @@ class GradientLanes:
         """Called when backward has added to `parameter.grad`: the gradient leaves, the next earlier sum comes."""
         hold(parameter, name, self)
         if self._latest is not None:
-            self._next[id(self._latest)] = parameter
-        self._latest = parameter
+            self._next[self._latest] = parameter
+        self._latest = id(parameter)
         following = self._next.get(id(parameter))
         if following is not None and isinstance(following.grad, HostGrad):
             following.grad.cell.prefetch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -58,11 +59,15 @@ class Hooks:
         if id(parameter) in self._watched:
             return
         self._watched.add(id(parameter))
-        lanes, name = self._engine.lanes, self._engine.name_of(parameter)
+        name = self._engine.name_of(parameter)
+        # The parameter, as an earlier user hook may replace the argument that torch passes. Weakly, as the garbage
+        # collector does not see through these hooks: what they refer to would never die.
+        its_lanes, itself = weakref.ref(self._engine.lanes), weakref.ref(parameter)
 
         def take(_: Tensor) -> None:
-            # Closes over the parameter: an earlier user hook may replace the argument that torch passes.
-            lanes.take(parameter, name)
+            lanes, parameter = its_lanes(), itself()
+            if lanes is not None and parameter is not None:
+                lanes.take(parameter, name)
 
         self._handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
 

@@ -206,13 +206,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Raises `InvalidArgument` when groups, shapes or kind of state do not match or something is NaN, and
         `OutOfHostMemory`; nothing is changed then.
         """
+        engine = self._engine
         state_dict = dict(state_dict) if isinstance(state_dict, Mapping) else state_dict
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         pairs, others = _checkpoint.pair(self.param_groups, state_dict)
         self._updater.check(self.param_groups, state_dict["param_groups"], pairs, others)
-        self._engine.synchronize()
+        engine.synchronize()
         for parameter, saved in pairs:
             if saved:
                 self._updater.adopt(parameter)  # may be over the host budget: before anything is changed
