@@ -54,13 +54,13 @@ void bind_base(py::module_& module) {
                                       limit_ns);
           },
           py::arg("timeout_s") = py::none())
-      .def("complete", &Ticket::complete, py::call_guard<py::gil_scoped_release>())
+      .def("complete", &Ticket::complete, py::call_guard<GilReleased>())
       .def(
           "fail",
           [](const Ticket& self, const std::string& message) {
             self.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, message)));
           },
-          py::arg("message"), py::call_guard<py::gil_scoped_release>());
+          py::arg("message"), py::call_guard<GilReleased>());
 
   py::class_<ManualClock, std::shared_ptr<ManualClock>>(module, "ManualClock")
       .def(py::init<>())
@@ -113,7 +113,7 @@ void bind_transfer_queue(py::module_& module) {
             return submit(self, Direction::kToHost, destination, source, bytes, compute_stream, after);
           },
           py::arg("destination"), py::arg("source"), py::arg("nbytes"), py::arg("compute_stream") = 0,
-          py::arg("after") = py::none(), py::call_guard<py::gil_scoped_release>())
+          py::arg("after") = py::none(), py::call_guard<GilReleased>())
       .def(
           "submit_to_device",
           [](TransferQueue& self, uintptr_t destination, uintptr_t source, size_t bytes,
@@ -121,7 +121,7 @@ void bind_transfer_queue(py::module_& module) {
             return submit(self, Direction::kToDevice, destination, source, bytes, compute_stream, after);
           },
           py::arg("destination"), py::arg("source"), py::arg("nbytes"), py::arg("compute_stream") = 0,
-          py::arg("after") = py::none(), py::call_guard<py::gil_scoped_release>())
+          py::arg("after") = py::none(), py::call_guard<GilReleased>())
       .def(
           "wait_on_stream",
           [](TransferQueue& self, uintptr_t compute_stream, const Ticket& ticket) {

@@ -21,7 +21,7 @@ namespace {
 // A buffer may be the last owner of the pool's pages, and unmapping them is slow.
 struct DeleteWithoutGil {
   void operator()(HostBuffer* buffer) const {
-    py::gil_scoped_release release;
+    GilReleased released;
     delete buffer;
   }
 };
@@ -115,16 +115,16 @@ void bind_host_pool(py::module_& module) {
           "reserve",
           [](HostPool& self, int64_t nbytes) {
             const size_t bytes = size_of(nbytes, "nbytes");
-            py::gil_scoped_release release;
+            GilReleased released;
             self.reserve(bytes);
           },
           py::arg("nbytes"))
       .def("acquire", &acquire, py::arg("nbytes"), py::arg("tag"))
-      .def("trim", &HostPool::trim, py::call_guard<py::gil_scoped_release>())
+      .def("trim", &HostPool::trim, py::call_guard<GilReleased>())
       .def("stats", [](const HostPool& self) {
         HostPoolStats stats;
         {
-          py::gil_scoped_release release;
+          GilReleased released;
           stats = self.stats();
         }
         return stats_dict(stats);
@@ -135,7 +135,7 @@ void bind_host_pool(py::module_& module) {
       [](const std::vector<size_t>& sizes_bytes, bool reserve_first) {
         HostPoolStats stats;
         {
-          py::gil_scoped_release release;
+          GilReleased released;
           stats = layout_stats(sizes_bytes, reserve_first, HostPoolOptions{});
         }
         return stats_dict(stats);

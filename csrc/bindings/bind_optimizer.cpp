@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/worker_pool.h"
 #include "bindings/bindings.h"
+#include "bindings/blocking.h"
 #include "optimizer/adamw.h"
 #include "optimizer/streaming_ceiling.h"
 
@@ -85,7 +86,7 @@ void update(uintptr_t gradient, int gradient_format, uintptr_t master, int maste
   const Isa chosen = isa_of(isa);
   const AdamWScalars step = scalars;  // Python may drop its object once the GIL is gone
   const bool flush_denormals = flush_denormals_enabled();
-  py::gil_scoped_release released;
+  GilReleased released;
   with_pool(threads, [&](WorkerPool& pool) {
     adamw_update_parallel(pool, span, step, plain_factors.data(), plain_factors.size(), flush_denormals,
                           chosen);
@@ -107,7 +108,7 @@ void bind_worker_pool(py::module_& module) {
       "end_shared_threads", [] { WorkerPool::shared().end_threads(); },
       py::call_guard<py::gil_scoped_release>());
   module.def("parallel_sum_for_test", &parallel_sum_for_test, py::arg("count"),
-             py::call_guard<py::gil_scoped_release>());
+             py::call_guard<GilReleased>());
 }
 
 void bind_scalars(py::module_& module) {
@@ -154,7 +155,7 @@ void bind_adamw(py::module_& module) {
                      static_cast<int16_t*>(pointer(remainder)), count);
       },
       py::arg("master"), py::arg("weight"), py::arg("remainder"), py::arg("count"),
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
   module.def(
       "join_master",
       [](uintptr_t weight, uintptr_t remainder, uintptr_t master, size_t count) {
@@ -164,7 +165,7 @@ void bind_adamw(py::module_& module) {
                     count);
       },
       py::arg("weight"), py::arg("remainder"), py::arg("master"), py::arg("count"),
-      py::call_guard<py::gil_scoped_release>());
+      py::call_guard<GilReleased>());
 }
 
 void bind_streaming_ceiling(py::module_& module) {
@@ -179,7 +180,7 @@ void bind_streaming_ceiling(py::module_& module) {
         for (const auto& [address, element_bytes, access] : arrays) {
           streamed.push_back({pointer(address), element_bytes, format_of<Access>(access, 3, "access")});
         }
-        py::gil_scoped_release released;
+        GilReleased released;
         with_pool(threads, [&](WorkerPool& pool) {
           streaming_pass(pool, streamed, count, {.non_temporal = non_temporal, .prefetch = prefetch});
         });

@@ -112,7 +112,7 @@ py::list submit(StepPipeline& self, const py::object& sequence, uintptr_t comput
   }
   std::vector<Ticket> tickets;
   {
-    py::gil_scoped_release release;
+    GilReleased released;
     tickets = self.submit(std::move(jobs), compute_stream);
   }
   py::list result(tickets.size());
@@ -176,8 +176,8 @@ void bind_pipeline(py::module_& module) {
              result["blocked_ns"] = stats.blocked_ns;
              return result;
            })
-      .def("hold", &StepPipeline::hold, py::call_guard<py::gil_scoped_release>())
-      .def("release", &StepPipeline::release, py::call_guard<py::gil_scoped_release>());
+      .def("hold", &StepPipeline::hold, py::call_guard<GilReleased>())
+      .def("release", &StepPipeline::release, py::call_guard<GilReleased>());
 }
 
 }  // namespace offload::bindings

@@ -4,7 +4,9 @@
 //          take it.
 #pragma once
 
+#include <cxxabi.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,6 +14,28 @@
 #include <utility>
 
 namespace offload::bindings {
+
+// The GIL is free within the scope.
+//
+// A daemon thread that comes back while the interpreter ends does not get it: Python before 3.14 ends the thread by
+// unwinding its stack, which pybind11's own gil_scoped_release answers with std::terminate. As in Python 3.14 such a
+// thread stops here until the process is gone.
+class GilReleased {
+ public:
+  GilReleased() : thread_(PyEval_SaveThread()) {}
+  ~GilReleased() {
+    try {
+      PyEval_RestoreThread(thread_);
+    } catch (const abi::__forced_unwind&) {
+      for (;;) pause();
+    }
+  }
+  GilReleased(const GilReleased&) = delete;
+  GilReleased& operator=(const GilReleased&) = delete;
+
+ private:
+  PyThreadState* const thread_;
+};
 
 // Ctrl-C is noticed within one slice; shorter ones would only burn time.
 constexpr int64_t kWaitSliceNs = 50'000'000;
@@ -23,7 +47,7 @@ bool wait_interruptibly(Wait wait, int64_t timeout_ns = -1) {
   for (;;) {
     const int64_t slice_ns = timeout_ns < 0 ? kWaitSliceNs : std::min(kWaitSliceNs, timeout_ns);
     {
-      pybind11::gil_scoped_release release;
+      GilReleased released;
       if (wait(slice_ns)) return true;
     }
     if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
@@ -37,7 +61,7 @@ std::shared_ptr<T> make_joining(Args&&... args) {
   return std::shared_ptr<T>(new T(std::forward<Args>(args)...), [](T* object) {
     // Not held when the last owner is itself destroyed without the GIL, as a TransferQueue by its pipeline.
     if (PyGILState_Check() != 0) {
-      pybind11::gil_scoped_release release;
+      GilReleased released;
       delete object;
     } else {
       delete object;

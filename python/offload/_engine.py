@@ -344,11 +344,15 @@ class Engine:
             self._finish(states)
         with Uninterrupted():
             tickets = self._submit(jobs, states)
-            for state, taken, ticket in zip(states, read, tickets, strict=True):
-                state.step += 1
-                taken.release_after(ticket)
-                self._await(state, ticket)
-            self.step_count += 1
+            try:
+                for state, taken, ticket in zip(states, read, tickets, strict=True):
+                    state.step += 1
+                    taken.release_after(ticket)
+                    self._await(state, ticket)
+                self.step_count += 1
+            except BaseException as error:  # out of memory: who is pending is not known any more
+                self._failure = error
+                raise
         self._finish_what_cannot_wait(states)
 
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:

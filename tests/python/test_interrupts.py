@@ -22,68 +22,13 @@ from torch import Tensor, nn
 
 import offload
 from offload._interrupts import Uninterrupted
+from phases import Trainer, equal
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 
 PACKAGE = str(Path(offload.__file__).parent)
 
 # A line of the package in a phase of the step, and which of its executions.
 Place = tuple[str, str, int]
-
-
-class Trainer:
-    """One model under one placement, stepping through the same data as its twin."""
-
-    PHASES = ("forward", "backward", "clip", "step", "wait", "state_dict", "zero_grad")
-
-    def __init__(self, placement: dict[str, str], dtype: torch.dtype, scaled: bool) -> None:
-        model = make_model(dtype, width=8, depth=2, vocabulary=11, tied=True)
-        self.model, self.optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
-        self.loss: Any = None
-
-    def phases(self, tokens: Tensor) -> Iterator[tuple[str, Callable[[], Any]]]:
-        def forward() -> None:
-            self.loss = self.scaler.scale(loss_of(self.model, tokens))
-
-        def backward() -> None:
-            self.loss.backward()
-
-        def clip() -> None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
-
-        for _ in range(2):  # micro-batches
-            yield "forward", forward
-            yield "backward", backward
-        yield "clip", clip
-        yield "step", lambda: self.scaler.step(self.optimizer)
-        yield "wait", self.model.blocks[1].up.weight.clone
-        yield "state_dict", lambda: (self.model.state_dict(), self.optimizer.state_dict())
-        yield "zero_grad", lambda: self.optimizer.zero_grad(set_to_none=False)
-
-    def step(self, tokens: Tensor) -> None:
-        for _, run in self.phases(tokens):
-            run()
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        self.loss = None
-        self.optimizer.zero_grad()
-        self.scaler.update(8.0)  # forgets that it unscaled
-
-    def gradients(self) -> list[Tensor | None]:
-        return [None if p.grad is None else p.grad.clone() for p in self.model.parameters()]
-
-    def values(self) -> dict[str, Tensor]:
-        """All that a step changes."""
-        values = {name: value.clone() for name, value in self.model.state_dict().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            values |= {f"{index} {name}": value.clone() for name, value in state.items()}
-        return values
-
-
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(same_bits(one[name], other[name]) for name in one)
 
 
 @contextmanager

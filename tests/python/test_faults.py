@@ -1,0 +1,158 @@
+"""Faults anywhere in a step: the error is the user's own or names what failed, and then training goes on or is refused.
+
+Going on means bit for bit as if nothing had happened. Refused means a StateError that says what to do, from whatever
+is called next: no value of a torn step can be read.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import offload
+from phases import Trainer, equal
+from training import HOST, RESIDENT, batches, loss_of, make_model
+
+PACKAGE = str(Path(offload.__file__).parent)
+DEVICE_STATES = {"optimizer": "device", "gradients": "host"}
+
+# Whose exceptions have nobody to go to, or which only look.
+_QUIET = {"__del__", "_call", "<genexpr>", "__repr__"}
+
+
+class Fault(Exception):
+    pass
+
+
+def run_with(trainer: Trainer, tokens: Tensor, on_call: Callable[[str, str], None]) -> str | None:
+    """Runs a step, calling with (phase, function) as functions of the package are entered; the phase that raised."""
+    phase = None
+    before = sys.gettrace()
+
+    def enter(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if code.co_filename.startswith(PACKAGE) and code.co_name not in _QUIET:
+            on_call(str(phase), f"{code.co_filename}:{code.co_qualname}")
+
+    try:
+        for phase, run in trainer.phases(tokens):
+            sys.settrace(enter)
+            try:
+                run()
+            finally:
+                sys.settrace(before)
+    except Fault:
+        return phase
+    return None
+
+
+def copy_of(twin: Trainer, placement: dict[str, str], dtype: torch.dtype) -> Trainer:
+    trainer = Trainer(placement, dtype, scaled=False)
+    trainer.model.load_state_dict(twin.model.state_dict())
+    trainer.optimizer.load_state_dict(twin.optimizer.state_dict())
+    return trainer
+
+
+def assert_refused(trainer: Trainer, tokens: Tensor) -> None:
+    for call in (
+        lambda: trainer.model(tokens),
+        trainer.optimizer.step,
+        trainer.optimizer.state_dict,
+        trainer.optimizer.synchronize,
+        lambda: offload.full_params(trainer.model).__enter__(),
+    ):
+        trainer.model.head.weight.grad = torch.zeros_like(trainer.model.head.weight.grad)
+        with pytest.raises(offload.StateError, match="checkpoint"):
+            call()
+
+
+@pytest.mark.parametrize("placement", [HOST, DEVICE_STATES], ids=["host", "states on the device"])
+def test_an_exception_in_every_function(placement: dict[str, str]) -> None:
+    dtype = torch.bfloat16
+    tokens = next(batches(1, vocabulary=11, size=2, length=3))
+    trainer, twin = Trainer(placement, dtype, scaled=False), Trainer(RESIDENT, dtype, scaled=False)
+    twin.step(tokens)
+    trainer.step(tokens)
+    counts: Counter[tuple[str, str]] = Counter()
+    run_with(trainer, tokens, lambda phase, function: counts.update([(phase, function)]))
+    trainer.begin_again()
+    twin.step(tokens)
+    refused = []
+    before = twin.values()
+    for place, count in counts.items():
+        for nth in {1, (count + 1) // 2}:
+            left = nth
+
+            def fail(phase: str, function: str, place: tuple[str, str] = place) -> None:
+                nonlocal left
+                if (phase, function) == place:
+                    left -= 1
+                    if left == 0:
+                        raise Fault
+
+            twin.step(tokens)
+            after = twin.values()
+            run_with(trainer, tokens, fail)
+            try:
+                trainer.begin_again()
+                now = trainer.values()
+            except offload.StateError:
+                refused.append(place)
+                trainer = copy_of(twin, placement, dtype)
+            else:
+                done = equal(now, after)
+                assert done or equal(now, before), place
+                if not done:
+                    trainer.step(tokens)
+                    assert equal(trainer.values(), after), place
+            before = after
+    # Only where some parameters had the step and others not.
+    assert {phase for phase, _ in refused} == {"step"} and len(refused) < len(counts) / 4, refused
+
+
+@pytest.mark.parametrize("lane", ["to_host", "to_device"])
+def test_every_copy_fails_once(lane: str) -> None:
+    dtype = torch.float32
+    tokens = next(batches(1, vocabulary=11, size=2, length=3))
+    twin = Trainer(RESIDENT, dtype, scaled=False)
+    twin.step(tokens)
+    trainer = copy_of(twin, HOST, dtype)
+    kinds: Counter[str] = Counter()
+    for nth in range(1, 200, 3):
+        device = trainer.optimizer._engine.device
+        before = twin.values()
+        twin.step(tokens)
+        device.fail_copy(lane, nth)
+        try:
+            trainer.step(tokens)
+        except offload.DeviceError:
+            with suppress(offload.OffloadError):
+                trainer.begin_again()
+        device.fail_copy(lane, 0)
+        try:
+            now = trainer.values()
+        except offload.OffloadError as error:
+            kinds["refused"] += 1
+            if not isinstance(error, offload.StateError):
+                assert "weight" in str(error) or "bias" in str(error)
+            assert_refused(trainer, tokens[:, :-1]) if trainer.model.head.weight.grad is not None else None
+            trainer = copy_of(twin, HOST, dtype)
+            continue
+        if equal(now, before):
+            kinds["not done"] += 1
+            trainer.step(tokens)
+        else:
+            kinds["done"] += 1
+        assert equal(trainer.values(), twin.values()), nth
+        if nth > 100 and kinds["done"] > 3:
+            break
+    assert kinds["refused"] and kinds["done"], kinds
