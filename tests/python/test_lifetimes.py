@@ -238,7 +238,8 @@ def test_a_forked_child_is_refused_what_it_cannot_have() -> None:
 # Imports once, then runs every scenario in a forked child that ends as an interpreter does: by reaching its end.
 LAUNCHER = """
 import atexit, builtins, faulthandler, gc, json, os, sys, threading
-import torch, offload
+import torch, torch._dynamo, offload
+from offload import _native
 from training import HOST, batches, loss_of, make_model
 tokens = next(batches(1))
 outcomes = {}
@@ -272,7 +273,6 @@ else:
 # name -> (what the process does after its first step, its exit status)
 EXITS: dict[str, tuple[str, int]] = {
     "step and gradients in flight": ("backward(); optimizer.step()", 0),
-    "pending for ever": ("optimizer._engine.pipeline.hold(); optimizer.step()", 0),
     "lanes held": ("device.hold('to_device'); optimizer.step(); device.hold('to_host'); optimizer.zero_grad()", 0),
     "exception": ("backward(); raise SystemError('expected')", 1),
     "sys.exit in a module hook": ("model.norm.register_forward_hook(lambda *_: sys.exit(3)); backward()", 3),
@@ -300,8 +300,8 @@ EXITS: dict[str, tuple[str, int]] = {
         0,
     ),
     "a daemon thread blocked in a wait": (
-        "device.hold('to_device'); optimizer.step(); entered = threading.Event()\n"
-        "def wait(): entered.set(); optimizer.synchronize()\n"
+        "entered = threading.Event()\n"
+        "def wait(): entered.set(); _native.Ticket.pending().wait()\n"
         "threading.Thread(target=wait, daemon=True).start(); entered.wait()",
         0,
     ),
