@@ -472,6 +472,7 @@ class Engine:
         """
         _engines.discard(self)
         self._finalizer()
+        self._failure = None  # its traceback refers to states, and so to the pool
         self.states.clear()
         self.torch_optimizers.clear()
         for unit in self.units:
