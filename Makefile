@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: demo test lint sanitize bench install gpu-build gpu-test gpu-acceptance clean
+.PHONY: demo test lint sanitize soak bench install gpu-build gpu-test gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -31,6 +31,11 @@ sanitize: $(VENV)/.tools
 	  cmake --build build/sanitize-$$kind -j $(JOBS) && \
 	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
 	done
+
+# Memory, threads, files and objects must not grow over so many steps; about 4 ms a step.
+STEPS ?= 10000
+soak: $(VENV)/.installed
+	OFFLOAD_POISON=1 $(PY) tests/soak.py $(STEPS)
 
 bench: $(VENV)/.installed
 	$(VENV)/bin/offload bench all

@@ -29,10 +29,13 @@ model, optim = build()
 train(model, optim, range(10))
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "checkpoint.pt"
-    torch.save({"model": model.state_dict(), "optim": optim.state_dict()}, path)
+    # Written beside and renamed: a run that is killed while it saves keeps the checkpoint before.
+    unfinished = path.with_suffix(".unfinished")
+    torch.save({"model": model.state_dict(), "optim": optim.state_dict()}, unfinished)
+    unfinished.replace(path)
     straight = train(model, optim, range(10, 20))
 
-    checkpoint = torch.load(path)
+    checkpoint = torch.load(path, weights_only=True, mmap=True)
     model, optim = build()
     model.load_state_dict(checkpoint["model"])
     optim.load_state_dict(checkpoint["optim"])
