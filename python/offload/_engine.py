@@ -107,7 +107,7 @@ class Engine:
     # --- states ---------------------------------------------------------------------------------------------
 
     def name_of(self, parameter: Tensor) -> str:
-        return self._names.get(id(parameter), f"a parameter of shape {tuple(parameter.shape)} outside the model")
+        return self._names.get(id(parameter)) or f"a parameter of shape {tuple(parameter.shape)} outside the model"
 
     def reserve(self, parameters: Sequence[tuple[Parameter, type[ParameterState]]]) -> None:
         """Obtains the host pages of these parameters' states and gradients at once, before any hook runs.
