@@ -35,12 +35,6 @@ CudaPrimaryContext::~CudaPrimaryContext() {
   static_cast<void>(driver_.DevicePrimaryCtxRelease(ordinal_));
 }
 
-std::shared_ptr<CudaEvent> CudaPrimaryContext::record_event(CudaStreamHandle stream) {
-  std::shared_ptr<CudaEvent> event = acquire_event();
-  driver_.check(driver_.EventRecord(event->handle(), stream), "cuEventRecord");
-  return event;
-}
-
 std::shared_ptr<CudaEvent> CudaPrimaryContext::acquire_event() {
   CudaEventHandle handle = nullptr;
   {
@@ -61,6 +55,13 @@ void CudaPrimaryContext::recycle(CudaEventHandle event) noexcept {
   std::lock_guard lock(mutex_);
   free_events_.push_back(event);
 }
+
+void CudaEvent::record(CudaStreamHandle stream) const {
+  const CudaDriver& driver = context_->driver();
+  driver.check(driver.EventRecord(handle_, stream), "cuEventRecord");
+}
+
+CudaResult CudaEvent::synchronize() const { return context_->driver().EventSynchronize(handle_); }
 
 void CudaEvent::hold_back(CudaStreamHandle stream) const {
   const CudaDriver& driver = context_->driver();

@@ -41,12 +41,11 @@ class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContex
   const CudaDriver& driver() const noexcept { return driver_; }
   const ForkGuard& owner() const noexcept { return owner_; }
 
-  // A new event, or one that nobody holds any more, recorded on the stream. The context must be current.
-  std::shared_ptr<CudaEvent> record_event(CudaStreamHandle stream);
+  // A new event, or one that nobody holds any more. The context must be current.
+  std::shared_ptr<CudaEvent> acquire_event();
 
  private:
   friend class CudaEvent;
-  std::shared_ptr<CudaEvent> acquire_event();
   void recycle(CudaEventHandle event) noexcept;
 
   const ForkGuard owner_;
@@ -68,10 +67,10 @@ class CudaEvent {
   CudaEvent(const CudaEvent&) = delete;
   CudaEvent& operator=(const CudaEvent&) = delete;
 
-  CudaEventHandle handle() const noexcept { return handle_; }
-
-  // Later work of the stream starts only after the event. The context must be current.
-  void hold_back(CudaStreamHandle stream) const;
+  // The context must be current.
+  void record(CudaStreamHandle stream) const;     // the event is the end of what the stream was given so far
+  void hold_back(CudaStreamHandle stream) const;  // later work of the stream starts only after the event
+  CudaResult synchronize() const;                 // blocks until the event has happened
 
  private:
   const std::shared_ptr<CudaPrimaryContext> context_;

@@ -33,8 +33,9 @@ struct Copy {
   Ticket ticket;
   std::shared_ptr<CudaCopyMark> mark;
   // set when it is issued
-  bool sent = false;                 // its bytes may be on their way
-  std::shared_ptr<CudaEvent> event;  // recorded behind it; null: it was refused
+  std::shared_ptr<CudaEvent> event;
+  bool sent = false;      // its bytes may be on their way
+  bool recorded = false;  // the event, behind them
   std::exception_ptr error;
 
   size_t total_bytes() const { return std::accumulate(parts_bytes.begin(), parts_bytes.end(), size_t{0}); }
@@ -125,7 +126,8 @@ void CudaStream::Worker::wait_ticket(const Ticket& ticket) {
 void CudaStream::Worker::wait_compute(CudaStreamHandle compute_stream) {
   // Recorded now even if the copies before are deferred: later the compute stream will have gone on.
   CudaPrimaryContext::Current current(*context_);
-  std::shared_ptr<CudaEvent> position = context_->record_event(compute_stream);
+  std::shared_ptr<CudaEvent> position = context_->acquire_event();
+  position->record(compute_stream);
   std::lock_guard lock(mutex_);
   waits_.push_back({std::move(position), Ticket()});
 }
@@ -208,9 +210,11 @@ void CudaStream::Worker::issue(Copy& copy) noexcept {
       owed_.pop_front();
     }
     if (copy.error) return;
+    copy.event = context_->acquire_event();  // before the bytes: without it nobody sees their end
     copy.sent = true;
     send(copy);
-    copy.event = context_->record_event(handle_);
+    copy.event->record(handle_);
+    copy.recorded = true;
     copy.mark->set_issued(copy.event);
   } catch (...) {
     copy.error = std::current_exception();
@@ -253,7 +257,7 @@ void CudaStream::Worker::end(Copy& copy) noexcept {
   // Until its end was seen, the bytes may be on their way, and their memory must not be given back: so a
   // refusal is asked about once more. Only a lost context refuses twice.
   if (copy.sent && !saw_end(copy)) static_cast<void>(saw_end(copy));
-  copy.ticket.fail(copy.error);
+  copy.ticket.fail(std::exchange(copy.error, nullptr));
   copy.mark->set_ended();
 }
 
@@ -261,8 +265,9 @@ void CudaStream::Worker::end(Copy& copy) noexcept {
 bool CudaStream::Worker::saw_end(Copy& copy) noexcept {
   try {
     CudaPrimaryContext::Current current(*context_);
-    if (!copy.event) copy.event = context_->record_event(handle_);
-    const CudaResult code = driver_.EventSynchronize(copy.event->handle());
+    if (!copy.recorded) copy.event->record(handle_);
+    copy.recorded = true;
+    const CudaResult code = copy.event->synchronize();
     if (code == 0) return true;
     throw driver_.error(code, "a copy of " + std::to_string(copy.total_bytes()) + " bytes " +
                                   (copy.direction == Direction::kToHost ? "to_host" : "to_device"));
@@ -339,8 +344,9 @@ Ticket CudaStream::submit(Direction direction, void* destination, const void* so
                           .waits = {},
                           .ticket = {},
                           .mark = nullptr,
-                          .sent = false,
                           .event = nullptr,
+                          .sent = false,
+                          .recorded = false,
                           .error = nullptr});
 }
 

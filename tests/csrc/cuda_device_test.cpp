@@ -44,7 +44,9 @@ class Compute {
 
   void wait() {
     CudaPrimaryContext::Current current(*context_);
-    driver_.check(driver_.EventSynchronize(context_->record_event(handle_)->handle()), "cuEventSynchronize");
+    const auto event = context_->acquire_event();
+    event->record(handle_);
+    driver_.check(event->synchronize(), "cuEventSynchronize");
   }
 
  private:
@@ -165,6 +167,19 @@ void a_deferred_copy_is_issued_while_the_copy_before_it_runs() {
   CHECK(!running.done());
   f.any.release(Direction::kToDevice);
   CHECK(deferred.wait(kHangNs));
+}
+
+void a_copy_behind_an_issued_copy_is_issued_at_once() {
+  Fixture f;
+  Compute compute;
+  f.any.hold(Direction::kToHost);
+  const Ticket first = f.down(0, 1);
+  f.device.wait_ticket(*f.to_device, first);
+  const Ticket second = f.up(0, 1);
+  CHECK(f.device.compute_wait(compute.stream(), second, 0));
+  CHECK(!first.done() && !second.done());
+  f.any.release(Direction::kToHost);
+  CHECK(second.wait(kHangNs));
 }
 
 void a_stream_waits_for_a_deferred_copy_of_another() {
@@ -461,17 +476,17 @@ void after_the_driver_shut_down_nothing_hangs() {
   double_reset();
   CudaDeviceOptions options;
   options.driver_path = DRIVER_DOUBLE_PATH;
-  std::vector<char> host(64, 'h'), on_device(64, 'd');
+  static char host[64], on_device[64];  // stays registered
   Ticket ticket;
   {
     CudaDevice device(options);
-    device.pin(host.data(), 64);
+    device.pin(host, 64);
     auto stream = device.create_stream("to_device");
-    device.submit_copy(*stream, Direction::kToDevice, on_device.data(), host.data(), 8).wait();
+    device.submit_copy(*stream, Direction::kToDevice, on_device, host, 8).wait();
 #define FAIL_ENTRY(name, symbol, version, parameters) double_fail(#symbol, 1, 4, 1);
     OFFLOAD_CUDA_ENTRIES(FAIL_ENTRY)
 #undef FAIL_ENTRY
-    ticket = device.submit_copy(*stream, Direction::kToDevice, on_device.data(), host.data(), 8);
+    ticket = device.submit_copy(*stream, Direction::kToDevice, on_device, host, 8);
     device.wait_ticket(*stream, ticket);
     CHECK_THROWS(ErrorKind::kDevice, "The process is exiting", device.wait_compute(*stream, 0));
   }
@@ -514,6 +529,7 @@ int main() {
   compute_waits_for_an_issued_copy_without_the_host();
   compute_wait_for_a_deferred_copy_blocks_until_it_is_issued();
   a_deferred_copy_is_issued_while_the_copy_before_it_runs();
+  a_copy_behind_an_issued_copy_is_issued_at_once();
   a_stream_waits_for_a_deferred_copy_of_another();
   events_return_when_copies_end_and_tickets_stay();
   ranges_cut_a_copy_at_every_edge();
