@@ -17,9 +17,9 @@ namespace offload::bindings {
 
 // The GIL is free within the scope.
 //
-// A daemon thread that comes back while the interpreter ends does not get it: Python before 3.14 ends the thread by
-// unwinding its stack, which pybind11's own gil_scoped_release answers with std::terminate. As in Python 3.14 such a
-// thread stops here until the process is gone.
+// A daemon thread that comes back while the interpreter ends does not get it: Python before 3.14 ends the
+// thread by unwinding its stack, which pybind11's own gil_scoped_release answers with std::terminate. As in
+// Python 3.14 such a thread stops here until the process is gone.
 class GilReleased {
  public:
   GilReleased() : thread_(PyEval_SaveThread()) {}

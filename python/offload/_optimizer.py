@@ -91,9 +91,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for name in _STATE_DICT_HOOKS:  # the user's, whichever of the two they are registered on
             setattr(self, name, getattr(original, name))
         self._watch()
-        original.state.clear()
-        self._refusal = original.register_step_pre_hook(_refuse_step)
         self._adopting = True
+
+    def take_over(self) -> None:
+        """The last act of `wrap`, which cannot fail: the wrapped optimizer gives up its states and steps no more."""
+        self._original.state.clear()
+        self._refusal = self._original.register_step_pre_hook(_refuse_step)
 
     @property
     def _updater(self) -> Updater:

@@ -16,6 +16,7 @@ from ._engine import Engine
 from ._errors import InvalidArgument, StateError
 from ._hooks import Hooks
 from ._host_grad import HostGrad
+from ._interrupts import Uninterrupted
 from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
 from ._plan import ParameterSize, Plan, make_plan
@@ -82,8 +83,15 @@ def wrap(
     )
     updaters = [updater(optimizer, engine) for optimizer, updater in kinds]
     hooks = Hooks(model, units, engine)
-    wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
-    _wrapped[model] = (engine, hooks, wrapped)
+    try:
+        wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
+    except BaseException:
+        hooks.remove()
+        raise
+    with Uninterrupted():
+        for one in wrapped:
+            one.take_over()
+        _wrapped[model] = (engine, hooks, wrapped)
     return model, wrapped if several else wrapped[0]
 
 
