@@ -126,12 +126,13 @@ def unwrap(
         gradients = [cell.materialize() for _, cell in held]
         states = [one.plain_states() for one in wrapped]
     # Nothing was changed until here, and nothing fails from here on.
-    hooks.remove()
-    for (parameter, _), gradient in zip(held, gradients, strict=True):
-        parameter.grad = gradient
-    originals = tuple(one.release(own) for one, own in zip(wrapped, states, strict=True))
-    engine.close()
-    del _wrapped[model]
+    with Uninterrupted():
+        hooks.remove()
+        for (parameter, _), gradient in zip(held, gradients, strict=True):
+            parameter.grad = gradient
+        originals = tuple(one.release(own) for one, own in zip(wrapped, states, strict=True))
+        engine.close()
+        del _wrapped[model]
     return model, originals if several else originals[0]
 
 
