@@ -286,7 +286,7 @@ class Engine:
                     else:
                         self._wrote(state)
                 self.step_count += 1
-        except OffloadError as error:  # some weights follow their masters, others do not
+        except Exception as error:  # some weights follow their masters, others do not
             self._failure = error
             raise
         self._finish_what_cannot_wait(states)
