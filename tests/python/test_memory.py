@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,17 @@ def test_unwrap_ends_the_threads_of_the_engine() -> None:
     assert threads() == before
     with pytest.raises(offload.StateError, match="was unwrapped"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_dropping_the_model_frees_everything(steps: int) -> None:
+    model = make_model()
+    model, wrapped = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
+    for tokens in batches(steps):
+        for _ in range(2):
+            loss_of(model, tokens).backward()
+        wrapped.step()  # the last one is in flight when the model goes
+    left = [weakref.ref(p) for p in model.parameters()] + [weakref.ref(wrapped._engine)]
+    del model, wrapped
+    gc.collect()
+    assert [reference() for reference in left] == [None] * len(left)
