@@ -49,7 +49,7 @@ class DriverDouble:
     def hide(self, symbol: str) -> None:
         self._library.double_hide(symbol.encode())
 
-    def fail(self, entry: str, nth: int, code: int, *, lasting: bool = False) -> None:
+    def fail(self, entry: str, nth: int, code: int, lasting: bool = False) -> None:
         assert self._library.double_fail(entry.encode(), ctypes.c_size_t(nth), code, int(lasting)), entry
 
     def fail_copy(self, direction: str, nth: int, code: int) -> None:

@@ -1,0 +1,100 @@
+"""Training on CudaDevice over the driver double has the bits of HostDevice and of everything resident."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from driver_double import DriverDouble
+
+import offload
+from offload import _engine, _native
+from offload._pending import PendingParameter
+from training import (
+    HOST,
+    RESIDENT,
+    assert_offloaded,
+    assert_same_bits,
+    batches,
+    loss_of,
+    make_model,
+    train,
+    wrapped_run,
+)
+
+# The engine computes in torch on the CPU, which is the double's "device".
+PINNED: dict[str, Any] = {**HOST, "pin": True}
+
+
+@pytest.fixture(params=["discrete", "hmm", "ats", "integrated"])
+def double(
+    request: pytest.FixtureRequest, driver_double: DriverDouble, monkeypatch: pytest.MonkeyPatch
+) -> DriverDouble:
+    driver_double.set_kind(request.param)
+    monkeypatch.setattr(_engine, "open_device", lambda _: _native.CudaDevice(driver_path=driver_double.path))
+    return driver_double
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "loop", [{"clip": None}, {"clip": 0.1}, {"micro_batches": 3}], ids=["plain", "clipped", "accumulated"]
+)
+def test_bits_equal_host_device_and_resident(double: DriverDouble, dtype: torch.dtype, loop: dict[str, Any]) -> None:
+    model = make_model(dtype, depth=1)
+    on_double = wrapped_run(model, PINNED, steps=3, **loop)
+    assert_offloaded(on_double.optimizer)
+    assert on_double.optimizer.stats().pinned
+    assert double.calls("cuMemcpyDtoHAsync_v2") > 0 and double.calls("cuMemcpyHtoDAsync_v2") > 0
+    assert double.misuses() == (0, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_engine, "open_device", lambda _: _native.HostDevice())
+        on_host = wrapped_run(model, HOST, steps=3, **loop)
+        resident = wrapped_run(model, RESIDENT, steps=3, **loop)
+    assert_same_bits(on_double, on_host)
+    assert_same_bits(on_double, resident)
+
+
+@pytest.mark.parametrize("lane", ["to_host", "to_device"])
+def test_step_does_not_wait_for_a_held_lane(double: DriverDouble, lane: str) -> None:
+    expected = wrapped_run(make_model(depth=1), HOST, steps=2, clip=None)
+    model = make_model(depth=1)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **PINNED)
+    losses = []
+    for tokens in batches(2):
+        loss = loss_of(model, tokens)
+        losses.append(loss.item())
+        double.hold(lane)
+        loss.backward()
+        optimizer.step()
+        assert isinstance(model.head.weight, PendingParameter)
+        double.release(lane)
+        optimizer.zero_grad()
+    assert losses == expected.losses
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected.weights[name]), name
+
+
+def test_pageable_memory_trains_with_the_same_bits(double: DriverDouble) -> None:
+    model = make_model(depth=1)
+    pinned = wrapped_run(model, PINNED, steps=2)
+    double.fail("cuMemHostRegister_v2", 1, 2, lasting=True)
+    with pytest.warns(UserWarning, match="pageable.*ulimit -l"):
+        pageable = wrapped_run(model, PINNED, steps=2)
+    assert not pageable.optimizer.stats().pinned
+    assert_same_bits(pinned, pageable)
+
+
+def test_everything_is_given_back(double: DriverDouble) -> None:
+    gc.collect()  # of other tests
+    kinds = ("contexts", "streams", "events", "registrations", "pending_copies")
+    before = {kind: double.live(kind) for kind in kinds}
+    model = make_model(depth=1)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **PINNED)
+    train(model, optimizer, steps=2)
+    assert double.live("registered_bytes") >= optimizer.stats().pool["pinned_bytes"] > 0
+    offload.unwrap(model, optimizer)
+    del optimizer
+    assert {kind: double.live(kind) for kind in kinds} == before
+    assert double.misuses() == (0, "")
