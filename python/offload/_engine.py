@@ -426,6 +426,8 @@ class Engine:
         except OffloadError as error:
             self._refuse_after_failure()
             self._failure = _named(error, [(state.name, self._tickets[id(state.parameter)]) for state in waiting])
+            if self._failure is error:
+                raise  # "from" itself would be a cycle that keeps the engine
             raise self._failure from error
         for state in waiting:
             self._tickets.pop(id(state.parameter), None)  # another thread may have waited too
