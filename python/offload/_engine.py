@@ -86,7 +86,8 @@ class Engine:
         # Optimizers that run as their own class: their states are torch's, outside the pool.
         self.torch_optimizers: list[torch.optim.Optimizer] = []
         self.torch_update_s = 0.0
-        self._failure: BaseException | None = None
+        # Text: an exception would keep the frames it came through, and with them the user's model, for good.
+        self._failure: str | None = None
         self.units = [EngineUnit(unit.name) for unit in units]
         self._units_of: dict[int, list[EngineUnit]] = {}
         self._names: dict[int, str] = {}
@@ -231,7 +232,7 @@ class Engine:
                 begun = False
         except Exception as error:
             if begun:
-                self._failure = error
+                self._failure = str(error)
             raise
 
     def check_gradients(self, parameters: Sequence[Parameter]) -> None:
@@ -287,7 +288,7 @@ class Engine:
                         self._wrote(state)
                 self.step_count += 1
         except Exception as error:  # some weights follow their masters, others do not
-            self._failure = error
+            self._failure = str(error)
             raise
         self._finish_what_cannot_wait(states)
 
@@ -425,10 +426,12 @@ class Engine:
             self.pipeline.wait([self._tickets[id(state.parameter)] for state in waiting])
         except OffloadError as error:
             self._refuse_after_failure()
-            self._failure = _named(error, [(state.name, self._tickets[id(state.parameter)]) for state in waiting])
-            if self._failure is error:
-                raise  # "from" itself would be a cycle that keeps the engine
-            raise self._failure from error
+            name = next((state.name for state in waiting if _has_failed(self._tickets[id(state.parameter)])), "")
+            if name in str(error):
+                self._failure = str(error)
+                raise
+            self._failure = f"{name}: {error}"
+            raise type(error)(self._failure) from error
         for state in waiting:
             self._tickets.pop(id(state.parameter), None)  # another thread may have waited too
             if can_be_pending(state.parameter):
@@ -448,7 +451,7 @@ class Engine:
             raise StateError(
                 "an earlier update failed, so weights and optimizer states are no longer those of one step: build "
                 f"model and optimizer again and load your last checkpoint. The failure was: {self._failure}"
-            ) from self._failure
+            )
 
     # --- the end --------------------------------------------------------------------------------------------
 
@@ -474,18 +477,11 @@ class Engine:
         """
         _engines.discard(self)
         self._finalizer()
-        self._failure = None  # its traceback refers to states, and so to the pool
         self.states.clear()
         self.torch_optimizers.clear()
         for unit in self.units:
             unit.states.clear()
         del self.pipeline, self.lanes, self.transfers, self.pool, self.device
-
-
-def _named(error: OffloadError, work: Sequence[tuple[str, _native.Ticket]]) -> OffloadError:
-    """`error` of one of these ended tickets, with the name of what failed if it does not say."""
-    failed = next((name for name, ticket in work if _has_failed(ticket)), "")
-    return error if failed in str(error) else type(error)(f"{failed}: {error}")
 
 
 def _has_failed(ticket: _native.Ticket) -> bool:

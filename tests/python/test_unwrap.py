@@ -300,3 +300,23 @@ def test_after_a_failed_update(lane: str, seen: bool) -> None:
         one_step(expected, other, seed)
     for one, two in zip(model.parameters(), expected.parameters(), strict=True):
         assert same_bits(one.detach(), two.detach())
+
+
+def test_a_failed_engine_dies_with_its_model() -> None:
+    """Nothing can be trained on with it, so most are dropped without unwrap: the error must not keep them."""
+
+    def fail() -> weakref.ref[Any]:
+        model = make_model()
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
+        loss_of(model, next(batches(1))).backward()
+        optimizer._engine.device.fail_copy("to_device", 1)
+        optimizer.step()
+        with pytest.raises(offload.OffloadError):
+            optimizer.synchronize()
+        with pytest.raises(offload.StateError, match="an earlier update failed"):
+            optimizer.synchronize()
+        return weakref.ref(model)
+
+    model = fail()
+    gc.collect()
+    assert model() is None
