@@ -352,7 +352,7 @@ class Engine:
                     self._await(state, ticket)
                 self.step_count += 1
             except BaseException as error:  # out of memory: who is pending is not known any more
-                self._failure = error
+                self._failure = str(error)
                 raise
         self._finish_what_cannot_wait(states)
 
