@@ -104,9 +104,7 @@ size_t parallel_sum_for_test(size_t count) {
 void bind_worker_pool(py::module_& module) {
   module.def("default_thread_count", &WorkerPool::default_thread_count);
   module.def("shared_thread_count", [] { return WorkerPool::shared().thread_count(); });
-  module.def(
-      "end_shared_threads", [] { WorkerPool::shared().end_threads(); },
-      py::call_guard<py::gil_scoped_release>());
+  module.def("end_shared_threads", [] { WorkerPool::shared().end_threads(); }, py::call_guard<GilReleased>());
   module.def("parallel_sum_for_test", &parallel_sum_for_test, py::arg("count"),
              py::call_guard<GilReleased>());
 }

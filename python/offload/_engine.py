@@ -449,8 +449,8 @@ class Engine:
         """A failed update is told once as it was, then so: some parameters took the step, others did not."""
         if self._failure is not None:
             raise StateError(
-                "an earlier update failed, so weights and optimizer states are no longer those of one step: build "
-                f"model and optimizer again and load your last checkpoint. The failure was: {self._failure}"
+                "an earlier update failed, so weights and optimizer states are no longer those of one step: call "
+                f"offload.unwrap, load your last checkpoint and wrap again. The failure was: {self._failure}"
             )
 
     # --- the end --------------------------------------------------------------------------------------------
