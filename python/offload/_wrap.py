@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -238,9 +239,10 @@ def _device_of(model: nn.Module, settings: Config) -> torch.device:
         )
     if settings.device is None:
         if first.device.type == "cpu" and torch.cuda.is_available():
-            raise InvalidArgument(
-                "the model is on the CPU and there is an accelerator: call model.to('cuda') first, or pass "
-                "device='cpu' to train on the CPU"
+            warnings.warn(
+                "the model is on the CPU although there is an accelerator, so it trains on the CPU: call "
+                "model.to('cuda') before offload.wrap, or pass device='cpu' to say that it is meant",
+                stacklevel=3,
             )
         return first.device
     asked = _parse_device(settings.device)

@@ -16,7 +16,7 @@ import torch
 
 import offload
 
-__all__ = ["bench_device", "environment", "run_bench", "summary"]
+__all__ = ["environment", "run_bench", "summary"]
 
 _SCHEMA_VERSION = 1
 _ALL = ("adamw", "pool", "step", "link")
@@ -45,29 +45,6 @@ def run_bench(options: argparse.Namespace) -> int:
             print(module.text(report["results"][part]), file=sys.stderr)
     print(json.dumps(report, indent=2))
     return 0
-
-
-def bench_device(name: str | None) -> torch.device:
-    """The device called `name` (None: the accelerator, or the CPU), made current if it is CUDA's, with its index.
-
-    Raises `InvalidArgument` for a device that torch cannot use.
-    """
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise offload.InvalidArgument(f"device {name!r} is no device that torch knows: use 'cpu' or 'cuda'") from error
-    if device.type not in ("cpu", "cuda"):
-        raise offload.InvalidArgument(f"device {name!r} cannot be measured: use 'cpu', 'cuda' or 'cuda:N'")
-    if device.type == "cpu":
-        return torch.device("cpu")
-    count = torch.cuda.device_count()
-    index = device.index or 0
-    if index >= count:
-        raise offload.InvalidArgument(f"device {name!r} is not there: torch sees {count} CUDA devices")
-    torch.cuda.set_device(index)  # streams and timings below are of the current device
-    return torch.device("cuda", index)
 
 
 def environment() -> dict[str, Any]:

@@ -22,7 +22,8 @@ from torch import Tensor
 import offload
 
 from .. import _native
-from ._bench import bench_device, summary
+from ._bench import summary
+from ._device import compute_device
 from ._table import table
 
 __all__ = ["raw_bytes_per_s", "run", "text"]
@@ -221,7 +222,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     Yields a JSON-able dict: `rows`, each with `mode`, `bytes` and by side a summary of samples, and
     `share_of_raw` of the lanes; `submission_us`, the cost of one small copy to the submitting thread.
     """
-    device = bench_device(options.device)
+    device = compute_device(options.device)
     sizes, rounds = (_QUICK_SIZES, 3) if options.quick else (_SIZES, 9)
     link = Link(device, sizes[-1])
     for side in link.sides.values():

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import offload
 
-from ._bench import bench_device, summary
+from ._bench import summary
+from ._device import compute_device
 
 __all__ = ["run"]
 
@@ -48,7 +49,7 @@ class ManyParameters(nn.Module):
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Both measurements; times in seconds (overlap) and microseconds (hooks)."""
-    device = bench_device(options.device)
+    device = compute_device(options.device)
     overlap = _overlap(options.quick, device)
     yield {"device": str(device), "overlap": overlap, "hooks": _hooks(options.quick, device)}
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 import offload
 
-from ._bench import bench_device, summary
+from ._bench import summary
 from ._bench_adamw import streaming_bytes_per_s
 from ._bench_link import raw_bytes_per_s
+from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape, shapes
 from ._table import format_bytes, table
 
@@ -201,8 +202,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     step's lower bound; `share_of_bound`, `hidden_share` and `losses_equal_resident` of the offloaded run.
     """
     size = _size(options)
-    device = bench_device(options.device)
-    _make_deterministic()
+    device = compute_device(options.device)
+    make_deterministic(device)
     count = sum(map(math.prod, shapes(size.shape)))
     interleaved = count * _BYTES_OF_ALL_RUNS < _SHARE_FOR_ALL_RUNS * _free_bytes(device)
     result: dict[str, Any] = {
@@ -283,14 +284,6 @@ def _rates(device: torch.device, *, quick: bool) -> dict[str, float]:
     }
     _free(device)
     return rates
-
-
-def _make_deterministic() -> None:
-    """Equal losses are asked for, so no algorithm may depend on the order of threads."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first matrix product runs
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    # A debugging aid that would cost bandwidth.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _free_bytes(device: torch.device) -> int:

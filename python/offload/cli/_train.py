@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ._corpus import read_corpus
+from ._device import compute_device, make_deterministic
 from ._table import format_bytes, table
 from ._training import Run, train
 
@@ -26,6 +27,9 @@ _LOSS_TOLERANCE = {"float32": 5e-6, "bfloat16": 6e-3}
 
 def run_train(options: argparse.Namespace) -> int:
     """Trains, checks if asked, prints the report; returns the exit code."""
+    device = compute_device(options.device)
+    if options.check:
+        make_deterministic(device)
     corpus = read_corpus()
     check_steps = min(_CHECK_STEPS, options.steps)
     run = train(
@@ -35,12 +39,12 @@ def run_train(options: argparse.Namespace) -> int:
         steps=options.steps,
         snapshot_step=check_steps if options.check else 0,
         placement="host",
-        device=options.device,
+        device=device,
     )
     report = _report(options, run)
     exit_code = _EXIT_INTERRUPTED if run.interrupted else 0
     if options.check and not run.interrupted:
-        report["check"], interrupted = _check(options, corpus, run, check_steps)
+        report["check"], interrupted = _check(options, corpus, run, check_steps, device)
         if interrupted:
             exit_code = _EXIT_INTERRUPTED
         elif not all(entry["ok"] for entry in report["check"].values()):
@@ -51,7 +55,9 @@ def run_train(options: argparse.Namespace) -> int:
     return exit_code
 
 
-def _check(options: argparse.Namespace, corpus: torch.Tensor, run: Run, steps: int) -> tuple[dict[str, Any], bool]:
+def _check(
+    options: argparse.Namespace, corpus: torch.Tensor, run: Run, steps: int, device: torch.device
+) -> tuple[dict[str, Any], bool]:
     """Results by reference run, and whether Ctrl-C stopped the checks."""
     results: dict[str, Any] = {}
     for name, placement in (("nothing_offloaded", "device"), ("plain_torch", None)):
@@ -62,7 +68,7 @@ def _check(options: argparse.Namespace, corpus: torch.Tensor, run: Run, steps: i
             steps=steps,
             snapshot_step=steps,
             placement=placement,
-            device=options.device or run.plan.device_kind,
+            device=device,
         )
         if reference.interrupted:
             return results, True

@@ -120,7 +120,7 @@ def train(
     steps: int,
     snapshot_step: int,
     placement: str | None,
-    device: str | None,
+    device: torch.device,
 ) -> Run:
     """Runs `steps` of the `options.steps` that the schedule spans; stops cleanly on Ctrl-C.
 
@@ -131,7 +131,6 @@ def train(
     run.plan = offloaded.plan if offloaded else None
     schedule = LambdaLR(optimizer, lambda step: learning_rate_share(step, options.steps))
     inputs = batches(corpus, batch=options.batch, length=options.length, seed=options.seed)
-    compute_device = next(model.parameters()).device
 
     model.train()
     try:
@@ -139,7 +138,7 @@ def train(
             start = time.perf_counter()
             losses = []
             for _ in range(options.accumulate):
-                tokens = next(inputs).to(compute_device)
+                tokens = next(inputs).to(device)
                 loss = model(input_ids=tokens, labels=tokens).loss / options.accumulate
                 loss.backward()
                 losses.append(loss.detach())
@@ -164,13 +163,12 @@ def train(
 
 
 def _prepare(
-    options: argparse.Namespace, placement: str | None, device: str | None
+    options: argparse.Namespace, placement: str | None, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Optimizer, offload.OffloadOptimizer | None]:
     """Model and optimizer of a run; the third is the optimizer again when it is an offloading one."""
-    model = build_model(options)
+    model = build_model(options).to(device)
     settings: dict[str, Any] = {"lr": options.lr, "betas": _BETAS, "weight_decay": _WEIGHT_DECAY}
     if placement is None:
-        model = model.to(device or "cpu")
         kind = torch.optim.AdamW if options.dtype == "float32" else MasterAdamW
         return model, kind(list(model.parameters()), **settings), None
     optimizer = torch.optim.AdamW(model.parameters(), **settings)

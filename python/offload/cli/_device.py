@@ -1,0 +1,44 @@
+"""The compute device of a command."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+import offload
+
+__all__ = ["compute_device", "make_deterministic"]
+
+
+def compute_device(name: str | None) -> torch.device:
+    """The device called `name` (None: the accelerator, or the CPU), made current if it is CUDA's, with its index.
+
+    Raises `InvalidArgument` for a device that torch cannot use.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise offload.InvalidArgument(f"device {name!r} is no device that torch knows: use 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise offload.InvalidArgument(f"device {name!r} is not supported: use 'cpu', 'cuda' or 'cuda:N'")
+    if device.type == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    index = device.index or 0
+    if index >= count:
+        raise offload.InvalidArgument(f"device {name!r} is not there: torch sees {count} CUDA devices")
+    torch.cuda.set_device(index)  # streams and timings are of the current device
+    return torch.device("cuda", index)
+
+
+def make_deterministic(device: torch.device) -> None:
+    """For runs whose bits are compared: no algorithm may depend on the order of threads. On a CPU torch's do not."""
+    if device.type == "cpu":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first matrix product runs
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # A debugging aid that would cost bandwidth.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
