@@ -21,6 +21,11 @@ def tier_of(placement: dict[str, str], model: nn.Module) -> torch.device:
     return torch.device("cpu") if placement["optimizer"] == "host" else next(model.parameters()).device
 
 
+def is_refused(name: str, placement: dict[str, str]) -> bool:
+    """A fused kernel of an accelerator has no equal on the host, so its states cannot be there."""
+    return "fused" in name and placement["optimizer"] == "host" and torch.get_default_device().type != "cpu"
+
+
 class OverMasters:
     """`make(model)` in plain torch: over the model itself if that is fp32 on `tier`, else over fp32 masters there."""
 
@@ -36,9 +41,11 @@ class OverMasters:
     def step(self) -> None:
         for p, master in self.pairs:
             master.grad = None if p.grad is None else p.grad.to(master.device, torch.float32)
-        self.inner.step()
-        for p, master in self.pairs:
-            p.copy_(round_to_weight(master, p.dtype))
+        try:
+            self.inner.step()
+        finally:  # a step that raises has updated what it came to
+            for p, master in self.pairs:
+                p.copy_(round_to_weight(master, p.dtype))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.inner.zero_grad(set_to_none)

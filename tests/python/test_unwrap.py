@@ -20,6 +20,8 @@ import offload
 from offload import _native
 from training import HOST, RESIDENT, TinyLM, batches, loss_of, make_model, same_bits
 
+pytestmark = pytest.mark.usefixtures("device")
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
