@@ -26,10 +26,11 @@ lint: $(VENV)/.tools
 # The native tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer.
 sanitize: $(VENV)/.tools
 	for kind in address,undefined thread; do \
-	  cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -S . -B build/sanitize-$$kind -DCMAKE_BUILD_TYPE=RelWithDebInfo \
+	  build=build/sanitize-$${kind%,*}; \
+	  cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -S . -B $$build -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	    -DOFFLOAD_BUILD_PYTHON=OFF -DOFFLOAD_BUILD_TESTS=ON -DOFFLOAD_SANITIZE=$$kind && \
-	  cmake --build build/sanitize-$$kind -j $(JOBS) && \
-	  ctest --test-dir build/sanitize-$$kind --output-on-failure || exit 1; \
+	  cmake --build $$build -j $(JOBS) && \
+	  ctest --test-dir $$build --output-on-failure || exit 1; \
 	done
 
 # Memory, threads, files and objects must not grow over so many steps; about 4 ms a step.
