@@ -79,8 +79,8 @@ class NativeUpdater:
     def load(
         self, groups: Groups, pairs: Iterable[tuple[Parameter, SavedState | None]], others: Mapping[Any, Any]
     ) -> None:
-        if self._decoupled:  # as torch: an AdamW stays one when it loads what an Adam saved
-            for group in groups:
+        for group in groups:  # as torch: an AdamW stays one when it loads what an Adam saved; torch 2.6 has no such key
+            if self._decoupled and "decoupled_weight_decay" in group:
                 group["decoupled_weight_decay"] = True
         self._take_states(pairs)
 

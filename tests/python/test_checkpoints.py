@@ -174,13 +174,14 @@ def test_adam_states_and_hyperparameters_load_as_in_torch() -> None:
     _, optimizer = wrapped()
     optimizer.load_state_dict(copy.deepcopy(adam.state_dict()))
     group = optimizer.param_groups[0]
-    expected = (3e-3, (0.8, 0.9), 1e-6, 0.3, True)
-    names = ("lr", "betas", "eps", "weight_decay", "decoupled_weight_decay")
-    assert tuple(group[name] for name in names) == expected
+    expected = {"lr": 3e-3, "betas": (0.8, 0.9), "eps": 1e-6, "weight_decay": 0.3}
+    if "decoupled_weight_decay" in group:  # torch 2.6 has none
+        expected["decoupled_weight_decay"] = True
+    assert {name: group[name] for name in expected} == expected
     assert group["foreach"] is None, "how torch runs the update is not part of the training"
     reference = torch.optim.AdamW(make_model().parameters())
     reference.load_state_dict(adam.state_dict())
-    assert tuple(reference.param_groups[0][name] for name in names) == expected
+    assert {name: reference.param_groups[0][name] for name in expected} == expected
 
 
 def first_state(saved: dict[str, Any]) -> dict[str, Any]:
