@@ -42,6 +42,15 @@ class LandedBytes:
         self.ticket = ticket
 
 
+@dataclass(eq=False, slots=True)
+class _Copy:
+    """A copy in flight, the device tensor that it reads or writes, and the compute stream which that belongs to."""
+
+    ticket: _native.Ticket
+    tensor: Tensor
+    stream: int
+
+
 @dataclass(frozen=True)
 class StepGradient:
     """What a job reads: the gradient's bytes in the parameter's element order, and its pending factors."""
@@ -80,8 +89,7 @@ class GradientLanes:
         self._pool = pool
         self._transfers = transfers
         self.learned: set[Any] = set()
-        # A copy, the device tensor that it reads or writes, and the compute stream that the tensor belongs to.
-        self._ring: deque[tuple[_native.Ticket, Tensor, int]] = deque()
+        self._ring: deque[_Copy] = deque()
         self._ring_bytes = 0
         self._plain_ticket: _native.Ticket | None = None
         # id of a parameter -> the one whose gradient backward makes next. Weakly: gradients refer to their lanes, and
@@ -101,12 +109,12 @@ class GradientLanes:
         """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed."""
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._pool.acquire(nbytes, "staging" if nbytes <= _SCALAR_BYTES else "gradients")
-        with Uninterrupted():  # a copy in flight that nothing keeps alive would touch memory of others
-            ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, self.compute_stream())
-            buffer.release_after(ticket)
-            self._keep(ticket, tensor, nbytes)
+        copy = self._keep(tensor)
+        with Uninterrupted():
+            copy.ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, copy.stream)
+            buffer.release_after(copy.ticket)
         self._wait_for_room()
-        return LandedBytes(buffer, ticket)
+        return LandedBytes(buffer, copy.ticket)
 
     def to_device(self, held: HostBytes, out: Tensor) -> None:
         """Fills `out` (same dense strides); the compute stream waits, not the host."""
@@ -116,42 +124,45 @@ class GradientLanes:
         """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
         assert isinstance(held, LandedBytes)
         nbytes = out.numel() * out.element_size()
+        copy = self._keep(out)
         with Uninterrupted():
-            ticket = self._transfers.submit_to_device(
-                out.data_ptr(), held.address, nbytes, self.compute_stream(), held.ticket
+            copy.ticket = self._transfers.submit_to_device(
+                out.data_ptr(), held.address, nbytes, copy.stream, held.ticket
             )
-            held.buffer.release_after(ticket)
-            self._keep(ticket, out, nbytes)
+            held.buffer.release_after(copy.ticket)
         self._wait_for_room()
-        return ticket
+        return copy.ticket
 
     def wait_upload(self, ticket: _native.Ticket) -> None:
         """The compute stream waits until what start_upload() returned has ended."""
         self._transfers.wait_on_stream(self.compute_stream(), ticket)
 
-    def _keep(self, ticket: _native.Ticket, tensor: Tensor, nbytes: int) -> None:
-        self._ring.append((ticket, tensor, self.compute_stream()))
-        self._ring_bytes += nbytes
-        while self._ring and self._ring[0][0].done:
+    def _keep(self, tensor: Tensor) -> _Copy:
+        """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
+        memory of others, whatever goes wrong in between."""
+        while self._ring and self._ring[0].ticket.done:
             self._drop_oldest()
+        copy = _Copy(_native.Ticket(), tensor, self.compute_stream())
+        self._ring.append(copy)
+        self._ring_bytes += tensor.nbytes
+        return copy
 
     def _drop_oldest(self) -> None:
-        _, kept, _ = self._ring.popleft()
-        self._ring_bytes -= kept.numel() * kept.element_size()
+        with Uninterrupted():
+            self._ring_bytes -= self._ring.popleft().tensor.nbytes
 
     def _wait_for_room(self) -> None:
         while self._ring_bytes > _RING_BYTES:
-            ticket, _, stream = self._ring[0]
+            oldest = self._ring[0]
             # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
             # and not the host, waits for the copy. Who uses a failed copy is told, not who comes next.
             with contextlib.suppress(OffloadError):
-                self._transfers.wait_on_stream(stream, ticket)
-            with Uninterrupted():
-                self._drop_oldest()
+                self._transfers.wait_on_stream(oldest.stream, oldest.ticket)
+            self._drop_oldest()
 
     def in_flight(self) -> list[_native.Ticket]:
         """The tickets of copies that may not have ended."""
-        return [ticket for ticket, *_ in self._ring]
+        return [copy.ticket for copy in self._ring]
 
     # --- leaving in backward --------------------------------------------------------------------------------
 

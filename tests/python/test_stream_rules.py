@@ -90,7 +90,7 @@ def test_b_the_source_of_a_departing_gradient_is_held_until_it_has_left() -> Non
     engine = optimizer._engine
 
     def held() -> list[int]:
-        return [tensor.data_ptr() for _, tensor, _ in engine.lanes._ring]
+        return [copy.tensor.data_ptr() for copy in engine.lanes._ring]
 
     engine.device.hold("to_host")
     source = torch.ones(1024)
@@ -120,7 +120,7 @@ def test_b_the_ring_is_bounded_and_the_stream_of_the_memory_waits(monkeypatch: p
     streams.current = 6
     engine.lanes.to_host(torch.ones(600))
     assert recording.calls[0][1][0] == 5, "the memory belongs to the stream that allocated it"
-    assert sum(tensor.nbytes for _, tensor, _ in engine.lanes._ring) <= 4096
+    assert sum(copy.tensor.nbytes for copy in engine.lanes._ring) <= 4096
     engine.lanes._transfers = recording._inner
 
 
