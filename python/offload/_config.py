@@ -24,7 +24,7 @@ _TIERS = ("device", "host", "disk", "auto")
 _SUPPORTED_TIERS: dict[str, tuple[str, ...]] = {
     "optimizer": ("device", "host", "auto"),
     "gradients": ("device", "host", "auto"),
-    "params": ("device", "auto"),
+    "params": ("device", "host", "auto"),
     "activations": ("device", "auto"),
 }
 _UNIT_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -66,11 +66,12 @@ class Config:
 
     optimizer, gradients, params, activations: where each kind of tensor lives: `"device"`, `"host"` or
         `"auto"` (the least that fits the device budget is offloaded, optimizer states first). This
-        release keeps params and activations on the device and has no `"disk"`.
+        release keeps activations on the device and has no `"disk"`.
     device: the compute device, as torch names it, where the model's parameters are; None takes theirs.
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.
     host_budget: what offload may take on the host; None measures.
+    prefetch: how many units of weights are sent for ahead of their use, with params on the host: 1 or more.
     master: the fp32 master of a 16-bit weight: `"split"` stores it as the bf16 weight plus a 16-bit remainder
         (bf16 only, exact), `"fp32"` beside the weight, `"auto"` splits where it can. fp32 weights need none.
     lazy: `step()` returns while the update still runs; every read waits for it. False waits in `step()`.
@@ -88,6 +89,7 @@ class Config:
     device: str | torch.device | None = None
     device_budget: int | str | None = None
     host_budget: int | str | None = None
+    prefetch: int = 1
     master: Master = "auto"
     lazy: bool = True
     pin: bool | Literal["auto"] = "auto"
@@ -101,6 +103,8 @@ class Config:
             object.__setattr__(self, "device", str(self.device))
         for name in ("device_budget", "host_budget"):
             _check_budget(name, getattr(self, name))
+        if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 1:
+            raise InvalidArgument(f"prefetch={self.prefetch!r}: give the number of units to send for ahead, 1 or more")
         _check_choice("master", self.master, ("auto", "fp32", "split"))
         _check_choice("lazy", self.lazy, (True, False))
         _check_choice("pin", self.pin, ("auto", True, False))

@@ -8,6 +8,7 @@ modules, hooks and the optimizer's face are above it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import warnings
 import weakref
@@ -28,6 +29,8 @@ from ._interrupts import Uninterrupted
 from ._parameter_state import AdamWState, ParameterState
 from ._pending import can_be_pending, make_pending, restore
 from ._plan import Plan
+from ._residency import Residency
+from ._streaming import Streaming
 from ._units import Unit, is_dense
 
 # The engines of this process: the last one ends the threads that they share.
@@ -51,6 +54,7 @@ class EngineUnit:
     """What the engine keeps of a unit: its states, and whether any of them waits for an update."""
 
     name: str
+    number: int
     states: list[ParameterState] = field(default_factory=list)
     pending: bool = False
     called: bool = False
@@ -88,7 +92,7 @@ class Engine:
         self.torch_update_s = 0.0
         # Text: an exception would keep the frames it came through, and with them the user's model, for good.
         self._failure: str | None = None
-        self.units = [EngineUnit(unit.name) for unit in units]
+        self.units = [EngineUnit(unit.name, number) for number, unit in enumerate(units)]
         self._units_of: dict[int, list[EngineUnit]] = {}
         self._names: dict[int, str] = {}
         for unit, engine_unit in zip(units, self.units, strict=True):
@@ -99,11 +103,19 @@ class Engine:
         self.states: dict[int, ParameterState] = {}
         self._slots: dict[int, int] = {}
         self._tickets: dict[int, _native.Ticket] = {}
+        # By parameter, a number that grows with every update submitted.
+        self._submitted: dict[int, int] = {}
+        self._submissions = itertools.count()
         # Units in the order in which the latest forward touched them: the order of the next update.
         self._touched: dict[EngineUnit, None] = {}
+        self.streaming = Streaming(
+            units if plan.params == "host" else (), self, prefetch=config.prefetch, poison=config.poison_enabled
+        )
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
-        self._finalizer = weakref.finalize(self, _drain, self.pipeline, self._tickets, self.lanes)
+        self._finalizer = weakref.finalize(
+            self, _drain, self.pipeline, self._tickets, self.lanes, self.streaming.last_upload
+        )
 
     # --- states ---------------------------------------------------------------------------------------------
 
@@ -115,7 +127,8 @@ class Engine:
 
         Warns when the pages could not be locked: training goes on, at the speed of pageable memory.
         """
-        self.pool.reserve(sum(self._host_bytes(parameter, kind) for parameter, kind in parameters))
+        states_bytes = sum(self._host_bytes(parameter, kind) for parameter, kind in parameters)
+        self.pool.reserve(states_bytes + self.streaming.host_bytes)
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
@@ -128,10 +141,11 @@ class Engine:
         if self.plan.optimizer == "host":
             if kind is AdamWState:
                 sizes += [4, 4]
+            streamed = parameter in self.streaming  # its working weight is counted there
             if parameter.dtype == torch.float32:
-                sizes.append(4)
+                sizes += [] if streamed else [4]
             else:
-                sizes += [2, 2 if self._splits(parameter, kind) else 4]
+                sizes += [0 if streamed else 2, 2 if self._splits(parameter, kind) else 4]
         if self.plan.gradients == "host" or self.plan.optimizer == "host":
             sizes.append(parameter.element_size())
         return sum(-(-size * parameter.numel() // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
@@ -161,7 +175,11 @@ class Engine:
             )
         on_host = self.plan.optimizer == "host"
 
+        streamed = parameter in self.streaming
+
         def allocate(dtype: torch.dtype, tag: Any) -> Tensor:
+            if streamed and on_host and dtype == parameter.dtype and tag != "moments":
+                return self.streaming.host_weight(parameter)
             if not on_host or parameter.numel() == 0:
                 tier = torch.device("cpu") if on_host else parameter.device
                 return torch.empty_like(parameter, dtype=dtype, device=tier, requires_grad=False)
@@ -169,7 +187,8 @@ class Engine:
             return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
 
         split = self._splits(parameter, kind)
-        state = kind(name, parameter, on_host=on_host, split=split, allocate=allocate)
+        with self.streaming.present([parameter]):
+            state = kind(name, parameter, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
         with Uninterrupted():
             if on_host and isinstance(state, AdamWState):
                 self._slots[id(parameter)] = self._add_slot(state)
@@ -193,7 +212,8 @@ class Engine:
             exp_avg_sq=state.exp_avg_sq.data_ptr(),
             count=parameter.numel(),
             upload_source=weight.data_ptr(),
-            device_weight=parameter.data_ptr(),
+            # The next touch of a streamed one uploads the weight.
+            device_weight=0 if state.streamed else parameter.data_ptr(),
             weight_bytes=parameter.numel() * parameter.element_size(),
         )
 
@@ -208,15 +228,19 @@ class Engine:
         """
         self._refuse_after_failure()
         self.check_gradients([update.parameter for update in updates])
+        self.streaming.begin_step()
         states = [self.adopt(update.parameter, AdamWState) for update in updates]
-        self._reseed_written(states)
         work = list(zip(states, updates, strict=True))
         if self.plan.optimizer == "device":
+            self._reseed_written([state for state in states if not state.streamed])
             self._update_on_device(work)
+            self.streaming.rest()
             return
+        self._reseed_written(states)
         order = {unit: position for position, unit in enumerate(self._touched)}
         work.sort(key=lambda pair: self._position(pair[0], order))
         self._submit_to_host([pair for pair in work if pair[0].parameter.numel() > 0])
+        self.streaming.rest()
 
     def _update_on_device(self, work: Sequence[tuple[AdamWState, Update]]) -> None:
         begun = False
@@ -224,6 +248,9 @@ class Engine:
             with Uninterrupted():
                 for state, update in work:
                     gradient = self.lanes.on_device(state.parameter)
+                    if state.streamed:  # written back when the next one comes that travels with others
+                        self.streaming.open_for_writing([state.parameter])
+                        self._reseed_written([state])
                     begun = True
                     state.update_on_device(gradient, update.hyper.scalars(state.step + 1))
                     state.step += 1
@@ -259,7 +286,7 @@ class Engine:
 
     def _landed(self, parameter: Parameter, gradient: StepGradient | None) -> Tensor:
         if gradient is None:
-            return torch.empty_like(parameter, dtype=torch.float32, device="cpu")
+            return torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.float32, device="cpu")
         try:
             return gradient.float32(parameter)
         except OffloadError as error:
@@ -268,6 +295,7 @@ class Engine:
     def settle(self, states: Sequence[ParameterState]) -> None:
         """Masters and parameters agree afterwards: every upload has ended, and what the user wrote is the master."""
         self._refuse_after_failure()
+        self.streaming.begin_step()
         self._finish(states)
         self._reseed_written(states)
 
@@ -282,7 +310,7 @@ class Engine:
                 for state in sorted(states, key=lambda state: self._position(state, order)):
                     state.follow_master()
                     state.step += 1
-                    if state.on_host and state.parameter.numel() > 0:
+                    if state.on_host and not state.streamed and state.parameter.numel() > 0:
                         self._await(state, self._submit_weight(state))
                     else:
                         self._wrote(state)
@@ -291,6 +319,7 @@ class Engine:
             self._failure = str(error)
             raise
         self._finish_what_cannot_wait(states)
+        self.streaming.rest()
 
     def _submit_weight(self, state: ParameterState) -> _native.Ticket:
         parameter = state.parameter
@@ -307,7 +336,7 @@ class Engine:
         for state in states:
             # A pending parameter has not been touched since the last step: any access would have made it current.
             if state.parameter._version != state.version or (
-                id(state.parameter) not in self._tickets and state.has_moved()
+                not state.streamed and id(state.parameter) not in self._tickets and state.has_moved()
             ):
                 self.reseed(state)
 
@@ -317,7 +346,12 @@ class Engine:
         Raises `StateError` when it has another layout than its state.
         """
         self._finish([state])
-        if state.has_moved() and state.on_host and isinstance(state, AdamWState):
+        if state.streamed and state.on_host:
+            state.adopt_host_weight()
+            return
+        if state.streamed:
+            self.streaming.open_for_writing([state.parameter])
+        elif state.has_moved() and state.on_host and isinstance(state, AdamWState):
             self._slots[id(state.parameter)] = self._add_slot(state)
         state.adopt_parameter()
 
@@ -333,8 +367,9 @@ class Engine:
             if key not in scalars:
                 scalars[key] = _native.AdamWScalars(**update.hyper.scalars(state.step + 1))
             taken = self.lanes.for_step(state.parameter)
+            tickets = [*taken.tickets, *self.streaming.uploads_of(state.parameter)]
             jobs.append(
-                (self._slots[id(state.parameter)], taken.address, FORMATS[taken.dtype], taken.tickets, scalars[key],
+                (self._slots[id(state.parameter)], taken.address, FORMATS[taken.dtype], tickets, scalars[key],
                  taken.factors)
             )  # fmt: skip
             read.append(taken)
@@ -359,22 +394,25 @@ class Engine:
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:
         if self.config.poison_enabled:
             for state in states:
-                state.parameter.detach().fill_(float("nan"))
+                if not state.streamed:
+                    state.parameter.detach().fill_(float("nan"))
         try:
             return self.pipeline.submit(jobs, self.lanes.compute_stream())
         except BaseException:
             if self.config.poison_enabled:
                 for state in states:
-                    state.parameter.detach().copy_(state.working_weight())
+                    if not state.streamed:
+                        state.parameter.detach().copy_(state.working_weight())
             raise
 
     def _await(self, state: ParameterState, ticket: _native.Ticket) -> None:
         """The parameter is pending until `ticket` ends."""
         self._tickets[id(state.parameter)] = ticket
+        self._submitted[id(state.parameter)] = next(self._submissions)
         self._wrote(state)
         for unit in self._units_of.get(id(state.parameter), ()):
             unit.pending = True
-        if can_be_pending(state.parameter):
+        if can_be_pending(state.parameter) and not state.streamed:
             make_pending(state.parameter, lambda: self._finish([state]))
 
     def _finish_what_cannot_wait(self, states: Sequence[ParameterState]) -> None:
@@ -397,6 +435,11 @@ class Engine:
         if unit.pending:
             self._finish(unit.states)
             unit.pending = False
+        self.streaming.enter(unit.number, in_backward=_in_backward())
+
+    def leave(self, unit: EngineUnit) -> None:
+        """Called after the forward of `unit`, also when it raised."""
+        self.streaming.exit(unit.number)
 
     def begin_forward(self) -> None:
         """Called before the forward of the model: a new order is recorded, and units without a forward are made ready.
@@ -410,6 +453,11 @@ class Engine:
             if unit.pending and not unit.called:
                 self._finish(unit.states)
                 unit.pending = False
+        self.streaming.begin_forward(in_backward=_in_backward())
+
+    def end_forward(self) -> None:
+        """Called after the forward of the model, also when it raised."""
+        self.streaming.end_forward(in_backward=_in_backward())
 
     def synchronize(self) -> None:
         """Waits for every submitted update; the parameters are plain again."""
@@ -434,8 +482,34 @@ class Engine:
             raise type(error)(self._failure) from error
         for state in waiting:
             self._tickets.pop(id(state.parameter), None)  # another thread may have waited too
-            if can_be_pending(state.parameter):
+            if can_be_pending(state.parameter) and not state.streamed:
                 restore(state.parameter)
+
+    # --- the store of Streaming -----------------------------------------------------------------------------
+
+    def acquire_weights(self, nbytes: int) -> _native.HostBuffer:
+        return self.pool.acquire(nbytes, "weights")
+
+    def start_weights(self, residency: Residency) -> _native.Ticket:
+        # Jobs run in the order of their submission: what waits for the update submitted last waits for all.
+        waiting = [id(p) for p in residency.parameters if id(p) in self._tickets]
+        after = self._tickets[max(waiting, key=self._submitted.__getitem__)] if waiting else None
+        return self.transfers.submit_to_device(
+            residency.address, residency.host_address, residency.nbytes, self.lanes.compute_stream(), after
+        )
+
+    def wait_weights(self, upload: _native.Ticket) -> None:
+        self.transfers.wait_on_stream(self.lanes.compute_stream(), upload)
+
+    def settle_updates(self, parameters: Sequence[Parameter]) -> None:
+        self._finish([self.states[id(p)] for p in parameters if id(p) in self.states])
+
+    def weight_written(self, parameter: Parameter, on_host: Tensor) -> None:
+        state = self.states.get(id(parameter))
+        if state is not None and state.on_host:
+            state.adopt_parameter()
+        else:
+            on_host.copy_(parameter)
 
     def require_own_process(self) -> None:
         """Raises `StateError` in a forked child: the pool's pages are not there, touching a state would crash."""
@@ -466,7 +540,7 @@ class Engine:
             with contextlib.suppress(OffloadError):  # the first error was raised already
                 ticket.wait()
         for state in self.states.values():
-            if can_be_pending(state.parameter):
+            if can_be_pending(state.parameter) and not state.streamed:
                 restore(state.parameter)
         self._tickets.clear()
 
@@ -481,7 +555,11 @@ class Engine:
         self.torch_optimizers.clear()
         for unit in self.units:
             unit.states.clear()
-        del self.pipeline, self.lanes, self.transfers, self.pool, self.device
+        del self.pipeline, self.lanes, self.transfers, self.pool, self.device, self.streaming
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
 
 
 def _has_failed(ticket: _native.Ticket) -> bool:
@@ -496,9 +574,14 @@ def _has_failed(ticket: _native.Ticket) -> bool:
 _DRAIN_SECONDS = 5.0
 
 
-def _drain(pipeline: _native.StepPipeline, tickets: Mapping[int, _native.Ticket], lanes: GradientLanes) -> None:
+def _drain(
+    pipeline: _native.StepPipeline,
+    tickets: Mapping[int, _native.Ticket],
+    lanes: GradientLanes,
+    uploads: Mapping[Residency, _native.Ticket],
+) -> None:
     """Ends the work in flight on memory that is about to go. `pipeline` is kept until then: it must die first."""
-    for ticket in (*tickets.values(), *lanes.in_flight()):
+    for ticket in (*tickets.values(), *lanes.in_flight(), *uploads.values()):
         with contextlib.suppress(OffloadError):  # nobody is left to be told
             if not ticket.wait(_DRAIN_SECONDS):
                 return

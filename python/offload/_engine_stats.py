@@ -24,7 +24,8 @@ def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
     pool = engine.pool.stats()
     pipeline = engine.pipeline.stats()
     device = {
-        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "weights": engine.streaming.device_bytes
+        + sum(p.numel() * p.element_size() for p in parameters if p not in engine.streaming),
         "gradients": sum(
             p.grad.numel() * p.grad.element_size()
             for p in parameters

@@ -205,7 +205,10 @@ class GradientLanes:
         plain = gradient.cell.materialize() if isinstance(gradient, HostGrad) else gradient.detach()
         if plain.stride() == parameter.stride():
             return plain
-        return torch.empty_like(parameter, dtype=plain.dtype, requires_grad=False).copy_(plain)
+        like_parameter = torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=plain.dtype, device=plain.device
+        )
+        return like_parameter.copy_(plain)
 
     def wait_for_plain_gradients(self) -> None:
         """The compute stream waits until the plain gradients that a step reads have left."""

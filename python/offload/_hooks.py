@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ class ModuleHook:
         return getattr, (contextlib.nullcontext(), "__exit__")
 
 
+class ForwardHook(ModuleHook):
+    """A ModuleHook that is called with what the forward returned; None when it raised."""
+
+    def __init__(self, call: Callable[[Any], None] | None) -> None:
+        self._call_with = call
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]  # as above
+    def __call__(self, *arguments: Any) -> None:
+        if self._call_with is not None:
+            self._call_with(arguments[-1])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
+        return ForwardHook(None)
+
+
 class Hooks:
     """All hooks of one wrapped model; `remove()` leaves none."""
 
@@ -42,17 +58,39 @@ class Hooks:
         self._engine = engine
         self._handles: list[RemovableHandle] = []
         self._watched: set[int] = set()
+        if engine.streaming.residencies:
+            self._give_and_take_values(model)
         for module in model.modules():
-            hook = ModuleHook(_keep_parameters(module))
+            hook = ModuleHook(_keep_parameters(module, engine))
             self._handles.append(module.register_load_state_dict_post_hook(hook))  # type: ignore[no-untyped-call]
         # Prepended one after another, so the model's own hook, registered last, runs before its unit's.
         for unit, engine_unit in zip(units, engine.units, strict=True):
             for module in unit.modules:
                 self._before_forward(module, _make_ready(engine, engine_unit))
+                if engine.streaming.residencies:
+                    self._after_forward(module, _watch_backward(engine, engine_unit))
         self._before_forward(model, engine.begin_forward)
+        if engine.streaming.residencies:
+            self._after_forward(model, lambda _: engine.end_forward())
 
     def _before_forward(self, module: nn.Module, call: Callable[[], None]) -> None:
         self._handles.append(module.register_forward_pre_hook(ModuleHook(call), prepend=True))
+
+    def _after_forward(self, module: nn.Module, call: Callable[[Any], None]) -> None:
+        # Also after a forward that raised, or that a checkpoint's recompute leaves early.
+        self._handles.append(module.register_forward_hook(ForwardHook(call), always_call=True))
+
+    def _give_and_take_values(self, model: nn.Module) -> None:
+        """state_dict() has copies of streamed weights, and load_state_dict() finds them on the device."""
+        streaming = self._engine.streaming
+        for module in model.modules():
+            parameters = [p for p in module._parameters.values() if p is not None]
+            before = ModuleHook(functools.partial(streaming.open_for_writing, parameters))
+            self._handles.append(module.register_load_state_dict_pre_hook(before))  # type: ignore[no-untyped-call]
+            give = ModuleHook(streaming.begin_copies)
+            self._handles.append(module.register_state_dict_pre_hook(give))  # type: ignore[no-untyped-call]
+        end = ModuleHook(streaming.end_copies)
+        self._handles.append(model.register_state_dict_post_hook(end))  # type: ignore[no-untyped-call]
 
     def watch_gradient(self, parameter: Parameter) -> None:
         """From now on the gradient of `parameter` leaves the device as soon as backward has made it. Idempotent."""
@@ -78,7 +116,7 @@ class Hooks:
         self._watched.clear()
 
 
-def _keep_parameters(module: nn.Module) -> Callable[[], None]:
+def _keep_parameters(module: nn.Module, engine: Engine) -> Callable[[], None]:
     """Undoes what `load_state_dict(assign=True)` does to parameters: they stay the same objects and take the values."""
     current = module._parameters
     kept = dict(current)
@@ -89,6 +127,7 @@ def _keep_parameters(module: nn.Module) -> Callable[[], None]:
             assigned = current.get(name)
             if parameter is not None and assigned is not None and assigned is not parameter:
                 current[name] = parameter
+                engine.streaming.open_for_writing([parameter])
                 parameter.copy_(assigned)
 
     return keep
@@ -96,3 +135,58 @@ def _keep_parameters(module: nn.Module) -> Callable[[], None]:
 
 def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:
     return lambda: engine.make_ready(unit)
+
+
+# Where a node of autograd keeps the numbers of the units whose outputs it made.
+_UNITS = "offload.units"
+
+
+def _watch_backward(engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
+    """After its forward: backward touches `unit` before it runs the nodes that made its outputs."""
+    weakly = weakref.ref(engine)  # graphs must not keep the engine
+
+    def touch(units: list[int]) -> None:
+        engine = weakly()
+        if engine is not None:
+            engine.streaming.touch_in_backward(units)
+
+    def watch(output: Any) -> None:
+        engine.leave(unit)
+        if not torch.is_grad_enabled():
+            return
+        for tensor in _tensors_in(output):
+            if engine.streaming.shares_memory(unit.number, tensor):
+                engine.streaming.pin(unit.number)  # who uses the output uses the weight
+            # The base too: an edit in place of a view gives the view a new node, and the base's stays.
+            for made in (tensor, tensor._base):
+                if made is not None and made.grad_fn is not None:
+                    _watch_node(made.grad_fn, unit.number, touch)
+
+    return watch
+
+
+def _watch_node(node: Any, unit: int, touch: Callable[[list[int]], None]) -> None:
+    # One touch for all of them: an output may be that of a unit, of its parent, and of a block that returned its input.
+    units = node.metadata.get(_UNITS)
+    if units is None:
+        units = node.metadata[_UNITS] = []
+        node.register_prehook(lambda _, units=units: touch(units))
+    if unit not in units:
+        units.append(unit)
+
+
+def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
+    """Every tensor in what a forward returned: containers, dataclasses and plain objects are looked into."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth == 0 or value is None or isinstance(value, (str, bytes, int, float, type, nn.Module)):
+        return
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors_in(item, depth - 1)
+    elif isinstance(value, (tuple, list, set, frozenset)):
+        for item in value:
+            yield from _tensors_in(item, depth - 1)
+    elif hasattr(value, "__dict__"):
+        for item in vars(value).values():
+            yield from _tensors_in(item, depth - 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -86,10 +87,15 @@ class NativeUpdater:
 
     def _take_states(self, pairs: Iterable[tuple[Parameter, SavedState | None]]) -> None:
         for parameter, saved in pairs:
-            if saved:
-                _checkpoint.load(self.engine.adopt(parameter, AdamWState), saved)
-            elif id(parameter) in self.engine.states:
-                _checkpoint.reset(self.engine.adopt(parameter, AdamWState))
+            if not saved and id(parameter) not in self.engine.states:
+                continue
+            state = self.engine.adopt(parameter, AdamWState)
+            # A state on the device takes the weight from there.
+            with contextlib.nullcontext() if state.on_host else self.engine.streaming.present([parameter]):
+                if saved:
+                    _checkpoint.load(state, saved)
+                else:
+                    _checkpoint.reset(state)
 
     def plain_states(self) -> dict[Any, Any]:
         states = self._states(self._original.param_groups)

@@ -39,14 +39,19 @@ class ParameterState:
     # Whether the master may be split: only the native update reads and writes one.
     may_split = False
 
-    def __init__(self, name: str, parameter: Parameter, *, on_host: bool, split: bool, allocate: Allocate) -> None:
+    def __init__(
+        self, name: str, parameter: Parameter, *, on_host: bool, split: bool, streamed: bool, allocate: Allocate
+    ) -> None:
         self.name = name
         self.parameter = parameter
         self.on_host = on_host
+        self.streamed = streamed
         self.step = 0
         self.remainder: Tensor | None = None
         self.master: Tensor | None = None
         self._host_weight: Tensor | None = None
+        # A streamed weight on the host is the model's own: a master that was loaded waits here for the next step.
+        self._loaded: Tensor | None = None
         if on_host and parameter.dtype != torch.float32:
             self._host_weight = allocate(parameter.dtype, "weights")
         if split:
@@ -88,6 +93,8 @@ class ParameterState:
 
     def master_value(self) -> Tensor:
         """The fp32 master: the live tensor where one exists, a new one for a split master."""
+        if self._loaded is not None:
+            return self._loaded
         if self.remainder is not None:
             return join_master(self.working_weight(), self.remainder)
         return self.master if self.master is not None else self.working_weight()
@@ -98,8 +105,11 @@ class ParameterState:
 
         The parameter itself is not written: `adopt_parameter` decides at the next step whether it still agrees.
         """
-        value = value.to(device=self.working_weight().device, dtype=torch.float32)
-        if self.remainder is not None:
+        tier = torch.device("cpu") if self.on_host else self.parameter.device
+        value = value.to(device=tier, dtype=torch.float32)
+        if self.streamed and self.on_host:
+            self._loaded = value.clone()
+        elif self.remainder is not None:
             weight, low = split_master(value)
             self.remainder.copy_(low)
             self.working_weight().copy_(weight)
@@ -110,8 +120,23 @@ class ParameterState:
         self.version = _UNKNOWN_VERSION
 
     @torch.no_grad()
+    def adopt_host_weight(self) -> None:
+        """A streamed parameter is away: a loaded master counts where the weight is its value."""
+        if self._loaded is not None and self.parameter.dtype != torch.float32:
+            weight = self.working_weight()
+            if self.remainder is not None:
+                rounded, low = split_master(self._loaded)
+                self.remainder.copy_(low.masked_fill(rounded.view(torch.int16) != weight.view(torch.int16), 0))
+            elif self.master is not None:
+                changed = round_to_weight(self._loaded, weight.dtype).view(torch.int16) != weight.view(torch.int16)
+                self.master.copy_(torch.where(changed, weight.to(torch.float32), self._loaded))
+        self._loaded = None
+        self.version = self.parameter._version
+
+    @torch.no_grad()
     def seed_master(self) -> None:
         """Makes the working weight the master: its low bits are forgotten."""
+        self._loaded = None
         if self.remainder is not None:
             self.remainder.zero_()
         elif self.master is not None and self.parameter.dtype != torch.float32:
@@ -128,6 +153,8 @@ class ParameterState:
         version, address = self.parameter._version, self.parameter.data_ptr()
         if self.on_host or self.master is not None:  # else the parameter is its own master
             self._take_values()
+        if self._loaded is not None:
+            return  # it is still to be compared with the weight that was written
         # Last: interrupted before, the next step does all of it again.
         self.version, self.address = version, address
 
@@ -155,8 +182,10 @@ class AdamWState(ParameterState):
 
     may_split = True
 
-    def __init__(self, name: str, parameter: Parameter, *, on_host: bool, split: bool, allocate: Allocate) -> None:
-        super().__init__(name, parameter, on_host=on_host, split=split, allocate=allocate)
+    def __init__(
+        self, name: str, parameter: Parameter, *, on_host: bool, split: bool, streamed: bool, allocate: Allocate
+    ) -> None:
+        super().__init__(name, parameter, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
         self.exp_avg = allocate(torch.float32, "moments").zero_()
         self.exp_avg_sq = allocate(torch.float32, "moments").zero_()
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._pytree import tree_map
 
 _RESOLVE = "_offload_resolve"  # in the parameter's __dict__ while it is pending: a call that makes it current
 
@@ -64,25 +65,49 @@ class PendingParameter(Parameter):
         if func in _METADATA_CALLS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        stand_ins = {}
         for parameter in _pending_in((args, kwargs)):
-            make_current(parameter)
+            stand_in = parameter.__dict__[_RESOLVE]() if _RESOLVE in parameter.__dict__ else None
+            if stand_in is None:
+                restore(parameter)
+            else:
+                stand_ins[id(parameter)] = stand_in
+        if stand_ins:
+            args, kwargs = tree_map(lambda value: stand_ins.get(id(value), value), (args, kwargs))
         return func(*args, **kwargs)
 
-    # These read the class before any torch function is called, so they are made current here.
+    # These read the class before any torch function is called, so they are made current here, or stood for.
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(make_current(self), memo)
+        if id(self) not in memo:
+            away = _away(self)
+            memo[id(self)] = copy.deepcopy(make_current(self), memo) if away is None else away.copy()
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return make_current(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        away = _away(self)
+        value = make_current(self) if away is None else away.copy()
+        return value.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return repr(make_current(self))
+        away = _away(self)
+        return repr(make_current(self) if away is None else away.copy())
 
 
-def make_pending(parameter: Parameter, resolve: Callable[[], None]) -> None:
-    """From now on an access to the values of `parameter` calls `resolve` first, which must make it current.
+class Away(Protocol):
+    """The answer of a parameter whose bytes are not on the device."""
 
-    Only plain `torch.nn.Parameter` objects can wear the class (`can_be_pending`).
+    def __call__(self) -> Tensor | None:
+        """As `resolve` of make_pending()."""
+
+    def copy(self) -> Parameter:
+        """A plain parameter with its value."""
+
+
+def make_pending(parameter: Parameter, resolve: Callable[[], Tensor | None] | Away) -> None:
+    """From now on an access to the values of `parameter` calls `resolve` first.
+
+    It makes the parameter current, or returns a tensor that is read in its place. An `Away` also gives copies. Only
+    plain `torch.nn.Parameter` objects can wear the class (`can_be_pending`).
     """
     setattr(parameter, _RESOLVE, resolve)
     parameter.__class__ = PendingParameter
@@ -107,6 +132,11 @@ def make_current(parameter: Parameter) -> Parameter:
         resolve()
     restore(parameter)
     return parameter
+
+
+def _away(parameter: Parameter) -> Away | None:
+    resolve = parameter.__dict__.get(_RESOLVE)
+    return resolve if hasattr(resolve, "copy") else None
 
 
 def _pending_in(value: Any) -> Iterator[PendingParameter]:

@@ -30,7 +30,7 @@ class ParameterSize:
     """One parameter as the plan sees it; a tied parameter appears once.
 
     numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`). may_split: its
-    optimizer can use a split master.
+    optimizer can use a split master. unit: what it is streamed with; stays: it is on the device all the same.
     """
 
     name: str
@@ -40,13 +40,14 @@ class ParameterSize:
     trainable: bool = True
     unit: str = ""
     may_split: bool = True
+    stays: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TierBytes:
     """Bytes of one tier by kind.
 
-    working: host copies of 16-bit weights, the source of their upload; gradients: also, on the host,
+    working: host copies of weights, the source of their upload; gradients: also, on the host,
     the copies that a host update of device gradients reads.
     """
 
@@ -90,12 +91,16 @@ class Plan:
 
 
 # [Note: bytes a parameter] By tier, for weights of 2 bytes (bf16, fp16) and of 4 (fp32):
-#   device   weight 2 | 4, always
+#   device   weight 2 | 4; of weights on the host only those that stay, and the window: the largest unit, times one
+#            more than are sent for ahead
 #   states on the device   moments 4 + 4; master 4 for 16-bit weights; an fp32 weight is its own master
 #   states on the host     moments 4 + 4; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
+#   weights on the host    a working copy of 2 | 4, where no state on the host has it already
 #   gradient 2 | 4, where gradients live; a host update of device gradients needs them on the host too
 # A frozen parameter has its weight and nothing else.
+
+_Choice = tuple[Placement, Placement, Placement]  # optimizer, gradients, params
 
 
 def make_plan(
@@ -124,20 +129,20 @@ def make_plan(
 
     candidates = _candidates(config)
     tried: list[str] = []
-    for optimizer, gradients in candidates:
-        device, host = sizes.by_tier(optimizer, gradients)
+    for choice in candidates:
+        device, host = sizes.by_tier(*choice)
         if device.total <= device_capacity:
             break
         tried.append(
-            f"optimizer on the {optimizer} and gradients on the {gradients} would take "
-            f"{format_size(device.total)} of {format_size(device_capacity)} device memory"
+            f"{_words(choice)} would take {format_size(device.total)} of {format_size(device_capacity)} device memory"
         )
     else:
         raise InvalidArgument(_too_small("device", device, host, device_capacity, device_note, config))
     if host.total > host_capacity:
         raise OutOfHostMemory(_too_small("host", device, host, host_capacity, host_note, config))
 
-    reason = [*tried, f"optimizer on the {optimizer} and gradients on the {gradients}: {_chosen(config)}"]
+    optimizer, gradients, params = choice
+    reason = [*tried, f"{_words(choice)}: {_chosen(config)}"]
     reason.append(f"device: {format_size(device.total)} of {format_size(device_capacity)} ({device_note})")
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
     reason += notes
@@ -146,13 +151,13 @@ def make_plan(
     return Plan(
         optimizer=optimizer,
         gradients=gradients,
-        params="device",
+        params=params,
         activations="device",
         master=sizes.master_form(optimizer),
         device_kind=device_kind,
         device=device,
         host=host,
-        resident=sizes.by_tier("device", "device")[0],
+        resident=sizes.by_tier("device", "device", "device")[0],
         device_capacity=device_capacity,
         host_capacity=host_capacity,
         trainable_count=sum(p.numel for p in parameters if p.trainable),
@@ -168,6 +173,9 @@ class _Sizes:
         trainable = [p for p in parameters if p.trainable]
         self.host_masters = {_host_master_of(p, config) for p in trainable}
         self.weights = sum(p.numel * p.itemsize for p in parameters)
+        self.window = sum(p.numel * p.itemsize for p in parameters if p.stays) + _window_bytes(parameters, config)
+        # fp32 masters on the host are what their weights are uploaded from.
+        self.upload_masters = sum(p.numel * p.itemsize for p in trainable if p.itemsize == 4)
         self.gradients = sum(p.numel * (gradient_itemsize or p.itemsize) for p in trainable)
         self.moments = sum(p.numel for p in trainable) * _MOMENT_BYTES
         self.working = sum(p.numel * p.itemsize for p in trainable if p.itemsize == 2)
@@ -183,17 +191,20 @@ class _Sizes:
             return "fp32"
         return "mixed" if len(stored) > 1 else stored.pop()
 
-    def by_tier(self, optimizer: Placement, gradients: Placement) -> tuple[TierBytes, TierBytes]:
+    def by_tier(self, optimizer: Placement, gradients: Placement, params: Placement) -> tuple[TierBytes, TierBytes]:
         """Device and host bytes of one choice."""
         on_host = optimizer == "host"
+        working = self.working if on_host else 0
+        if params == "host":
+            working = self.weights - (self.upload_masters if on_host else 0)
         device = TierBytes(
-            weights=self.weights,
+            weights=self.weights if params == "device" else min(self.weights, self.window),
             master=0 if on_host else self.device_master,
             moments=0 if on_host else self.moments,
             gradients=self.gradients if gradients == "device" else 0,
         )
         host = TierBytes(
-            working=self.working if on_host else 0,
+            working=working,
             master=self.host_master if on_host else 0,
             moments=self.moments if on_host else 0,
             gradients=self.gradients if on_host or gradients == "host" else 0,
@@ -226,8 +237,16 @@ def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
             )
 
 
-def _candidates(config: Config) -> list[tuple[Placement, Placement]]:
-    """Placements of (optimizer, gradients) that the config allows, the least offloaded first."""
+def _window_bytes(parameters: Sequence[ParameterSize], config: Config) -> int:
+    units: dict[str, int] = {}
+    for parameter in parameters:
+        if not parameter.stays:
+            units[parameter.unit] = units.get(parameter.unit, 0) + parameter.numel * parameter.itemsize
+    return (1 + config.prefetch) * max(units.values(), default=0)
+
+
+def _candidates(config: Config) -> list[_Choice]:
+    """Placements of (optimizer, gradients, params) that the config allows, the least offloaded first."""
     order: list[tuple[Placement, Placement]] = [
         ("device", "device"),
         ("host", "device"),
@@ -236,11 +255,17 @@ def _candidates(config: Config) -> list[tuple[Placement, Placement]]:
     ]
     if config.optimizer == config.gradients == "auto":
         order.remove(("device", "host"))  # optimizer states go first
-    return [
-        (optimizer, gradients)
-        for optimizer, gradients in order
-        if _allows(config.optimizer, optimizer) and _allows(config.gradients, gradients)
-    ]
+    pairs = [pair for pair in order if _allows(config.optimizer, pair[0]) and _allows(config.gradients, pair[1])]
+    on_device: list[_Choice] = [(*pair, "device") for pair in pairs]
+    on_host: list[_Choice] = [(*pair, "host") for pair in pairs]
+    if config.params == "auto":
+        return [*on_device, on_host[-1]]  # weights go last
+    return on_host if config.params == "host" else on_device
+
+
+def _words(choice: _Choice) -> str:
+    optimizer, gradients, params = choice
+    return f"optimizer on the {optimizer}, gradients on the {gradients} and params on the {params}"
 
 
 def _allows(asked: Tier, placement: Placement) -> bool:
@@ -268,7 +293,7 @@ def _host_capacity(config: Config, host_bytes: int) -> tuple[int, str]:
 
 
 def _chosen(config: Config) -> str:
-    if "auto" not in (config.optimizer, config.gradients):
+    if "auto" not in (config.optimizer, config.gradients, config.params):
         return "as asked"
     return "the least offloading that fits the device budget"
 
@@ -282,13 +307,15 @@ def _too_small(
     config: Config,
 ) -> str:
     needed = device.total if tier == "device" else host.total
-    offloads_all = _candidates(config)[-1] == ("host", "host")
+    offloads_all = _candidates(config)[-1] == ("host", "host", "host")
     if tier == "host":
         remedy = "raise host_budget, free host memory, or keep more on the device"
     elif offloads_all:
-        remedy = "raise device_budget, or use a smaller model (offloading weights is not in this release)"
+        remedy = "raise device_budget, or use a model with smaller units: this is what offloading all of it leaves"
     else:
-        remedy = "raise device_budget, or let optimizer='auto' and gradients='auto' move more to the host"
+        remedy = (
+            "raise device_budget, or let optimizer='auto', gradients='auto' and params='auto' move more to the host"
+        )
     return (
         f"the {tier} budget is too small: {format_size(needed)} needed, {format_size(capacity)} available "
         f"({note}); {remedy}\n{_table(device, host)}"

@@ -22,6 +22,7 @@ from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
 from ._plan import ParameterSize, Plan, make_plan
 from ._probe import probe_device, probe_host
+from ._residency import can_be_streamed
 from ._torch_updater import TorchUpdater, check_torch_optimizer
 from ._units import Unit, find_units
 
@@ -70,6 +71,7 @@ def wrap(
     device = _device_of(model, settings)
     units = find_units(model)
     plan = _plan(model, units, optimizers, settings, device)
+    _check_streaming(plan, optimizers)
 
     engine = Engine(device, plan, settings, units)
     kinds = [(optimizer, _updater_of(optimizer)) for optimizer in optimizers]
@@ -86,6 +88,7 @@ def wrap(
     hooks = Hooks(model, units, engine)
     try:
         wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
+        engine.streaming.place()
     except BaseException:
         hooks.remove()
         raise
@@ -124,11 +127,14 @@ def unwrap(
         states: list[dict[Tensor, Any]] = [{}] * len(wrapped)
     else:
         engine.synchronize()
+        engine.streaming.empty()
         gradients = [cell.materialize() for _, cell in held]
         states = [one.plain_states() for one in wrapped]
+    resident = engine.streaming.resident_copies()
     # Nothing was changed until here, and nothing fails from here on.
     with Uninterrupted():
         hooks.remove()
+        engine.streaming.leave(resident)
         for (parameter, _), gradient in zip(held, gradients, strict=True):
             parameter.grad = gradient
         originals = tuple(one.release(own) for one, own in zip(wrapped, states, strict=True))
@@ -141,11 +147,13 @@ def unwrap(
 def full_params(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the context every parameter of the wrapped `model` is present and current, for reading and writing.
 
-    In-place writes re-seed the optimizer's masters at the next step.
+    In-place writes re-seed the optimizer's masters at the next step. With `params="host"` all of the weights are on
+    the device until the context ends: copy what is to outlive it, and end what autograd recorded inside before it.
     """
     engine, *_ = _parts_of(model)
     engine.synchronize()
-    yield model
+    with engine.streaming.present():
+        yield model
 
 
 def _parts_of(model: nn.Module) -> _Parts:
@@ -220,6 +228,15 @@ def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer])
                     )
 
 
+def _check_streaming(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        if plan.params == "host" and plan.optimizer == "device" and _updater_of(optimizer) is TorchUpdater:
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} on the device steps over all weights at once, and params='host' keeps "
+                "them away: pass optimizer='host', or params='device'"
+            )
+
+
 def _updater_of(optimizer: torch.optim.Optimizer) -> type[NativeUpdater] | type[TorchUpdater]:
     return NativeUpdater if NativeUpdater.takes(optimizer) else TorchUpdater
 
@@ -285,7 +302,9 @@ def _plan(
         for p in g["params"]
         if p.requires_grad
     }
-    unit_of = {id(parameter): unit.name for unit in units for _, parameter in unit.parameters}
+    unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
+    # Its forward is open while any other's is.
+    root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
     sizes = [
         ParameterSize(
             name=name,
@@ -293,8 +312,9 @@ def _plan(
             itemsize=parameter.element_size(),
             dtype_name=str(parameter.dtype).removeprefix("torch."),
             trainable=id(parameter) in trained,
-            unit=unit_of[id(parameter)],
+            unit=unit_of[id(parameter)].name,
             may_split=trained.get(id(parameter), False),
+            stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
         )
         for name, parameter in model.named_parameters()
     ]

@@ -40,13 +40,16 @@ CSRC_FLOORS = {
 PYTHON_FLOORS = (
     ("_errors", "_config", "_plan", "_stats"),
     ("_units", "_pending", "_interrupts", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace"),
-    ("_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_streaming", "_activations", "_parameter_state"),
+    (
+        "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_streaming",
+        "_activations", "_parameter_state",
+    ),
     ("_gradient_lanes",),
     ("_engine", "_engine_stats"),
     ("_checkpoint",),
     ("_hooks", "_optimizer", "_native_updater", "_torch_updater"),
     ("_wrap",),
-)
+)  # fmt: skip
 DOORS = ("__init__", "__main__")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
 # _gradient_lanes is the engine's own store of gradients, in a file of its own.

@@ -115,7 +115,8 @@ def test_unknown_and_illegal_options() -> None:
     model = make_model()
     refused(offload.InvalidArgument, "optimizer", model, adamw(model), optimiser="host")
     refused(offload.InvalidArgument, "moon", model, adamw(model), optimizer="moon")
-    refused(offload.InvalidArgument, "params", model, adamw(model), params="host")
+    refused(offload.InvalidArgument, "params", model, adamw(model), params="disk")
+    refused(offload.InvalidArgument, "prefetch", model, adamw(model), params="host", prefetch=0)
 
 
 def test_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,224 @@
+"""Residency: parameters that are on the device together, or not at all, and the host bytes that they return from.
+
+The parameters are views of one flat device storage, and stay so: `free()` and `allocate()` resize it in place, and what
+autograd has saved of a weight (`weight.t()`) finds the bytes where they were. The host has the same layout, so that one
+copy brings them all. Versions of the parameters do not change by any of this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ._errors import StateError
+from ._pending import can_be_pending
+from ._units import Unit, is_dense
+
+__all__ = ["Residency", "can_be_streamed", "group_by_units"]
+
+# Copy engines and vector code want it; blocks of the pool and of torch's allocators are multiples of it or of more.
+_ALIGNMENT = 256
+
+
+def _span(parameter: Tensor) -> tuple[int, int, int]:
+    """Where the bytes of a dense tensor are: its storage, and begin and end within it."""
+    begin = int(parameter.storage_offset()) * parameter.element_size()
+    return _storage_of(parameter), begin, begin + parameter.numel() * parameter.element_size()
+
+
+def _shared_stretches(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
+    """The parameters by stretch of memory: those that overlap or follow one another in a storage come together."""
+    stretches: list[list[Parameter]] = []
+    storage, limit = 0, 0
+    for parameter in sorted(parameters, key=_span):
+        own, begin, end = _span(parameter)
+        if own == storage and begin < limit + _ALIGNMENT:
+            stretches[-1].append(parameter)
+        else:
+            stretches.append([parameter])
+            limit = 0
+        storage, limit = own, max(limit, end)
+    return stretches
+
+
+class Residency:
+    """See the module's text. Until `place()` the parameters are where the user made them."""
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self.parameters = tuple(parameters)
+        self.nbytes = 0
+        self._offsets: dict[int, int] = {}
+        self._stretches: list[tuple[int, list[Parameter]]] = []
+        for stretch in _shared_stretches(parameters):
+            first = min(_span(parameter)[1] for parameter in stretch)
+            for parameter in stretch:
+                self._offsets[id(parameter)] = self.nbytes + _span(parameter)[1] - first
+            self._stretches.append((self.nbytes, stretch))
+            self.nbytes += math.ceil((max(_span(p)[2] for p in stretch) - first) / _ALIGNMENT) * _ALIGNMENT
+        self.is_placed = False
+        self._buffer: Any = None
+        self._flat: Tensor | None = None
+        # Versions of the parameters when device and host were equal: another one means that somebody wrote.
+        self._versions: list[int] = []
+
+    def __repr__(self) -> str:
+        return f"Residency({len(self.parameters)} parameters, {self.nbytes} bytes)"
+
+    # --- the host -------------------------------------------------------------------------------------------
+
+    @property
+    def has_host_bytes(self) -> bool:
+        return self._buffer is not None
+
+    def take_host_bytes(self, buffer: Any) -> None:
+        """`buffer` has `address` and the buffer protocol, and `nbytes` of its own."""
+        self._buffer = buffer
+
+    @property
+    def host_address(self) -> int:
+        address: int = self._buffer.address
+        return address
+
+    def on_host(self, parameter: Parameter) -> Tensor:
+        """The host bytes of a parameter, as a tensor like it."""
+        dtype, offset = parameter.dtype, self._offsets[id(parameter)]
+        flat = torch.frombuffer(self._buffer, dtype=dtype, count=parameter.numel(), offset=offset)
+        return flat.as_strided(parameter.shape, parameter.stride())
+
+    def owns(self, parameter: Parameter) -> bool:
+        """Whether the parameter still is a view of the flat storage (`parameter.data = ...` gives it another)."""
+        return _storage_of(parameter) == self.storage_key
+
+    # --- the device -----------------------------------------------------------------------------------------
+
+    def place(self) -> None:
+        """Makes the parameters views of a flat storage, without bytes afterwards. Their values must be on the host."""
+        self._flat = _bytes(self.nbytes, self.parameters[0].device)
+        for parameter in self.parameters:
+            parameter.data = self._view(parameter)
+        self.is_placed = True
+        self.free()
+
+    @property
+    def storage_key(self) -> int:
+        key: int = self._storage._cdata
+        return key
+
+    @property
+    def address(self) -> int:
+        return self._storage.data_ptr()
+
+    def allocate(self, *, poison: bool) -> None:
+        assert self._flat is not None
+        self._storage.resize_(self.nbytes)
+        if poison:
+            self._flat.fill_(0xFF)  # NaN in every format
+
+    def free(self) -> None:
+        self._storage.resize_(0)
+
+    def mark_equal(self) -> None:
+        """Device and host have the same values now."""
+        self._versions = [parameter._version for parameter in self.parameters]
+
+    def written(self) -> list[Parameter]:
+        """The parameters that were written, or were given other storage, since mark_equal()."""
+        pairs = zip(self.parameters, self._versions, strict=True)
+        return [p for p, version in pairs if p._version != version or not self.owns(p)]
+
+    def take_home(self, parameter: Parameter, name: str) -> None:
+        """Copies a parameter that was given other storage to its place; `StateError` if it has another layout there."""
+        if self.owns(parameter):
+            return
+        home = self._view(parameter)
+        if (parameter.dtype, parameter.stride(), parameter.device) != (home.dtype, home.stride(), home.device):
+            raise StateError(
+                f"{name}: became {parameter.dtype} on {parameter.device} after wrap; call offload.unwrap before "
+                "model.to(), .half() and the like, and wrap again"
+            )
+        home.copy_(parameter.detach())
+        parameter.data = home
+        torch.autograd.graph.increment_version(parameter)  # a write like any other
+
+    def _view(self, parameter: Parameter) -> Tensor:
+        dtype = self.on_host(parameter).dtype
+        offset = self._offsets[id(parameter)] // dtype.itemsize
+        view = torch.empty(0, dtype=dtype, device=parameter.device)
+        return view.set_(self._storage, offset, parameter.shape, parameter.stride())
+
+    @property
+    def _storage(self) -> torch.UntypedStorage:
+        assert self._flat is not None
+        return self._flat.untyped_storage()
+
+    # --- the end --------------------------------------------------------------------------------------------
+
+    def resident_copies(self) -> list[Tensor]:
+        """A tensor with its value for each parameter, on its device; those that shared memory do so again."""
+        copies = {}
+        for begin, stretch in self._stretches:
+            ends = [self._offsets[id(p)] + p.numel() * p.element_size() for p in stretch]
+            memory = _bytes(max(ends) - begin, stretch[0].device)
+            for parameter in stretch:
+                offset = (self._offsets[id(parameter)] - begin) // parameter.element_size()
+                copy = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+                copy.set_(memory.untyped_storage(), offset, parameter.shape, parameter.stride())
+                copies[id(parameter)] = copy.copy_(self.on_host(parameter))
+        return [copies[id(parameter)] for parameter in self.parameters]
+
+    def leave(self, copies: Sequence[Tensor]) -> None:
+        """The parameters become `copies`; cannot fail. They must be plain."""
+        for parameter, copy in zip(self.parameters, copies, strict=True):
+            parameter.data = copy
+        self.is_placed = False
+        self._flat = None
+
+
+def group_by_units(units: Sequence[Unit]) -> list[list[Parameter]]:
+    """The parameters that can be streamed, by the units that need them; those whose memory overlaps stay together."""
+    users: dict[int, set[int]] = {}
+    parameters: dict[int, Parameter] = {}
+    for number, unit in enumerate(units):
+        for _, parameter in unit.parameters:
+            if can_be_streamed(parameter):
+                parameters[id(parameter)] = parameter
+                users.setdefault(id(parameter), set()).add(number)
+    for stretch in _shared_stretches(list(parameters.values())):
+        _join_overlapping(stretch, users)
+    groups: dict[tuple[int, ...], list[Parameter]] = {}
+    for key, parameter in parameters.items():
+        groups.setdefault(tuple(sorted(users[key])), []).append(parameter)
+    return list(groups.values())
+
+
+def _join_overlapping(stretch: Sequence[Parameter], users: dict[int, set[int]]) -> None:
+    """Parameters with bytes in common are needed by every unit that needs one of them."""
+    limit, joined = 0, set[int]()
+    for parameter in stretch:  # by where they begin
+        _, begin, end = _span(parameter)
+        if begin >= limit:
+            joined = set()
+        joined |= users[id(parameter)]
+        users[id(parameter)] = joined  # one set for all of them: it grows with what follows
+        limit = max(limit, end)
+
+
+def can_be_streamed(parameter: Parameter) -> bool:
+    plain = can_be_pending(parameter) and parameter.layout is torch.strided and not parameter.is_quantized
+    return plain and parameter.numel() > 0 and is_dense(parameter)
+
+
+def _storage_of(tensor: Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        key: int = tensor.untyped_storage()._cdata
+        return key
+
+
+def _bytes(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.empty(count, dtype=torch.uint8, device=device)

@@ -1,0 +1,363 @@
+"""Streamed parameters: training with params="host" equals resident training bit for bit, in bounded device memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from test_memory import Allocations
+from training import (
+    HOST,
+    RESIDENT,
+    Block,
+    assert_same_bits,
+    batches,
+    loss_of,
+    make_model,
+    same_bits,
+    train,
+    wrapped_run,
+)
+
+pytestmark = pytest.mark.usefixtures("device")
+
+PARAMS = {**RESIDENT, "params": "host"}
+ALL = {**HOST, "params": "host"}
+STREAMED = pytest.mark.parametrize("placement", [ALL, PARAMS], ids=["all on the host", "params alone"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+def streamed(model: nn.Module, placement: dict[str, str] = ALL, **options: Any) -> tuple[nn.Module, Any]:
+    return offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement, **options)
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    with offload.full_params(model):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@DTYPES
+@STREAMED
+@pytest.mark.parametrize("loop", [{}, {"micro_batches": 3}, {"clip": None}], ids=["clip", "accumulate", "plain"])
+def test_streamed_equals_resident(placement: dict[str, str], dtype: torch.dtype, loop: dict[str, Any]) -> None:
+    model = make_model(dtype)
+    run = wrapped_run(model, placement, **loop)
+    assert_same_bits(run, wrapped_run(model, RESIDENT, **loop))
+    stats = run.optimizer.stats()
+    assert run.optimizer.plan.params == "host" and stats.host_bytes["weights"] > 0
+    assert stats.transfers["to_device_bytes"] > 6 * sum(p.numel() * p.element_size() for p in model.parameters())
+
+
+@pytest.mark.parametrize("prefetch", [1, 2, 9])
+@pytest.mark.parametrize("lazy", [True, False])
+def test_no_setting_changes_a_bit(prefetch: int, lazy: bool) -> None:
+    model = make_model(torch.bfloat16, depth=5)
+    assert_same_bits(
+        wrapped_run(model, ALL | {"prefetch": prefetch, "lazy": lazy, "master": "fp32"}), wrapped_run(model, RESIDENT)
+    )
+
+
+@STREAMED
+def test_tied_and_frozen(placement: dict[str, str]) -> None:
+    model = make_model(torch.bfloat16, tied=True)
+    for p in model.blocks[1].parameters():
+        p.requires_grad_(False)
+    run = wrapped_run(model, placement, micro_batches=2)
+    assert_same_bits(run, wrapped_run(model, RESIDENT, micro_batches=2))
+    assert run.model.head.weight is run.model.embedding.weight
+    frozen = {id(p) for p in run.model.blocks[1].parameters()}
+    assert not frozen & run.optimizer._engine.states.keys()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_between_steps(mode: Any) -> None:
+    def run(placement: dict[str, str]) -> list[float]:
+        model, optimizer = streamed(make_model(), placement)
+        losses = []
+        for tokens in batches(5):
+            model.train()
+            loss_of(model, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            with mode():
+                losses += [loss_of(model, tokens).item(), loss_of(model, tokens).item()]
+        return losses
+
+    assert run(ALL) == run(PARAMS) == run(RESIDENT)
+
+
+def test_the_loop_of_an_unrelated_optimizer() -> None:
+    def run(placement: dict[str, str]) -> Any:
+        model = make_model()
+        return train(*offload.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), **placement))
+
+    assert_same_bits(run(ALL), run(RESIDENT))
+    with pytest.raises(offload.InvalidArgument, match=r"SGD on the device.*optimizer='host'"):
+        run(PARAMS)
+
+
+class Passes(nn.Module):
+    """A forward that takes another way through the blocks in every pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16) for _ in range(5))
+
+    def forward(self, x: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
+        for index in order:
+            x = self.blocks[index](x)
+        return x
+
+
+def test_another_order_in_every_pass() -> None:
+    orders = [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0), (0, 2, 4), (1, 1, 3), (0, 1, 2, 3, 4), (2,), (3, 4, 0, 3)]
+
+    def run(placement: dict[str, str]) -> list[float]:
+        torch.manual_seed(0)
+        model, optimizer = streamed(Passes(), placement)
+        losses = []
+        for order in orders * 2:
+            loss = model(torch.ones(2, 16), order).square().mean()
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    assert run(ALL) == run(RESIDENT)
+
+
+# --- bytes --------------------------------------------------------------------------------------------------
+
+
+class Largest(Allocations):
+    """Also the most that was live at once: `peak`, above what was there at the start."""
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        live = 0
+        self.peak = 0
+        events = [e for e in self._profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            self.peak = max(self.peak, live)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_peak_device_bytes_follow_the_formula(prefetch: int) -> None:
+    """Slots times the largest unit, and what one block's gradients and activations take; the model is 8 blocks."""
+    model = nn.Sequential(*(nn.Linear(256, 256) for _ in range(8)))
+    unit = 4 * (256 * 256 + 256)
+    model, optimizer = streamed(model, prefetch=prefetch, poison=False)
+    x = torch.ones(1, 256)
+
+    def step() -> None:
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.synchronize()
+
+    step()
+    step()
+    optimizer._engine.streaming.empty()
+    with Largest() as allocations:
+        step()
+        optimizer._engine.streaming.empty()
+    slots = 1 + prefetch
+    # A gradient of a unit is made, and the one before it is on its way to the host; activations are 1 KiB each.
+    assert slots * unit <= allocations.peak <= slots * unit + 3 * unit + 64 * 1024
+    assert optimizer.plan.device.weights == slots * unit
+    assert optimizer.plan.resident.weights == 8 * unit
+
+
+def test_between_steps_nothing_but_the_first_units_is_on_the_device() -> None:
+    model, optimizer = streamed(make_model(depth=6))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert optimizer.stats().device_bytes["weights"] == 0
+    for tokens in batches(2):
+        loss_of(model, tokens).backward()
+        assert optimizer.stats().device_bytes["weights"] == 0
+        optimizer.step()
+        assert 0 < optimizer.stats().device_bytes["weights"] < 0.5 * weights
+        optimizer.zero_grad()
+
+
+def test_dropping_the_model_frees_everything() -> None:
+    model, optimizer = streamed(make_model())
+    loss_of(model, next(batches(1))).backward()
+    optimizer.step()
+    left = [*(weakref.ref(p) for p in model.parameters()), weakref.ref(optimizer._engine)]
+    del model, optimizer
+    gc.collect()
+    assert [reference() for reference in left] == [None] * len(left)
+
+
+# --- values -------------------------------------------------------------------------------------------------
+
+
+@DTYPES
+def test_absent_weights_cannot_be_read_or_written(dtype: torch.dtype) -> None:
+    model, optimizer = streamed(make_model(dtype))
+    weight = model.blocks[0].up.weight
+    assert weight.shape == (48, 24) and weight.dtype == dtype and weight.requires_grad and weight.grad is None
+    reads: list[Any] = [
+        lambda: weight + 1, lambda: weight.detach(), lambda: weight.data, lambda: weight.clone(), lambda: weight[0],
+        lambda: weight.untyped_storage(), lambda: weight.data_ptr(), lambda: weight.norm(), lambda: weight.tolist(),
+        lambda: torch.stack([weight]), lambda: torch._foreach_norm([weight]), lambda: weight.fill_(0),
+        lambda: model.bfloat16(), lambda: model.to(torch.float64),
+    ]  # fmt: skip
+    for read in reads:
+        with pytest.raises(offload.StateError, match=r"blocks\.0\.up\.weight|embedding\.weight") as raised:
+            read()
+        assert "offload.full_params(model)" in str(raised.value)
+    assert "Parameter containing" in repr(weight)
+    loss_of(model, next(batches(1))).backward()
+    optimizer.step()
+
+
+@STREAMED
+@DTYPES
+def test_full_params_takes_writes_back(placement: dict[str, str], dtype: torch.dtype) -> None:
+    def run(placement: dict[str, str]) -> Any:
+        def write(step: int, model: nn.Module, optimizer: Any) -> None:
+            with offload.full_params(model), torch.no_grad():
+                if step == 1:
+                    model.blocks[0].up.weight[:2] *= 0.5
+                if step == 2:
+                    model.blocks[1].up.weight.data.mul_(0.5)
+                if step == 3:
+                    model.blocks[2].down.weight.data = model.blocks[2].down.weight.data * 0.5
+            if step == 2:
+                optimizer.resync()
+
+        return wrapped_run(make_model(dtype), placement, each_step=write)
+
+    written = run(placement)
+    assert_same_bits(written, run(RESIDENT))
+    assert written.losses != wrapped_run(make_model(dtype), RESIDENT).losses
+
+
+@STREAMED
+@DTYPES
+def test_values_of_a_wrapped_model(placement: dict[str, str], dtype: torch.dtype) -> None:
+    model, optimizer = streamed(make_model(dtype, tied=True), placement)
+    loss_of(model, next(batches(1))).backward()
+    optimizer.step()
+    expected = values(model)
+    state = model.state_dict()
+    assert state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr()
+    twin = copy.deepcopy(model)
+    assert twin.head.weight is twin.embedding.weight
+    for name, p in twin.named_parameters():
+        assert type(p) is nn.Parameter and p.requires_grad
+        assert same_bits(p.detach(), expected[name])
+        assert same_bits(state[name].to(p.device), expected[name])
+    twin(next(batches(1)))
+    twin.bfloat16()
+
+    model.load_state_dict({name: value * 2 for name, value in state.items()})
+    for name, value in values(model).items():
+        assert same_bits(value, expected[name] * 2)
+    assert optimizer.stats().device_bytes["weights"] == 0
+    model.blocks[1].load_state_dict({n: v.clone() for n, v in twin.to(dtype).blocks[1].state_dict().items()})
+    model.load_state_dict({name: value * 3 for name, value in state.items()}, assign=True)
+    assert all(same_bits(value, expected[name] * 3) for name, value in values(model).items())
+    model, plain = offload.unwrap(model, optimizer)
+    assert type(plain) is torch.optim.AdamW
+    for name, p in model.named_parameters():
+        assert type(p) is nn.Parameter and same_bits(p.detach(), expected[name] * 3)
+        assert p.untyped_storage().nbytes() == p.numel() * p.element_size()
+    for module in model.modules():
+        hooks = {key: value for key, value in vars(module).items() if key.endswith("hooks")}
+        assert not any(hooks.values()), hooks
+
+
+@STREAMED
+@DTYPES
+@pytest.mark.parametrize("first", ["model", "optimizer"])
+def test_a_checkpoint_goes_on_with_the_same_bits(placement: dict[str, str], dtype: torch.dtype, first: str) -> None:
+    def steps(model: nn.Module, optimizer: Any, seed: int) -> None:
+        for tokens in batches(3, seed=seed):
+            loss_of(model, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    model, optimizer = streamed(make_model(dtype), placement)
+    steps(model, optimizer, 1)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, 2)
+    other, resumed = streamed(make_model(dtype, seed=9), placement)
+    if first == "model":
+        other.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    if first == "optimizer":
+        other.load_state_dict(saved[0])
+    again = resumed.state_dict()["state"][0]
+    assert "master" not in again or same_bits(again["master"], saved[1]["state"][0]["master"])
+    steps(other, resumed, 2)
+    one, two = values(model), values(other)
+    assert all(same_bits(one[name], two[name]) for name in one)
+
+
+def test_optimizer_states_alone_leave_the_weights() -> None:
+    """As on the device: a loaded master counts where the model's weight is its value."""
+    saved = wrapped_run(make_model(torch.bfloat16), RESIDENT).optimizer.state_dict()
+
+    def run(placement: dict[str, str]) -> Any:
+        model, optimizer = streamed(make_model(torch.bfloat16), placement)
+        optimizer.load_state_dict(saved)
+        return train(model, optimizer)
+
+    assert_same_bits(run(ALL), run(RESIDENT))
+
+
+def test_no_step_inside_full_params() -> None:
+    model, optimizer = streamed(make_model())
+    loss_of(model, next(batches(1))).backward()
+    with offload.full_params(model), pytest.raises(offload.StateError, match="leave the context first"):
+        optimizer.step()
+    optimizer.step()
+
+
+# --- failures -----------------------------------------------------------------------------------------------
+
+
+def test_double_backward_is_refused() -> None:
+    model, _ = streamed(make_model())
+    with pytest.raises(offload.StateError, match=r"create_graph=True.*params='device'"):
+        loss_of(model, next(batches(1))).backward(create_graph=True)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("lane", ["to_device", "to_host"])
+def test_a_failed_copy_is_told_and_nothing_is_left(lane: str) -> None:
+    model, optimizer = streamed(make_model())
+    tokens = next(batches(1))
+    expected = loss_of(model, tokens).item()
+    optimizer._engine.streaming.empty()
+    if lane == "to_device":
+        optimizer._engine.device.fail_copy("to_device", 2)
+        with pytest.raises(offload.DeviceError):
+            loss_of(model, tokens)
+        assert loss_of(model, tokens).item() == expected  # nothing had changed
+    else:
+        loss = loss_of(model, tokens)
+        optimizer._engine.device.fail_copy("to_host", 1)
+        with pytest.raises(offload.OffloadError):
+            loss.backward()
+            optimizer.step()
+            loss_of(model, tokens)
+        with pytest.raises(offload.StateError, match="earlier update failed"):
+            optimizer.step()
+    offload.unwrap(model, optimizer)
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+    loss_of(model, tokens).backward()
