@@ -9,6 +9,9 @@ __all__ = ["TouchOrder"]
 # A unit by its number, and whether backward touched it.
 Touch = tuple[int, bool]
 
+# A pass that nothing begins anew, as when the user calls the parts of a model, is cut into pieces of this length.
+_LONGEST = 4096
+
 
 class TouchOrder:
     """Predicts from the last pass; where the present one departs from it, goes on after the next equal touch."""
@@ -25,6 +28,8 @@ class TouchOrder:
         self._position = 0
 
     def record(self, touch: Touch) -> None:
+        if len(self._present) == _LONGEST:
+            self.begin()
         self._present.append(touch)
         for start, end in ((self._position, len(self._last)), (0, self._position)):
             try:
