@@ -137,18 +137,18 @@ def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:
     return lambda: engine.make_ready(unit)
 
 
-# Where a node of autograd keeps the numbers of the units whose outputs it made.
-_UNITS = "offload.units"
+# In the metadata of a node of autograd: the unit that is touched before it runs.
+_TOUCHES = "offload.touches"
 
 
 def _watch_backward(engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
     """After its forward: backward touches `unit` before it runs the nodes that made its outputs."""
     weakly = weakref.ref(engine)  # graphs must not keep the engine
 
-    def touch(units: list[int]) -> None:
+    def touch(_: Any) -> None:
         engine = weakly()
         if engine is not None:
-            engine.streaming.touch_in_backward(units)
+            engine.streaming.touch_in_backward(unit.number)
 
     def watch(output: Any) -> None:
         engine.leave(unit)
@@ -159,20 +159,13 @@ def _watch_backward(engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
                 engine.streaming.pin(unit.number)  # who uses the output uses the weight
             # The base too: an edit in place of a view gives the view a new node, and the base's stays.
             for made in (tensor, tensor._base):
-                if made is not None and made.grad_fn is not None:
-                    _watch_node(made.grad_fn, unit.number, touch)
+                node: Any = None if made is None else made.grad_fn
+                # Who returns what another unit made has no nodes of its own behind it, or is its parent.
+                if node is not None and _TOUCHES not in node.metadata:
+                    node.metadata[_TOUCHES] = unit.name
+                    node.register_prehook(touch)
 
     return watch
-
-
-def _watch_node(node: Any, unit: int, touch: Callable[[list[int]], None]) -> None:
-    # One touch for all of them: an output may be that of a unit, of its parent, and of a block that returned its input.
-    units = node.metadata.get(_UNITS)
-    if units is None:
-        units = node.metadata[_UNITS] = []
-        node.register_prehook(lambda _, units=units: touch(units))
-    if unit not in units:
-        units.append(unit)
 
 
 def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:

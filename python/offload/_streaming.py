@@ -4,7 +4,7 @@
 checkpoint recomputes it), or backward comes to a node that made an output of it. A touch brings the unit, frees
 every one outside the window and sends for the next ones, so nothing has to tell when a unit is done. The window is
 
-- the touched units and those within whose forward they run: backward mixes the nodes of both;
+- the touched unit and those within whose forward it runs: backward mixes the nodes of both;
 - units whose forward is open;
 - pinned units, whose weights are used from outside of their forward, so that nothing announces the use;
 - the next `prefetch` ones of the recorded order.
@@ -168,7 +168,7 @@ class Streaming:
         if not self.residencies or not self._needs[unit]:
             return
         self._parents[unit].update(other for other in self._open if other != unit)
-        self._touch([unit], in_backward=in_backward)
+        self._touch(unit, in_backward=in_backward)
         self._open.append(unit)
 
     def exit(self, unit: int) -> None:
@@ -176,14 +176,14 @@ class Streaming:
         if unit in self._open:
             self._open.remove(unit)
 
-    def touch_in_backward(self, units: Sequence[int]) -> None:
-        """Backward is about to run nodes of these units."""
+    def touch_in_backward(self, unit: int) -> None:
+        """Backward is about to run nodes of `unit`."""
         if torch.is_grad_enabled():
             raise StateError(
                 "backward(create_graph=True) is not supported with params='host': the graph of a gradient would use "
                 "weights that are not on the device; wrap with params='device' for double backward"
             )
-        self._touch(units, in_backward=True)
+        self._touch(unit, in_backward=True)
 
     def pin(self, unit: int) -> None:
         """From now on `unit` stays from the beginning of a forward to the end of its backward."""
@@ -194,17 +194,14 @@ class Streaming:
         key = tensor.untyped_storage()._cdata
         return any(residency.storage_key == key for residency in self._needs[unit])
 
-    def _touch(self, units: Sequence[int], *, in_backward: bool) -> None:
+    def _touch(self, unit: int, *, in_backward: bool) -> None:
         if in_backward:
             self._watch_end_of_backward()
-        for unit in units:
-            self._order.record((unit, in_backward))
-        wanted = {*units, *self._open, *self._pinned}
-        for unit in units:
-            wanted |= self._parents[unit]
+        self._order.record((unit, in_backward))
+        wanted = {unit, *self._parents[unit], *self._open, *self._pinned}
         ahead = self._order.upcoming(self._prefetch, wanted)
-        needed = [residency for unit in wanted for residency in self._needs[unit]]
-        predicted = [residency for unit in ahead for residency in self._needs[unit]]
+        needed = [residency for number in wanted for residency in self._needs[number]]
+        predicted = [residency for number in ahead for residency in self._needs[number]]
         self._free_all_but({*needed, *predicted})
         self._bring(needed)
         self._bring(predicted)

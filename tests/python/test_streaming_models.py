@@ -255,6 +255,11 @@ class InPlace(Block):
         return view.mul_(0.5).view_as(y)
 
 
+class Viewing(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).view(x.shape)
+
+
 class Doubling(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -299,12 +304,22 @@ def edited(block: nn.Module, x: Tensor) -> Tensor:
         (Wrapping, lambda block, x: block(x).hidden + 0 * block(x).extra["norm"][0]),
         (lambda: InPlace(WIDTH), lambda block, x: block(x)),
         (lambda: Block(WIDTH), edited),
+        (lambda: Viewing(WIDTH), lambda block, x: block(x).mul_(2)),
         (Custom, lambda block, x: block(x)),
         (lambda: Sometimes(WIDTH), lambda block, x: block(x)),
         (lambda: Block(WIDTH), lambda block, x: block(block(x)) + block(x)),
         (lambda: nn.Linear(WIDTH, WIDTH), lambda block, x: x @ block.weight + block.bias),
     ],
-    ids=["dataclass", "in place", "edited views", "custom function", "dropped", "many calls", "weights from outside"],
+    ids=[
+        "dataclass",
+        "in place",
+        "edited",
+        "edited view",
+        "custom function",
+        "dropped",
+        "many calls",
+        "weights from outside",
+    ],
 )
 def test_blocks(make: Callable[[], nn.Module], step: Callable[[nn.Module, Tensor], Tensor]) -> None:
     assert_streams_exactly(lambda: Listed(make, step))
