@@ -71,6 +71,8 @@ class Config:
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.
     host_budget: what offload may take on the host; None measures.
+    units: what travels together: module classes and names (`[Block, "head"]`), or a predicate over modules; None
+        finds the elements of repeated lists. What is in no unit so named is in the units around it.
     prefetch: how many units of weights are sent for ahead of their use, with params on the host: 1 or more.
     master: the fp32 master of a 16-bit weight: `"split"` stores it as the bf16 weight plus a 16-bit remainder
         (bf16 only, exact), `"fp32"` beside the weight, `"auto"` splits where it can. fp32 weights need none.
@@ -90,6 +92,7 @@ class Config:
     device_budget: int | str | None = None
     host_budget: int | str | None = None
     prefetch: int = 1
+    units: Any = None
     master: Master = "auto"
     lazy: bool = True
     pin: bool | Literal["auto"] = "auto"
@@ -105,6 +108,7 @@ class Config:
             _check_budget(name, getattr(self, name))
         if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 1:
             raise InvalidArgument(f"prefetch={self.prefetch!r}: give the number of units to send for ahead, 1 or more")
+        object.__setattr__(self, "units", _check_units(self.units))
         _check_choice("master", self.master, ("auto", "fp32", "split"))
         _check_choice("lazy", self.lazy, (True, False))
         _check_choice("pin", self.pin, ("auto", True, False))
@@ -151,6 +155,16 @@ def _check_tier(kind: str, value: object, supported: tuple[str, ...]) -> None:
     _check_choice(kind, value, _TIERS)
     if value not in supported:
         raise InvalidArgument(f"{kind}={value!r}: not yet in this release; legal now: {_quoted(supported)}")
+
+
+def _check_units(units: Any) -> Any:
+    if units is None or (callable(units) and not isinstance(units, type)):
+        return units
+    if isinstance(units, (list, tuple)) and units and all(isinstance(entry, (str, type)) for entry in units):
+        return tuple(units)
+    raise InvalidArgument(
+        f"units={units!r}: give a list of module classes and names, a predicate over modules, or None"
+    )
 
 
 def _check_choice(name: str, value: object, legal: tuple[object, ...]) -> None:

@@ -23,9 +23,9 @@ def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
     """`parameters`: all of the model's, for the bytes on the device."""
     pool = engine.pool.stats()
     pipeline = engine.pipeline.stats()
+    resident_weights = sum(p.numel() * p.element_size() for p in parameters if p not in engine.streaming)
     device = {
-        "weights": engine.streaming.device_bytes
-        + sum(p.numel() * p.element_size() for p in parameters if p not in engine.streaming),
+        "weights": resident_weights + engine.streaming.device_bytes,
         "gradients": sum(
             p.grad.numel() * p.grad.element_size()
             for p in parameters
@@ -67,6 +67,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
         update_s=pipeline["update_ns"] / 1e9 + engine.torch_update_s,
         blocked_s=pipeline["blocked_ns"] / 1e9 + engine.torch_update_s,
         fallbacks=tuple(fallbacks),
+        peak_weight_bytes=resident_weights + engine.streaming.peak_bytes,
     )
 
 

@@ -21,7 +21,8 @@ class Stats:
     transfers: bytes and copies by direction (to_host, to_device).
     isa: the instruction set of the host update. pinned: host memory is page-locked; when it is not,
     pageable_reason says why. update_s: seconds the host update ran; blocked_s: seconds of these that
-    the training thread waited for. fallbacks: every slower path taken, one sentence each.
+    the training thread waited for. fallbacks: every slower path taken, one sentence each. peak_weight_bytes: the most
+    that weights took on the device at once.
     """
 
     steps: int
@@ -35,6 +36,7 @@ class Stats:
     update_s: float
     blocked_s: float
     fallbacks: tuple[str, ...] = ()
+    peak_weight_bytes: int = 0
 
     @property
     def hidden_share(self) -> float | None:
@@ -56,6 +58,7 @@ class Stats:
         memory = "pinned" if self.pinned else f"pageable ({self.pageable_reason or 'not asked for'})"
         rows = [("steps", str(self.steps))]
         rows += [(f"device {tag}", format_size(size)) for tag, size in self.device_bytes.items()]
+        rows.append(("device weights, peak", format_size(self.peak_weight_bytes)))
         rows += [(f"host {tag}", format_size(size)) for tag, size in self.host_bytes.items()]
         rows.append(("host memory", memory))
         rows += [(f"pool {name}", _counter(name, value)) for name, value in self.pool.items()]

@@ -76,6 +76,7 @@ class Streaming:
         self._copies: dict[int, Tensor] | None = None
         # Those with bytes on the device, and what their upload must be waited for; None: ready.
         self._uploads: dict[Residency, Any] = {}
+        self.peak_bytes = 0
         # The last upload of each, which may still read the host bytes.
         self.last_upload: dict[Residency, Any] = {}
 
@@ -309,6 +310,7 @@ class Streaming:
                     upload = self._store.start_weights(residency)
                     self._uploads[residency] = upload
                     self.last_upload[residency] = upload
+                    self.peak_bytes = max(self.peak_bytes, self.device_bytes)
             except BaseException:
                 if residency not in self._uploads:
                     residency.free()

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["ROOT_NAME", "Unit", "find_units", "is_dense"]
+from ._errors import InvalidArgument
+
+__all__ = ["ROOT_NAME", "Unit", "UnitChoice", "find_units", "is_dense"]
+
+# Module classes and qualified names, or a predicate over modules.
+UnitChoice = Sequence[type | str] | Callable[[nn.Module], bool]
 
 # No module can have this name: it cannot be written as an attribute path.
 ROOT_NAME = "(root)"
@@ -35,15 +40,18 @@ class Unit:
     is_root: bool
 
 
-def find_units(model: nn.Module) -> list[Unit]:
+def find_units(model: nn.Module, choice: UnitChoice | None = None) -> list[Unit]:
     """The units of `model` in registration order, the root unit first where there is one.
+
+    Blocks are the outermost modules of `choice`, or, for None, those that are repeated. Raises `InvalidArgument` for
+    an entry of `choice` that no module with parameters and a forward fits.
 
     Every parameter belongs to at least one unit, a tied one to every unit that holds it. A unit's module
     has a forward of its own (the root may not); modules without one, such as ModuleList or ParameterDict,
     are never units, their parts are. A module that is registered twice is one unit.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    block_ids = {id(block) for block in _blocks(model)}
+    block_ids = {id(block) for block in (_blocks(model) if choice is None else _chosen(model, choice))}
     ancestor_ids = {id(module) for module in model.modules() if _contains(module, block_ids)}
 
     tops: list[tuple[str, nn.Module]] = []
@@ -99,6 +107,28 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
             yield child
         else:
             yield from _blocks(child)
+
+
+def _chosen(model: nn.Module, choice: UnitChoice) -> list[nn.Module]:
+    able = [
+        (name, module) for name, module in model.named_modules() if _has_forward(module) and _holds_parameters(module)
+    ]
+    if callable(choice):
+        chosen = {id(module) for _, module in able if choice(module)}
+        if not chosen:
+            raise InvalidArgument(f"units={choice!r} chooses no module of this {type(model).__name__} with parameters")
+    else:
+        chosen = set()
+        for entry in choice:
+            fits = {id(m) for name, m in able if (name == entry if isinstance(entry, str) else isinstance(m, entry))}
+            if not fits:
+                raise InvalidArgument(
+                    f"units: {entry!r} is no module of this {type(model).__name__} with parameters and a forward; give "
+                    "classes or names as model.named_modules() has them"
+                )
+            chosen |= fits
+    inner = {id(m) for _, outer in able if id(outer) in chosen for m in outer.modules() if m is not outer}
+    return [module for _, module in able if id(module) in chosen - inner]
 
 
 def _repeated_elements(module: nn.Module) -> set[int]:

@@ -69,7 +69,7 @@ def wrap(
     _check_model(model)
     _check_optimizers(model, optimizers)
     device = _device_of(model, settings)
-    units = find_units(model)
+    units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
     _check_streaming(plan, optimizers)
 

@@ -52,7 +52,8 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
     "arguments",
     [
         ["train", "--steps", "0"],
-        ["train", "--params", "few"],
+        ["train", "--size", "few"],
+        ["train", "--params", "5M"],
         ["train", "--dtype", "int8"],
         ["bench", "it"],
         ["bench"],
@@ -121,6 +122,23 @@ def test_a_failed_check_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert "NOT equal bit for bit" in capsys.readouterr().out
 
 
+def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--layers", "12", "--hidden", "64", "--length", "16", "--batch", "2", "--steps", "3"]
+
+    def report(*arguments: str) -> dict[str, Any]:
+        assert main(["train", *sizes, "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    resident = report("--params", "device")
+    weights = resident["bytes"]["device"]["weights"]
+    streamed = report("--device-budget", str(weights // 4), "--check")
+    assert all(check["ok"] for check in streamed["check"].values())
+    assert streamed["losses"] == resident["losses"]
+    assert 0 < streamed["stats"]["peak_weight_bytes"] <= weights // 4 < resident["stats"]["peak_weight_bytes"]
+    assert main(["train", *sizes]) == 0
+    assert "weights on the device" in capsys.readouterr().out
+
+
 def test_ctrl_c_ends_with_the_table_so_far() -> None:
     arguments = [sys.executable, "-m", "offload", "train", *TINY, "--steps", "1000000", "--json"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -135,9 +153,9 @@ def test_ctrl_c_ends_with_the_table_so_far() -> None:
     assert "Traceback" not in errors
 
 
-def test_params_flag_sizes_the_model() -> None:
+def test_size_flag_sizes_the_model() -> None:
     for asked in (1_000_000, 5_000_000, 20_000_000):
-        options = argparse.Namespace(hidden=None, params=asked, layers=6, length=16, seed=0, dtype="float32")
+        options = argparse.Namespace(hidden=None, size=asked, layers=6, length=16, seed=0, dtype="float32")
         count = sum(parameter.numel() for parameter in build_model(options).parameters())
         assert 0.6 * asked < count < 1.6 * asked
 

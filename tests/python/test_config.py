@@ -72,6 +72,8 @@ def test_budgets_and_device_are_normalised() -> None:
         ({"gradients": "disk"}, ["gradients='disk'", "not yet"]),
         ({"params": "disk"}, ["params='disk'", "not yet", "'device', 'host', 'auto'"]),
         ({"prefetch": 0}, ["prefetch=0", "1 or more"]),
+        ({"units": "blocks"}, ["units='blocks'", "classes and names"]),
+        ({"units": [3]}, ["units=[3]"]),
         ({"prefetch": True}, ["prefetch=True"]),
         ({"activations": "host"}, ["activations='host'", "not yet"]),
         ({"master": "bf16"}, ["master='bf16'", "'split'"]),

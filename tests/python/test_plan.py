@@ -111,6 +111,40 @@ def test_auto_optimizer_stays_when_given_gradients_make_the_room() -> None:
     assert (plan.optimizer, plan.gradients) == ("device", "host")
 
 
+def layers(count: int = 8, numel: int = 100) -> list[ParameterSize]:
+    return [ParameterSize(f"layer{i}", numel, 2, "bfloat16", unit=f"unit{i}") for i in range(count)]
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_weights_on_the_host_leave_a_window(prefetch: int) -> None:
+    root = ParameterSize("scale", 10, 4, "float32", stays=True)
+    frozen = ParameterSize("frozen", 50, 2, "bfloat16", trainable=False, unit="unit0")
+    plan = plan_for(
+        [root, frozen, *layers()], Config(params="host", optimizer="host", gradients="host", prefetch=prefetch)
+    )
+    assert plan.params == "host"
+    assert plan.device == TierBytes(weights=40 + (1 + prefetch) * 2 * 150)
+    # The fp32 weight's master is what it is uploaded from; the frozen weight has a working copy, too.
+    assert plan.host == TierBytes(working=1700, master=1600 + 40, moments=8 * 810, gradients=1640)
+    alone = plan_for(layers(), Config(params="host", optimizer="device", gradients="device"))
+    assert (alone.host, alone.device.weights) == (TierBytes(working=1600), 400)
+    assert plan_for(layers(2), Config(params="host", prefetch=9)).device.weights == 400
+
+
+def test_auto_offloads_weights_last() -> None:
+    assert plan_for(layers(), device_bytes=BIG).params == "device"
+    resident = 8 * 100 * 2
+    plan = plan_for(layers(), Config(device_budget=resident))
+    assert (plan.optimizer, plan.gradients, plan.params) == ("host", "host", "device")
+    plan = plan_for(layers(), Config(device_budget=resident // 4))
+    assert (plan.optimizer, plan.gradients, plan.params) == ("host", "host", "host")
+    assert "params on the device would take" in plan.explain()
+    with pytest.raises(offload.InvalidArgument, match="smaller units"):
+        plan_for(layers(), Config(device_budget=resident // 4 - 1))
+    with pytest.raises(offload.InvalidArgument, match="params='auto'"):
+        plan_for(layers(), Config(device_budget=resident // 4, params="device"))
+
+
 def test_a_measured_device_leaves_a_quarter_to_activations() -> None:
     model = [parameter("p", 1000)]
     assert plan_for(model, device_bytes=21_334).optimizer == "device"  # 3/4 of it is 16,000.5

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import offload
 from offload._units import ROOT_NAME, Unit, find_units
 
 
@@ -220,3 +221,20 @@ leaves = st.one_of(
 )
 def test_every_parameter_of_any_tree_has_a_unit(model: nn.Module) -> None:
     assert_sound(model)
+
+
+def test_named_units() -> None:
+    class Inner(nn.Linear):
+        pass
+
+    def model() -> nn.Module:
+        tree = nn.ModuleDict({"a": nn.Sequential(Inner(2, 2), nn.Linear(2, 2)), "b": nn.Linear(2, 2), "c": Inner(2, 2)})
+        tree["a"][0].inner = Inner(2, 2)
+        return tree
+
+    assert names(find_units(model(), [Inner])) == ["a.0", "a.1", "b", "c"]
+    assert names(find_units(model(), ["a", Inner])) == ["a", "b", "c"]
+    assert names(find_units(model(), lambda module: isinstance(module, nn.Sequential))) == ["a", "b", "c"]
+    for choice in (["missing"], [nn.Conv2d], [nn.ModuleDict], lambda module: False):
+        with pytest.raises(offload.InvalidArgument, match="units"):
+            find_units(model(), choice)

@@ -73,11 +73,23 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "sources (byte tokens), with optimizer states and gradients on the host. Needs `transformers`.",
         epilog=_EPILOG,
     )
-    train.add_argument("--params", type=_count, default=5_000_000, metavar="N", help="about this many (default 5M)")
+    train.add_argument("--size", type=_count, default=5_000_000, metavar="N", help="parameters, about (default 5M)")
     train.add_argument("--layers", type=_positive, default=6, help="transformer blocks (default 6)")
-    train.add_argument("--hidden", type=_positive, default=None, help="hidden size; overrides --params")
+    train.add_argument("--hidden", type=_positive, default=None, help="hidden size; overrides --size")
     train.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the model (default bfloat16)")
     train.add_argument("--device", default=None, help="compute device (default: the accelerator, or the CPU)")
+    train.add_argument(
+        "--params",
+        choices=("auto", "device", "host"),
+        default="auto",
+        help="where weights are; auto keeps them on the device if its budget holds them (default auto)",
+    )
+    train.add_argument(
+        "--device-budget",
+        default=None,
+        metavar="SIZE",
+        help="for weights on the device, as '24GiB' (default: measured)",
+    )
     train.add_argument("--steps", type=_positive, default=200, help="optimizer steps (default 200)")
     train.add_argument("--batch", type=_positive, default=4, help="sequences a micro-batch (default 4)")
     train.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default 128)")

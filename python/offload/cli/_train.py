@@ -127,6 +127,7 @@ def _text(report: dict[str, Any]) -> str:
         ("steps", f"{report['steps']}{' (stopped)' if report['interrupted'] else ''}"),
         ("loss, first to last", _loss(report)),
         ("tokens/s", f"{report['tokens_per_s']:,.0f}"),
+        ("weights on the device", f"{format_bytes(stats['peak_weight_bytes'])} at most"),
         ("host update", f"{stats['update_s']:.2f} s in all ({stats['isa']})"),
         ("of it hidden", hidden),
     ]

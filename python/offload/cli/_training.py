@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import math
 import sys
@@ -49,7 +48,7 @@ def build_model(options: argparse.Namespace) -> nn.Module:
     """A Llama-style model with random weights; equal options give equal bits."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    hidden = options.hidden or _hidden_for(options.params, options.layers)
+    hidden = options.hidden or _hidden_for(options.size, options.layers)
     heads = max(1, hidden // _HEAD_SIZE)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -151,7 +150,7 @@ def train(
             run.seconds += time.perf_counter() - start
             _progress(label, step, steps, run)
             if step == snapshot_step:
-                run.weights = _weights(model, offloaded=offloaded is not None)
+                run.weights = _weights(model)
     except KeyboardInterrupt:
         run.interrupted = True
     _end_progress()
@@ -172,14 +171,17 @@ def _prepare(
         kind = torch.optim.AdamW if options.dtype == "float32" else MasterAdamW
         return model, kind(list(model.parameters()), **settings), None
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    model, offloaded = offload.wrap(model, optimizer, optimizer=placement, gradients=placement, device=device)
+    where = {"params": options.params, "device_budget": options.device_budget} if placement == "host" else {}
+    model, offloaded = offload.wrap(
+        model, optimizer, optimizer=placement, gradients=placement, device=device, **({"params": "device"} | where)
+    )
     return model, offloaded, offloaded
 
 
-def _weights(model: nn.Module, *, offloaded: bool) -> dict[str, Tensor]:
+def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Host copies of all parameters."""
-    with offload.full_params(model) if offloaded else contextlib.nullcontext():
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+    state = model.state_dict()
+    return {name: state[name].to("cpu", copy=True) for name, _ in model.named_parameters()}
 
 
 def _progress(label: str, step: int, steps: int, run: Run) -> None:
