@@ -32,6 +32,7 @@ from ._plan import Plan
 from ._residency import Residency
 from ._streaming import Streaming
 from ._units import Unit, is_dense
+from ._weight_lane import WeightLane
 
 # The engines of this process: the last one ends the threads that they share.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -108,9 +109,9 @@ class Engine:
         self._submissions = itertools.count()
         # Units in the order in which the latest forward touched them: the order of the next update.
         self._touched: dict[EngineUnit, None] = {}
-        self.streaming = Streaming(
-            units if plan.params == "host" else (), self, prefetch=config.prefetch, poison=config.poison_enabled
-        )
+        streamed = units if plan.params == "host" else ()
+        lane = WeightLane(self)
+        self.streaming = Streaming(streamed, lane, prefetch=config.prefetch, poison=config.poison_enabled)
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
         self._finalizer = weakref.finalize(
@@ -485,31 +486,14 @@ class Engine:
             if can_be_pending(state.parameter) and not state.streamed:
                 restore(state.parameter)
 
-    # --- the store of Streaming -----------------------------------------------------------------------------
-
-    def acquire_weights(self, nbytes: int) -> _native.HostBuffer:
-        return self.pool.acquire(nbytes, "weights")
-
-    def start_weights(self, residency: Residency) -> _native.Ticket:
-        # Jobs run in the order of their submission: what waits for the update submitted last waits for all.
-        waiting = [id(p) for p in residency.parameters if id(p) in self._tickets]
-        after = self._tickets[max(waiting, key=self._submitted.__getitem__)] if waiting else None
-        return self.transfers.submit_to_device(
-            residency.address, residency.host_address, residency.nbytes, self.lanes.compute_stream(), after
-        )
-
-    def wait_weights(self, upload: _native.Ticket) -> None:
-        self.transfers.wait_on_stream(self.lanes.compute_stream(), upload)
+    def latest_update(self, parameters: Sequence[Parameter]) -> _native.Ticket | None:
+        """The last submitted update of these parameters: jobs run in that order, so it ends after the others."""
+        waiting = [id(parameter) for parameter in parameters if id(parameter) in self._tickets]
+        return self._tickets[max(waiting, key=self._submitted.__getitem__)] if waiting else None
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
-        self._finish([self.states[id(p)] for p in parameters if id(p) in self.states])
-
-    def weight_written(self, parameter: Parameter, on_host: Tensor) -> None:
-        state = self.states.get(id(parameter))
-        if state is not None and state.on_host:
-            state.adopt_parameter()
-        else:
-            on_host.copy_(parameter)
+        """The updates of these parameters have ended afterwards."""
+        self._finish([self.states[id(parameter)] for parameter in parameters if id(parameter) in self.states])
 
     def require_own_process(self) -> None:
         """Raises `StateError` in a forked child: the pool's pages are not there, touching a state would crash."""

@@ -45,7 +45,7 @@ PYTHON_FLOORS = (
         "_activations", "_parameter_state",
     ),
     ("_gradient_lanes",),
-    ("_engine", "_engine_stats"),
+    ("_weight_lane", "_engine", "_engine_stats"),
     ("_checkpoint",),
     ("_hooks", "_optimizer", "_native_updater", "_torch_updater"),
     ("_wrap",),
