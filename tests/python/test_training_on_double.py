@@ -56,6 +56,18 @@ def test_bits_equal_host_device_and_resident(double: DriverDouble, dtype: torch.
     assert_same_bits(on_double, resident)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_streamed_weights_have_the_same_bits(double: DriverDouble, dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    on_double = wrapped_run(model, PINNED | {"params": "host"}, micro_batches=2)
+    assert on_double.optimizer.stats().device_bytes["weights"] < on_double.optimizer.stats().host_bytes["weights"]
+    assert double.misuses() == (0, "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_engine, "open_device", lambda _: _native.HostDevice())
+        resident = wrapped_run(model, RESIDENT, micro_batches=2)
+    assert_same_bits(on_double, resident)
+
+
 @pytest.mark.parametrize("lane", ["to_host", "to_device"])
 def test_step_does_not_wait_for_a_held_lane(double: DriverDouble, lane: str) -> None:
     expected = wrapped_run(make_model(depth=1), HOST, steps=2, clip=None)
