@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -68,7 +69,7 @@ class Hooks:
             for module in unit.modules:
                 self._before_forward(module, _make_ready(engine, engine_unit))
                 if engine.streaming.residencies:
-                    self._after_forward(module, _watch_backward(engine, engine_unit))
+                    self._after_forward(module, _watch_backward(module, engine, engine_unit))
         self._before_forward(model, engine.begin_forward)
         if engine.streaming.residencies:
             self._after_forward(model, lambda _: engine.end_forward())
@@ -141,9 +142,10 @@ def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:
 _TOUCHES = "offload.touches"
 
 
-def _watch_backward(engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
+def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
     """After its forward: backward touches `unit` before it runs the nodes that made its outputs."""
     weakly = weakref.ref(engine)  # graphs must not keep the engine
+    modules = list(module.modules())
 
     def touch(_: Any) -> None:
         engine = weakly()
@@ -154,7 +156,7 @@ def _watch_backward(engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
         engine.leave(unit)
         if not torch.is_grad_enabled():
             return
-        for tensor in _tensors_in(output):
+        for tensor in itertools.chain(_tensors_in(output), *(_tensors_kept(inner) for inner in modules)):
             if engine.streaming.shares_memory(unit.number, tensor):
                 engine.streaming.pin(unit.number)  # who uses the output uses the weight
             # The base too: an edit in place of a view gives the view a new node, and the base's stays.
@@ -166,6 +168,17 @@ def _watch_backward(engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
                     node.register_prehook(touch)
 
     return watch
+
+
+# What every module has: its parts, parameters, hooks.
+_ATTRIBUTES_OF_ALL = frozenset(vars(nn.Module()))
+
+
+def _tensors_kept(module: nn.Module) -> Iterator[Tensor]:
+    """Those that a forward left in attributes, as auxiliary losses are: in them or in lists, tuples and dicts."""
+    for name, value in vars(module).items():
+        if name not in _ATTRIBUTES_OF_ALL and isinstance(value, (Tensor, list, tuple, dict)):
+            yield from _tensors_in(value, depth=2)
 
 
 def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:

@@ -260,6 +260,14 @@ class Viewing(Block):
         return super().forward(x).view(x.shape)
 
 
+class Keeping(Block):
+    """Leaves a loss of its own in an attribute."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.losses = [self.down(self.up(x.detach())).tanh().mean()]
+        return super().forward(x)
+
+
 class Doubling(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -323,6 +331,14 @@ def edited(block: nn.Module, x: Tensor) -> Tensor:
 )
 def test_blocks(make: Callable[[], nn.Module], step: Callable[[nn.Module, Tensor], Tensor]) -> None:
     assert_streams_exactly(lambda: Listed(make, step))
+
+
+def test_losses_left_in_attributes() -> None:
+    def call(model: nn.Module, step: int) -> Tensor:
+        model(torch.randn(3, WIDTH))
+        return sum(block.losses[0] for block in model)
+
+    assert_streams_exactly(stack(lambda: Keeping(WIDTH)), call)
 
 
 def test_models_called_several_times_a_step_and_graphs_that_are_kept() -> None:
