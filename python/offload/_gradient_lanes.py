@@ -1,16 +1,13 @@
 """How gradients travel: off the device as backward makes them, back for accumulation, and into the update.
 
-`GradientLanes` is the store that `HostGrad` cells use (`_host_grad.GradStore`). It owns the bounded ring of device
-tensors whose copies, in either direction, are in flight, and the order in which backward produces gradients, for
-prefetching.
+`GradientLanes` is the store that `HostGrad` cells use (`_host_grad.GradStore`). It owns the order in which backward
+produces gradients, for prefetching.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,35 +17,12 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
-from ._errors import OffloadError
+from ._copy_lanes import CopyLanes, LandedBytes
 from ._grad_factors import apply_factor
 from ._host_grad import HostBytes, HostGrad, hold
-from ._interrupts import Uninterrupted
 
-# Device memory that gradients on their way may keep alive; beyond it the compute stream waits for the lane.
-_RING_BYTES = 256 << 20
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
-
-
-class LandedBytes:
-    """A host copy on its way or landed: `address` is valid once `ticket` ended; the buffer lives as long as this."""
-
-    __slots__ = ("address", "buffer", "ticket")
-
-    def __init__(self, buffer: _native.HostBuffer, ticket: _native.Ticket) -> None:
-        self.buffer = buffer
-        self.address = buffer.address
-        self.ticket = ticket
-
-
-@dataclass(eq=False, slots=True)
-class _Copy:
-    """A copy in flight, the device tensor that it reads or writes, and the compute stream which that belongs to."""
-
-    ticket: _native.Ticket
-    tensor: Tensor
-    stream: int
 
 
 @dataclass(frozen=True)
@@ -81,88 +55,28 @@ class StepGradient:
             landed.buffer.release_after(ticket)
 
 
-class GradientLanes:
+class GradientLanes(CopyLanes):
     """See the module's text. One compute thread at a time, as autograd gives it."""
 
     def __init__(self, device: torch.device, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
-        self._device = device
-        self._pool = pool
-        self._transfers = transfers
+        super().__init__(device, pool, transfers)
         self.learned: set[Any] = set()
-        self._ring: deque[_Copy] = deque()
-        self._ring_bytes = 0
         self._plain_ticket: _native.Ticket | None = None
         # id of a parameter -> the one whose gradient backward makes next. Weakly: gradients refer to their lanes, and
         # the garbage collector does not see through a parameter's .grad.
         self._next: weakref.WeakValueDictionary[int, Parameter] = weakref.WeakValueDictionary()
         self._latest: int | None = None
 
-    def compute_stream(self) -> int:
-        """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
-        if self._device.type == "cpu":
-            return 0
-        return torch.cuda.current_stream(self._device).cuda_stream
-
     # --- the store of HostGrad ------------------------------------------------------------------------------
 
     def to_host(self, tensor: Tensor) -> LandedBytes:
         """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed."""
-        nbytes = tensor.numel() * tensor.element_size()
-        buffer = self._pool.acquire(nbytes, "staging" if nbytes <= _SCALAR_BYTES else "gradients")
-        copy = self._keep(tensor)
-        with Uninterrupted():
-            copy.ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, copy.stream)
-            buffer.release_after(copy.ticket)
-        self._wait_for_room()
-        return LandedBytes(buffer, copy.ticket)
+        scalar = tensor.numel() * tensor.element_size() <= _SCALAR_BYTES
+        return self.send(tensor, "staging" if scalar else "gradients", self.compute_stream())
 
     def to_device(self, held: HostBytes, out: Tensor) -> None:
         """Fills `out` (same dense strides); the compute stream waits, not the host."""
         self.wait_upload(self.start_upload(held, out))
-
-    def start_upload(self, held: HostBytes, out: Tensor) -> _native.Ticket:
-        """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
-        assert isinstance(held, LandedBytes)
-        nbytes = out.numel() * out.element_size()
-        copy = self._keep(out)
-        with Uninterrupted():
-            copy.ticket = self._transfers.submit_to_device(
-                out.data_ptr(), held.address, nbytes, copy.stream, held.ticket
-            )
-            held.buffer.release_after(copy.ticket)
-        self._wait_for_room()
-        return copy.ticket
-
-    def wait_upload(self, ticket: _native.Ticket) -> None:
-        """The compute stream waits until what start_upload() returned has ended."""
-        self._transfers.wait_on_stream(self.compute_stream(), ticket)
-
-    def _keep(self, tensor: Tensor) -> _Copy:
-        """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
-        memory of others, whatever goes wrong in between."""
-        while self._ring and self._ring[0].ticket.done:
-            self._drop_oldest()
-        copy = _Copy(_native.Ticket(), tensor, self.compute_stream())
-        self._ring.append(copy)
-        self._ring_bytes += tensor.nbytes
-        return copy
-
-    def _drop_oldest(self) -> None:
-        with Uninterrupted():
-            self._ring_bytes -= self._ring.popleft().tensor.nbytes
-
-    def _wait_for_room(self) -> None:
-        while self._ring_bytes > _RING_BYTES:
-            oldest = self._ring[0]
-            # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
-            # and not the host, waits for the copy. Who uses a failed copy is told, not who comes next.
-            with contextlib.suppress(OffloadError):
-                self._transfers.wait_on_stream(oldest.stream, oldest.ticket)
-            self._drop_oldest()
-
-    def in_flight(self) -> list[_native.Ticket]:
-        """The tickets of copies that may not have ended."""
-        return [copy.ticket for copy in self._ring]
 
     # --- leaving in backward --------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ PYTHON_FLOORS = (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_streaming",
         "_activations", "_parameter_state",
     ),
-    ("_gradient_lanes",),
+    ("_copy_lanes", "_gradient_lanes"),
     ("_weight_lane", "_engine", "_engine_stats"),
     ("_checkpoint",),
     ("_hooks", "_optimizer", "_native_updater", "_torch_updater"),
@@ -52,9 +52,9 @@ PYTHON_FLOORS = (
 )  # fmt: skip
 DOORS = ("__init__", "__main__")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
-# _gradient_lanes is the engine's own store of gradients, in a file of its own.
+# _copy_lanes and _gradient_lanes are the engine's own way of copying and store of gradients, in files of their own.
 MAY_IMPORT_NATIVE = (
-    "_engine", "_gradient_lanes", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace",
+    "_engine", "_copy_lanes", "_gradient_lanes", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")

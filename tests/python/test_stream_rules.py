@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import offload
-from offload import _gradient_lanes, _native
+from offload import _copy_lanes, _gradient_lanes, _native
 from training import HOST, batches, loss_of, make_model, same_bits, train, wrapped_run
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -109,7 +109,7 @@ def test_b_the_source_of_a_departing_gradient_is_held_until_it_has_left() -> Non
 def test_b_the_ring_is_bounded_and_the_stream_of_the_memory_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     _, optimizer = wrapped()
     engine = optimizer._engine
-    monkeypatch.setattr(_gradient_lanes, "_RING_BYTES", 4096)
+    monkeypatch.setattr(_copy_lanes, "_RING_BYTES", 4096)
     streams = Streams(monkeypatch)
     engine.device.hold("to_host")
     recording = engine.lanes._transfers = Recording(engine.lanes._transfers, "wait_on_stream")

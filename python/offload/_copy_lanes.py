@@ -1,0 +1,104 @@
+"""Copies between the device and the host pool, with the device memory that they use held until they have ended.
+
+`CopyLanes` owns a bounded ring of device tensors whose copies, in either direction, are in flight. What travels, and in
+which order, is decided by who uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from . import _native
+from ._errors import OffloadError
+from ._host_grad import HostBytes
+from ._interrupts import Uninterrupted
+
+# Device memory that tensors on their way may keep alive; beyond it the compute stream waits for the lane.
+_RING_BYTES = 256 << 20
+
+
+class LandedBytes:
+    """A host copy on its way or landed: `address` is valid once `ticket` ended; the buffer lives as long as this."""
+
+    __slots__ = ("address", "buffer", "ticket")
+
+    def __init__(self, buffer: _native.HostBuffer, ticket: _native.Ticket) -> None:
+        self.buffer = buffer
+        self.address = buffer.address
+        self.ticket = ticket
+
+
+class CopyLanes:
+    """See the module's text. One compute thread at a time, as autograd gives it."""
+
+    def __init__(self, device: torch.device, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
+        self._device = device
+        self._pool = pool
+        self._transfers = transfers
+        # A copy, the device tensor that it reads or writes, and the compute stream that the tensor belongs to.
+        self._ring: deque[tuple[_native.Ticket, Tensor, int]] = deque()
+        self._ring_bytes = 0
+
+    def compute_stream(self) -> int:
+        """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
+        if self._device.type == "cpu":
+            return 0
+        return torch.cuda.current_stream(self._device).cuda_stream
+
+    def send(self, tensor: Tensor, tag: _native.Tag, stream: int) -> LandedBytes:
+        """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed.
+
+        stream: the compute stream that the tensor was made on. Raises `OutOfHostMemory`; nothing was started then.
+        """
+        nbytes = tensor.numel() * tensor.element_size()
+        buffer = self._pool.acquire(nbytes, tag)
+        with Uninterrupted():  # a copy in flight that nothing keeps alive would touch memory of others
+            ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, stream)
+            buffer.release_after(ticket)
+            self._keep(ticket, tensor, nbytes, stream)
+        self._wait_for_room()
+        return LandedBytes(buffer, ticket)
+
+    def start_upload(self, held: HostBytes, out: Tensor) -> _native.Ticket:
+        """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
+        assert isinstance(held, LandedBytes)
+        nbytes = out.numel() * out.element_size()
+        stream = self.compute_stream()
+        with Uninterrupted():
+            ticket = self._transfers.submit_to_device(out.data_ptr(), held.address, nbytes, stream, held.ticket)
+            held.buffer.release_after(ticket)
+            self._keep(ticket, out, nbytes, stream)
+        self._wait_for_room()
+        return ticket
+
+    def wait_upload(self, ticket: _native.Ticket) -> None:
+        """The compute stream waits until what start_upload() returned has ended."""
+        self._transfers.wait_on_stream(self.compute_stream(), ticket)
+
+    def in_flight(self) -> list[_native.Ticket]:
+        """The tickets of copies that may not have ended."""
+        return [ticket for ticket, *_ in self._ring]
+
+    def _keep(self, ticket: _native.Ticket, tensor: Tensor, nbytes: int, stream: int) -> None:
+        self._ring.append((ticket, tensor, stream))
+        self._ring_bytes += nbytes
+        while self._ring and self._ring[0][0].done:
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        _, kept, _ = self._ring.popleft()
+        self._ring_bytes -= kept.numel() * kept.element_size()
+
+    def _wait_for_room(self) -> None:
+        while self._ring_bytes > _RING_BYTES:
+            ticket, _, stream = self._ring[0]
+            # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
+            # and not the host, waits for the copy. Who uses a failed copy is told, not who comes next.
+            with contextlib.suppress(OffloadError):
+                self._transfers.wait_on_stream(stream, ticket)
+            with Uninterrupted():
+                self._drop_oldest()
