@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ._activation_region import offload_activations
     from ._adamw import AdamW
     from ._config import Config
     from ._errors import (
@@ -42,6 +43,7 @@ __all__ = [
     "StorageError",
     "__version__",
     "full_params",
+    "offload_activations",
     "unwrap",
     "wrap",
 ]
@@ -60,6 +62,7 @@ _HOMES = {
     "Stats": "_stats",
     "StorageError": "_errors",
     "full_params": "_wrap",
+    "offload_activations": "_activation_region",
     "unwrap": "_wrap",
     "wrap": "_wrap",
 }

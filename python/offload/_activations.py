@@ -5,11 +5,12 @@
 [Note: the allowance] One number of device bytes serves both directions. In forward the most recent `keep` bytes stay:
 a range departs when newer ones push it out, so the last of forward never leaves and backward's first need never waits.
 In backward the same bytes hold what is still kept and what is prefetched, in the order of the backward before, or else
-from the last saved to the first.
+from the last saved to the first. As much again may be on its way to the host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import weakref
@@ -41,7 +42,9 @@ __all__ = ["DEFAULT_KEEP", "MIN_BYTES", "Activations", "Lanes"]
 MIN_BYTES = 64 << 10
 # Of what a forward saves, what stays: one layer in eight hides the way back of the next, on links that keep up at all.
 DEFAULT_KEEP = 0.125
-# torch.utils.checkpoint saves its inputs from its own file, up to so many calls deep.
+# What may be on its way to the host where the allowance is smaller: the link needs it to be busy.
+_IN_FLIGHT_BYTES = 64 << 20
+# torch.utils.checkpoint saves its inputs from its own file: so many calls above ours, at most as many further ones.
 _CHECKPOINT_FRAMES = 3
 
 
@@ -49,7 +52,7 @@ class Lanes(Protocol):
     """What carries bytes between device and host: `_copy_lanes.CopyLanes`."""
 
     def compute_stream(self) -> int: ...
-    def send(self, tensor: Tensor, tag: Literal["activations"], stream: int) -> HostBytes: ...
+    def send(self, tensor: Tensor, tag: Literal["activations"], stream: int, room: int) -> HostBytes: ...
     def start_upload(self, held: HostBytes, out: Tensor) -> Any: ...
     def wait_upload(self, ticket: Any) -> None: ...
     def reserve(self, nbytes: int) -> None: ...
@@ -69,8 +72,8 @@ class Forward:
         self.order: dict[int, int | None] = {}
         self.latest: int | None = None  # read
         self.furthest: int | None = None  # read or prefetched
-        self._expected = expected
-        self._expected_count = expected_count
+        self.expected = expected
+        self.expected_count = expected_count
 
     def note_read(self, index: int) -> None:
         if index not in self.order:
@@ -82,7 +85,7 @@ class Forward:
     def after(self, index: int) -> int | None:
         """Which range backward probably reads next."""
         before = index - 1 if index else None
-        return self._expected.get(index, before) if self._expected_count == len(self.ranges) else before
+        return self.expected.get(index, before) if self.expected_count == len(self.ranges) else before
 
 
 class Activations:
@@ -120,13 +123,13 @@ class Activations:
         self._known: weakref.WeakValueDictionary[RangeKey, SavedRange] = weakref.WeakValueDictionary()
         self._recent: deque[weakref.ref[SavedRange]] = deque()  # on the device, the oldest first
         self._ahead: dict[int, weakref.ref[SavedRange]] = {}  # prefetched and not read, by id, the oldest first
-        # Bytes of live ranges: all that may leave, those of them on the device (before or after their way), on the host.
+        # Bytes of live ranges: of all that may leave, of those on the device (before or after their way), on the host.
         self._live_bytes = 0
-        self._live_peak_bytes = 0
+        self._live_peak_bytes = 0  # in this pass
+        self._earlier_peak_bytes = 0  # in the pass before
         self._device_bytes = 0
         self._host_bytes = 0
         self._host_peak_bytes = 0
-        self._reserved = False
 
     def begin(self, resident: Iterable[Tensor] = ()) -> None:
         """Called before a forward: parameters and buffers of the model, whose memory is not to leave."""
@@ -181,13 +184,17 @@ class Activations:
     def _save(self, key: RangeKey, tensor: Tensor) -> SavedRange:
         self._begin_pass()
         forward = self._forward
-        saved = SavedRange(self, key, tensor, self._lanes.compute_stream(), forward, len(forward.ranges))
-        reference = weakref.ref(saved)
+        stream = self._lanes.compute_stream()
         with Uninterrupted():
+            saved = SavedRange(self, key, tensor, stream, forward, len(forward.ranges))
+            reference = weakref.ref(saved)
             self._known[key] = saved
             self._recent.append(reference)
             forward.ranges.append(reference)
             forward.saved_bytes += key.nbytes
+            self._device_bytes += key.nbytes
+            self._live_bytes += key.nbytes
+            self._live_peak_bytes = max(self._live_peak_bytes, self._live_bytes)
         return saved
 
     def _begin_pass(self) -> None:
@@ -196,15 +203,146 @@ class Activations:
         if not over.ranges or (over.latest is None and self._live_bytes):
             return
         if over.latest is None:
-            self._forward = Forward(over._expected, over._expected_count)
+            self._forward = Forward(over.expected, over.expected_count)
         else:
             self._forward = Forward(over.order, len(over.ranges))
         self._recent = deque(reference for reference in self._recent if reference() is not None)
-        self._live_peak_bytes = self._live_bytes
-        if not self._reserved and self._host_peak_bytes:
-            self._reserved = True
-            with_room = self._host_peak_bytes
-            try:
-                self._lanes.reserve(with_room)
-            except OutOfHostMemory:
-                pass
+        self._earlier_peak_bytes, self._live_peak_bytes = self._live_peak_bytes, self._live_bytes
+        with contextlib.suppress(OutOfHostMemory):  # what does not fit stays on the device
+            self._lanes.reserve(self._host_peak_bytes - self._host_bytes)
+
+    def _allowance(self) -> int:
+        """See [Note: the allowance]. A share is one of the most that was alive, in this pass or the one before."""
+        if isinstance(self._keep, int):
+            return self._keep
+        return int(self._keep * max(self._live_peak_bytes, self._earlier_peak_bytes))
+
+    def _make_room(self) -> None:
+        keep = self._allowance()
+        newest = 1 if keep else 0
+        while self._device_bytes > keep and len(self._recent) > newest:
+            oldest = self._recent.popleft()()
+            if oldest is not None and oldest.source is not None:
+                self._depart(oldest)
+
+    def _depart(self, saved: SavedRange) -> None:
+        held = None
+        if self._host_bytes + saved.key.host_bytes <= self._budget:
+            with contextlib.suppress(OutOfHostMemory):
+                room = max(self._allowance(), _IN_FLIGHT_BYTES)
+                held = self._lanes.send(saved.departing(), "activations", saved.stream, room)
+        with Uninterrupted():
+            self._device_bytes -= saved.key.nbytes
+            if held is None:
+                saved.stays = True
+                saved.forward.refused_bytes += saved.key.nbytes
+                return
+            saved.held = held
+            saved.source = None
+            saved.forward.left_bytes += saved.key.nbytes
+            self._host_bytes += saved.key.host_bytes
+            self._host_peak_bytes = max(self._host_peak_bytes, self._host_bytes)
+
+    def forget(self, saved: SavedRange) -> None:
+        """Nothing refers to `saved` any more: its graph is gone."""
+        with self._lock:
+            self._live_bytes -= saved.key.nbytes
+            if saved.copy is not None or (saved.source is not None and not saved.stays):
+                self._device_bytes -= saved.key.nbytes
+            if saved.held is not None:
+                self._host_bytes -= saved.key.host_bytes
+            self._ahead.pop(id(saved), None)
+
+    # --- backward -------------------------------------------------------------------------------------------
+
+    def unpack(self, packed: KeptTensor | SavedView) -> Tensor:
+        """The tensor that `packed` stands for. Raises `RuntimeError`, as torch, when it was written to since.
+
+        The compute stream waits for its bytes. Raises `DeviceError` when they were lost on their way.
+        """
+        packed.check()
+        if isinstance(packed, KeptTensor):
+            return packed.tensor
+        saved = packed.range
+        with self._lock:
+            copy = self._bring(saved)
+            source = saved.source
+            if saved.note_read(packed):
+                self._drop_copy(saved)
+        if copy is None:
+            assert source is not None
+            return packed.of(source, 0)
+        try:
+            self._lanes.wait_upload(copy.ticket)
+        except OffloadError as error:
+            raise type(error)(
+                f"a saved activation of shape {tuple(packed.shape)} did not come back: {error}"
+            ) from error
+        copy.check(packed)
+        return packed.of(copy.memory, saved.key.begin)
+
+    def _bring(self, saved: SavedRange) -> DeviceCopy | None:
+        """The device memory that `saved` came back to, its upload started; None for one that never left."""
+        forward = saved.forward
+        forward.note_read(saved.index)
+        was_here = saved.source is not None or saved.copy is not None
+        stream = self._lanes.compute_stream()
+        if saved.source is None and (saved.copy is None or saved.copy.stream != stream):
+            if self._device_bytes + saved.key.nbytes > self._allowance():
+                self._evict()
+            self._start_return(saved, stream)
+        self._ahead.pop(id(saved), None)
+        if not was_here or forward.furthest is None:
+            forward.furthest = saved.index
+        self._prefetch(forward, stream)
+        return saved.copy
+
+    def _start_return(self, saved: SavedRange, stream: int) -> None:
+        assert saved.held is not None
+        memory = torch.empty(saved.key.count, dtype=saved.key.dtype, device=self._device)
+        if self._poison:
+            memory.view(torch.uint8).fill_(0xFF)  # NaN in every float format
+        ticket = self._lanes.start_upload(saved.held, memory)
+        with Uninterrupted():
+            if saved.copy is None:
+                self._device_bytes += saved.key.nbytes
+            saved.copy = DeviceCopy(memory, memory._version, ticket, stream)
+
+    def _prefetch(self, forward: Forward, stream: int) -> None:
+        """Goes on along the order of backward while the allowance lasts, but always one range ahead."""
+        allowance = self._allowance()
+        assert forward.furthest is not None
+        while (following := forward.after(forward.furthest)) is not None:
+            saved = forward.ranges[following]()
+            # Memory belongs to the stream it is allocated on: what another stream saved is brought when asked for.
+            if saved is not None and saved.held is not None and saved.copy is None and saved.stream == stream:
+                if self._ahead and self._device_bytes + saved.key.nbytes > allowance:
+                    return
+                self._start_return(saved, stream)
+                self._ahead[id(saved)] = weakref.ref(saved)
+            forward.furthest = following
+
+    def _evict(self) -> None:
+        """What was prefetched first and still not asked for makes room: its branch may never see backward."""
+        for key in list(self._ahead)[:1]:
+            saved = self._ahead.pop(key)()
+            if saved is not None:
+                self._drop_copy(saved)
+
+    def _drop_copy(self, saved: SavedRange) -> None:
+        if saved.copy is not None:
+            with Uninterrupted():
+                saved.copy = None
+                self._device_bytes -= saved.key.nbytes
+
+
+def _in_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint saves the inputs of a block right now, in either of its kinds."""
+    frame = sys._getframe(_CHECKPOINT_FRAMES)
+    for _ in range(_CHECKPOINT_FRAMES):
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False

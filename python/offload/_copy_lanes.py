@@ -7,6 +7,7 @@ which order, is decided by who uses it.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import deque
 
 import torch
@@ -49,10 +50,11 @@ class CopyLanes:
             return 0
         return torch.cuda.current_stream(self._device).cuda_stream
 
-    def send(self, tensor: Tensor, tag: _native.Tag, stream: int) -> LandedBytes:
+    def send(self, tensor: Tensor, tag: _native.Tag, stream: int, room: int | None = None) -> LandedBytes:
         """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed.
 
-        stream: the compute stream that the tensor was made on. Raises `OutOfHostMemory`; nothing was started then.
+        stream: the compute stream that the tensor was made on. room: bytes that may then be on their way.
+        Raises `OutOfHostMemory`; nothing was started then.
         """
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._pool.acquire(nbytes, tag)
@@ -60,7 +62,7 @@ class CopyLanes:
             ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, stream)
             buffer.release_after(ticket)
             self._keep(ticket, tensor, nbytes, stream)
-        self._wait_for_room()
+        self._wait_for_room(room)
         return LandedBytes(buffer, ticket)
 
     def start_upload(self, held: HostBytes, out: Tensor) -> _native.Ticket:
@@ -79,6 +81,13 @@ class CopyLanes:
         """The compute stream waits until what start_upload() returned has ended."""
         self._transfers.wait_on_stream(self.compute_stream(), ticket)
 
+    def reserve(self, nbytes: int) -> None:
+        """Obtains host pages now where fewer than `nbytes` are free. Raises `OutOfHostMemory`."""
+        pool = self._pool.stats()
+        free = pool["mapped_bytes"] - pool["used_bytes"] - pool["waiting_bytes"]
+        if nbytes > free:
+            self._pool.reserve(nbytes - free)
+
     def in_flight(self) -> list[_native.Ticket]:
         """The tickets of copies that may not have ended."""
         return [ticket for ticket, *_ in self._ring]
@@ -93,8 +102,9 @@ class CopyLanes:
         _, kept, _ = self._ring.popleft()
         self._ring_bytes -= kept.numel() * kept.element_size()
 
-    def _wait_for_room(self) -> None:
-        while self._ring_bytes > _RING_BYTES:
+    def _wait_for_room(self, room: int | None = None) -> None:
+        limit = _RING_BYTES if room is None else min(room, _RING_BYTES)
+        while self._ring_bytes > limit:
             ticket, _, stream = self._ring[0]
             # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
             # and not the host, waits for the copy. Who uses a failed copy is told, not who comes next.
@@ -102,3 +112,24 @@ class CopyLanes:
                 self._transfers.wait_on_stream(stream, ticket)
             with Uninterrupted():
                 self._drop_oldest()
+
+
+# Copies that have not ended by then were held or lost their device: the end goes on without them.
+_DRAIN_SECONDS = 5.0
+
+
+def open_lanes(device: torch.device, native: _native.Device, *, budget: int, pin: bool, poison: bool) -> CopyLanes:
+    """Lanes of their own, with a pool of `budget` bytes; all of it ends with the last that refers to the lanes."""
+    pool = _native.HostPool(native, budget_bytes=budget, pin=pin, poison=poison)
+    transfers = _native.TransferQueue(native)
+    lanes = CopyLanes(device, pool, transfers)
+    weakref.finalize(lanes, _drain, transfers, lanes._ring)
+    return lanes
+
+
+def _drain(transfers: _native.TransferQueue, ring: deque[tuple[_native.Ticket, Tensor, int]]) -> None:
+    """Ends the copies in flight on memory that is about to go. `transfers` is kept until then."""
+    for ticket, *_ in ring:
+        with contextlib.suppress(OffloadError):  # nobody is left to be told
+            if not ticket.wait(_DRAIN_SECONDS):
+                return

@@ -19,6 +19,8 @@ from ._host_grad import HostBytes
 # Kernels may choose their path, and with it their rounding, by the alignment of an address; allocators align to 512 at
 # most. So a range begins at a multiple of it, and what comes back is aligned as it was.
 _ALIGNMENT_BYTES = 512
+# Blocks of the host pool are multiples of this (csrc/memory/host_pool.h).
+_BLOCK_BYTES = 256
 # A view with gaps takes its whole storage along, for its siblings (q, k and v of one projection), unless that is more
 # than so many times the range that the view itself spans.
 _STORAGE_PER_SPAN = 2
@@ -46,14 +48,22 @@ class RangeKey:
     def nbytes(self) -> int:
         return self.count * self.dtype.itemsize
 
+    @property
+    def host_bytes(self) -> int:
+        return -(-self.nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
+
 
 @dataclass(slots=True)
 class DeviceCopy:
-    """Device memory that a range came back to: usable on any stream that waited for `ticket`, reused on `stream`."""
+    """Device memory that a range came back to, valid after `ticket`; allocated on, and given back to, `stream`."""
 
     memory: Tensor
+    version: int
     ticket: Any
     stream: int
+
+    def check(self, view: SavedView) -> None:
+        check_version(self.memory, self.version, self.memory.dtype, view.shape)
 
 
 class SavedRange:
@@ -64,14 +74,14 @@ class SavedRange:
     """
 
     __slots__ = (
-        "__weakref__", "copy", "forward", "held", "index", "key", "owner", "source", "storage", "stays", "stream", "turn",
-        "unread", "views", "witness",
+        "__weakref__", "copy", "forward", "held", "index", "key", "owner", "source", "stays", "storage", "stream",
+        "turn", "unread", "views", "witness",
     )  # fmt: skip
 
     def __init__(self, owner: Any, key: RangeKey, tensor: Tensor, stream: int, forward: Any, index: int) -> None:
         self.owner = owner
         self.key = key
-        self.storage = StorageWeakRef(tensor.untyped_storage())  # holds the address that the key names
+        self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # holds the address that the key names
         self.witness = version_witness(tensor)
         self.source: Tensor | None = tensor.detach()
         self.held: HostBytes | None = None
@@ -146,7 +156,7 @@ class KeptTensor:
 
 
 def version_witness(tensor: Tensor) -> Tensor:
-    """Shares the version counter of `tensor`, and none of its memory: it sees writes to memory that it does not hold."""
+    """Shares the version counter of `tensor` and none of its memory: it sees writes to what it does not hold."""
     witness = tensor.detach()
     witness.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return witness
@@ -166,9 +176,9 @@ def check_version(counter: Tensor, version: int, dtype: torch.dtype, shape: torc
 def keys_of(tensor: Tensor) -> tuple[RangeKey, RangeKey]:
     """The range that the tensor itself spans, and the one to send when nothing is known of it."""
     storage = tensor.untyped_storage()
-    size, offset, version = tensor.dtype.itemsize, tensor.storage_offset(), tensor._version
+    size, offset, version = tensor.dtype.itemsize, int(tensor.storage_offset()), tensor._version
     begin = offset - offset % (_ALIGNMENT_BYTES // size)
-    span = 1 + sum((length - 1) * step for length, step in zip(tensor.shape, tensor.stride(), strict=True))
+    span = 1 + sum(int(length - 1) * int(step) for length, step in zip(tensor.shape, tensor.stride(), strict=True))
     own = RangeKey(storage._cdata, tensor.dtype, begin, offset + span - begin, version)
     whole = RangeKey(storage._cdata, tensor.dtype, 0, storage.nbytes() // size, version)
     has_gaps = span > tensor.numel()

@@ -42,12 +42,12 @@ PYTHON_FLOORS = (
     ("_units", "_pending", "_interrupts", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace"),
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_streaming",
-        "_activations", "_parameter_state",
+        "_activations", "_saved_ranges", "_parameter_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
     ("_weight_lane", "_engine", "_engine_stats"),
     ("_checkpoint",),
-    ("_hooks", "_optimizer", "_native_updater", "_torch_updater"),
+    ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater"),
     ("_wrap",),
 )  # fmt: skip
 DOORS = ("__init__", "__main__")  # may import every floor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Allocations:
         events = self._profile.profiler.kineto_results.events()
         changes = [event.nbytes() for event in events if event.name() == "[memory]"]
         self.left = sum(changes)
+        self.peak = max(itertools.accumulate(changes), default=0)
         assert changes, "the profiler saw no allocation"
 
 

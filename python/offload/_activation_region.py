@@ -1,0 +1,113 @@
+"""`offload_activations`: activations off the device for any code, without `wrap`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from . import _activations
+from ._activations import Activations
+from ._config import Config, format_size, parse_size
+from ._copy_lanes import open_lanes
+from ._engine import open_device
+from ._errors import InvalidArgument
+from ._probe import probe_host
+
+__all__ = ["ActivationRegion", "offload_activations"]
+
+# Of the available host memory, where no budget is given: the rest is for everyone else.
+_HOST_SHARE = 0.9
+
+
+def offload_activations(
+    device: str | torch.device | None = None,
+    *,
+    budget: int | str | None = None,
+    keep: int | float | str | None = None,
+    min_bytes: int | str | None = None,
+) -> ActivationRegion:
+    """What autograd saves inside the context leaves the device and is back when backward needs it, with the same bits.
+
+        region = offload.offload_activations()
+        for batch in data:
+            with region:
+                loss = model(batch)
+            loss.backward()
+
+    Backward may run inside or after the context, several times, in part or never. Use one region for all steps: it
+    owns the host memory, and remembers the order of backward. Parameters, and views of them, stay where they are.
+
+    Args:
+        device: where activations are, `"cpu"` or a CUDA device; None takes the current one. Others are left alone.
+        budget: host memory to use (`"8GiB"` or bytes); what does not fit stays on the device. None measures.
+        keep: what may stay on the device of what is saved, the most recent: bytes (`"1GiB"`, an int) or a share (a
+            float, 0.0 to 1.0); as much is brought back ahead of backward. None is an eighth.
+        min_bytes: smaller tensors stay on the device; None is 64 KiB.
+
+    Raises:
+        InvalidArgument: an argument that is not legal. DeviceError: the device does not answer.
+    """
+    place = _device(device)
+    if isinstance(keep, float) and not 0.0 <= keep <= 1.0:
+        raise InvalidArgument(f"keep={keep}: a share is between 0.0 and 1.0; give bytes as an int or text")
+    kept = _activations.DEFAULT_KEEP if keep is None else keep if isinstance(keep, float) else _size("keep", keep)
+    host = int(probe_host().available_bytes * _HOST_SHARE) if budget is None else _size("budget", budget)
+    smallest = None if min_bytes is None else _size("min_bytes", min_bytes)
+    settings = Config()
+    lanes = open_lanes(
+        place, open_device(place), budget=host, pin=settings.pins_on(place.type), poison=settings.poison_enabled
+    )
+    return ActivationRegion(
+        Activations(lanes, place, budget=host, keep=kept, min_bytes=smallest, poison=settings.poison_enabled)
+    )
+
+
+class ActivationRegion:
+    """The context that `offload_activations` returns; may be entered many times, also within itself.
+
+    What was saved inside keeps the host memory and the lanes alive until the graph is gone.
+    """
+
+    def __init__(self, activations: Activations) -> None:
+        self._activations = activations
+        self._hooks = saved_tensors_hooks(activations.pack, activations.unpack)
+
+    def __enter__(self) -> ActivationRegion:
+        self._activations.begin()
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+    def stats(self) -> dict[str, int]:
+        """Of the latest forward: bytes that could leave, that left, and that the host budget kept on the device."""
+        return self._activations.stats()
+
+    def __repr__(self) -> str:
+        return f"<ActivationRegion: {format_size(self.stats()['offloaded_bytes'])} off the device>"
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidArgument(f"device={device!r} is no device that torch knows: {error}") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InvalidArgument(f"device={device!r}: legal are 'cpu' and 'cuda' devices")
+    if place.type == "cuda" and place.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return place
+
+
+def _size(name: str, value: int | float | str) -> int:
+    if isinstance(value, float):
+        raise InvalidArgument(f"{name}={value}: give bytes as an int, or text such as '8GiB'")
+    try:
+        return parse_size(value)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{name}: {error}") from None
