@@ -1,10 +1,16 @@
-"""`offload_activations`: activations off the device for any code, without `wrap`."""
+"""Where activations leave: `offload_activations` around any code, and the forward of a wrapped model."""
 
 from __future__ import annotations
 
+import itertools
+import sys
+import threading
+import weakref
+from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import _activations
@@ -13,9 +19,10 @@ from ._config import Config, format_size, parse_size
 from ._copy_lanes import open_lanes
 from ._engine import open_device
 from ._errors import InvalidArgument
+from ._interrupts import Uninterrupted
 from ._probe import probe_host
 
-__all__ = ["ActivationRegion", "offload_activations"]
+__all__ = ["ActivationRegion", "ModelRegion", "offload_activations"]
 
 # Of the available host memory, where no budget is given: the rest is for everyone else.
 _HOST_SHARE = 0.9
@@ -88,6 +95,58 @@ class ActivationRegion:
 
     def __repr__(self) -> str:
         return f"<ActivationRegion: {format_size(self.stats()['offloaded_bytes'])} off the device>"
+
+
+class ModelRegion:
+    """The context around the forward of a wrapped model: its hooks enter and leave it.
+
+    torch calls the hook that leaves after an `Exception`, but not after Ctrl-C: the next forward leaves then. Until
+    that, what other code saves in this thread goes the same way, and comes back the same.
+    """
+
+    def __init__(self, model: nn.Module, activations: Activations) -> None:
+        self._model = weakref.ref(model)
+        self._activations = activations
+        self._hooks = saved_tensors_hooks(activations.pack, activations.unpack)
+        self._entered = threading.local()
+
+    def enter(self) -> None:
+        model = self._model()
+        assert model is not None
+        depth = self._depth()
+        if depth:
+            outer = _running_forwards(model) - 1  # the model may call itself
+            while self._depth() > max(0, outer) and self._is_innermost():
+                self.leave()
+        self._activations.begin(itertools.chain(model.parameters(), model.buffers()))
+        with Uninterrupted():
+            self._hooks.__enter__()
+            self._entered.depth = self._depth() + 1
+
+    def leave(self) -> None:
+        if self._depth():
+            with Uninterrupted():
+                self._entered.depth -= 1
+                self._hooks.__exit__()
+
+    def _depth(self) -> int:
+        depth: int = getattr(self._entered, "depth", 0)  # of this thread, as the hooks are
+        return depth
+
+    def _is_innermost(self) -> bool:
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        return hooks is not None and hooks[0] == self._activations.pack
+
+
+def _running_forwards(model: nn.Module) -> int:
+    """How many calls of `model` this thread is in."""
+    count = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is model:
+            count += 1
+        frame = frame.f_back
+    return count
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -56,6 +56,7 @@ class Lanes(Protocol):
     def start_upload(self, held: HostBytes, out: Tensor) -> Any: ...
     def wait_upload(self, ticket: Any) -> None: ...
     def reserve(self, nbytes: int) -> None: ...
+    def pool_stats(self) -> dict[str, Any]: ...
 
 
 class Forward:
@@ -147,6 +148,10 @@ class Activations:
             "refused_bytes": forward.refused_bytes,
         }
 
+    def pool_stats(self) -> dict[str, Any]:
+        """The counters of the host pool that activations leave for."""
+        return self._lanes.pool_stats()
+
     # --- forward --------------------------------------------------------------------------------------------
 
     def pack(self, tensor: Tensor) -> KeptTensor | SavedView:
@@ -154,7 +159,7 @@ class Activations:
         if not self._may_leave(tensor):
             return KeptTensor(tensor)
         own, key = keys_of(tensor)
-        if key.nbytes < self._min_bytes:  # expanded
+        if key.count * key.dtype.itemsize < self._min_bytes:  # expanded
             return KeptTensor(tensor)
         with self._lock:
             saved = self._find(own) or self._find(key)
@@ -186,15 +191,16 @@ class Activations:
         forward = self._forward
         stream = self._lanes.compute_stream()
         with Uninterrupted():
-            saved = SavedRange(self, key, tensor, stream, forward, len(forward.ranges))
-            reference = weakref.ref(saved)
-            self._known[key] = saved
-            self._recent.append(reference)
-            forward.ranges.append(reference)
-            forward.saved_bytes += key.nbytes
-            self._device_bytes += key.nbytes
-            self._live_bytes += key.nbytes
+            saved = SavedRange(key, tensor, stream, forward, len(forward.ranges))
+            saved.owner = self
+            forward.saved_bytes += saved.nbytes
+            self._device_bytes += saved.nbytes
+            self._live_bytes += saved.nbytes
             self._live_peak_bytes = max(self._live_peak_bytes, self._live_bytes)
+            reference = weakref.ref(saved)
+            forward.ranges.append(reference)
+            self._recent.append(reference)
+            self._known[key] = saved
         return saved
 
     def _begin_pass(self) -> None:
@@ -227,30 +233,30 @@ class Activations:
 
     def _depart(self, saved: SavedRange) -> None:
         held = None
-        if self._host_bytes + saved.key.host_bytes <= self._budget:
+        if self._host_bytes + saved.host_bytes <= self._budget:
             with contextlib.suppress(OutOfHostMemory):
                 room = max(self._allowance(), _IN_FLIGHT_BYTES)
                 held = self._lanes.send(saved.departing(), "activations", saved.stream, room)
         with Uninterrupted():
-            self._device_bytes -= saved.key.nbytes
+            self._device_bytes -= saved.nbytes
             if held is None:
                 saved.stays = True
-                saved.forward.refused_bytes += saved.key.nbytes
+                saved.forward.refused_bytes += saved.nbytes
                 return
             saved.held = held
             saved.source = None
-            saved.forward.left_bytes += saved.key.nbytes
-            self._host_bytes += saved.key.host_bytes
+            saved.forward.left_bytes += saved.nbytes
+            self._host_bytes += saved.host_bytes
             self._host_peak_bytes = max(self._host_peak_bytes, self._host_bytes)
 
     def forget(self, saved: SavedRange) -> None:
         """Nothing refers to `saved` any more: its graph is gone."""
-        with self._lock:
-            self._live_bytes -= saved.key.nbytes
+        with self._lock, Uninterrupted():
+            self._live_bytes -= saved.nbytes
             if saved.copy is not None or (saved.source is not None and not saved.stays):
-                self._device_bytes -= saved.key.nbytes
+                self._device_bytes -= saved.nbytes
             if saved.held is not None:
-                self._host_bytes -= saved.key.host_bytes
+                self._host_bytes -= saved.host_bytes
             self._ahead.pop(id(saved), None)
 
     # --- backward -------------------------------------------------------------------------------------------
@@ -288,7 +294,7 @@ class Activations:
         was_here = saved.source is not None or saved.copy is not None
         stream = self._lanes.compute_stream()
         if saved.source is None and (saved.copy is None or saved.copy.stream != stream):
-            if self._device_bytes + saved.key.nbytes > self._allowance():
+            if self._device_bytes + saved.nbytes > self._allowance():
                 self._evict()
             self._start_return(saved, stream)
         self._ahead.pop(id(saved), None)
@@ -305,7 +311,7 @@ class Activations:
         ticket = self._lanes.start_upload(saved.held, memory)
         with Uninterrupted():
             if saved.copy is None:
-                self._device_bytes += saved.key.nbytes
+                self._device_bytes += saved.nbytes
             saved.copy = DeviceCopy(memory, memory._version, ticket, stream)
 
     def _prefetch(self, forward: Forward, stream: int) -> None:
@@ -316,7 +322,7 @@ class Activations:
             saved = forward.ranges[following]()
             # Memory belongs to the stream it is allocated on: what another stream saved is brought when asked for.
             if saved is not None and saved.held is not None and saved.copy is None and saved.stream == stream:
-                if self._ahead and self._device_bytes + saved.key.nbytes > allowance:
+                if self._ahead and self._device_bytes + saved.nbytes > allowance:
                     return
                 self._start_return(saved, stream)
                 self._ahead[id(saved)] = weakref.ref(saved)
@@ -333,7 +339,7 @@ class Activations:
         if saved.copy is not None:
             with Uninterrupted():
                 saved.copy = None
-                self._device_bytes -= saved.key.nbytes
+                self._device_bytes -= saved.nbytes
 
 
 def _in_checkpoint() -> bool:

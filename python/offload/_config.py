@@ -25,7 +25,7 @@ _SUPPORTED_TIERS: dict[str, tuple[str, ...]] = {
     "optimizer": ("device", "host", "auto"),
     "gradients": ("device", "host", "auto"),
     "params": ("device", "host", "auto"),
-    "activations": ("device", "auto"),
+    "activations": ("device", "host", "auto"),
 }
 _UNIT_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNIT_BYTES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -65,8 +65,8 @@ class Config:
     """The options of `offload.wrap`; immutable and checked when made.
 
     optimizer, gradients, params, activations: where each kind of tensor lives: `"device"`, `"host"` or
-        `"auto"` (the least that fits the device budget is offloaded, optimizer states first). This
-        release keeps activations on the device and has no `"disk"`.
+        `"auto"` (the least that fits the device budget is offloaded, optimizer states first; activations, whose size
+        is not known before they run, stay). This release has no `"disk"`.
     device: the compute device, as torch names it, where the model's parameters are; None takes theirs.
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.

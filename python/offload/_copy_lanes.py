@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ class CopyLanes:
         # A copy, the device tensor that it reads or writes, and the compute stream that the tensor belongs to.
         self._ring: deque[tuple[_native.Ticket, Tensor, int]] = deque()
         self._ring_bytes = 0
+        weakref.finalize(self, _drain, transfers, self._ring)
 
     def compute_stream(self) -> int:
         """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
@@ -81,9 +83,13 @@ class CopyLanes:
         """The compute stream waits until what start_upload() returned has ended."""
         self._transfers.wait_on_stream(self.compute_stream(), ticket)
 
+    def pool_stats(self) -> dict[str, Any]:
+        """The counters of the host pool."""
+        return self._pool.stats()
+
     def reserve(self, nbytes: int) -> None:
         """Obtains host pages now where fewer than `nbytes` are free. Raises `OutOfHostMemory`."""
-        pool = self._pool.stats()
+        pool = self.pool_stats()
         free = pool["mapped_bytes"] - pool["used_bytes"] - pool["waiting_bytes"]
         if nbytes > free:
             self._pool.reserve(nbytes - free)
@@ -121,10 +127,7 @@ _DRAIN_SECONDS = 5.0
 def open_lanes(device: torch.device, native: _native.Device, *, budget: int, pin: bool, poison: bool) -> CopyLanes:
     """Lanes of their own, with a pool of `budget` bytes; all of it ends with the last that refers to the lanes."""
     pool = _native.HostPool(native, budget_bytes=budget, pin=pin, poison=poison)
-    transfers = _native.TransferQueue(native)
-    lanes = CopyLanes(device, pool, transfers)
-    weakref.finalize(lanes, _drain, transfers, lanes._ring)
-    return lanes
+    return CopyLanes(device, pool, _native.TransferQueue(native))
 
 
 def _drain(transfers: _native.TransferQueue, ring: deque[tuple[_native.Ticket, Tensor, int]]) -> None:

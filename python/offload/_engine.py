@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
+from ._activations import Activations
 from ._adamw import FORMATS, AdamWHyper, check_gradient
 from ._config import Config
+from ._copy_lanes import CopyLanes
 from ._errors import InvalidArgument, OffloadError, StateError
 from ._gradient_lanes import GradientLanes, StepGradient
 from ._interrupts import Uninterrupted
@@ -76,15 +78,18 @@ class Engine:
         self.plan = plan
         self.config = config
         self.device = open_device(device)
-        self.pool = _native.HostPool(
-            self.device,
-            budget_bytes=plan.host_capacity,
-            pin=config.pins_on(device.type),
-            poison=config.poison_enabled,
-        )
+        options = {"pin": config.pins_on(device.type), "poison": config.poison_enabled}
+        for_activations = plan.host_bytes_for_activations
+        self.pool = _native.HostPool(self.device, budget_bytes=plan.host_capacity - for_activations, **options)
         self.transfers = _native.TransferQueue(self.device)
         self.pipeline = _native.StepPipeline(self.transfers)
         self.lanes = GradientLanes(device, self.pool, self.transfers)
+        self.activations: Activations | None = None
+        if plan.activations == "host":
+            # A pool of their own: they come and go in other sizes, and must not take the place of a gradient.
+            pool = _native.HostPool(self.device, budget_bytes=for_activations, **options)
+            lanes = CopyLanes(device, pool, self.transfers)
+            self.activations = Activations(lanes, device, budget=for_activations, poison=config.poison_enabled)
         self.isa = _native.active_isa()
         self.step_count = 0
         self._process = os.getpid()
@@ -539,6 +544,7 @@ class Engine:
         self.torch_optimizers.clear()
         for unit in self.units:
             unit.states.clear()
+        self.activations = None  # what graphs still hold keeps its lanes
         del self.pipeline, self.lanes, self.transfers, self.pool, self.device, self.streaming
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ._config import format_size
 from ._engine import Engine
 from ._host_grad import HostGrad
 from ._parameter_state import AdamWState
@@ -21,7 +22,9 @@ _POOL_COUNTERS = (
 
 def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
     """`parameters`: all of the model's, for the bytes on the device."""
-    pool = engine.pool.stats()
+    pools = [engine.pool.stats()]
+    if engine.activations is not None:
+        pools.append(engine.activations.pool_stats())
     pipeline = engine.pipeline.stats()
     resident_weights = sum(p.numel() * p.element_size() for p in parameters if p not in engine.streaming)
     device = {
@@ -36,7 +39,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
     if on_device:
         device["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
         device["moments"] = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes for s in on_device if isinstance(s, AdamWState))
-    host = dict(pool["tag_bytes"])
+    host = {tag: sum(pool["tag_bytes"][tag] for pool in pools) for tag in pools[0]["tag_bytes"]}
     if engine.torch_optimizers:
         tier = host if engine.plan.optimizer == "host" else device
         tier["torch_states"] = sum(_state_bytes(optimizer.state) for optimizer in engine.torch_optimizers)
@@ -46,8 +49,14 @@ def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
         for state in engine.states.values()
         if state.on_host and not can_be_pending(state.parameter)
     ]
-    if pool["pin_refused"]:
-        fallbacks.append(f"host memory is pageable: {pool['pin_refusal']}")
+    pin_refusal = next((pool["pin_refusal"] for pool in pools if pool["pin_refused"]), "")
+    if pin_refusal:
+        fallbacks.append(f"host memory is pageable: {pin_refusal}")
+    activations = {} if engine.activations is None else engine.activations.stats()
+    if activations.get("refused_bytes"):
+        fallbacks.append(
+            f"{format_size(activations['refused_bytes'])} of activations stayed on the device: host_budget is full"
+        )
     if engine.plan.optimizer == "device":
         fallbacks.append("optimizer on the device runs as separate torch operations")
     fallbacks += [
@@ -59,15 +68,16 @@ def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
         steps=engine.step_count,
         device_bytes=device,
         host_bytes=host,
-        pool={name: pool[name] for name in _POOL_COUNTERS},
+        pool={name: sum(pool[name] for pool in pools) for name in _POOL_COUNTERS},
         transfers=engine.transfers.stats(),
         isa=engine.isa,
-        pinned=pool["pinned_bytes"] > 0,
-        pageable_reason=pool["pin_refusal"] or None,
+        pinned=pools[0]["pinned_bytes"] > 0,
+        pageable_reason=pin_refusal or None,
         update_s=pipeline["update_ns"] / 1e9 + engine.torch_update_s,
         blocked_s=pipeline["blocked_ns"] / 1e9 + engine.torch_update_s,
         fallbacks=tuple(fallbacks),
         peak_weight_bytes=resident_weights + engine.streaming.peak_bytes,
+        activations=activations,
     )
 
 

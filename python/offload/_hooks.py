@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from ._activation_region import ModelRegion
 from ._engine import Engine, EngineUnit
 from ._units import Unit
 
@@ -73,6 +74,11 @@ class Hooks:
         self._before_forward(model, engine.begin_forward)
         if engine.streaming.residencies:
             self._after_forward(model, lambda _: engine.end_forward())
+        if engine.activations is not None:
+            region = ModelRegion(model, engine.activations)
+            self._before_forward(model, region.enter)
+            leave = ModuleHook(region.leave)
+            self._handles.append(model.register_forward_hook(leave, always_call=True))
 
     def _before_forward(self, module: nn.Module, call: Callable[[], None]) -> None:
         self._handles.append(module.register_forward_pre_hook(ModuleHook(call), prepend=True))

@@ -21,6 +21,8 @@ _FP32_MASTER_BYTES = 4
 # Of a measured device, what is left to activations and workspace: their size is not known before the
 # first step, and a quarter is what transformer training with checkpointing rarely exceeds.
 _ACTIVATION_SHARE = 0.25
+# Of what the host budget has left, what activations may take: they are most of what is not planned by size.
+_ACTIVATIONS_HOST_SHARE = 0.75
 # Of a measured host, what is left to everyone else (data loaders, page cache of the data).
 _HOST_SHARE_FOR_OTHERS = 0.10
 
@@ -85,6 +87,12 @@ class Plan:
     frozen_count: int
     reason: tuple[str, ...]
 
+    @property
+    def host_bytes_for_activations(self) -> int:
+        """Of what the host budget has left; the rest is for gradients that the training loop keeps."""
+        left = self.host_capacity - self.host.total
+        return int(left * _ACTIVATIONS_HOST_SHARE) if self.activations == "host" else 0
+
     def explain(self) -> str:
         """The plan as text: one line a kind, then the reasons."""
         return _table(self.device, self.host) + "\n" + "\n".join(f"- {line}" for line in self.reason)
@@ -145,6 +153,11 @@ def make_plan(
     reason = [*tried, f"{_words(choice)}: {_chosen(config)}"]
     reason.append(f"device: {format_size(device.total)} of {format_size(device_capacity)} ({device_note})")
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
+    if config.activations == "host":
+        reason.append(
+            "activations leave in forward as they are made, and take host memory up to "
+            f"{format_size(int((host_capacity - host.total) * _ACTIVATIONS_HOST_SHARE))}"
+        )
     reason += notes
     if device_kind == "cpu":
         reason.append("the compute device is the CPU: both tiers are one memory, and offloading saves none")
@@ -152,7 +165,7 @@ def make_plan(
         optimizer=optimizer,
         gradients=gradients,
         params=params,
-        activations="device",
+        activations="host" if config.activations == "host" else "device",
         master=sizes.master_form(optimizer),
         device_kind=device_kind,
         device=device,

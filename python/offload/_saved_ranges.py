@@ -44,14 +44,6 @@ class RangeKey:
     count: int
     version: int
 
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-    @property
-    def host_bytes(self) -> int:
-        return -(-self.nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
-
 
 @dataclass(slots=True)
 class DeviceCopy:
@@ -69,18 +61,21 @@ class DeviceCopy:
 class SavedRange:
     """See the module's text. Its bytes are in `source` (still on the device) or in `held` (on the host).
 
-    stream: the compute stream it was made on. index: its place in the order of its forward pass.
+    nbytes, host_bytes: on the device, and of the block on the host. stream: the compute stream it was made on.
+    index: its place in the order of its forward pass.
     copy: the memory it came back to, kept until all views of one backward pass have been read.
     """
 
     __slots__ = (
-        "__weakref__", "copy", "forward", "held", "index", "key", "owner", "source", "stays", "storage", "stream",
-        "turn", "unread", "views", "witness",
+        "__weakref__", "copy", "forward", "held", "host_bytes", "index", "key", "nbytes", "owner", "source", "stays",
+        "storage", "stream", "turn", "unread", "views", "witness",
     )  # fmt: skip
 
-    def __init__(self, owner: Any, key: RangeKey, tensor: Tensor, stream: int, forward: Any, index: int) -> None:
-        self.owner = owner
+    def __init__(self, key: RangeKey, tensor: Tensor, stream: int, forward: Any, index: int) -> None:
+        self.owner: Any = None  # who counts its bytes
         self.key = key
+        self.nbytes = key.count * key.dtype.itemsize
+        self.host_bytes = -(-self.nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
         self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # holds the address that the key names
         self.witness = version_witness(tensor)
         self.source: Tensor | None = tensor.detach()
@@ -95,7 +90,9 @@ class SavedRange:
         self.turn = 0
 
     def __del__(self) -> None:
-        self.owner.forget(self)
+        owner = getattr(self, "owner", None)  # not set where making it failed
+        if owner is not None:
+            owner.forget(self)
 
     def add_view(self, tensor: Tensor) -> SavedView:
         """What autograd keeps in place of `tensor`, which lies in this range."""

@@ -23,6 +23,7 @@ class Stats:
     pageable_reason says why. update_s: seconds the host update ran; blocked_s: seconds of these that
     the training thread waited for. fallbacks: every slower path taken, one sentence each. peak_weight_bytes: the most
     that weights took on the device at once.
+    activations: of the latest forward, bytes that could leave, that left, and that the host budget kept on the device.
     """
 
     steps: int
@@ -37,6 +38,7 @@ class Stats:
     blocked_s: float
     fallbacks: tuple[str, ...] = ()
     peak_weight_bytes: int = 0
+    activations: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def hidden_share(self) -> float | None:
@@ -60,6 +62,7 @@ class Stats:
         rows += [(f"device {tag}", format_size(size)) for tag, size in self.device_bytes.items()]
         rows.append(("device weights, peak", format_size(self.peak_weight_bytes)))
         rows += [(f"host {tag}", format_size(size)) for tag, size in self.host_bytes.items()]
+        rows += [(f"activations {name}", _counter(name, value)) for name, value in self.activations.items()]
         rows.append(("host memory", memory))
         rows += [(f"pool {name}", _counter(name, value)) for name, value in self.pool.items()]
         rows += [(f"transfers {name}", _counter(name, value)) for name, value in self.transfers.items()]

@@ -75,7 +75,7 @@ def test_budgets_and_device_are_normalised() -> None:
         ({"units": "blocks"}, ["units='blocks'", "classes and names"]),
         ({"units": [3]}, ["units=[3]"]),
         ({"prefetch": True}, ["prefetch=True"]),
-        ({"activations": "host"}, ["activations='host'", "not yet"]),
+        ({"activations": "disk"}, ["activations='disk'", "not yet"]),
         ({"master": "bf16"}, ["master='bf16'", "'split'"]),
         ({"lazy": 1}, ["lazy=1", "True"]),
         ({"pin": "yes"}, ["pin='yes'", "'auto'"]),

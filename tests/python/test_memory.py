@@ -27,7 +27,7 @@ class Allocations:
 
     def __exit__(self, *error: Any) -> None:
         self._profile.__exit__(*error)
-        events = self._profile.profiler.kineto_results.events()
+        events = sorted(self._profile.profiler.kineto_results.events(), key=lambda event: event.start_ns())
         changes = [event.nbytes() for event in events if event.name() == "[memory]"]
         self.left = sum(changes)
         self.peak = max(itertools.accumulate(changes), default=0)
