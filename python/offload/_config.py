@@ -25,8 +25,8 @@ _SUPPORTED_TIERS: dict[str, tuple[str, ...]] = {
     "optimizer": ("device", "host", "auto"),
     "gradients": ("device", "host", "auto"),
     "params": ("device", "host", "auto"),
-    "activations": ("device", "host", "auto"),
 }
+_ACTIVATION_PLACES = ("device", "host", "checkpoints", "auto")
 _UNIT_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNIT_BYTES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
@@ -64,9 +64,12 @@ def format_size(size_bytes: int) -> str:
 class Config:
     """The options of `offload.wrap`; immutable and checked when made.
 
-    optimizer, gradients, params, activations: where each kind of tensor lives: `"device"`, `"host"` or
-        `"auto"` (the least that fits the device budget is offloaded, optimizer states first; activations, whose size
-        is not known before they run, stay). This release has no `"disk"`.
+    optimizer, gradients, params: where each kind of tensor lives: `"device"`, `"host"` or `"auto"` (the least that
+        fits the device budget is offloaded, optimizer states first). This release has no `"disk"`.
+    activations: what autograd saves in forward: `"device"`, `"host"`, `"checkpoints"` (only what
+        torch.utils.checkpoint saves leaves, the inputs of its blocks), a share (a float, 0.0 to 1.0: so much of it
+        may leave, the first that was saved) or host bytes (`"8GiB"`, an int: no more may leave). `"auto"` keeps them
+        on the device, as their size is not known before they run.
     device: the compute device, as torch names it, where the model's parameters are; None takes theirs.
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.
@@ -87,7 +90,7 @@ class Config:
     optimizer: Tier = "auto"
     gradients: Tier = "auto"
     params: Tier = "auto"
-    activations: Tier = "auto"
+    activations: str | int | float = "auto"
     device: str | torch.device | None = None
     device_budget: int | str | None = None
     host_budget: int | str | None = None
@@ -102,6 +105,7 @@ class Config:
     def __post_init__(self) -> None:
         for kind, supported in _SUPPORTED_TIERS.items():
             _check_tier(kind, getattr(self, kind), supported)
+        _check_activations(self.activations)
         if self.device is not None:
             object.__setattr__(self, "device", str(self.device))
         for name in ("device_budget", "host_budget"):
@@ -127,6 +131,20 @@ class Config:
     def host_budget_bytes(self) -> int | None:
         """The given host budget in bytes, None when it is to be measured."""
         return None if self.host_budget is None else parse_size(self.host_budget)
+
+    @property
+    def activation_share(self) -> float:
+        """The share of what autograd saves that may leave the device."""
+        if isinstance(self.activations, float):
+            return self.activations
+        return 0.0 if self.activations in ("device", "auto", 0) else 1.0
+
+    @property
+    def activation_host_bytes(self) -> int | None:
+        """The host bytes that activations may take at most, where they were given."""
+        if isinstance(self.activations, float) or self.activations in _ACTIVATION_PLACES:
+            return None
+        return parse_size(self.activations)
 
     def pins_on(self, device_type: str) -> bool:
         """`pin`, or for `"auto"` whether a device of this type gains by it."""
@@ -165,6 +183,22 @@ def _check_units(units: Any) -> Any:
     raise InvalidArgument(
         f"units={units!r}: give a list of module classes and names, a predicate over modules, or None"
     )
+
+
+def _check_activations(value: object) -> None:
+    if isinstance(value, float) and 0.0 <= value <= 1.0:
+        return
+    if value == "disk":
+        raise InvalidArgument(f"activations='disk': not yet in this release; legal now: {_quoted(_ACTIVATION_PLACES)}")
+    if value in _ACTIVATION_PLACES:
+        return
+    try:
+        parse_size(value)  # type: ignore[arg-type]
+    except InvalidArgument:
+        raise InvalidArgument(
+            f"activations={value!r}: legal values are {_quoted(_ACTIVATION_PLACES)}, a share as a float from 0.0 to "
+            "1.0, and host bytes such as '8GiB'"
+        ) from None
 
 
 def _check_choice(name: str, value: object, legal: tuple[object, ...]) -> None:

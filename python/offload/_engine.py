@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
-from ._activations import Activations
+from ._activations import DEFAULT_KEEP, Activations
 from ._adamw import FORMATS, AdamWHyper, check_gradient
 from ._config import Config
 from ._copy_lanes import CopyLanes
@@ -79,17 +79,24 @@ class Engine:
         self.config = config
         self.device = open_device(device)
         options = {"pin": config.pins_on(device.type), "poison": config.poison_enabled}
-        for_activations = plan.host_bytes_for_activations
-        self.pool = _native.HostPool(self.device, budget_bytes=plan.host_capacity - for_activations, **options)
+        self.pool = _native.HostPool(
+            self.device, budget_bytes=plan.host_capacity - plan.activation_host_bytes, **options
+        )
         self.transfers = _native.TransferQueue(self.device)
         self.pipeline = _native.StepPipeline(self.transfers)
         self.lanes = GradientLanes(device, self.pool, self.transfers)
         self.activations: Activations | None = None
-        if plan.activations == "host":
+        if plan.activations != "device":
             # A pool of their own: they come and go in other sizes, and must not take the place of a gradient.
-            pool = _native.HostPool(self.device, budget_bytes=for_activations, **options)
-            lanes = CopyLanes(device, pool, self.transfers)
-            self.activations = Activations(lanes, device, budget=for_activations, poison=config.poison_enabled)
+            pool = _native.HostPool(self.device, budget_bytes=plan.activation_host_bytes, **options)
+            self.activations = Activations(
+                CopyLanes(device, pool, self.transfers),
+                device,
+                budget=plan.activation_host_bytes,
+                keep=max(DEFAULT_KEEP, 1 - config.activation_share),
+                checkpoints_only=plan.activations == "checkpoints",
+                poison=config.poison_enabled,
+            )
         self.isa = _native.active_isa()
         self.step_count = 0
         self._process = os.getpid()

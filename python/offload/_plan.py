@@ -12,6 +12,7 @@ from ._errors import InvalidArgument, OutOfHostMemory
 __all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
 
 Placement = Literal["device", "host"]
+ActivationPlacement = Literal["device", "host", "checkpoints"]
 MasterForm = Literal["none", "fp32", "split", "mixed"]
 
 # Two fp32 moments; see [Note: bytes a parameter].
@@ -69,13 +70,14 @@ class Plan:
     """What was chosen, what it takes and why.
 
     `device` and `host` are bytes by kind; `resident` is what the device would hold with nothing
-    offloaded. Capacities are the budgets the choice was made against, in bytes.
+    offloaded. Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what
+    activations may take on the host, beside `host`.
     """
 
     optimizer: Placement
     gradients: Placement
     params: Placement
-    activations: Placement
+    activations: ActivationPlacement
     master: MasterForm
     device_kind: str
     device: TierBytes
@@ -86,12 +88,7 @@ class Plan:
     trainable_count: int
     frozen_count: int
     reason: tuple[str, ...]
-
-    @property
-    def host_bytes_for_activations(self) -> int:
-        """Of what the host budget has left; the rest is for gradients that the training loop keeps."""
-        left = self.host_capacity - self.host.total
-        return int(left * _ACTIVATIONS_HOST_SHARE) if self.activations == "host" else 0
+    activation_host_bytes: int = 0
 
     def explain(self) -> str:
         """The plan as text: one line a kind, then the reasons."""
@@ -153,11 +150,12 @@ def make_plan(
     reason = [*tried, f"{_words(choice)}: {_chosen(config)}"]
     reason.append(f"device: {format_size(device.total)} of {format_size(device_capacity)} ({device_note})")
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
-    if config.activations == "host":
-        reason.append(
-            "activations leave in forward as they are made, and take host memory up to "
-            f"{format_size(int((host_capacity - host.total) * _ACTIVATIONS_HOST_SHARE))}"
-        )
+    activations, activation_host_bytes = _activations(config, host_capacity - host.total)
+    if activations == "device":
+        reason.append("activations stay on the device")
+    else:
+        what = "what checkpoints save leaves" if activations == "checkpoints" else "activations leave"
+        reason.append(f"{what} in forward and may take {format_size(activation_host_bytes)} on the host")
     reason += notes
     if device_kind == "cpu":
         reason.append("the compute device is the CPU: both tiers are one memory, and offloading saves none")
@@ -165,7 +163,7 @@ def make_plan(
         optimizer=optimizer,
         gradients=gradients,
         params=params,
-        activations="host" if config.activations == "host" else "device",
+        activations=activations,
         master=sizes.master_form(optimizer),
         device_kind=device_kind,
         device=device,
@@ -176,6 +174,7 @@ def make_plan(
         trainable_count=sum(p.numel for p in parameters if p.trainable),
         frozen_count=sum(p.numel for p in parameters if not p.trainable),
         reason=tuple(reason),
+        activation_host_bytes=activation_host_bytes,
     )
 
 
@@ -303,6 +302,16 @@ def _host_capacity(config: Config, host_bytes: int) -> tuple[int, str]:
         int(host_bytes * (1 - _HOST_SHARE_FOR_OTHERS)),
         f"{format_size(host_bytes)} measured, {_HOST_SHARE_FOR_OTHERS:.0%} left to others",
     )
+
+
+def _activations(config: Config, host_bytes_left: int) -> tuple[ActivationPlacement, int]:
+    """Where activations go, and what they may take on the host: gradients that the user keeps need the rest."""
+    if config.activation_share == 0:
+        return "device", 0
+    most = int(host_bytes_left * _ACTIVATIONS_HOST_SHARE)
+    if config.activation_host_bytes is not None:
+        most = min(most, config.activation_host_bytes)
+    return "checkpoints" if config.activations == "checkpoints" else "host", most
 
 
 def _chosen(config: Config) -> str:

@@ -117,6 +117,48 @@ def test_activations_alone_leave() -> None:
     assert_same(alone, Training("tiny", ON).steps(3))
 
 
+# --- some of them -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "checkpointed reentrant"])
+def test_only_the_inputs_of_checkpoints_leave(name: str) -> None:
+    training = Training(name, HOST | {"activations": "checkpoints"}).steps(3)
+    block_input = 4 * 6 * 24 * 4
+    assert training.optimizer.stats().activations["saved_bytes"] == 3 * block_input
+    assert training.optimizer.stats().activations["offloaded_bytes"] == 2 * block_input, "the newest stays"
+    assert_same(training, Training(name, ON).steps(3))
+
+
+def test_without_checkpoints_nothing_of_them_leaves() -> None:
+    training = Training("tiny", HOST | {"activations": "checkpoints"}).steps(1)
+    assert training.optimizer.stats().activations["saved_bytes"] == 0
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_share_leaves(share: float) -> None:
+    training = Training("tiny", HOST | {"activations": share}).steps(3)
+    stats = training.optimizer.stats().activations
+    largest = 4 * 6 * 48 * 4
+    assert abs(stats["offloaded_bytes"] - share * stats["saved_bytes"]) <= largest
+    assert_same(training, Training("tiny", ON).steps(3))
+
+
+def test_no_more_than_a_budget_leaves() -> None:
+    training = Training("tiny", HOST | {"activations": "16KiB"}).steps(3)
+    stats = training.optimizer.stats()
+    assert 8 << 10 < stats.activations["offloaded_bytes"] <= 16 << 10
+    assert training.optimizer.plan.activation_host_bytes == 16 << 10
+    assert stats.host_bytes["activations"] == 0
+    assert_same(training, Training("tiny", ON).steps(3))
+
+
+def test_nothing_leaves_by_itself() -> None:
+    for value in ("auto", "device", 0.0):
+        training = Training("tiny", HOST | {"activations": value}).steps(1)
+        assert training.activations is None and training.optimizer.plan.activations == "device"
+        assert training.optimizer.stats().activations == {}
+
+
 @pytest.mark.parametrize("compiled", ["blocks", "model"])
 def test_compiled_models(compiled: str) -> None:
     def run(placement: dict[str, Any]) -> list[float]:

@@ -94,6 +94,13 @@ def test_train_with_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert "equal bit for bit" in output.err, "with --json the table goes to stderr"
 
 
+def test_train_with_activations_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--steps", "3", "--check", "--activations", "0.5"]) == 0
+    assert "activations off the device" in capsys.readouterr().out
+    assert main(["train", *TINY, "--steps", "1", "--activations", "moon"]) == 2
+    assert "activations='moon'" in capsys.readouterr().err
+
+
 def test_train_in_fp32(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--steps", "3", "--check", "--dtype", "float32"]) == 0
     text = capsys.readouterr().out

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,10 @@ def test_budgets_and_device_are_normalised() -> None:
         ({"units": [3]}, ["units=[3]"]),
         ({"prefetch": True}, ["prefetch=True"]),
         ({"activations": "disk"}, ["activations='disk'", "not yet"]),
+        ({"activations": "hsot"}, ["activations='hsot'", "'checkpoints'", "'8GiB'"]),
+        ({"activations": 1.5}, ["activations=1.5", "0.0 to 1.0"]),
+        ({"activations": True}, ["activations=True", "'host'"]),
+        ({"activations": None}, ["activations=None", "'host'"]),
         ({"master": "bf16"}, ["master='bf16'", "'split'"]),
         ({"lazy": 1}, ["lazy=1", "True"]),
         ({"pin": "yes"}, ["pin='yes'", "'auto'"]),
@@ -92,6 +97,18 @@ def test_bad_options_are_named(options: dict[str, object], words: list[str]) -> 
         Config.resolve(None, options)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "share", "host_bytes"),
+    [
+        ("auto", 0.0, None), ("device", 0.0, None), ("host", 1.0, None), ("checkpoints", 1.0, None), (0.25, 0.25, None),
+        (0.0, 0.0, None), ("8GiB", 1.0, 8 << 30), (4096, 1.0, 4096), (0, 0.0, 0),
+    ],
+)  # fmt: skip
+def test_activations_take_places_shares_and_bytes(value: Any, share: float, host_bytes: int | None) -> None:
+    config = Config(activations=value)
+    assert (config.activation_share, config.activation_host_bytes) == (share, host_bytes)
 
 
 def test_resolve_lays_options_over_the_config() -> None:

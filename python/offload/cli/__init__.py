@@ -90,6 +90,13 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="SIZE",
         help="for weights on the device, as '24GiB' (default: measured)",
     )
+    train.add_argument(
+        "--activations",
+        type=_activations,
+        default="device",
+        metavar="WHERE",
+        help="device (default), host, a share that may leave such as 0.5, or host bytes such as 8GiB",
+    )
     train.add_argument("--steps", type=_positive, default=200, help="optimizer steps (default 200)")
     train.add_argument("--batch", type=_positive, default=4, help="sequences a micro-batch (default 4)")
     train.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default 128)")
@@ -148,6 +155,14 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
+
+
+def _activations(text: str) -> str | float:
+    """A share is a number with a point; everything else is checked by `offload.wrap`."""
+    try:
+        return float(text) if "." in text else text
+    except ValueError:
+        return text
 
 
 def _count(text: str) -> int:

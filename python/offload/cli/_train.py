@@ -131,6 +131,9 @@ def _text(report: dict[str, Any]) -> str:
         ("host update", f"{stats['update_s']:.2f} s in all ({stats['isa']})"),
         ("of it hidden", hidden),
     ]
+    if stats["activations"]:
+        left, saved = (format_bytes(stats["activations"][key]) for key in ("offloaded_bytes", "saved_bytes"))
+        facts.append(("activations off the device", f"{left} of {saved} a forward"))
     facts += [(f"check: {name.replace('_', ' ')}", _verdict(name, entry)) for name, entry in _checks(report)]
     width = max(len(name) for name, _ in facts)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts) + "\n\n" + table(rows)

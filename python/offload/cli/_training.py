@@ -171,9 +171,15 @@ def _prepare(
         kind = torch.optim.AdamW if options.dtype == "float32" else MasterAdamW
         return model, kind(list(model.parameters()), **settings), None
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    where = {"params": options.params, "device_budget": options.device_budget} if placement == "host" else {}
+    where: dict[str, Any] = {"params": "device"}
+    if placement == "host":
+        where = {
+            "params": options.params,
+            "device_budget": options.device_budget,
+            "activations": options.activations,
+        }
     model, offloaded = offload.wrap(
-        model, optimizer, optimizer=placement, gradients=placement, device=device, **({"params": "device"} | where)
+        model, optimizer, optimizer=placement, gradients=placement, device=device, **where
     )
     return model, offloaded, offloaded
 
