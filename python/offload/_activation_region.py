@@ -135,7 +135,7 @@ class ModelRegion:
 
     def _is_innermost(self) -> bool:
         hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-        return hooks is not None and hooks[0] == self._activations.pack
+        return hooks is not None and hooks[0] is self._hooks.pack_hook
 
 
 def _running_forwards(model: nn.Module) -> int:

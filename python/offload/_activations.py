@@ -16,10 +16,12 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.utils import checkpoint
 
 from ._errors import OffloadError, OutOfHostMemory
@@ -44,8 +46,8 @@ MIN_BYTES = 64 << 10
 DEFAULT_KEEP = 0.125
 # What may be on its way to the host where the allowance is smaller: the link needs it to be busy.
 _IN_FLIGHT_BYTES = 64 << 20
-# torch.utils.checkpoint saves its inputs from its own file: so many calls above ours, at most as many further ones.
-_CHECKPOINT_FRAMES = 3
+# torch.utils.checkpoint saves its inputs from its own file, so many calls above _in_checkpoint() at most.
+_CHECKPOINT_FRAMES = 8
 
 
 class Lanes(Protocol):
@@ -154,6 +156,7 @@ class Activations:
 
     # --- forward --------------------------------------------------------------------------------------------
 
+    @_disable_dynamo  # compiled code calls it between its graphs
     def pack(self, tensor: Tensor) -> KeptTensor | SavedView:
         """What autograd keeps in place of `tensor`."""
         if not self._may_leave(tensor):
@@ -261,6 +264,7 @@ class Activations:
 
     # --- backward -------------------------------------------------------------------------------------------
 
+    @_disable_dynamo
     def unpack(self, packed: KeptTensor | SavedView) -> Tensor:
         """The tensor that `packed` stands for. Raises `RuntimeError`, as torch, when it was written to since.
 
@@ -344,11 +348,8 @@ class Activations:
 
 def _in_checkpoint() -> bool:
     """Whether torch.utils.checkpoint saves the inputs of a block right now, in either of its kinds."""
-    frame = sys._getframe(_CHECKPOINT_FRAMES)
+    frame: FrameType | None = sys._getframe()
     for _ in range(_CHECKPOINT_FRAMES):
-        if frame.f_code.co_filename == checkpoint.__file__:
-            return True
-        if frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return False
+        if frame is not None and frame.f_code.co_filename != checkpoint.__file__:
+            frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename == checkpoint.__file__

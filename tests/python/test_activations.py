@@ -233,6 +233,25 @@ def test_hooks_of_the_user_inside_keep_their_tensors(device: torch.device) -> No
     assert same_bits(x.grad, expected.grad)
 
 
+def test_a_gradient_that_aliases_what_came_back_keeps_its_value(device: torch.device) -> None:
+    class Alias(Watch):
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+            return ctx.saved_tensors[0].view(-1), None
+
+    region = region_of(device)
+    x = torch.zeros(4096, requires_grad=True)
+    with region:
+        y = x + 3
+        loss = Alias.apply(y, [])
+    del y
+    loss.sum().backward()
+    del loss
+    for _ in range(4):
+        small(region, torch.ones(4096, requires_grad=True)).backward()
+    assert torch.equal(x.grad, torch.full((4096,), 3.0))
+
+
 # --- order and memory ---------------------------------------------------------------------------------------
 
 
