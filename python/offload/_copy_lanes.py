@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,15 @@ class LandedBytes:
         self.ticket = ticket
 
 
+@dataclass(eq=False, slots=True)
+class _Copy:
+    """A copy in flight, the device tensor that it reads or writes, and the compute stream which that belongs to."""
+
+    ticket: _native.Ticket
+    tensor: Tensor
+    stream: int
+
+
 class CopyLanes:
     """See the module's text. One compute thread at a time, as autograd gives it."""
 
@@ -41,8 +51,7 @@ class CopyLanes:
         self._device = device
         self._pool = pool
         self._transfers = transfers
-        # A copy, the device tensor that it reads or writes, and the compute stream that the tensor belongs to.
-        self._ring: deque[tuple[_native.Ticket, Tensor, int]] = deque()
+        self._ring: deque[_Copy] = deque()
         self._ring_bytes = 0
         weakref.finalize(self, _drain, transfers, self._ring)
 
@@ -60,24 +69,25 @@ class CopyLanes:
         """
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._pool.acquire(nbytes, tag)
-        with Uninterrupted():  # a copy in flight that nothing keeps alive would touch memory of others
-            ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, stream)
-            buffer.release_after(ticket)
-            self._keep(ticket, tensor, nbytes, stream)
+        copy = self._keep(tensor, stream)
+        with Uninterrupted():
+            copy.ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, stream)
+            buffer.release_after(copy.ticket)
         self._wait_for_room(room)
-        return LandedBytes(buffer, ticket)
+        return LandedBytes(buffer, copy.ticket)
 
     def start_upload(self, held: HostBytes, out: Tensor) -> _native.Ticket:
         """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
         assert isinstance(held, LandedBytes)
         nbytes = out.numel() * out.element_size()
-        stream = self.compute_stream()
+        copy = self._keep(out, self.compute_stream())
         with Uninterrupted():
-            ticket = self._transfers.submit_to_device(out.data_ptr(), held.address, nbytes, stream, held.ticket)
-            held.buffer.release_after(ticket)
-            self._keep(ticket, out, nbytes, stream)
+            copy.ticket = self._transfers.submit_to_device(
+                out.data_ptr(), held.address, nbytes, copy.stream, held.ticket
+            )
+            held.buffer.release_after(copy.ticket)
         self._wait_for_room()
-        return ticket
+        return copy.ticket
 
     def wait_upload(self, ticket: _native.Ticket) -> None:
         """The compute stream waits until what start_upload() returned has ended."""
@@ -96,28 +106,31 @@ class CopyLanes:
 
     def in_flight(self) -> list[_native.Ticket]:
         """The tickets of copies that may not have ended."""
-        return [ticket for ticket, *_ in self._ring]
+        return [copy.ticket for copy in self._ring]
 
-    def _keep(self, ticket: _native.Ticket, tensor: Tensor, nbytes: int, stream: int) -> None:
-        self._ring.append((ticket, tensor, stream))
-        self._ring_bytes += nbytes
-        while self._ring and self._ring[0][0].done:
+    def _keep(self, tensor: Tensor, stream: int) -> _Copy:
+        """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
+        memory of others, whatever goes wrong in between."""
+        while self._ring and self._ring[0].ticket.done:
             self._drop_oldest()
+        copy = _Copy(_native.Ticket(), tensor, stream)
+        self._ring.append(copy)
+        self._ring_bytes += tensor.nbytes
+        return copy
 
     def _drop_oldest(self) -> None:
-        _, kept, _ = self._ring.popleft()
-        self._ring_bytes -= kept.numel() * kept.element_size()
+        with Uninterrupted():
+            self._ring_bytes -= self._ring.popleft().tensor.nbytes
 
     def _wait_for_room(self, room: int | None = None) -> None:
         limit = _RING_BYTES if room is None else min(room, _RING_BYTES)
         while self._ring_bytes > limit:
-            ticket, _, stream = self._ring[0]
+            oldest = self._ring[0]
             # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
             # and not the host, waits for the copy. Who uses a failed copy is told, not who comes next.
             with contextlib.suppress(OffloadError):
-                self._transfers.wait_on_stream(stream, ticket)
-            with Uninterrupted():
-                self._drop_oldest()
+                self._transfers.wait_on_stream(oldest.stream, oldest.ticket)
+            self._drop_oldest()
 
 
 # Copies that have not ended by then were held or lost their device: the end goes on without them.
@@ -130,9 +143,9 @@ def open_lanes(device: torch.device, native: _native.Device, *, budget: int, pin
     return CopyLanes(device, pool, _native.TransferQueue(native))
 
 
-def _drain(transfers: _native.TransferQueue, ring: deque[tuple[_native.Ticket, Tensor, int]]) -> None:
+def _drain(transfers: _native.TransferQueue, ring: deque[_Copy]) -> None:
     """Ends the copies in flight on memory that is about to go. `transfers` is kept until then."""
-    for ticket, *_ in ring:
+    for copy in ring:
         with contextlib.suppress(OffloadError):  # nobody is left to be told
-            if not ticket.wait(_DRAIN_SECONDS):
+            if not copy.ticket.wait(_DRAIN_SECONDS):
                 return

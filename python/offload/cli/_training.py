@@ -178,9 +178,7 @@ def _prepare(
             "device_budget": options.device_budget,
             "activations": options.activations,
         }
-    model, offloaded = offload.wrap(
-        model, optimizer, optimizer=placement, gradients=placement, device=device, **where
-    )
+    model, offloaded = offload.wrap(model, optimizer, optimizer=placement, gradients=placement, device=device, **where)
     return model, offloaded, offloaded
 
 
