@@ -266,6 +266,20 @@ class Streaming:
             if not self._holds:
                 self.empty()
 
+    @contextlib.contextmanager
+    def saving_copies(self) -> Iterator[None]:
+        """Inside the context autograd saves copies of weights: they may be gone when the nodes made here run."""
+        if not self.residencies:
+            yield
+            return
+        storages = {residency.storage_key for residency in self.residencies}
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().clone() if tensor.untyped_storage()._cdata in storages else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(copy, lambda saved: saved):
+            yield
+
     def open_for_writing(self, parameters: Iterable[Parameter]) -> None:
         """Brings these parameters; what is written to them goes to the host at the next touch, step or state_dict()."""
         wanted = self._those_of(parameters)

@@ -28,6 +28,7 @@ class WeightLane:
 
     def start_weights(self, residency: Residency) -> Any:
         engine = self._engine
+        engine.require_own_process()
         return engine.transfers.submit_to_device(
             residency.address,
             residency.host_address,
@@ -40,6 +41,7 @@ class WeightLane:
         self._engine.transfers.wait_on_stream(self._engine.lanes.compute_stream(), upload)
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
+        self._engine.require_own_process()
         self._engine.settle_updates(parameters)
 
     def weight_written(self, parameter: Parameter, on_host: Tensor) -> None:

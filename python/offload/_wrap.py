@@ -148,11 +148,11 @@ def full_params(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the context every parameter of the wrapped `model` is present and current, for reading and writing.
 
     In-place writes re-seed the optimizer's masters at the next step. With `params="host"` all of the weights are on
-    the device until the context ends: copy what is to outlive it, and end what autograd recorded inside before it.
+    the device until the context ends: copy what is to outlive it, as autograd does with weights that it saves inside.
     """
     engine, *_ = _parts_of(model)
     engine.synchronize()
-    with engine.streaming.present():
+    with engine.streaming.present(), engine.streaming.saving_copies():
         yield model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
 from typing import Any
 
@@ -327,6 +328,39 @@ def test_optimizer_states_alone_leave_the_weights() -> None:
         return train(model, optimizer)
 
     assert_same_bits(run(ALL), run(RESIDENT))
+
+
+def test_a_penalty_on_weights_inside_full_params() -> None:
+    def run(placement: dict[str, str]) -> list[float]:
+        model, optimizer = streamed(make_model(), placement)
+        losses = []
+        for tokens in batches(3):
+            loss = loss_of(model, tokens)
+            with offload.full_params(model):
+                loss = loss + sum(p.pow(3).sum() for p in model.parameters())
+            loss.backward()
+            losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses
+
+    assert run(ALL) == run(RESIDENT)
+
+
+@pytest.mark.cpu_only
+def test_a_forked_child_has_no_weights() -> None:
+    model, _ = streamed(make_model())
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            for use in (model.state_dict, lambda: copy.deepcopy(model), lambda: loss_of(model, next(batches(1)))):
+                with pytest.raises(offload.StateError, match="process"):
+                    use()
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_no_step_inside_full_params() -> None:
