@@ -54,7 +54,7 @@ def open_device(device: torch.device) -> _native.Device:
 
 @dataclass(eq=False)
 class EngineUnit:
-    """What the engine keeps of a unit: its states, and whether any of them waits for an update."""
+    """What the engine keeps of a unit: its number and states, and whether any of them waits for an update."""
 
     name: str
     number: int

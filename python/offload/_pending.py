@@ -3,7 +3,8 @@
 After `optim.step()` the new value of a parameter is still being computed. Until it has arrived the parameter's
 class is `PendingParameter`: metadata passes, and any other access first waits for the value (torch's own
 `UninitializedParameter` swaps classes the same way). Units restore the class before they compute, so inside a
-model's forward nothing of this is seen.
+model's forward nothing of this is seen. A streamed parameter that is away wears it too, and answers with an error, or
+while copies of the model are made with its value (`Away`).
 """
 
 from __future__ import annotations

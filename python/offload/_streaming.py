@@ -341,11 +341,11 @@ class Streaming:
             except BaseException:
                 self._free(residency)  # the next touch sends for it again
                 raise
-            with Uninterrupted():
-                for parameter in residency.parameters:
-                    restore(parameter)
-                residency.mark_equal()
-                self._uploads[residency] = None
+            # Interrupted here, all of it is done again.
+            for parameter in residency.parameters:
+                restore(parameter)
+            residency.mark_equal()
+            self._uploads[residency] = None
 
     def _free_all_but(self, kept: Iterable[Residency]) -> None:
         if self._holds:
@@ -359,10 +359,11 @@ class Streaming:
             self._write_back(residency, residency.written())
         else:
             self._await_quietly(residency)  # it writes to the memory
-        with Uninterrupted():
-            self._guard(residency)
-            residency.free()
-            del self._uploads[residency]
+        # Ctrl-C may come between any two lines: it is not ready from the first on, and sent for again after the third.
+        self._uploads[residency] = self.last_upload[residency]
+        self._guard(residency)
+        del self._uploads[residency]
+        residency.free()
 
     def _await_quietly(self, residency: Residency) -> None:
         upload = self._uploads.get(residency)

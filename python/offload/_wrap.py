@@ -46,7 +46,7 @@ def wrap(
     config: Config | dict[str, Any] | None = None,
     **options: Any,
 ) -> tuple[nn.Module, OffloadOptimizer | tuple[OffloadOptimizer, ...]]:
-    """Lets `model` train with optimizer states and gradients off the device; the training loop stays as it is.
+    """Lets `model` train with optimizer states, gradients and weights off the device; the loop stays as it is.
 
     Args:
         model: any module whose trainable parameters are dense fp32, bf16 or fp16. It is returned, with hooks.
