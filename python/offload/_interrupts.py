@@ -7,6 +7,8 @@ signal does not help: another thread of the process takes it, and Python still r
 
 from __future__ import annotations
 
+# The C half of `signal`: the other half makes enums of numbers, which costs several microseconds a block.
+import _signal  # type: ignore[import-not-found]
 import signal
 import threading
 from types import FrameType
@@ -33,10 +35,10 @@ class Uninterrupted:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
-            handler = signal.getsignal(number)
+            handler = _signal.getsignal(number)
             if callable(handler):  # else the default, or ignored, or installed by native code
                 self._handlers[number] = handler
-                signal.signal(number, self._record)
+                _signal.signal(number, self._record)
         self._inside = True
 
     def __exit__(self, *_: object) -> None:
@@ -54,5 +56,5 @@ class Uninterrupted:
 
     def _restore(self) -> None:
         for number, handler in self._handlers.items():
-            if signal.getsignal(number) == self._record:
-                signal.signal(number, handler)
+            if _signal.getsignal(number) == self._record:
+                _signal.signal(number, handler)
