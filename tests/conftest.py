@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ _REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
 def pytest_configure(config: pytest.Config) -> None:
     # Weights that wait for their update and recycled buffers are filled with NaN: an early read shows in the loss.
     os.environ.setdefault("OFFLOAD_POISON", "1")
+    # A shell ignores Ctrl-C for what it starts in the background; the tests send it to themselves and to children.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers", "cpu_only: uses the controls of HostDevice, or host tensors, so it runs on the CPU alone"
     )
