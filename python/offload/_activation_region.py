@@ -27,6 +27,9 @@ __all__ = ["ActivationRegion", "ModelRegion", "offload_activations"]
 # Of the available host memory, where no budget is given: the rest is for everyone else.
 _HOST_SHARE = 0.9
 
+# torch 2.6 does not tell: what Ctrl-C left then stays below the next forward's, which does the same.
+_innermost_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+
 
 def offload_activations(
     device: str | torch.device | None = None,
@@ -134,7 +137,9 @@ class ModelRegion:
         return depth
 
     def _is_innermost(self) -> bool:
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if _innermost_hooks is None:
+            return False
+        hooks = _innermost_hooks(False)
         return hooks is not None and hooks[0] is self._hooks.pack_hook
 
 

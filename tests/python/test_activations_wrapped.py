@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import offload
 from activation_models import MODELS, llama
 from offload import _activations
+from offload._activation_region import _innermost_hooks
 from test_exceptions import PACKAGE, QUIET_FILES, QUIET_FUNCTIONS
 from test_memory import Allocations
 from training import HOST, RESIDENT, same_bits
@@ -68,7 +69,7 @@ class Training:
 
 
 def hooks_on_top() -> Any:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return _innermost_hooks(False) if _innermost_hooks else None
 
 
 def assert_same(one: Training, other: Training) -> None:
