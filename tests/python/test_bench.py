@@ -213,3 +213,12 @@ def test_gpu_targets_refuse_a_machine_without_a_card() -> None:
         [sys.executable, str(ROOT / "benches/require_gpu.py")], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 1 and "sees no NVIDIA device" in done.stderr and "REQUIRE_GPU=0" in done.stderr
+
+
+@pytest.mark.parametrize(("equal", "code"), [(True, 0), (False, 1)])
+def test_unequal_losses_fail_the_command(
+    equal: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(_bench_train, "run", lambda _: iter([{"name": "train", "losses_equal_resident": equal}]))
+    monkeypatch.setattr(_bench_train, "text", lambda _: "")
+    assert main(["bench", "train", "--size", "tiny"]) == code

@@ -106,6 +106,33 @@ def test_b_the_source_of_a_departing_gradient_is_held_until_it_has_left() -> Non
 
 
 @pytest.mark.cpu_only
+def test_b_a_tensor_is_held_before_its_copy_is_submitted() -> None:
+    """Whatever is raised around the submission, a copy in flight never outlives the memory that it uses."""
+    _, optimizer = wrapped()
+    lanes = optimizer._engine.lanes
+    transfers = lanes._transfers
+    held: list[bool] = []
+
+    class Watching:
+        def submit_to_host(self, destination: int, source: int, *rest: Any) -> Any:
+            held.append(source in [copy.tensor.data_ptr() for copy in lanes._ring])
+            return transfers.submit_to_host(destination, source, *rest)
+
+        def submit_to_device(self, destination: int, *rest: Any) -> Any:
+            held.append(destination in [copy.tensor.data_ptr() for copy in lanes._ring])
+            return transfers.submit_to_device(destination, *rest)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(transfers, name)
+
+    lanes._transfers = Watching()
+    landed = lanes.to_host(torch.ones(256))
+    lanes.to_device(landed, torch.empty(256))
+    lanes._transfers = transfers
+    assert held == [True, True]
+
+
+@pytest.mark.cpu_only
 def test_b_the_ring_is_bounded_and_the_stream_of_the_memory_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     _, optimizer = wrapped()
     engine = optimizer._engine

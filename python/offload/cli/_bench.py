@@ -19,11 +19,14 @@ import offload
 __all__ = ["environment", "run_bench", "summary"]
 
 _SCHEMA_VERSION = 1
+_EXIT_CHECK_FAILED = 1
 _ALL = ("adamw", "pool", "step", "link")
 
 
 def run_bench(options: argparse.Namespace) -> int:
     """Measures `options.part` (or all of them), prints the JSON, and its table on stderr where a part has one.
+
+    The exit code is 1 if offloaded and resident losses were not equal bit for bit.
 
     The file that was asked for is written whenever a part has something new: a long run that is stopped leaves what
     it had.
@@ -44,7 +47,9 @@ def run_bench(options: argparse.Namespace) -> int:
         if hasattr(module, "text"):
             print(module.text(report["results"][part]), file=sys.stderr)
     print(json.dumps(report, indent=2))
-    return 0
+    # Only `train` compares bits; other parts have no such key.
+    unequal = any(result.get("losses_equal_resident") is False for result in report["results"].values())
+    return _EXIT_CHECK_FAILED if unequal else 0
 
 
 def environment() -> dict[str, Any]:
