@@ -177,24 +177,39 @@ int status_of(pid_t child) {
   return WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
+// Keeps every thread that enters until release(): none of them is then starting or in an allocator, whose
+// locks the runtime of AddressSanitizer, unlike the C library, leaves locked in a forked child.
+class Gathering {
+ public:
+  void enter() {
+    std::unique_lock lock(mutex_);
+    ++entered_;
+    changed_.notify_all();
+    changed_.wait(lock, [&] { return released_; });
+  }
+  void wait_for(int threads) {
+    std::unique_lock lock(mutex_);
+    changed_.wait(lock, [&] { return entered_ == threads; });
+  }
+  void release() {
+    std::lock_guard lock(mutex_);
+    released_ = true;
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int entered_ = 0;
+  bool released_ = false;
+};
+
 // The fork falls into a loop of another thread: in the child its mutexes stay locked for ever.
 [[maybe_unused]] void a_child_forked_during_a_loop_has_a_pool_of_its_own() {
   auto* pool = new WorkerPool(3);
-  std::mutex mutex;
-  std::condition_variable changed;
-  bool began = false, finish = false;
-  std::thread caller([&] {
-    pool->parallel_for(2, [&](size_t) {
-      std::unique_lock lock(mutex);
-      began = true;
-      changed.notify_all();
-      changed.wait(lock, [&] { return finish; });
-    });
-  });
-  {
-    std::unique_lock lock(mutex);
-    changed.wait(lock, [&] { return began; });
-  }
+  Gathering threads;
+  std::thread caller([&] { pool->parallel_for(3, [&](size_t) { threads.enter(); }); });
+  threads.wait_for(3);
   const pid_t child = fork();
   if (child == 0) {
     std::atomic<size_t> ran{0};
@@ -204,18 +219,16 @@ int status_of(pid_t child) {
     _exit(ran == 200 ? 0 : 1);
   }
   CHECK_EQ(status_of(child), 0);
-  {
-    std::lock_guard lock(mutex);
-    finish = true;
-  }
-  changed.notify_all();
+  threads.release();
   caller.join();
   delete pool;
 }
 
 void a_child_may_destroy_a_pool_that_it_never_used() {
   auto* pool = new WorkerPool(3);
-  pool->parallel_for(10, [](size_t) {});
+  Gathering threads;
+  std::thread caller([&] { pool->parallel_for(3, [&](size_t) { threads.enter(); }); });
+  threads.wait_for(3);
   const pid_t child = fork();
   if (child == 0) {
     pool->end_threads();
@@ -223,6 +236,8 @@ void a_child_may_destroy_a_pool_that_it_never_used() {
     _exit(0);
   }
   CHECK_EQ(status_of(child), 0);
+  threads.release();
+  caller.join();
   delete pool;
 }
 
