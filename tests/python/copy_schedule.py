@@ -1,0 +1,142 @@
+"""When copies and updates run, decided by a seed: the training thread lets them go, and no clock or sleep has a say.
+
+Computing on the CPU is synchronous, so all that can race with it are copies and updates, and what matters of each is
+where in the program it runs, between its submission and the first wait for it. Each is submitted behind a gate, which
+opens because somebody waits for what is behind it, or, by chance, at any call into the lanes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+import offload
+from offload import _native
+
+_wait = _native.Ticket.wait
+
+
+@dataclass(eq=False)
+class _Gated:
+    """A copy or an update, and what it waits for beside its gate."""
+
+    gate: _native.Ticket
+    ticket: _native.Ticket
+    after: list[_native.Ticket]
+
+
+class CopySchedule:
+    """Takes over every transfer queue of the process while the test runs.
+
+    progress: how far work goes on by itself at a call, as the chance of one piece more; 0.0: all is as late as can be.
+    Copies of a lane keep their order, and so do updates, as is promised; the three overtake one another.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, seed: int, progress: float) -> None:
+        self._random = random.Random(seed)
+        self._progress = progress
+        self._updates: deque[_Gated] = deque()
+        self._lanes: dict[str, deque[_Gated]] = {"to_host": deque(), "to_device": deque()}
+        self._queues = [*self._lanes.values(), self._updates]
+        self.awaited_count = 0
+        self.early_count = 0
+        for lane in self._lanes:
+            monkeypatch.setattr(_native.TransferQueue, f"submit_{lane}", self._submitting(lane))
+        monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
+        monkeypatch.setattr(_native.StepPipeline, "submit", self._updating())
+        monkeypatch.setattr(_native.StepPipeline, "wait", self._waiting_for_updates())
+        schedule = self
+
+        def wait(ticket: _native.Ticket, timeout_s: float | None = None) -> bool:
+            schedule._reach(ticket)
+            return _wait(ticket, timeout_s)
+
+        monkeypatch.setattr(_native.Ticket, "wait", wait)
+
+    def finish(self) -> None:
+        """Lets everything go."""
+        for queue in self._queues:
+            while queue:
+                self._open(queue)
+
+    # --- what stands in for the native methods --------------------------------------------------------------
+
+    def _submitting(self, lane: str) -> Any:
+        submit = getattr(_native.TransferQueue, f"submit_{lane}")
+
+        def call(
+            queue: Any, destination: int, source: int, nbytes: int, stream: int = 0, after: Any = None
+        ) -> _native.Ticket:
+            gate = _native.Ticket.pending()
+            submit(queue, 0, 0, 0, 0, gate)  # no bytes: what follows in the lane waits behind it
+            ticket: _native.Ticket = submit(queue, destination, source, nbytes, stream, after)
+            self._lanes[lane].append(_Gated(gate, ticket, [] if after is None else [after]))
+            self._go_on()
+            return ticket
+
+        return call
+
+    def _waiting_on_stream(self) -> Any:
+        wait = _native.TransferQueue.wait_on_stream
+
+        def call(queue: Any, stream: int, ticket: _native.Ticket) -> None:
+            self._go_on()
+            self._reach(ticket)
+            wait(queue, stream, ticket)
+
+        return call
+
+    def _updating(self) -> Any:
+        submit = _native.StepPipeline.submit
+
+        def call(pipeline: Any, jobs: Any, stream: int = 0) -> list[_native.Ticket]:
+            gates = [_native.Ticket.pending() for _ in jobs]
+            gated = [(*job[:3], [*job[3], gate], *job[4:]) for job, gate in zip(jobs, gates, strict=True)]
+            tickets: list[_native.Ticket] = submit(pipeline, gated, stream)
+            for job, gate, ticket in zip(jobs, gates, tickets, strict=True):
+                self._updates.append(_Gated(gate, ticket, list(job[3])))
+            self._go_on()
+            return tickets
+
+        return call
+
+    def _waiting_for_updates(self) -> Any:
+        wait = _native.StepPipeline.wait
+
+        def call(pipeline: Any, tickets: Any) -> None:
+            for ticket in tickets:
+                self._reach(ticket)
+            wait(pipeline, tickets)
+
+        return call
+
+    # --- gates ----------------------------------------------------------------------------------------------
+
+    def _go_on(self) -> None:
+        while self._random.random() < self._progress:
+            queue = self._random.choice(self._queues)
+            if queue:
+                self._open(queue)
+                self.early_count += 1
+
+    def _reach(self, ticket: _native.Ticket) -> None:
+        """Lets go what `ticket` needs, and no more."""
+        for queue in self._queues:
+            while any(work.ticket is ticket for work in queue):
+                self._open(queue)
+                self.awaited_count += 1
+
+    def _open(self, queue: deque[_Gated]) -> None:
+        """Lets the next of `queue` go, after what it needs, and waits until it has run."""
+        work = queue[0]
+        for ticket in self._random.sample(work.after, len(work.after)):
+            self._reach(ticket)
+        queue.popleft()
+        work.gate.complete()
+        with contextlib.suppress(offload.OffloadError):  # whoever asks for it is told
+            _wait(work.ticket)
