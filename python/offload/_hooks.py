@@ -181,10 +181,13 @@ _ATTRIBUTES_OF_ALL = frozenset(vars(nn.Module()))
 
 
 def _tensors_kept(module: nn.Module) -> Iterator[Tensor]:
-    """Those that a forward left in attributes, as auxiliary losses are: in them or in lists, tuples and dicts."""
+    """Those that a forward left in attributes, as auxiliary losses are: in them or in lists, tuples and dicts.
+
+    Not parameters: recurrent layers list theirs, which nobody else uses, and who does is seen when it reads them.
+    """
     for name, value in vars(module).items():
         if name not in _ATTRIBUTES_OF_ALL and isinstance(value, (Tensor, list, tuple, dict)):
-            yield from _tensors_in(value, depth=2)
+            yield from (tensor for tensor in _tensors_in(value, depth=2) if not isinstance(tensor, Parameter))
 
 
 def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
