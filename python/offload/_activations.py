@@ -24,6 +24,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils import checkpoint
 
+from ._cuda_graphs import refuse_capture
 from ._errors import OffloadError, OutOfHostMemory
 from ._host_grad import HostBytes
 from ._interrupts import Uninterrupted
@@ -136,6 +137,7 @@ class Activations:
 
     def begin(self, resident: Iterable[Tensor] = ()) -> None:
         """Called before a forward: parameters and buffers of the model, whose memory is not to leave."""
+        refuse_capture("activations that come and go: keep them on the device (activations='device')")
         with torch._C.DisableTorchFunctionSubclass():
             self._weights = frozenset(tensor.untyped_storage()._cdata for tensor in resident)
         with self._lock:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._cuda_graphs import refuse_capture
 from ._errors import OffloadError, StateError
 from ._interrupts import Uninterrupted
 from ._pending import make_pending, restore
@@ -141,11 +142,7 @@ class Streaming:
         """The model's forward begins; whatever an exception left half done is forgotten."""
         if not self.residencies or in_backward:
             return
-        if self._is_captured():
-            raise StateError(
-                "the model is captured into a CUDA graph, which would fix the addresses of weights that come and go: "
-                "wrap with params='device' to use CUDA graphs"
-            )
+        refuse_capture("weights that come and go: keep them on the device (params='device')")
         self._order = self._training if torch.is_grad_enabled() else self._evaluation
         self._order.begin()
         self._open.clear()
@@ -207,10 +204,6 @@ class Streaming:
         self._bring(needed)
         self._bring(predicted)
         self._make_ready(needed)
-
-    def _is_captured(self) -> bool:
-        on_cuda = self.residencies[0].parameters[0].device.type == "cuda"
-        return on_cuda and torch.cuda.is_current_stream_capturing()
 
     def _watch_end_of_backward(self) -> None:
         """Empties the window when the outermost backward ends; those within it end before."""

@@ -39,7 +39,10 @@ CSRC_FLOORS = {
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
     ("_errors", "_config", "_plan", "_stats"),
-    ("_units", "_pending", "_interrupts", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace"),
+    (
+        "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_kernels", "_unified", "_disk", "_probe",
+        "_trace",
+    ),
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_streaming",
         "_activations", "_saved_ranges", "_parameter_state",
