@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn import Parameter
 
 from ._config import format_size
 from ._engine import Engine
 from ._host_grad import HostGrad
 from ._parameter_state import AdamWState
 from ._pending import can_be_pending
-from ._stats import Stats
+from ._residency import why_resident
+from ._stats import ResidentWeight, Stats
 
 _POOL_COUNTERS = (
     "budget_bytes", "mapped_bytes", "pinned_bytes", "used_bytes", "requested_bytes", "peak_used_bytes",
@@ -20,8 +22,8 @@ _POOL_COUNTERS = (
 )  # fmt: skip
 
 
-def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
-    """`parameters`: all of the model's, for the bytes on the device."""
+def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mapping[str, Tensor]) -> Stats:
+    """`parameters` and `buffers`: all of the model's, for the bytes on the device."""
     pools = [engine.pool.stats()]
     if engine.activations is not None:
         pools.append(engine.activations.pool_stats())
@@ -78,7 +80,23 @@ def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
         fallbacks=tuple(fallbacks),
         peak_weight_bytes=resident_weights + engine.streaming.peak_bytes,
         activations=activations,
+        resident_weights=tuple(_resident_weights(engine, parameters, buffers)),
     )
+
+
+def _resident_weights(
+    engine: Engine, parameters: Sequence[Parameter], buffers: Mapping[str, Tensor]
+) -> Iterator[ResidentWeight]:
+    if engine.plan.params != "host":
+        return
+    for parameter in parameters:
+        streamed = parameter in engine.streaming
+        reason = engine.streaming.why_it_stays(parameter) if streamed else why_resident(parameter)
+        if reason is not None and parameter.numel() > 0:
+            yield ResidentWeight(engine.name_of(parameter), parameter.numel() * parameter.element_size(), reason)
+    for name, buffer in buffers.items():
+        if buffer.device == parameters[0].device and buffer.numel() > 0:
+            yield ResidentWeight(name, buffer.numel() * buffer.element_size(), "a buffer: forward may write to it")
 
 
 def _state_bytes(value: Any) -> int:

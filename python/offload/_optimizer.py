@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -84,6 +85,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._running: Updater | None = updater
         self._hooks = hooks
         self._all_parameters = list(model.parameters())
+        self._model = weakref.ref(model)
         self._original = original
         self._adopting = False
         super().__init__(original.param_groups, dict(original.defaults))
@@ -176,7 +178,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def stats(self) -> Stats:
         """Bytes by tier, transfers, and how much of the host update was hidden, so far."""
-        return engine_stats(self._engine, self._all_parameters)
+        model = self._model()
+        buffers = {} if model is None else dict(model.named_buffers())
+        return engine_stats(self._engine, self._all_parameters, buffers)
 
     def _own_states(self) -> list[ParameterState]:
         states = self._engine.states

@@ -19,7 +19,7 @@ from ._errors import StateError
 from ._pending import can_be_pending
 from ._units import Unit, is_dense
 
-__all__ = ["Residency", "can_be_streamed", "group_by_units"]
+__all__ = ["Residency", "can_be_streamed", "group_by_units", "why_resident"]
 
 # Copy engines and vector code want it; blocks of the pool and of torch's allocators are multiples of it or of more.
 _ALIGNMENT = 256
@@ -208,9 +208,19 @@ def _join_overlapping(stretch: Sequence[Parameter], users: dict[int, set[int]]) 
         limit = max(limit, end)
 
 
+def why_resident(parameter: Parameter) -> str | None:
+    """Why a parameter cannot be streamed; None where it can."""
+    if not can_be_pending(parameter):
+        return f"a Parameter subclass ({type(parameter).__name__}) cannot be guarded while it is away"
+    if parameter.layout is not torch.strided or parameter.is_quantized:
+        return "sparse and quantized tensors are not bytes in one place"
+    if parameter.numel() == 0:
+        return "it has no elements"
+    return None if is_dense(parameter) else "its elements do not fill one stretch of memory"
+
+
 def can_be_streamed(parameter: Parameter) -> bool:
-    plain = can_be_pending(parameter) and parameter.layout is torch.strided and not parameter.is_quantized
-    return plain and parameter.numel() > 0 and is_dense(parameter)
+    return why_resident(parameter) is None
 
 
 def _storage_of(tensor: Tensor) -> int:

@@ -8,7 +8,16 @@ from typing import Any
 
 from ._config import format_size
 
-__all__ = ["Stats"]
+__all__ = ["ResidentWeight", "Stats"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidentWeight:
+    """A weight or buffer that stays on the device although weights are streamed. `nbytes`: its bytes there."""
+
+    name: str
+    nbytes: int
+    reason: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +33,8 @@ class Stats:
     the training thread waited for. fallbacks: every slower path taken, one sentence each. peak_weight_bytes: the most
     that weights took on the device at once.
     activations: of the latest forward, bytes that could leave, that left, and that the host budget kept on the device.
+    resident_weights: with `params="host"`, what does not come and go with its unit, and why: always on the device, or
+    from the beginning of a forward to the end of its backward.
     """
 
     steps: int
@@ -39,6 +50,7 @@ class Stats:
     fallbacks: tuple[str, ...] = ()
     peak_weight_bytes: int = 0
     activations: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    resident_weights: tuple[ResidentWeight, ...] = ()
 
     @property
     def hidden_share(self) -> float | None:
@@ -53,6 +65,7 @@ class Stats:
         for name, value in values.items():
             if isinstance(value, Mapping):
                 values[name] = dict(value)
+        values["resident_weights"] = [dataclasses.asdict(weight) for weight in self.resident_weights]
         return values | {"fallbacks": list(self.fallbacks), "hidden_share": self.hidden_share}
 
     def __str__(self) -> str:
@@ -61,6 +74,7 @@ class Stats:
         rows = [("steps", str(self.steps))]
         rows += [(f"device {tag}", format_size(size)) for tag, size in self.device_bytes.items()]
         rows.append(("device weights, peak", format_size(self.peak_weight_bytes)))
+        rows += [("of these resident", text) for text in self._resident_reasons()]
         rows += [(f"host {tag}", format_size(size)) for tag, size in self.host_bytes.items()]
         rows += [(f"activations {name}", _counter(name, value)) for name, value in self.activations.items()]
         rows.append(("host memory", memory))
@@ -70,6 +84,17 @@ class Stats:
         rows.append(("instruction set", self.isa))
         rows += [("fallback", text) for text in self.fallbacks]
         return "\n".join(f"{name:<28}{value}" for name, value in rows)
+
+    def _resident_reasons(self) -> list[str]:
+        """One text a reason: bytes, how many, and the first name."""
+        by_reason: dict[str, list[ResidentWeight]] = {}
+        for weight in self.resident_weights:
+            by_reason.setdefault(weight.reason, []).append(weight)
+        return [
+            f"{format_size(sum(weight.nbytes for weight in weights))} in {len(weights)} ({weights[0].name}"
+            f"{', ...' if len(weights) > 1 else ''}): {reason}"
+            for reason, weights in by_reason.items()
+        ]
 
 
 def _counter(name: str, value: int) -> str:

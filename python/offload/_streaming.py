@@ -187,6 +187,16 @@ class Streaming:
         """From now on `unit` stays from the beginning of a forward to the end of its backward."""
         self._pinned.add(unit)
 
+    def why_it_stays(self, parameter: Parameter) -> str | None:
+        """Why a streamed parameter is on the device from the beginning of a forward to the end of its backward."""
+        residency = self._residency_of[id(parameter)]
+        users = {unit for unit, needs in enumerate(self._needs) if residency in needs}
+        if users & self._pinned:
+            return "it is used from outside of its unit's forward"
+        if users & set().union(*self._parents):
+            return "the forward of its unit runs around those of others"
+        return None
+
     def shares_memory(self, unit: int, tensor: Tensor) -> bool:
         """Whether `tensor` is a parameter of `unit`, or a view of one."""
         key = tensor.untyped_storage()._cdata
