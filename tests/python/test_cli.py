@@ -16,6 +16,7 @@ import torch
 import offload
 from offload.cli import _bench, _bench_step, _train, main
 from offload.cli._corpus import batches, read_corpus
+from offload.cli._peak import measured_peak
 from offload.cli._table import table
 from offload.cli._training import MasterAdamW, Run, build_model, learning_rate_share
 
@@ -84,6 +85,7 @@ def test_train_with_check(capsys: pytest.CaptureFixture[str]) -> None:
         "largest_loss_difference": 0.0,
         "largest_weight_difference": 0.0,
         "tokens_per_s": 0,
+        "peak_device_bytes": report["check"]["nothing_offloaded"]["peak_device_bytes"],
     }
     assert report["check"]["plain_torch"]["ok"]
     # The run was offloaded: states and gradients on the host, none on the device.
@@ -96,7 +98,8 @@ def test_train_with_check(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_train_with_activations_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--steps", "3", "--check", "--activations", "0.5"]) == 0
-    assert "activations off the device" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "activations off the device" in text and "with nothing offloaded, activations included" in text
     assert main(["train", *TINY, "--steps", "1", "--activations", "moon"]) == 2
     assert "activations='moon'" in capsys.readouterr().err
 
@@ -130,7 +133,7 @@ def test_a_failed_check_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ["--layers", "12", "--hidden", "64", "--length", "16", "--batch", "2", "--steps", "3"]
+    sizes = ["--layers", "12", "--hidden", "64", "--length", "64", "--batch", "4", "--steps", "3"]
 
     def report(*arguments: str) -> dict[str, Any]:
         assert main(["train", *sizes, "--json", *arguments]) == 0
@@ -142,8 +145,21 @@ def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(capsys: pytest.Ca
     assert all(check["ok"] for check in streamed["check"].values())
     assert streamed["losses"] == resident["losses"]
     assert 0 < streamed["stats"]["peak_weight_bytes"] <= weights // 4 < resident["stats"]["peak_weight_bytes"]
+    smallest = report("--device-budget", str(weights // 4), "--activations", "host")
+    assert smallest["losses"] == resident["losses"] and smallest["stats"]["activations"]["offloaded_bytes"] > 0
+    assert smallest["peak_device"]["bytes"] < 0.8 * streamed["peak_device"]["bytes"]
+    assert resident["peak_device"]["bytes"] - streamed["peak_device"]["bytes"] >= 0.7 * weights
     assert main(["train", *sizes]) == 0
     assert "weights on the device" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step_bytes", [0, 1 << 20])
+def test_the_measured_peak_is_that_of_torchs_allocator(step_bytes: int) -> None:
+    with measured_peak(torch.device("cpu"), 100) as peak:
+        largest = torch.ones(step_bytes + 4096, dtype=torch.uint8)
+        del largest
+        torch.ones(64)
+    assert step_bytes + 4196 <= peak.nbytes <= step_bytes + 2 * 4196 and peak.source == "torch.profiler"
 
 
 def test_ctrl_c_ends_with_the_table_so_far() -> None:

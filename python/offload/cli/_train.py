@@ -88,6 +88,7 @@ def _check(
             "largest_loss_difference": loss_difference,
             "largest_weight_difference": weight_difference,
             "tokens_per_s": reference.tokens_per_s,
+            "peak_device_bytes": reference.peak.nbytes,
         }
     return results, False
 
@@ -110,6 +111,7 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
             "device": {kind: getattr(run.plan.device, kind) for kind in _KINDS},
             "host": {kind: getattr(run.plan.host, kind) for kind in _KINDS},
         },
+        "peak_device": {"bytes": run.peak.nbytes, "source": run.peak.source},
         "hidden_share": run.stats.hidden_share,
         "stats": run.stats.to_dict(),
     }
@@ -128,6 +130,7 @@ def _text(report: dict[str, Any]) -> str:
         ("loss, first to last", _loss(report)),
         ("tokens/s", f"{report['tokens_per_s']:,.0f}"),
         ("weights on the device", f"{format_bytes(stats['peak_weight_bytes'])} at most"),
+        ("peak on the device", _peak(report)),
         ("host update", f"{stats['update_s']:.2f} s in all ({stats['isa']})"),
         ("of it hidden", hidden),
     ]
@@ -147,6 +150,15 @@ def _loss(report: dict[str, Any]) -> str:
     if report["loss_first"] is None:
         return "no step ended"
     return f"{report['loss_first']:.4f} to {report['loss_last']:.4f}"
+
+
+def _peak(report: dict[str, Any]) -> str:
+    peak = report["peak_device"]
+    if not peak["bytes"]:
+        return "not measured yet"
+    resident = report.get("check", {}).get("nothing_offloaded", {}).get("peak_device_bytes")
+    beside = "" if not resident else f", {format_bytes(resident)} with nothing offloaded"
+    return f"{format_bytes(peak['bytes'])}{beside}, activations included ({peak['source']})"
 
 
 def _verdict(name: str, entry: dict[str, Any]) -> str:

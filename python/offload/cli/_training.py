@@ -7,6 +7,7 @@ import dataclasses
 import math
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import offload
 
 from ._corpus import VOCABULARY, batches
+from ._peak import Peak, measured_peak
 
 __all__ = ["Run", "build_model", "learning_rate_share", "train"]
 
@@ -25,11 +27,16 @@ _FLOOR_SHARE = 0.1  # the cosine ends at this share of the peak learning rate
 _CLIP_NORM = 1.0
 _BETAS = (0.9, 0.95)
 _WEIGHT_DECAY = 0.1
+# So many are measured: the first learns what the second prefetches, as all others do.
+_PEAK_STEPS = 2
 
 
 @dataclasses.dataclass
 class Run:
-    """What a run produced so far. seconds covers whole steps; weights are taken after `snapshot_step`."""
+    """What a run produced so far. seconds covers whole steps; weights are taken after `snapshot_step`.
+
+    peak: of device bytes in the first steps, of runs with `offload`.
+    """
 
     losses: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
@@ -38,6 +45,7 @@ class Run:
     plan: Any = None
     stats: Any = None
     interrupted: bool = False
+    peak: Peak = dataclasses.field(default_factory=Peak)
 
     @property
     def tokens_per_s(self) -> float:
@@ -132,7 +140,10 @@ def train(
     inputs = batches(corpus, batch=options.batch, length=options.length, seed=options.seed)
 
     model.train()
+    measuring = ExitStack()
     try:
+        if offloaded:
+            run.peak = measuring.enter_context(measured_peak(device, _live_bytes(model, offloaded)))
         for step in range(1, steps + 1):
             start = time.perf_counter()
             losses = []
@@ -148,11 +159,15 @@ def train(
             optimizer.zero_grad()
             run.losses.append(float(torch.stack(losses).sum()))
             run.seconds += time.perf_counter() - start
+            if step == _PEAK_STEPS:
+                measuring.close()
             _progress(label, step, steps, run)
             if step == snapshot_step:
                 run.weights = _weights(model)
     except KeyboardInterrupt:
         run.interrupted = True
+    finally:
+        measuring.close()
     _end_progress()
     if offloaded:
         offloaded.synchronize()
@@ -180,6 +195,11 @@ def _prepare(
         }
     model, offloaded = offload.wrap(model, optimizer, optimizer=placement, gradients=placement, device=device, **where)
     return model, offloaded, offloaded
+
+
+def _live_bytes(model: nn.Module, optimizer: offload.OffloadOptimizer) -> int:
+    """What is on the device between two steps."""
+    return sum(optimizer.stats().device_bytes.values()) + sum(buffer.nbytes for buffer in model.buffers())
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
