@@ -452,7 +452,7 @@ class Engine:
 
     def leave(self, unit: EngineUnit) -> None:
         """Called after the forward of `unit`, also when it raised."""
-        self.streaming.exit(unit.number)
+        self.streaming.exit(unit.number, in_backward=_in_backward())
 
     def begin_forward(self) -> None:
         """Called before the forward of the model: a new order is recorded, and units without a forward are made ready.

@@ -169,10 +169,19 @@ class Streaming:
         self._touch(unit, in_backward=in_backward)
         self._open.append(unit)
 
-    def exit(self, unit: int) -> None:
-        """The forward of `unit` ended, or raised."""
+    def exit(self, unit: int, *, in_backward: bool) -> None:
+        """The forward of `unit` ended, or raised. Who reads its weights from now on is seen, and pins it.
+
+        Not after a recompute in backward: it reads what the forward read, so the unit is pinned already.
+        """
         if unit in self._open:
             self._open.remove(unit)
+        if in_backward or self._holds:
+            return
+        used = {residency for other in (*self._open, *self._pinned) for residency in self._needs[other]}
+        for residency in self._needs[unit]:
+            if residency not in used and self._uploads.get(residency, self) is None:
+                self._hide(residency)
 
     def touch_in_backward(self, unit: int) -> None:
         """Backward is about to run nodes of `unit`."""
@@ -359,14 +368,18 @@ class Streaming:
 
     def _free(self, residency: Residency) -> None:
         if self._uploads[residency] is None:
-            self._write_back(residency, residency.written())
+            self._hide(residency)
         else:
             self._await_quietly(residency)  # it writes to the memory
-        # Ctrl-C may come between any two lines: it is not ready from the first on, and sent for again after the third.
+            self._guard(residency)  # again: Ctrl-C may have come before that of _hide()
+        del self._uploads[residency]  # from here on it is sent for again
+        residency.free()
+
+    def _hide(self, residency: Residency) -> None:
+        """What is ready is so no more, its bytes are still there: the next touch or read makes it ready."""
+        self._write_back(residency, residency.written())
         self._uploads[residency] = self.last_upload[residency]
         self._guard(residency)
-        del self._uploads[residency]
-        residency.free()
 
     def _await_quietly(self, residency: Residency) -> None:
         upload = self._uploads.get(residency)

@@ -317,6 +317,7 @@ def edited(block: nn.Module, x: Tensor) -> Tensor:
         (lambda: Sometimes(WIDTH), lambda block, x: block(x)),
         (lambda: Block(WIDTH), lambda block, x: block(block(x)) + block(x)),
         (lambda: nn.Linear(WIDTH, WIDTH), lambda block, x: x @ block.weight + block.bias),
+        (lambda: nn.Linear(WIDTH, WIDTH), lambda block, x: block(x) @ block.weight + block.bias.pow(2)),
     ],
     ids=[
         "dataclass",
@@ -327,6 +328,7 @@ def edited(block: nn.Module, x: Tensor) -> Tensor:
         "dropped",
         "many calls",
         "weights from outside",
+        "weights from outside after the forward",
     ],
 )
 def test_blocks(make: Callable[[], nn.Module], step: Callable[[nn.Module, Tensor], Tensor]) -> None:

@@ -7,7 +7,8 @@ that is missing, or comes too late, changes the loss.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -130,7 +131,9 @@ def training(
 
 @functools.cache
 def resident(name: str, dtype: torch.dtype = torch.float32) -> Run:
-    return training(MODELS[name], RESIDENT, dtype)
+    run = training(MODELS[name], RESIDENT, dtype)
+    run.model = run.optimizer = None  # its engine would outlive the module's tests
+    return run
 
 
 def assert_streamed_exactly(run: Run, expected: Run) -> None:
@@ -141,8 +144,10 @@ def assert_streamed_exactly(run: Run, expected: Run) -> None:
 
 
 @pytest.fixture(autouse=True)
-def small_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_leave(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(_activations, "MIN_BYTES", 1)
+    yield
+    gc.collect()  # engines in tracebacks, whose threads other tests count
 
 
 @pytest.mark.parametrize("placement", [ALL, NO_HOST_UPDATE], ids=["all on the host", "states on the device"])
@@ -195,7 +200,7 @@ def _without_tickets(engine: Any, jobs: Any, states: Any, submit: Any = _engine.
 @pytest.mark.parametrize(
     ("owner", "name", "without", "progress"),
     [
-        (_engine.Engine, "latest_update", _no_wait, 0.9),
+        (_engine.Engine, "latest_update", _no_wait, 0.5),
         (_copy_lanes.CopyLanes, "wait_upload", _no_wait, 0.0),
         (_native.TransferQueue, "submit_to_device", _without_after, 0.5),
         (_engine.Engine, "_submit", _without_tickets, 0.0),
