@@ -127,7 +127,7 @@ class Engine:
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
         self._finalizer = weakref.finalize(
-            self, _drain, self.pipeline, self._tickets, self.lanes, self.streaming.last_upload
+            self, _drain, self.pipeline, self._tickets, self.lanes, self.streaming.window.last_upload
         )
 
     # --- states ---------------------------------------------------------------------------------------------

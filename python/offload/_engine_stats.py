@@ -30,7 +30,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
     pipeline = engine.pipeline.stats()
     resident_weights = sum(p.numel() * p.element_size() for p in parameters if p not in engine.streaming)
     device = {
-        "weights": resident_weights + engine.streaming.device_bytes,
+        "weights": resident_weights + engine.streaming.window.device_bytes,
         "gradients": sum(
             p.grad.numel() * p.grad.element_size()
             for p in parameters
@@ -78,7 +78,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         update_s=pipeline["update_ns"] / 1e9 + engine.torch_update_s,
         blocked_s=pipeline["blocked_ns"] / 1e9 + engine.torch_update_s,
         fallbacks=tuple(fallbacks),
-        peak_weight_bytes=resident_weights + engine.streaming.peak_bytes,
+        peak_weight_bytes=resident_weights + engine.streaming.window.peak_bytes,
         activations=activations,
         resident_weights=tuple(_resident_weights(engine, parameters, buffers)),
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._errors import StateError
-from ._pending import can_be_pending
+from ._pending import Away, can_be_pending, make_pending, restore
 from ._units import Unit, is_dense
 
 __all__ = ["Residency", "can_be_streamed", "group_by_units", "why_resident"]
@@ -63,6 +63,7 @@ class Residency:
         self.is_placed = False
         self._buffer: Any = None
         self._flat: Tensor | None = None
+        self._answers: Sequence[Away] = ()
         # Versions of the parameters when device and host were equal: another one means that somebody wrote.
         self._versions: list[int] = []
 
@@ -96,13 +97,18 @@ class Residency:
 
     # --- the device -----------------------------------------------------------------------------------------
 
-    def place(self) -> None:
-        """Makes the parameters views of a flat storage, without bytes afterwards. Their values must be on the host."""
+    def place(self, answers: Sequence[Away]) -> None:
+        """Makes the parameters views of a flat storage, without bytes afterwards. Their values must be on the host.
+
+        answers: what each parameter answers with while it is hidden.
+        """
         self._flat = _bytes(self.nbytes, self.parameters[0].device)
         for parameter in self.parameters:
             parameter.data = self._view(parameter)
         self.is_placed = True
         self.free()
+        self._answers = answers
+        self.hide()
 
     @property
     def storage_key(self) -> int:
@@ -122,14 +128,25 @@ class Residency:
     def free(self) -> None:
         self._storage.resize_(0)
 
+    def hide(self) -> None:
+        """Nobody may read the parameters: their memory is not there, or not filled yet."""
+        for parameter, answer in zip(self.parameters, self._answers, strict=True):
+            make_pending(parameter, answer)
+
+    def show(self) -> None:
+        """The parameters are plain: their memory is there, and filled."""
+        for parameter in self.parameters:
+            restore(parameter)
+
     def mark_equal(self) -> None:
         """Device and host have the same values now."""
         self._versions = [parameter._version for parameter in self.parameters]
 
     def written(self) -> list[Parameter]:
         """The parameters that were written, or were given other storage, since mark_equal()."""
+        begin, offsets = self.address, self._offsets
         pairs = zip(self.parameters, self._versions, strict=True)
-        return [p for p, version in pairs if p._version != version or not self.owns(p)]
+        return [p for p, version in pairs if p._version != version or p.data_ptr() != begin + offsets[id(p)]]
 
     def take_home(self, parameter: Parameter, name: str) -> None:
         """Copies a parameter that was given other storage to its place; `StateError` if it has another layout there."""

@@ -9,50 +9,28 @@ every one outside the window and sends for the next ones, so nothing has to tell
 - pinned units, whose weights are used from outside of their forward, so that nothing announces the use;
 - the next `prefetch` ones of the recorded order.
 
-The end of backward empties the window. Whatever is not ready wears `PendingParameter` and cannot be read.
+The end of backward empties the window.
 """
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ._cuda_graphs import refuse_capture
-from ._errors import OffloadError, StateError
-from ._interrupts import Uninterrupted
-from ._pending import make_pending, restore
+from ._errors import StateError
 from ._residency import Residency, group_by_units
 from ._touch_order import TouchOrder
 from ._units import Unit
+from ._weight_window import WeightStore, WeightWindow
 
-__all__ = ["Streaming", "WeightStore"]
-
-
-class WeightStore(Protocol):
-    """What moves the bytes and knows the updates: the engine."""
-
-    def acquire_weights(self, nbytes: int) -> Any:
-        """Host bytes for the weights of a residency."""
-
-    def start_weights(self, residency: Residency) -> Any:
-        """Starts the upload, behind the updates of its parameters, in order with the compute stream."""
-
-    def wait_weights(self, upload: Any) -> None:
-        """The compute stream waits for what start_weights() returned; raises its error."""
-
-    def settle_updates(self, parameters: Sequence[Parameter]) -> None:
-        """The updates of these parameters have ended afterwards; raises their error."""
-
-    def weight_written(self, parameter: Parameter, on_host: Tensor) -> None:
-        """Somebody wrote to the parameter, which is on the device: `on_host` is to be equal afterwards."""
-
-    def name_of(self, parameter: Tensor) -> str: ...
+__all__ = ["Streaming"]
 
 
 class Streaming:
@@ -61,7 +39,7 @@ class Streaming:
     def __init__(self, units: Sequence[Unit], store: WeightStore, *, prefetch: int, poison: bool) -> None:
         self._store = store
         self._prefetch = prefetch
-        self._poison = poison
+        self.window = WeightWindow(store, poison=poison)
         self.residencies = [Residency(parameters) for parameters in group_by_units(units)]
         self._residency_of = {id(p): residency for residency in self.residencies for p in residency.parameters}
         self._needs = [_unique(self._residency_of.get(id(p)) for _, p in unit.parameters) for unit in units]
@@ -75,18 +53,9 @@ class Streaming:
         self._holds = 0
         # While state_dict() runs: a copy of each parameter that it has come to.
         self._copies: dict[int, Tensor] | None = None
-        # Those with bytes on the device, and what their upload must be waited for; None: ready.
-        self._uploads: dict[Residency, Any] = {}
-        self.peak_bytes = 0
-        # The last upload of each, which may still read the host bytes.
-        self.last_upload: dict[Residency, Any] = {}
 
     def __contains__(self, parameter: object) -> bool:
         return id(parameter) in self._residency_of
-
-    @property
-    def device_bytes(self) -> int:
-        return sum(residency.nbytes for residency in self._uploads)
 
     @property
     def host_bytes(self) -> int:
@@ -104,14 +73,14 @@ class Streaming:
     def place(self) -> None:
         """The last part of `wrap`: values go to the host, the parameters leave. All of it happens, or nothing."""
         placed = []
+        itself = weakref.ref(self)  # the parameters must not keep the engine
         try:
             for residency in self.residencies:
                 with torch.no_grad():
                     for parameter in residency.parameters:
                         self.host_weight(parameter).copy_(parameter)
                 placed.append(residency)
-                residency.place()
-                self._guard(residency)
+                residency.place([_Away(itself, weakref.ref(parameter)) for parameter in residency.parameters])
         except BaseException:
             self.leave([(residency, residency.resident_copies()) for residency in placed])
             raise
@@ -123,17 +92,14 @@ class Streaming:
     def leave(self, copies: Iterable[tuple[Residency, Sequence[Tensor]]]) -> None:
         """The parameters are plain and resident again, with these values."""
         for residency, values in copies:
-            self._await_quietly(residency)
-            self._uploads.pop(residency, None)
-            for parameter in residency.parameters:
-                restore(parameter)
+            self.window.forget(residency)
             residency.leave(values)
         self._residency_of = {}
 
     def uploads_of(self, parameter: Parameter) -> list[Any]:
         """What still reads the host bytes of a parameter: its update must wait for it."""
         residency = self._residency_of.get(id(parameter))
-        upload = None if residency is None else self.last_upload.get(residency)
+        upload = None if residency is None else self.window.last_upload.get(residency)
         return [] if upload is None or upload.done else [upload]
 
     # --- touches --------------------------------------------------------------------------------------------
@@ -150,7 +116,7 @@ class Streaming:
         self._forward_runs = True
         self._backward = None
         for unit in self._pinned:
-            self._bring(self._needs[unit])
+            self.window.bring(self._needs[unit])
 
     def end_forward(self, *, in_backward: bool) -> None:
         """The model's forward ended. Without a graph nothing is needed until the next one begins."""
@@ -180,8 +146,8 @@ class Streaming:
             return
         used = {residency for other in (*self._open, *self._pinned) for residency in self._needs[other]}
         for residency in self._needs[unit]:
-            if residency not in used and self._uploads.get(residency, self) is None:
-                self._hide(residency)
+            if residency not in used and self.window.is_ready(residency):
+                self.window.hide(residency)
 
     def touch_in_backward(self, unit: int) -> None:
         """Backward is about to run nodes of `unit`."""
@@ -220,9 +186,9 @@ class Streaming:
         needed = [residency for number in wanted for residency in self._needs[number]]
         predicted = [residency for number in ahead for residency in self._needs[number]]
         self._free_all_but({*needed, *predicted})
-        self._bring(needed)
-        self._bring(predicted)
-        self._make_ready(needed)
+        self.window.bring(needed)
+        self.window.bring(predicted)
+        self.window.make_ready(needed)
 
     def _watch_end_of_backward(self) -> None:
         """Empties the window when the outermost backward ends; those within it end before."""
@@ -252,13 +218,7 @@ class Streaming:
         self.empty()
         if not self._holds:
             for unit in self._order.first(1 + self._prefetch):
-                self._bring(self._needs[unit])
-
-    def flush(self) -> None:
-        """What the user wrote to parameters on the device is on the host afterwards."""
-        for residency, upload in self._uploads.items():
-            if upload is None:
-                self._write_back(residency, residency.written())
+                self.window.bring(self._needs[unit])
 
     @contextlib.contextmanager
     def present(self, parameters: Iterable[Parameter] | None = None) -> Iterator[None]:
@@ -266,15 +226,15 @@ class Streaming:
         wanted = self.residencies if parameters is None else self._those_of(parameters)
         self._holds += 1
         try:
-            self._bring(wanted)
-            self._make_ready(wanted)
+            self.window.bring(wanted)
+            self.window.make_ready(wanted)
             yield
         finally:
             self._holds -= 1
             for residency in wanted:
-                if self._uploads.get(residency, self) is None:
+                if self.window.is_ready(residency):
                     # All parameters: writes through `.data` show in no version.
-                    self._write_back(residency, residency.parameters)
+                    self.window.write_back(residency, residency.parameters)
             if not self._holds:
                 self.empty()
 
@@ -297,8 +257,8 @@ class Streaming:
         wanted = self._those_of(parameters)
         if wanted:
             self._free_all_but(wanted)
-            self._bring(wanted)
-            self._make_ready(wanted)
+            self.window.bring(wanted)
+            self.window.make_ready(wanted)
 
     def begin_copies(self) -> None:
         """state_dict() begins: parameters give copies of their values until end_copies()."""
@@ -309,7 +269,7 @@ class Streaming:
 
     def copy_of(self, parameter: Parameter) -> Tensor:
         """A copy of its value in host memory, the same one while one state_dict() runs."""
-        self.flush()
+        self.window.flush()
         self._store.settle_updates([parameter])
         known = None if self._copies is None else self._copies.get(id(parameter))
         if known is None:
@@ -325,82 +285,11 @@ class Streaming:
     def _those_of(self, parameters: Iterable[Parameter]) -> list[Residency]:
         return _unique(self._residency_of.get(id(parameter)) for parameter in parameters)
 
-    def _bring(self, residencies: Iterable[Residency]) -> None:
-        """Sends for those that are not on the device."""
-        for residency in residencies:
-            if residency in self._uploads or not residency.is_placed:
-                continue
-            residency.allocate(poison=self._poison)
-            try:
-                with Uninterrupted():  # a copy in flight that nobody knows of would write to freed memory
-                    upload = self._store.start_weights(residency)
-                    self._uploads[residency] = upload
-                    self.last_upload[residency] = upload
-                    self.peak_bytes = max(self.peak_bytes, self.device_bytes)
-            except BaseException:
-                if residency not in self._uploads:
-                    residency.free()
-                raise
+    def _free_all_but(self, kept: Collection[Residency]) -> None:
+        if not self._holds:
+            self.window.free_all_but(kept)
 
-    def _make_ready(self, residencies: Iterable[Residency]) -> None:
-        for residency in residencies:
-            upload = self._uploads.get(residency)
-            if upload is None:
-                continue
-            try:
-                self._store.settle_updates(residency.parameters)
-                self._store.wait_weights(upload)
-            except BaseException:
-                self._free(residency)  # the next touch sends for it again
-                raise
-            # Interrupted here, all of it is done again.
-            for parameter in residency.parameters:
-                restore(parameter)
-            residency.mark_equal()
-            self._uploads[residency] = None
-
-    def _free_all_but(self, kept: Iterable[Residency]) -> None:
-        if self._holds:
-            return
-        stays = set(kept)
-        for residency in [residency for residency in self._uploads if residency not in stays]:
-            self._free(residency)
-
-    def _free(self, residency: Residency) -> None:
-        if self._uploads[residency] is None:
-            self._hide(residency)
-        else:
-            self._await_quietly(residency)  # it writes to the memory
-            self._guard(residency)  # again: Ctrl-C may have come before that of _hide()
-        del self._uploads[residency]  # from here on it is sent for again
-        residency.free()
-
-    def _hide(self, residency: Residency) -> None:
-        """What is ready is so no more, its bytes are still there: the next touch or read makes it ready."""
-        self._write_back(residency, residency.written())
-        self._uploads[residency] = self.last_upload[residency]
-        self._guard(residency)
-
-    def _await_quietly(self, residency: Residency) -> None:
-        upload = self._uploads.get(residency)
-        if upload is not None:
-            with contextlib.suppress(OffloadError):  # whoever asks for the weights is told
-                self._store.wait_weights(upload)
-
-    def _write_back(self, residency: Residency, parameters: Iterable[Parameter]) -> None:
-        with torch.no_grad():
-            for parameter in parameters:
-                residency.take_home(parameter, self._store.name_of(parameter))
-                self._store.weight_written(parameter, residency.on_host(parameter))
-        residency.mark_equal()
-
-    # --- the guard ------------------------------------------------------------------------------------------
-
-    def _guard(self, residency: Residency) -> None:
-        """Nobody may read the parameters: their memory is not there, or not filled yet."""
-        itself = weakref.ref(self)  # the parameters must not keep the engine
-        for parameter in residency.parameters:
-            make_pending(parameter, _Away(itself, weakref.ref(parameter)))
+    # --- reads of parameters that are away ------------------------------------------------------------------
 
     def read_away(self, parameter: Parameter) -> Tensor | None:
         """Somebody reads a parameter that is not there; returns what stands for it, None when it is there now."""
@@ -414,8 +303,8 @@ class Streaming:
         # A weight of a unit that is used from outside of its forward: nothing announces that, so it stays from now on.
         residency = self._residency_of[id(parameter)]
         self._pinned.update(unit for unit, needs in enumerate(self._needs) if residency in needs)
-        self._bring([residency])
-        self._make_ready([residency])
+        self.window.bring([residency])
+        self.window.make_ready([residency])
         return None
 
 

@@ -1,4 +1,4 @@
-"""How streamed weights travel: the store of `Streaming`, over the engine's pool, lanes and updates."""
+"""How streamed weights travel: the store of `WeightWindow`, over the engine's pool, lanes and updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class WeightLane:
-    """See `_streaming.WeightStore`."""
+    """See `_weight_window.WeightStore`."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine

@@ -74,22 +74,22 @@ def test_predictions_are_of_the_last_pass(last: list[int], now: list[int], count
 def test_weights_are_sent_for_ahead_of_forward_and_backward(prefetch: int) -> None:
     model = make_model(depth=6)
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **ALL, prefetch=prefetch)
-    streaming = optimizer._engine.streaming
     needed: list[Any] = []
     ahead: list[bool] = []
-    bring = streaming._bring
+    window = optimizer._engine.streaming.window
+    bring = window.bring
 
     def look(residencies: Any) -> None:
-        needed.append([residency in streaming._uploads for residency in residencies])
+        needed.append([residency in window for residency in residencies])
         bring(residencies)
 
     for tokens in batches(3):
-        streaming._bring = look
+        window.bring = look
         needed.clear()
         loss_of(model, tokens).backward()
         # A touch brings what it needs, then what comes next.
         ahead = [all(present) for present in needed[::2]]
-        streaming._bring = bring
+        window.bring = bring
         optimizer.step()
         optimizer.zero_grad()
     assert len(ahead) == 2 * 9 and all(ahead), ahead

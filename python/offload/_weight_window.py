@@ -1,0 +1,145 @@
+"""WeightWindow: which residencies have bytes on the device, and every change of that.
+
+One is away, on its way or ready. Whatever is not ready wears `PendingParameter` and cannot be read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ._errors import OffloadError
+from ._interrupts import Uninterrupted
+from ._residency import Residency
+
+__all__ = ["WeightStore", "WeightWindow"]
+
+
+class WeightStore(Protocol):
+    """What moves the bytes and knows the updates: the engine."""
+
+    def acquire_weights(self, nbytes: int) -> Any:
+        """Host bytes for the weights of a residency."""
+
+    def start_weights(self, residency: Residency) -> Any:
+        """Starts the upload, behind the updates of its parameters, in order with the compute stream."""
+
+    def wait_weights(self, upload: Any) -> None:
+        """The compute stream waits for what start_weights() returned; raises its error."""
+
+    def settle_updates(self, parameters: Sequence[Parameter]) -> None:
+        """The updates of these parameters have ended afterwards; raises their error."""
+
+    def weight_written(self, parameter: Parameter, on_host: Tensor) -> None:
+        """Somebody wrote to the parameter, which is on the device: `on_host` is to be equal afterwards."""
+
+    def name_of(self, parameter: Tensor) -> str: ...
+
+
+class WeightWindow:
+    """See the module's text. One compute thread at a time, as autograd gives it."""
+
+    def __init__(self, store: WeightStore, *, poison: bool) -> None:
+        self._store = store
+        self._poison = poison
+        # Those with bytes on the device, and what their upload must be waited for; None: ready.
+        self._uploads: dict[Residency, Any] = {}
+        self.peak_bytes = 0
+        # The last upload of each, which may still read the host bytes.
+        self.last_upload: dict[Residency, Any] = {}
+
+    def __contains__(self, residency: Residency) -> bool:
+        return residency in self._uploads
+
+    @property
+    def device_bytes(self) -> int:
+        return sum([residency.nbytes for residency in self._uploads])
+
+    def is_ready(self, residency: Residency) -> bool:
+        return self._uploads.get(residency, self) is None
+
+    def bring(self, residencies: Iterable[Residency]) -> None:
+        """Sends for those that are not on the device."""
+        for residency in residencies:
+            if residency in self._uploads or not residency.is_placed:
+                continue
+            residency.allocate(poison=self._poison)
+            try:
+                with Uninterrupted():  # a copy in flight that nobody knows of would write to freed memory
+                    upload = self._store.start_weights(residency)
+                    self._uploads[residency] = upload
+                    self.last_upload[residency] = upload
+                    self.peak_bytes = max(self.peak_bytes, self.device_bytes)
+            except BaseException:
+                if residency not in self._uploads:
+                    residency.free()
+                raise
+
+    def make_ready(self, residencies: Iterable[Residency]) -> None:
+        """Those of them that are on their way can be computed with afterwards."""
+        for residency in residencies:
+            upload = self._uploads.get(residency)
+            if upload is None:
+                continue
+            try:
+                self._store.settle_updates(residency.parameters)
+                self._store.wait_weights(upload)
+            except BaseException:
+                self._free(residency)  # the next touch sends for it again
+                raise
+            # Interrupted here, all of it is done again.
+            residency.show()
+            residency.mark_equal()
+            self._uploads[residency] = None
+
+    def free_all_but(self, kept: Collection[Residency]) -> None:
+        for residency in [residency for residency in self._uploads if residency not in kept]:
+            self._free(residency)
+
+    def forget(self, residency: Residency) -> None:
+        """Its parameters are about to become plain ones with other memory."""
+        self._await_quietly(residency)
+        self._uploads.pop(residency, None)
+        residency.show()
+
+    def flush(self) -> None:
+        """What the user wrote to parameters on the device is on the host afterwards."""
+        for residency, upload in self._uploads.items():
+            if upload is None:
+                self.write_back(residency, residency.written())
+
+    def write_back(self, residency: Residency, parameters: Collection[Parameter]) -> None:
+        """The host bytes of these parameters, which are ready, become equal to those on the device."""
+        if not parameters:
+            return
+        with torch.no_grad():
+            for parameter in parameters:
+                residency.take_home(parameter, self._store.name_of(parameter))
+                self._store.weight_written(parameter, residency.on_host(parameter))
+        residency.mark_equal()
+
+    def hide(self, residency: Residency) -> None:
+        """What is ready is so no more, its bytes are still there: the next touch or read makes it ready."""
+        self.write_back(residency, residency.written())
+        self._uploads[residency] = self.last_upload[residency]
+        residency.hide()
+
+    def _free(self, residency: Residency) -> None:
+        if self._uploads[residency] is None:
+            self.hide(residency)
+        else:
+            self._await_quietly(residency)  # it writes to the memory
+            residency.hide()  # again: Ctrl-C may have come before that of hide()
+        del self._uploads[residency]  # from here on it is sent for again
+        residency.free()
+
+    def _await_quietly(self, residency: Residency) -> None:
+        upload = self._uploads.get(residency)
+        if upload is not None:
+            with contextlib.suppress(OffloadError):  # whoever asks for the weights is told
+                self._store.wait_weights(upload)
