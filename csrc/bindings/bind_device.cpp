@@ -86,6 +86,12 @@ void bind_host_device(py::module_& module) {
           "release", [](HostDevice& self, const std::string& lane) { self.release(direction_of(lane)); },
           py::arg("lane"))
       .def(
+          "limit",
+          [](HostDevice& self, const std::string& lane, double bytes_per_s) {
+            self.limit(direction_of(lane), bytes_per_s);
+          },
+          py::arg("lane"), py::arg("bytes_per_s"))
+      .def(
           "fail_copy",
           [](HostDevice& self, const std::string& lane, size_t nth) {
             self.fail_copy(direction_of(lane), nth);

@@ -18,20 +18,23 @@
 namespace offload {
 
 struct HostLink {
-  HostLink(const char* link_name, double rate) : name(link_name), bytes_per_s(rate) {
+  HostLink(const char* link_name, double rate) : name(link_name), bytes_per_s(checked(rate)) {}
+
+  double checked(double rate) const {
     if (!(rate >= 0) || std::isinf(rate)) {
       throw Error(ErrorKind::kInvalidArgument, name + "_bytes_per_s is " + std::to_string(rate) +
                                                    "; give a finite rate, or 0 for no limit");
     }
+    return rate;
   }
 
   const std::string name;
-  const double bytes_per_s;
   std::atomic<size_t> pending_count{0};
 
   std::mutex mutex;
   std::condition_variable_any released;
   // guarded by mutex
+  double bytes_per_s;
   bool held = false;
   size_t armed_nth = 0;             // of fail_copy, for the message
   size_t copies_until_failure = 0;  // 0: none is armed
@@ -206,7 +209,7 @@ Ticket HostDevice::submit_copy(Stream& stream, Direction direction, void* destin
             .destination = destination,
             .source = source,
             .bytes = bytes,
-            .submitted_ns = target.bytes_per_s > 0 ? clock_->now_ns() : INT64_MIN,
+            .submitted_ns = clock_->now_ns(),
             .failing_nth = 0,
             .after = {},
             .ticket = Ticket::pending()};
@@ -265,6 +268,13 @@ void HostDevice::release(Direction direction) {
     target.released_ns = clock_->now_ns();
   }
   target.released.notify_all();
+}
+
+void HostDevice::limit(Direction direction, double bytes_per_s) {
+  HostLink& target = link(direction);
+  const double rate = target.checked(bytes_per_s);
+  std::lock_guard lock(target.mutex);
+  target.bytes_per_s = rate;
 }
 
 void HostDevice::fail_copy(Direction direction, size_t nth) {

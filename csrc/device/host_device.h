@@ -48,6 +48,10 @@ class HostDevice final : public Device {
   void hold(Direction direction);
   void release(Direction direction);
 
+  // Copies that start from now on take bytes / bytes_per_s; 0 means no limit. Throws kInvalidArgument for a
+  // rate that is negative or not finite.
+  void limit(Direction direction, double bytes_per_s);
+
   // The nth copy submitted in the direction (or the nth pin) from now on fails, 1 being the next; 0 disarms.
   void fail_copy(Direction direction, size_t nth);
   void fail_pin(size_t nth);

@@ -60,6 +60,8 @@ class HostDevice(Device):
     def hold(self, lane: Lane) -> None:
         """Copies of the lane queue up but do not run until release()."""
     def release(self, lane: Lane) -> None: ...
+    def limit(self, lane: Lane, bytes_per_s: float) -> None:
+        """The rate of copies of the lane that start from now on; 0 means unlimited."""
     def fail_copy(self, lane: Lane, nth: int) -> None:
         """The nth copy of the lane from now on (1 = the next) fails with DeviceError; 0 disarms."""
     def fail_pin(self, nth: int) -> None: ...

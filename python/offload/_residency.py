@@ -63,6 +63,8 @@ class Residency:
         self.is_placed = False
         self._buffer: Any = None
         self._flat: Tensor | None = None
+        # That of `_flat`: asking for it costs as much as resizing it.
+        self._storage: torch.UntypedStorage
         self._answers: Sequence[Away] = ()
         # Versions of the parameters when device and host were equal: another one means that somebody wrote.
         self._versions: list[int] = []
@@ -103,6 +105,7 @@ class Residency:
         answers: what each parameter answers with while it is hidden.
         """
         self._flat = _bytes(self.nbytes, self.parameters[0].device)
+        self._storage = self._flat.untyped_storage()
         for parameter in self.parameters:
             parameter.data = self._view(parameter)
         self.is_placed = True
@@ -168,11 +171,6 @@ class Residency:
         view = torch.empty(0, dtype=dtype, device=parameter.device)
         return view.set_(self._storage, offset, parameter.shape, parameter.stride())
 
-    @property
-    def _storage(self) -> torch.UntypedStorage:
-        assert self._flat is not None
-        return self._flat.untyped_storage()
-
     # --- the end --------------------------------------------------------------------------------------------
 
     def resident_copies(self) -> list[Tensor]:
@@ -194,6 +192,7 @@ class Residency:
             parameter.data = copy
         self.is_placed = False
         self._flat = None
+        del self._storage
 
 
 def group_by_units(units: Sequence[Unit]) -> list[list[Parameter]]:

@@ -43,10 +43,27 @@ def report(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())["results"]
 
 
+# --- swap ---------------------------------------------------------------------------------------------------
+
+
+def test_swap_reports_what_was_streamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "swap.json"
+    assert main(["bench", "swap", "--quick", "--device", "cpu", "--json", str(path)]) == 0
+    result = report(path)["swap"]
+    assert (result["name"], result["device"], result["units"]) == ("swap", "cpu", 24)
+    assert set(result["hooks"]["added_us"]) == {"1 parameters a unit", "9 parameters a unit"}
+    # Every unit comes once in forward and once in backward, but the last one, which stays from one to the other.
+    moved = result["link"]["transfer_s"]["median"] * result["link_bytes_per_s"]
+    assert 46 * result["unit_bytes"] <= moved <= 49 * result["unit_bytes"]
+    assert len(result["link"]["share"]["samples"]) == len(result["balance"]["step_s"]["samples"]) == 2
+    assert "sleep" in result["balance"]["synthetic"] and result["balance"]["step_over_larger"] > 0
+    assert "share of the link" in capsys.readouterr().err
+
+
 # --- every part ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["link", "step", "train"])
+@pytest.mark.parametrize("part", ["link", "step", "swap", "train"])
 @pytest.mark.parametrize(("name", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "supported")])
 def test_a_device_that_cannot_be_measured_is_named(
     part: str, name: str, reason: str, capsys: pytest.CaptureFixture[str]

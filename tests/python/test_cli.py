@@ -241,7 +241,7 @@ def test_bench_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (report["schema_version"], report["quick"]) == (1, True)
     assert report["environment"]["torch"] == torch.__version__
     assert report["environment"]["offload"] == offload.__version__
-    assert list(report["results"]) == ["adamw", "pool", "step", "link"]
+    assert list(report["results"]) == ["adamw", "pool", "step", "link", "swap"]
     assert all(report["results"].values())
     overlap = report["results"]["step"]["overlap"]
     assert "sleep" in overlap["synthetic"]

@@ -137,6 +137,22 @@ def test_bandwidth_is_counted_on_the_clock() -> None:
     assert clock.now_ns() == 80
 
 
+def test_a_limit_set_later_is_of_the_copies_that_start_from_then_on() -> None:
+    clock = _native.ManualClock()
+    link = HostLink(clock=clock)
+    assert link.to_host(0, 10).wait()
+    link.device.limit("to_host", 1e9)
+    limited = link.to_host(10, 10)
+    clock.advance(39)
+    assert not limited.done
+    clock.advance(1)
+    assert limited.wait()
+    link.device.limit("to_host", 0)
+    assert link.to_host(20, 10).wait()
+    with pytest.raises(InvalidArgument, match="to_host_bytes_per_s is -1"):
+        link.device.limit("to_host", -1)
+
+
 def test_wait_times_out_and_is_ended_by_another_thread() -> None:
     ticket = _native.Ticket.pending()
     assert ticket.wait(timeout_s=0) is False

@@ -128,6 +128,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("pool", shared, "what a block of host memory costs, and what the layout wastes")
     add("step", on_device, "how much of the host update hides, and what hooks cost")
     add("link", on_device, "the copy lanes beside raw copies on the same link")
+    add("swap", on_device, "what streamed weights cost, and how much of the link they use")
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
     add("all", on_device, "all of these but train, which takes its time")
 

@@ -20,7 +20,7 @@ __all__ = ["environment", "run_bench", "summary"]
 
 _SCHEMA_VERSION = 1
 _EXIT_CHECK_FAILED = 1
-_ALL = ("adamw", "pool", "step", "link")
+_ALL = ("adamw", "pool", "step", "link", "swap")
 
 
 def run_bench(options: argparse.Namespace) -> int:

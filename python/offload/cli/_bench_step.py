@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import offload
 from ._bench import summary
 from ._device import compute_device
 
-__all__ = ["run"]
+__all__ = ["hook_costs", "run", "sleep_on", "wait_for_compute"]
 
 _BLOCKS = 64  # the update of the first block is what nothing hides, so it should be a small part
 
@@ -54,23 +54,23 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield {"device": str(device), "overlap": overlap, "hooks": _hooks(options.quick, device)}
 
 
-def _wait_for_compute(device: torch.device) -> None:
+def wait_for_compute(device: torch.device) -> None:
     """Ends a timing: work on a CUDA device goes on after the call that submitted it."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
-def _sleep_on(device: torch.device) -> Callable[[float], None]:
+def sleep_on(device: torch.device) -> Callable[[float], None]:
     """A sleep of so many seconds that takes its turn in the compute stream."""
     if device.type == "cpu":
         return time.sleep
     spin: Callable[[int], None] = torch.cuda._sleep
     cycles = 100_000_000
     spin(cycles)  # the clock of an idle device is low: let it rise before it is measured
-    _wait_for_compute(device)
+    wait_for_compute(device)
     start = time.perf_counter()
     spin(cycles)
-    _wait_for_compute(device)
+    wait_for_compute(device)
     cycles_per_s = cycles / (time.perf_counter() - start)
     return lambda seconds: spin(int(seconds * cycles_per_s))
 
@@ -78,7 +78,7 @@ def _sleep_on(device: torch.device) -> Callable[[float], None]:
 def _overlap(quick: bool, device: torch.device) -> dict[str, Any]:
     elements = (1 << 16) if quick else (1 << 21)
     repeats = 5 if quick else 15
-    sleep = _sleep_on(device)
+    sleep = sleep_on(device)
     blocks = [SleepingBlock(elements, sleep) for _ in range(_BLOCKS)]
     model: nn.Module = nn.Sequential(*blocks).to(device)
     model, optimizer = offload.wrap(
@@ -92,13 +92,13 @@ def _overlap(quick: bool, device: torch.device) -> dict[str, Any]:
         if update:
             optimizer.step()
         optimizer.zero_grad()
-        _wait_for_compute(device)
+        wait_for_compute(device)
         return time.perf_counter() - start
 
     def host_update() -> float:
         """Seconds from `step()` until every new weight is on the device, with nothing to hide behind."""
         model(x).sum().backward()
-        _wait_for_compute(device)
+        wait_for_compute(device)
         start = time.perf_counter()
         optimizer.step()
         optimizer.synchronize()
@@ -140,10 +140,16 @@ def _overlap(quick: bool, device: torch.device) -> dict[str, Any]:
 
 
 def _hooks(quick: bool, device: torch.device) -> dict[str, Any]:
-    units = 8 if quick else 32
-    repeats = 5 if quick else 25
+    return hook_costs(8 if quick else 32, 5 if quick else 25, device)
+
+
+def hook_costs(units: int, repeats: int, device: torch.device, **where: str) -> dict[str, Any]:
+    """What wrapping adds to forward and backward of tiny blocks, as a cost a unit and a cost a parameter.
+
+    where: what `offload.wrap` is to place on the host besides optimizer and gradients.
+    """
     few, many = 1, 9
-    added = {count: summary(_added_us(units, count, repeats, device)) for count in (few, many)}
+    added = {count: summary(_added_us(units, count, repeats, device, where)) for count in (few, many)}
     per_parameter = (added[many]["median"] - added[few]["median"]) / (units * (many - few))
     return {
         "units": units,
@@ -153,7 +159,7 @@ def _hooks(quick: bool, device: torch.device) -> dict[str, Any]:
     }
 
 
-def _added_us(units: int, count: int, repeats: int, device: torch.device) -> list[float]:
+def _added_us(units: int, count: int, repeats: int, device: torch.device, where: Mapping[str, str]) -> list[float]:
     """Microseconds that a forward and backward of the wrapped model takes longer than that of a plain one."""
 
     def build() -> nn.Module:
@@ -162,16 +168,15 @@ def _added_us(units: int, count: int, repeats: int, device: torch.device) -> lis
     def timed(model: nn.Module) -> float:
         start = time.perf_counter()
         model(x).sum().backward()
-        _wait_for_compute(device)
+        wait_for_compute(device)
         elapsed = time.perf_counter() - start
         model.zero_grad()
         return elapsed
 
     x = torch.ones(64, device=device)
     plain, wrapped = build(), build()
-    wrapped, optimizer = offload.wrap(
-        wrapped, torch.optim.AdamW(wrapped.parameters()), optimizer="host", gradients="host", device=str(device)
-    )
+    options: dict[str, Any] = {"optimizer": "host", "gradients": "host", **where}
+    wrapped, optimizer = offload.wrap(wrapped, torch.optim.AdamW(wrapped.parameters()), device=str(device), **options)
     for model in (plain, wrapped):
         timed(model)
     samples = [(timed(wrapped) - timed(plain)) * 1e6 for _ in range(repeats)]

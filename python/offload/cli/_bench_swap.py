@@ -1,0 +1,180 @@
+"""`offload bench swap`: streamed weights: what touching a unit costs, and how well uploads fill the link.
+
+The link of the CPU device is `memmove`, so it is given a rate for the second and third measurement: a share of it
+shows what the order of copies loses, not how fast the machine is. A CUDA device has its own, measured first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import offload
+
+from .. import _native
+from ._bench import summary
+from ._bench_link import raw_bytes_per_s
+from ._bench_step import hook_costs, sleep_on, wait_for_compute
+from ._device import compute_device
+from ._table import table
+
+__all__ = ["run", "text"]
+
+_UNITS = 24
+_KIB = 2**10
+# Of the CPU device: so far under what `memmove` reaches that the copy itself and Python's part of a touch, which a
+# link with an engine of its own does not have, are a small part of it.
+_CAP_BYTES_PER_S = 5e8
+_STEPS = 3  # in a sample: the link is to stay busy from one step to the next, too
+
+Sleep = Callable[[float], None]
+
+
+class _Sleeping(torch.autograd.Function):
+    """Sleeps in forward and as long again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sleep: Sleep, seconds: float) -> Tensor:
+        ctx.sleep, ctx.seconds = sleep, seconds
+        sleep(seconds)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        ctx.sleep(ctx.seconds)
+        return gradients[0], None, None
+
+
+class StreamedBlock(nn.Module):
+    """A large frozen weight, of which one element is read, and a tiny trained one, so that backward comes through.
+
+    Nothing but the uploads of weights is on the link, and nothing but the sleep computes.
+    """
+
+    def __init__(self, nbytes: int, sleep: Sleep) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(nbytes // 2, dtype=torch.bfloat16), requires_grad=False)
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+        self.sleep = sleep
+        self.sleep_s = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale + self.weight[0]
+        if self.sleep_s == 0:
+            return x
+        slept: Tensor = _Sleeping.apply(x, self.sleep, self.sleep_s)  # type: ignore[no-untyped-call]
+        return slept
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Three measurements: `hooks` in microseconds, `link` and `balance` in seconds and shares.
+
+    link: the share of the link's rate that uploads reach while nothing computes. balance: the time of a step over the
+    larger of compute and transfer, when both are equal.
+    """
+    device = compute_device(options.device)
+    quick = options.quick
+    rate = _CAP_BYTES_PER_S if device.type == "cpu" else raw_bytes_per_s(device, quick)["to_device"]
+    hooks = hook_costs(_UNITS, 5 if quick else 100, device, params="host")
+    unit_kib = 256 if quick else 4 << 10 if device.type == "cpu" else 128 << 10
+    streamed = StreamedModel(device, rate, nbytes=unit_kib * _KIB)
+    yield {
+        "name": "swap",
+        "device": str(device),
+        "link_bytes_per_s": rate,
+        "link_is": "a rate given to the CPU device" if device.type == "cpu" else "raw copies, measured first",
+        "hooks": hooks,
+        "units": _UNITS,
+        "unit_bytes": streamed.nbytes,
+        **streamed.measure(2 if quick else 7),
+    }
+
+
+class StreamedModel:
+    """The wrapped model of the second and third measurement, on a link of `rate` bytes/s."""
+
+    def __init__(self, device: torch.device, rate: float, *, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._device = device
+        self._rate = rate
+        sleep = sleep_on(device)
+        self._blocks = [StreamedBlock(nbytes, sleep) for _ in range(_UNITS)]
+        model: nn.Module = nn.Sequential(*self._blocks).to(device)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._model, self._optimizer = offload.wrap(
+            model, torch.optim.AdamW(trained), optimizer="host", gradients="host", params="host", device=str(device)
+        )
+        native = self._optimizer._engine.device
+        if isinstance(native, _native.HostDevice):
+            native.limit("to_device", rate)
+        self._x = torch.zeros(1, dtype=torch.bfloat16, device=device)
+
+    def measure(self, repeats: int) -> dict[str, Any]:
+        self._seconds_and_bytes()  # the first step records the order
+        shares, transfers = [], []
+        for _ in range(repeats):
+            seconds, moved = self._seconds_and_bytes()
+            shares.append(moved / seconds / self._rate)
+            transfers.append(moved / self._rate)
+        transfer = summary(transfers)
+        # Each touch uploads one unit: so much compute a touch is equal to it.
+        for block in self._blocks:
+            block.sleep_s = self.nbytes / self._rate
+        computes, steps = [], []
+        self._seconds_and_bytes()
+        for _ in range(repeats):
+            computes.append(self._compute_s())
+            steps.append(self._seconds_and_bytes()[0])
+        compute, step = summary(computes), summary(steps)
+        offload.unwrap(self._model, self._optimizer)
+        return {
+            "link": {"transfer_s": transfer, "share": summary(shares)},
+            "balance": {
+                "synthetic": "the compute is a sleep in each block's forward and backward, as long as its upload",
+                "compute_s": compute,
+                "transfer_s": transfer,
+                "step_s": step,
+                "step_over_larger": step["median"] / max(compute["median"], transfer["median"]),
+            },
+        }
+
+    def _seconds_and_bytes(self) -> tuple[float, float]:
+        """Of a step, in a row of several; bytes to the device."""
+        before = self._optimizer.stats().transfers["to_device_bytes"]
+        start = time.perf_counter()
+        for _ in range(_STEPS):
+            self._model(self._x).sum().backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        wait_for_compute(self._device)
+        seconds = time.perf_counter() - start
+        moved = self._optimizer.stats().transfers["to_device_bytes"] - before
+        return seconds / _STEPS, moved / _STEPS
+
+    def _compute_s(self) -> float:
+        """The sleeps of a step alone: they take longer than they were asked to."""
+        start = time.perf_counter()
+        for block in self._blocks:
+            for _ in ("forward", "backward"):
+                block.sleep(block.sleep_s)
+        wait_for_compute(self._device)
+        return time.perf_counter() - start
+
+
+def text(result: dict[str, Any]) -> str:
+    """The table of a result."""
+    hooks, balance = result["hooks"], result["balance"]
+    rows = [
+        ("figure", "measured"),
+        ("hooks, us a unit", f"{hooks['us_per_unit']:.1f}"),
+        ("hooks, us a parameter", f"{hooks['us_per_parameter']:.1f}"),
+        ("share of the link", f"{result['link']['share']['median']:.3f}"),
+        ("step over the larger of compute and transfer", f"{balance['step_over_larger']:.3f}"),
+    ]
+    rate = f"{result['link_bytes_per_s'] / 1e9:.2f} GB/s, {result['link_is']}"
+    return f"{result['device']}, link: {rate}\n{table(rows)}"
