@@ -76,7 +76,8 @@ class Config:
     host_budget: what offload may take on the host; None measures.
     units: what travels together: module classes and names (`[Block, "head"]`), or a predicate over modules; None
         finds the elements of repeated lists. What is in no unit so named is in the units around it.
-    prefetch: how many units of weights are sent for ahead of their use, with params on the host: 1 or more.
+    prefetch: how many units of weights are sent for ahead of their use, with params on the host: 1 or more; None
+        lets the plan choose.
     master: the fp32 master of a 16-bit weight: `"split"` stores it as the bf16 weight plus a 16-bit remainder
         (bf16 only, exact), `"fp32"` beside the weight, `"auto"` splits where it can. fp32 weights need none.
     lazy: `step()` returns while the update still runs; every read waits for it. False waits in `step()`.
@@ -94,7 +95,7 @@ class Config:
     device: str | torch.device | None = None
     device_budget: int | str | None = None
     host_budget: int | str | None = None
-    prefetch: int = 1
+    prefetch: int | None = None
     units: Any = None
     master: Master = "auto"
     lazy: bool = True
@@ -110,8 +111,11 @@ class Config:
             object.__setattr__(self, "device", str(self.device))
         for name in ("device_budget", "host_budget"):
             _check_budget(name, getattr(self, name))
-        if isinstance(self.prefetch, bool) or not isinstance(self.prefetch, int) or self.prefetch < 1:
-            raise InvalidArgument(f"prefetch={self.prefetch!r}: give the number of units to send for ahead, 1 or more")
+        ahead = 1 if self.prefetch is None else self.prefetch
+        if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1:
+            raise InvalidArgument(
+                f"prefetch={self.prefetch!r}: give the number of units to send for ahead, 1 or more, or None"
+            )
         object.__setattr__(self, "units", _check_units(self.units))
         _check_choice("master", self.master, ("auto", "fp32", "split"))
         _check_choice("lazy", self.lazy, (True, False))

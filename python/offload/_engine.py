@@ -123,7 +123,7 @@ class Engine:
         self._touched: dict[EngineUnit, None] = {}
         streamed = units if plan.params == "host" else ()
         lane = WeightLane(self)
-        self.streaming = Streaming(streamed, lane, prefetch=config.prefetch, poison=config.poison_enabled)
+        self.streaming = Streaming(streamed, lane, prefetch=plan.prefetch, poison=config.poison_enabled)
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
         self._finalizer = weakref.finalize(

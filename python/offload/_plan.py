@@ -24,6 +24,11 @@ _FP32_MASTER_BYTES = 4
 _ACTIVATION_SHARE = 0.25
 # Of what the host budget has left, what activations may take: they are most of what is not planned by size.
 _ACTIVATIONS_HOST_SHARE = 0.75
+# How many units of weights are sent for ahead of their use. With one, the link waits from the end of an upload until
+# the next touch sends for another; with a second one queued behind it, it does not while touches come as fast as
+# uploads. More would only smooth units of unequal size. Neither the rate of the link nor the compute of a unit is
+# known here, so the second one is taken wherever its memory is there.
+_LEAST_PREFETCH, _WANTED_PREFETCH = 1, 2
 # Of a measured host, what is left to everyone else (data loaders, page cache of the data).
 _HOST_SHARE_FOR_OTHERS = 0.10
 
@@ -71,7 +76,8 @@ class Plan:
 
     `device` and `host` are bytes by kind; `resident` is what the device would hold with nothing
     offloaded. Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what
-    activations may take on the host, beside `host`.
+    activations may take on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params on
+    the host.
     """
 
     optimizer: Placement
@@ -89,6 +95,7 @@ class Plan:
     frozen_count: int
     reason: tuple[str, ...]
     activation_host_bytes: int = 0
+    prefetch: int = _LEAST_PREFETCH
 
     def explain(self) -> str:
         """The plan as text: one line a kind, then the reasons."""
@@ -147,8 +154,15 @@ def make_plan(
         raise OutOfHostMemory(_too_small("host", device, host, host_capacity, host_note, config))
 
     optimizer, gradients, params = choice
+    prefetch = config.prefetch or _LEAST_PREFETCH
+    if config.prefetch is None and params == "host":
+        wider, _ = sizes.by_tier(*choice, prefetch=_WANTED_PREFETCH)
+        if wider.total <= device_capacity:
+            device, prefetch = wider, _WANTED_PREFETCH
     reason = [*tried, f"{_words(choice)}: {_chosen(config)}"]
     reason.append(f"device: {format_size(device.total)} of {format_size(device_capacity)} ({device_note})")
+    if params == "host":
+        reason.append(f"units of weights sent for ahead of their use: {prefetch}")
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
     activations, activation_host_bytes = _activations(config, host_capacity - host.total)
     if activations == "device":
@@ -175,6 +189,7 @@ def make_plan(
         frozen_count=sum(p.numel for p in parameters if not p.trainable),
         reason=tuple(reason),
         activation_host_bytes=activation_host_bytes,
+        prefetch=prefetch,
     )
 
 
@@ -185,7 +200,9 @@ class _Sizes:
         trainable = [p for p in parameters if p.trainable]
         self.host_masters = {_host_master_of(p, config) for p in trainable}
         self.weights = sum(p.numel * p.itemsize for p in parameters)
-        self.window = sum(p.numel * p.itemsize for p in parameters if p.stays) + _window_bytes(parameters, config)
+        self.stays = sum(p.numel * p.itemsize for p in parameters if p.stays)
+        self.largest_unit = _largest_unit(parameters)
+        self.prefetch = config.prefetch or _LEAST_PREFETCH
         # fp32 masters on the host are what their weights are uploaded from.
         self.upload_masters = sum(p.numel * p.itemsize for p in trainable if p.itemsize == 4)
         self.gradients = sum(p.numel * (gradient_itemsize or p.itemsize) for p in trainable)
@@ -203,14 +220,17 @@ class _Sizes:
             return "fp32"
         return "mixed" if len(stored) > 1 else stored.pop()
 
-    def by_tier(self, optimizer: Placement, gradients: Placement, params: Placement) -> tuple[TierBytes, TierBytes]:
-        """Device and host bytes of one choice."""
+    def by_tier(
+        self, optimizer: Placement, gradients: Placement, params: Placement, *, prefetch: int | None = None
+    ) -> tuple[TierBytes, TierBytes]:
+        """Device and host bytes of one choice. prefetch: None for the configured or least one."""
+        window = self.stays + (1 + (prefetch or self.prefetch)) * self.largest_unit
         on_host = optimizer == "host"
         working = self.working if on_host else 0
         if params == "host":
             working = self.weights - (self.upload_masters if on_host else 0)
         device = TierBytes(
-            weights=self.weights if params == "device" else min(self.weights, self.window),
+            weights=self.weights if params == "device" else min(self.weights, window),
             master=0 if on_host else self.device_master,
             moments=0 if on_host else self.moments,
             gradients=self.gradients if gradients == "device" else 0,
@@ -249,12 +269,12 @@ def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
             )
 
 
-def _window_bytes(parameters: Sequence[ParameterSize], config: Config) -> int:
+def _largest_unit(parameters: Sequence[ParameterSize]) -> int:
     units: dict[str, int] = {}
     for parameter in parameters:
         if not parameter.stays:
             units[parameter.unit] = units.get(parameter.unit, 0) + parameter.numel * parameter.itemsize
-    return (1 + config.prefetch) * max(units.values(), default=0)
+    return max(units.values(), default=0)
 
 
 def _candidates(config: Config) -> list[_Choice]:

@@ -126,9 +126,20 @@ def test_weights_on_the_host_leave_a_window(prefetch: int) -> None:
     assert plan.device == TierBytes(weights=40 + (1 + prefetch) * 2 * 150)
     # The fp32 weight's master is what it is uploaded from; the frozen weight has a working copy, too.
     assert plan.host == TierBytes(working=1700, master=1600 + 40, moments=8 * 810, gradients=1640)
-    alone = plan_for(layers(), Config(params="host", optimizer="device", gradients="device"))
+    alone = plan_for(layers(), Config(params="host", optimizer="device", gradients="device", prefetch=1))
     assert (alone.host, alone.device.weights) == (TierBytes(working=1600), 400)
     assert plan_for(layers(2), Config(params="host", prefetch=9)).device.weights == 400
+
+
+def test_a_second_unit_is_sent_for_ahead_where_its_memory_is_there() -> None:
+    for budget, prefetch in [(600, 2), (599, 1), (400, 1)]:
+        config = Config(params="host", optimizer="host", gradients="host", device_budget=budget)
+        plan = plan_for(layers(), config)
+        assert (plan.prefetch, plan.device.weights) == (prefetch, (1 + prefetch) * 200)
+        assert f"ahead of their use: {prefetch}" in plan.explain()
+    given = Config(params="host", optimizer="host", gradients="host", device_budget=600, prefetch=1)
+    assert plan_for(layers(), given).device.weights == 400
+    assert plan_for(layers(), Config(device_budget=600)).prefetch == 2
 
 
 def test_auto_offloads_weights_last() -> None:

@@ -20,7 +20,7 @@ ALL = {**HOST, "params": "host"}
 WIDTH = 16
 
 
-def losses_of(build: Callable[[], nn.Module], placement: dict[str, str], call: Any = None, **loop: Any) -> list[float]:
+def losses_of(build: Callable[[], nn.Module], placement: dict[str, Any], call: Any = None, **loop: Any) -> list[float]:
     """Losses and final weights of a few steps; `call(model, step)` gives the loss."""
     torch.manual_seed(0)
     model = build()
@@ -45,7 +45,8 @@ def losses_of(build: Callable[[], nn.Module], placement: dict[str, str], call: A
 
 
 def assert_streams_exactly(build: Callable[[], nn.Module], call: Any = None, **loop: Any) -> None:
-    assert losses_of(build, ALL, call, **loop) == losses_of(build, RESIDENT, call, **loop)
+    # With 2 units ahead these models are all on the device between steps.
+    assert losses_of(build, ALL | {"prefetch": 1}, call, **loop) == losses_of(build, RESIDENT, call, **loop)
 
 
 def stack(make: Callable[[], nn.Module], depth: int = 4) -> Callable[[], nn.Module]:
