@@ -11,6 +11,7 @@ from the last saved to the first. As much again may be on its way to the host.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
 import weakref
@@ -20,12 +21,12 @@ from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils import checkpoint
 
 from ._cuda_graphs import refuse_capture
-from ._errors import OffloadError, OutOfHostMemory
+from ._errors import OffloadError, OutOfHostMemory, StateError
 from ._host_grad import HostBytes
 from ._interrupts import Uninterrupted
 from ._saved_ranges import (
@@ -47,8 +48,6 @@ MIN_BYTES = 64 << 10
 DEFAULT_KEEP = 0.125
 # What may be on its way to the host where the allowance is smaller: the link needs it to be busy.
 _IN_FLIGHT_BYTES = 64 << 20
-# torch.utils.checkpoint saves its inputs from its own file, so many calls above _in_checkpoint() at most.
-_CHECKPOINT_FRAMES = 8
 
 
 class Lanes(Protocol):
@@ -114,6 +113,8 @@ class Activations:
         checkpoints_only: bool = False,
         poison: bool = False,
     ) -> None:
+        if checkpoints_only:
+            _check_checkpoints_are_recognised()
         self._lanes = lanes
         self._device = device
         self._budget = budget
@@ -349,9 +350,34 @@ class Activations:
 
 
 def _in_checkpoint() -> bool:
-    """Whether torch.utils.checkpoint saves the inputs of a block right now, in either of its kinds."""
-    frame: FrameType | None = sys._getframe()
-    for _ in range(_CHECKPOINT_FRAMES):
-        if frame is not None and frame.f_code.co_filename != checkpoint.__file__:
-            frame = frame.f_back
-    return frame is not None and frame.f_code.co_filename == checkpoint.__file__
+    """Whether torch.utils.checkpoint saves the inputs of a block right now, in either of its kinds.
+
+    It does so from its own file, and no module is called in between. What the block saves does not come here.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@functools.cache
+def _check_checkpoints_are_recognised() -> None:
+    """Runs a checkpoint of each kind: another torch may save their inputs in another way."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen[-1] = seen[-1] or _in_checkpoint()
+        return tensor.detach()
+
+    seen: list[bool] = []
+    for reentrant in (False, True):
+        seen.append(False)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            block_input = torch.ones(1, device="cpu", requires_grad=True)
+            checkpoint.checkpoint(torch.sin, block_input, use_reentrant=reentrant, preserve_rng_state=False)
+    if not all(seen):
+        raise StateError(
+            f"activations='checkpoints': torch {torch.__version__} saves the inputs of its checkpoints in a way that "
+            "is not known here; use activations='host', or a share"
+        )

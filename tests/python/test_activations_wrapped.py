@@ -130,6 +130,19 @@ def test_only_the_inputs_of_checkpoints_leave(name: str) -> None:
     assert_same(training, Training(name, ON).steps(3))
 
 
+def test_a_torch_whose_checkpoints_are_not_recognised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = _activations._check_checkpoints_are_recognised
+    check.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(_activations.checkpoint, "__file__", "elsewhere.py")
+        with pytest.raises(offload.StateError, match=r"activations='checkpoints': torch .* is not known here"):
+            Training("checkpointed", HOST | {"activations": "checkpoints"})
+    Training("checkpointed", HOST | {"activations": "checkpoints"})
+    with torch.no_grad():
+        check.cache_clear()
+        check()
+
+
 def test_without_checkpoints_nothing_of_them_leaves() -> None:
     training = Training("tiny", HOST | {"activations": "checkpoints"}).steps(1)
     assert training.optimizer.stats().activations["saved_bytes"] == 0
