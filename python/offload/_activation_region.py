@@ -21,6 +21,7 @@ from ._engine import open_device
 from ._errors import InvalidArgument
 from ._interrupts import Uninterrupted
 from ._probe import probe_host
+from ._weight_casts import WeightCasts
 
 __all__ = ["ActivationRegion", "ModelRegion", "offload_activations"]
 
@@ -101,16 +102,18 @@ class ActivationRegion:
 
 
 class ModelRegion:
-    """The context around the forward of a wrapped model: its hooks enter and leave it.
+    """The context around the forward of a wrapped model, where activations leave and casts of streamed weights are
+    packed: the model's hooks enter and leave it.
 
     torch calls the hook that leaves after an `Exception`, but not after Ctrl-C: the next forward leaves then. Until
     that, what other code saves in this thread goes the same way, and comes back the same.
     """
 
-    def __init__(self, model: nn.Module, activations: Activations) -> None:
+    def __init__(self, model: nn.Module, activations: Activations | None, casts: WeightCasts) -> None:
         self._model = weakref.ref(model)
         self._activations = activations
-        self._hooks = saved_tensors_hooks(activations.pack, activations.unpack)
+        self._casts = casts
+        self._hooks = saved_tensors_hooks(casts.pack, casts.unpack)
         self._entered = threading.local()
 
     def enter(self) -> None:
@@ -121,7 +124,10 @@ class ModelRegion:
             outer = _running_forwards(model) - 1  # the model may call itself
             while self._depth() > max(0, outer) and self._is_innermost():
                 self.leave()
-        self._activations.begin(itertools.chain(model.parameters(), model.buffers()))
+        if self._activations is not None:
+            self._activations.begin(itertools.chain(model.parameters(), model.buffers()))
+        elif not self._casts.expected() and not self._depth():  # of nested calls all enter, as all leave
+            return
         with Uninterrupted():
             self._hooks.__enter__()
             self._entered.depth = self._depth() + 1

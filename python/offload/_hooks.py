@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from ._activation_region import ModelRegion
 from ._engine import Engine, EngineUnit
 from ._units import Unit
+from ._weight_casts import WeightCasts
 
 
 class ModuleHook:
@@ -74,8 +75,9 @@ class Hooks:
         self._before_forward(model, engine.begin_forward)
         if engine.streaming.residencies:
             self._after_forward(model, lambda _: engine.end_forward())
-        if engine.activations is not None:
-            region = ModelRegion(model, engine.activations)
+        if engine.activations is not None or engine.streaming.residencies:
+            casts = WeightCasts(engine.streaming, engine.activations)
+            region = ModelRegion(model, engine.activations, casts)
             self._before_forward(model, region.enter)
             leave = ModuleHook(region.leave)
             self._handles.append(model.register_forward_hook(leave, always_call=True))

@@ -45,6 +45,8 @@ class Streaming:
         self._needs = [_unique(self._residency_of.get(id(p)) for _, p in unit.parameters) for unit in units]
         self._parents: list[set[int]] = [set() for _ in units]
         self._open: list[int] = []
+        self.saw_autocast = False
+        self._caches_casts = True  # of autocast, before the outermost open unit
         self._pinned: set[int] = set()
         self._training, self._evaluation = TouchOrder(), TouchOrder()
         self._order = self._training
@@ -56,6 +58,10 @@ class Streaming:
 
     def __contains__(self, parameter: object) -> bool:
         return id(parameter) in self._residency_of
+
+    @property
+    def device(self) -> torch.device:
+        return self.residencies[0].parameters[0].device
 
     @property
     def host_bytes(self) -> int:
@@ -111,7 +117,7 @@ class Streaming:
         refuse_capture("weights that come and go: keep them on the device (params='device')")
         self._order = self._training if torch.is_grad_enabled() else self._evaluation
         self._order.begin()
-        self._open.clear()
+        self._close_all()
         self._copies = None
         self._forward_runs = True
         self._backward = None
@@ -123,7 +129,7 @@ class Streaming:
         if not self.residencies or in_backward:
             return
         self._forward_runs = False
-        self._open.clear()
+        self._close_all()
         if not torch.is_grad_enabled():
             self.rest()
 
@@ -133,7 +139,12 @@ class Streaming:
             return
         self._parents[unit].update(other for other in self._open if other != unit)
         self._touch(unit, in_backward=in_backward)
+        if not self._open:
+            self._caches_casts = torch.is_autocast_cache_enabled()
         self._open.append(unit)
+        # The cache would hold the 16-bit cast of every weight until the end of the autocast context.
+        torch.set_autocast_cache_enabled(False)
+        self.saw_autocast = self.saw_autocast or torch.is_autocast_enabled(self.device.type)
 
     def exit(self, unit: int, *, in_backward: bool) -> None:
         """The forward of `unit` ended, or raised. Who reads its weights from now on is seen, and pins it.
@@ -142,12 +153,20 @@ class Streaming:
         """
         if unit in self._open:
             self._open.remove(unit)
+            if not self._open:
+                torch.set_autocast_cache_enabled(self._caches_casts)
         if in_backward or self._holds:
             return
         used = {residency for other in (*self._open, *self._pinned) for residency in self._needs[other]}
         for residency in self._needs[unit]:
             if residency not in used and self.window.is_ready(residency):
                 self.window.hide(residency)
+
+    def _close_all(self) -> None:
+        """Those left open are of a forward that Ctrl-C ended."""
+        if self._open:
+            self._open.clear()
+            torch.set_autocast_cache_enabled(self._caches_casts)
 
     def touch_in_backward(self, unit: int) -> None:
         """Backward is about to run nodes of `unit`."""
@@ -259,6 +278,12 @@ class Streaming:
             self._free_all_but(wanted)
             self.window.bring(wanted)
             self.window.make_ready(wanted)
+
+    def bring(self, parameter: Parameter) -> None:
+        """Backward reads the value of `parameter`, mostly of a unit that was touched; it stays until the next touch."""
+        wanted = self._those_of([parameter])
+        self.window.bring(wanted)
+        self.window.make_ready(wanted)
 
     def begin_copies(self) -> None:
         """state_dict() begins: parameters give copies of their values until end_copies()."""
