@@ -304,7 +304,10 @@ class Checkpointed(nn.Sequential):
 def test_peak_device_bytes_under_autocast_follow_the_formula(
     placement: dict[str, str], cache: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Slots times the largest unit, and of one unit at a time: its cast, its gradient and the cast of that."""
+    """Slots times the largest unit, and of one unit at a time: its cast, its gradient and the cast of that.
+
+    Gradients go as they come: how many of them are on their way to the host depends on the machine.
+    """
     monkeypatch.setattr(_activations, "_IN_FLIGHT_BYTES", 0)
     width, count = 256, 12
     torch.manual_seed(0)
@@ -313,6 +316,8 @@ def test_peak_device_bytes_under_autocast_follow_the_formula(
     if kind != "plain":
         model.reentrant = kind.endswith("reentrant")
     unit, slots = 4 * width * width, 2
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     model, optimizer = streamed(model, placement, prefetch=slots - 1, poison=False, units=[nn.Linear])
     x = torch.ones(1, width, requires_grad=True)
 
@@ -332,10 +337,9 @@ def test_peak_device_bytes_under_autocast_follow_the_formula(
         step()
         optimizer._engine.streaming.empty()
     of_one_unit = 2 * (unit // 2) + unit  # its cast and the gradient in 16 bits, the gradient in 32
-    on_the_way = 2 * unit  # gradients that leave
-    assert allocations.peak <= slots * unit + of_one_unit + on_the_way + 128 * 1024, allocations.peak / unit
-    # All casts, half of the weights, would not fit.
-    assert (slots + 4) * unit + 128 * 1024 < slots * unit + count * unit // 2
+    bound = slots * unit + of_one_unit + 128 * 1024
+    assert allocations.peak <= bound, allocations.peak / unit
+    assert bound < slots * unit + count * unit // 2, "all casts would fit"
 
 
 def test_hooks_of_the_user_around_a_part_keep_their_tensors() -> None:
