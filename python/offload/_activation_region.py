@@ -28,7 +28,7 @@ __all__ = ["ActivationRegion", "ModelRegion", "offload_activations"]
 # Of the available host memory, where no budget is given: the rest is for everyone else.
 _HOST_SHARE = 0.9
 
-# torch 2.6 does not tell: what Ctrl-C left then stays below the next forward's, which does the same.
+# Not in torch 2.6.
 _innermost_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -144,9 +144,16 @@ class ModelRegion:
 
     def _is_innermost(self) -> bool:
         if _innermost_hooks is None:
-            return False
+            return self._is_asked()
         hooks = _innermost_hooks(False)
         return hooks is not None and hooks[0] is self._hooks.pack_hook
+
+    def _is_asked(self) -> bool:
+        """Has autograd save a tensor, to see whether it asks our hooks: torch 2.6 does not tell."""
+        before = self._casts.asked_count
+        with torch.inference_mode(False), torch.enable_grad():
+            torch.ones((), device="cpu", requires_grad=True).exp()
+        return self._casts.asked_count != before
 
 
 def _running_forwards(model: nn.Module) -> int:

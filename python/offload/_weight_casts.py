@@ -32,6 +32,7 @@ class WeightCasts:
         self._streaming = weakref.ref(streaming)  # graphs must not keep the engine
         self._activations = activations
         self._is_known = False
+        self.asked_count = 0  # calls of pack()
 
     def expected(self) -> bool:
         """Whether the next forward may save casts: the first one may, and those in which autocast is seen.
@@ -48,6 +49,7 @@ class WeightCasts:
     @_disable_dynamo  # compiled code calls it between its graphs
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps in place of `tensor`."""
+        self.asked_count += 1
         base = tensor if tensor._base is None else tensor._base
         node = base.grad_fn
         if node is not None and node.name() == _CAST_NODE:
