@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from . import _checkpoint
 from ._checkpoint import Groups, SavedState
 from ._engine import Engine
 from ._engine_stats import engine_stats
-from ._errors import InvalidArgument, StateError
+from ._errors import StateError
 from ._hooks import Hooks
 from ._parameter_state import ParameterState
 from ._plan import Plan
@@ -145,12 +144,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
         rounded to the gradient's dtype: a loss scale and a clipping coefficient are undone here without losing what is
         too small for fp16. `p.grad` stays as it is.
 
-        Raises `InvalidArgument` naming the parameter for a gradient that cannot be used, or for a scale that is not
-        finite (nothing is changed then), `StateError` after an earlier update failed, and what the step of another
-        class raises: masters, and weights with them, may then be updated in part, as in plain torch.
+        Raises `InvalidArgument` naming the parameter for a gradient that cannot be used (nothing is changed then),
+        `StateError` after an earlier update failed, and what the step of another class raises: masters, and weights
+        with them, may then be updated in part, as in plain torch.
         """
-        if not math.isfinite(grad_scale):
-            raise InvalidArgument(f"grad_scale={grad_scale}: give a finite number, or leave this step out")
         loss = None
         if closure is not None:
             with torch.enable_grad():

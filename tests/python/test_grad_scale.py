@@ -87,14 +87,3 @@ def test_what_a_loss_scale_keeps_above_zero_in_fp16_is_not_lost(placement: dict[
     (model(torch.ones(1, 4, dtype=torch.float16)).sum().float() * 2.0**-10).backward()  # the gradient, scaled
     optimizer.step(grad_scale=2.0**-26)  # 2**-36 is zero in fp16
     assert torch.equal(model.state_dict()["weight"].cpu(), torch.full((4, 4), -(2.0**-16), dtype=torch.float16))
-
-
-@pytest.mark.parametrize("scale", [float("inf"), float("nan")])
-def test_a_scale_that_is_not_finite_is_refused(scale: float) -> None:
-    model = make_model()
-    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    loss_of(model, next(batches(1))).backward()
-    with pytest.raises(offload.InvalidArgument, match="grad_scale"):
-        optimizer.step(grad_scale=scale)
-    assert all(same_bits(weight, before[name]) for name, weight in model.state_dict().items())
