@@ -81,7 +81,7 @@ void update(uintptr_t gradient, int gradient_format, uintptr_t master, int maste
                           .master_format = format_of<MasterFormat>(master_format, 2, "master_format")};
   std::vector<Factor> plain_factors;
   for (const auto& [kind, value] : factors) {
-    plain_factors.push_back({format_of<FactorKind>(kind, 3, "factor kind"), static_cast<float>(value)});
+    plain_factors.push_back({format_of<FactorKind>(kind, 4, "factor kind"), static_cast<float>(value)});
   }
   const Isa chosen = isa_of(isa);
   const AdamWScalars step = scalars;  // Python may drop its object once the GIL is gone
@@ -136,6 +136,7 @@ void bind_adamw(py::module_& module) {
   module.attr("FACTOR_MULTIPLY") = static_cast<int>(FactorKind::kMultiply);
   module.attr("FACTOR_DIVIDE") = static_cast<int>(FactorKind::kDivide);
   module.attr("FACTOR_MULTIPLY_RECIPROCAL") = static_cast<int>(FactorKind::kMultiplyReciprocal);
+  module.attr("FACTOR_MULTIPLY_WIDE") = static_cast<int>(FactorKind::kMultiplyWide);
 
   module.def("active_isa", [] { return isa_name(active_isa()); });
   module.def("available_isas", &available_isas);

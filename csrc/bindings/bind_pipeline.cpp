@@ -55,8 +55,7 @@ PendingFactor read_factor(PyObject* value, size_t job) {
     refuse(job, "a factor is a tuple (kind, address, value)");
   }
   PendingFactor factor;
-  factor.kind =
-      read_code(PyTuple_GET_ITEM(value, 0), FactorKind::kMultiplyReciprocal, job, "a factor's kind");
+  factor.kind = read_code(PyTuple_GET_ITEM(value, 0), FactorKind::kMultiplyWide, job, "a factor's kind");
   factor.address = reinterpret_cast<const float*>(read_integer<uintptr_t>(PyTuple_GET_ITEM(value, 1)));
   const double number = PyFloat_AsDouble(PyTuple_GET_ITEM(value, 2));
   if (number == -1.0 && PyErr_Occurred() != nullptr) throw py::error_already_set();

@@ -22,8 +22,9 @@ enum class FloatFormat : uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class MasterFormat : uint8_t { kFloat32 = 0, kSplit = 1 };
 
 // A pending scale of the gradient, applied as torch would have: in fp32, then rounded to nearest even
-// in the gradient's dtype. kMultiplyReciprocal multiplies by 1/value rounded to fp32.
-enum class FactorKind : uint8_t { kMultiply = 0, kDivide = 1, kMultiplyReciprocal = 2 };
+// in the gradient's dtype. kMultiplyReciprocal multiplies by 1/value rounded to fp32; kMultiplyWide leaves
+// the product in fp32: what a loss scale kept above zero in fp16 would be lost again in fp16.
+enum class FactorKind : uint8_t { kMultiply = 0, kDivide = 1, kMultiplyReciprocal = 2, kMultiplyWide = 3 };
 struct Factor {
   FactorKind kind;
   float value;
@@ -54,7 +55,7 @@ struct AdamWScalars {
 };
 
 // [Note: the AdamW sequence] Per element, every operation rounded to fp32, none fused:
-//   g = float(gradient); for each factor: g = round_to_gradient_format(g * value)
+//   g = float(gradient); for each factor: g = round_to_gradient_format(g * value), a wide one not rounded
 //   if maximize: g = -g
 //   if l2 != 0:  g = g + l2 * p            else: p = p * weight_scale
 //   m = m + (g - m) * one_minus_beta1

@@ -107,8 +107,9 @@ template <typename Gradient>
 inline Floats scaled_gradient(Floats gradient, const Step& step) {
   for (size_t i = 0; i < step.factor_count; ++i) {
     const Floats value = broadcast(step.factors[i].value);
-    gradient =
-        Gradient::round(step.factors[i].kind == FactorKind::kDivide ? gradient / value : gradient * value);
+    const FactorKind kind = step.factors[i].kind;
+    gradient = kind == FactorKind::kDivide ? gradient / value : gradient * value;
+    if (kind != FactorKind::kMultiplyWide) gradient = Gradient::round(gradient);
   }
   return gradient;
 }

@@ -26,6 +26,7 @@ from ._adamw import FORMATS, AdamWHyper, check_gradient
 from ._config import Config
 from ._copy_lanes import CopyLanes
 from ._errors import InvalidArgument, OffloadError, StateError
+from ._grad_factors import scaled, with_scale
 from ._gradient_lanes import GradientLanes, StepGradient
 from ._interrupts import Uninterrupted
 from ._parameter_state import AdamWState, ParameterState
@@ -69,6 +70,7 @@ class Update:
 
     parameter: Parameter
     hyper: AdamWHyper
+    grad_scale: float = 1.0
 
 
 class Engine:
@@ -260,7 +262,7 @@ class Engine:
         try:
             with Uninterrupted():
                 for state, update in work:
-                    gradient = self.lanes.on_device(state.parameter)
+                    gradient = scaled(self.lanes.on_device(state.parameter), update.grad_scale)
                     if state.streamed:  # written back when the next one comes that travels with others
                         self.streaming.open_for_writing([state.parameter])
                         self._reseed_written([state])
@@ -383,7 +385,7 @@ class Engine:
             tickets = [*taken.tickets, *self.streaming.uploads_of(state.parameter)]
             jobs.append(
                 (self._slots[id(state.parameter)], taken.address, FORMATS[taken.dtype], tickets, scalars[key],
-                 taken.factors)
+                 with_scale(taken.factors, update.grad_scale))
             )  # fmt: skip
             read.append(taken)
         # A plain gradient is still the user's own tensor: it must have left before the user can write to it.

@@ -149,6 +149,7 @@ MASTER_SPLIT: int
 FACTOR_MULTIPLY: int
 FACTOR_DIVIDE: int
 FACTOR_MULTIPLY_RECIPROCAL: int
+FACTOR_MULTIPLY_WIDE: int
 
 def active_isa() -> str: ...
 def available_isas() -> list[str]: ...

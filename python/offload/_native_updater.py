@@ -48,11 +48,11 @@ class NativeUpdater:
     def adopt(self, parameter: Parameter) -> None:
         self.engine.adopt(parameter, AdamWState)
 
-    def step(self, groups: Groups) -> None:
+    def step(self, groups: Groups, grad_scale: float) -> None:
         updates = []
         for group in groups:
             hyper = AdamWHyper.of_group(group, decoupled=self._decoupled)
-            updates += [Update(p, hyper) for p in group["params"] if p.grad is not None]
+            updates += [Update(p, hyper, grad_scale) for p in group["params"] if p.grad is not None]
         self.engine.submit_step(updates)
 
     # --- states ---------------------------------------------------------------------------------------------

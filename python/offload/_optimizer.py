@@ -37,8 +37,8 @@ class Updater(Protocol):
     def adopt(self, parameter: Parameter) -> None:
         """Makes the state of a parameter. Idempotent."""
 
-    def step(self, groups: Groups) -> None:
-        """Updates every parameter that has a gradient, or submits that."""
+    def step(self, groups: Groups, grad_scale: float) -> None:
+        """Updates every parameter that has a gradient, or submits that; it reads them times `grad_scale`, in fp32."""
 
     def dump(self, groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
         """What `optimizer.state` shows, by parameter; submitted updates have ended."""
@@ -137,18 +137,22 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
         """Submits one update of every parameter that has a gradient; returns what `closure` returned.
 
-        Hyperparameters are read now. Raises `InvalidArgument` naming the parameter for a gradient that cannot be used
-        (nothing is changed then), `StateError` after an earlier update failed, and what the step of another class
-        raises: masters, and weights with them, may then be updated in part, as in plain torch.
+        Hyperparameters are read now. The update reads each gradient times `grad_scale`, a product in fp32 that is not
+        rounded to the gradient's dtype: a loss scale and a clipping coefficient are undone here without losing what is
+        too small for fp16. `p.grad` stays as it is.
+
+        Raises `InvalidArgument` naming the parameter for a gradient that cannot be used (nothing is changed then),
+        `StateError` after an earlier update failed, and what the step of another class raises: masters, and weights
+        with them, may then be updated in part, as in plain torch.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._updater.step(self.param_groups)
+        self._updater.step(self.param_groups, float(grad_scale))
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
         return loss

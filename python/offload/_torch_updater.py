@@ -24,6 +24,7 @@ from ._adamw import AdamW
 from ._checkpoint import Groups, SavedState
 from ._engine import Engine
 from ._errors import InvalidArgument
+from ._grad_factors import scaled
 from ._parameter_state import ParameterState
 
 # How deep attributes of an optimizer are searched for parameters: a list of groups that hold lists.
@@ -80,7 +81,7 @@ class TorchUpdater:
     # --- the step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, groups: Groups) -> None:
+    def step(self, groups: Groups, grad_scale: float) -> None:
         """Runs the class's own step; its error passes unchanged, and leaves what plain torch would.
 
         The masters may be updated in part then, and the weights follow them: training can go on where it could there.
@@ -91,7 +92,7 @@ class TorchUpdater:
             self.adopt(parameter)
         states = self._states(groups)
         self.engine.settle(states)
-        gradients = self.engine.float32_gradients(with_gradient)
+        gradients = [scaled(g, grad_scale) for g in self.engine.float32_gradients(with_gradient)]
         start = time.perf_counter()
         versions = {}
         for state in states:

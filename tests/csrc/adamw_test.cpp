@@ -22,8 +22,10 @@ constexpr AdamWScalars kScalars = {.weight_scale = 0.9999f,
                                    .step_size = 1e-3f,
                                    .eps = 1e-8f,
                                    .maximize = false};
-constexpr Factor kFactors[] = {
-    {FactorKind::kMultiply, 0.3f}, {FactorKind::kDivide, 7.0f}, {FactorKind::kMultiplyReciprocal, 0.7f}};
+constexpr Factor kFactors[] = {{FactorKind::kMultiply, 0.3f},
+                               {FactorKind::kDivide, 7.0f},
+                               {FactorKind::kMultiplyReciprocal, 0.7f},
+                               {FactorKind::kMultiplyWide, 0.3f}};
 
 size_t bytes_of(FloatFormat format) { return format == FloatFormat::kFloat32 ? 4 : 2; }
 
@@ -141,12 +143,12 @@ void every_isa_and_alignment_gives_the_same_bits_on_every_tail() {
     for (size_t count = 0; count < 100; ++count) {
       States expected(layout, count, 0);
       const States start(layout, count, 0);
-      adamw_update(expected.span(), kScalars, kFactors, 3, false, Isa::kScalar);
+      adamw_update(expected.span(), kScalars, kFactors, 4, false, Isa::kScalar);
       CHECK(count == 0 || !(expected == start));
       for (Isa isa : kAllIsas) {
         if (!isa_available(isa)) continue;
         States seen(layout, count, count % 5);
-        adamw_update(seen.span(), kScalars, kFactors, 3, false, isa);
+        adamw_update(seen.span(), kScalars, kFactors, 4, false, isa);
         CHECK(seen == expected);
       }
     }
@@ -158,8 +160,8 @@ void threads_do_not_change_the_bits() {
   for (const Layout& layout : all_layouts()) {
     constexpr size_t kCount = 100'003;  // several blocks and a tail
     States expected(layout, kCount, 0), seen(layout, kCount, 1);
-    adamw_update(expected.span(), kScalars, kFactors, 3, false, active_isa());
-    adamw_update_parallel(pool, seen.span(), kScalars, kFactors, 3, false, active_isa());
+    adamw_update(expected.span(), kScalars, kFactors, 4, false, active_isa());
+    adamw_update_parallel(pool, seen.span(), kScalars, kFactors, 4, false, active_isa());
     CHECK(seen == expected);
   }
 }
