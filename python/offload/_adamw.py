@@ -1,6 +1,6 @@
 """Adam and AdamW: the scalars of a step, the sequence in torch operations, and a standalone host optimizer.
 
-The order and rounding of every operation is fixed in csrc/optimizer/adamw.h, [Note: the AdamW sequence]. The native
+The order and rounding of every operation is fixed in csrc/optimizer/update_rules.h, [Note: the AdamW sequence]. The native
 core runs it over host memory; `adamw_step_` runs the same one in torch operations where the states stay on the
 device. Both give the same bits.
 
@@ -239,7 +239,7 @@ class AdamW(torch.optim.Optimizer):
             gradient = parameter.grad  # type: ignore[assignment]
         else:  # elements must lie in the parameter's own order
             gradient.copy_(parameter.grad)  # type: ignore[arg-type]
-        _native.adamw_update(
+        _native.update_states(
             gradient=gradient.data_ptr(),
             gradient_format=FORMATS[gradient.dtype],
             master=master.data_ptr(),

@@ -71,7 +71,7 @@ class Parameter:
 
     @property
     def addresses(self) -> dict[str, int]:
-        """What add_slot and adamw_update both take."""
+        """What add_slot and update_states both take."""
         return {
             "master": self.master.data_ptr(),
             "master_format": _native.MASTER_SPLIT if self.master.dtype == torch.int16 else _native.MASTER_FLOAT32,
@@ -102,7 +102,7 @@ class Parameter:
 
     def update(self, factors: tuple[tuple[int, float], ...] = ()) -> None:
         """The same step in one call, without a pipeline."""
-        _native.adamw_update(
+        _native.update_states(
             gradient=self.gradient.data_ptr(),
             gradient_format=FORMATS[self.gradient.dtype],
             scalars=SCALARS,
@@ -262,7 +262,8 @@ def test_bad_jobs_are_refused_before_anything_runs() -> None:
     wrong_slots = [
         ("a split master needs", {"master_format": _native.MASTER_SPLIT}),
         ("beside a fp32 master", {"weight": parameter.master.data_ptr()}),
-        ("got null", {"exp_avg": 0}),
+        ("got null", {"master": 0}),
+        ("got null", {"exp_avg": 0, "exp_avg_sq": 0}),
         ("must be a MASTER_ code", {"master_format": 2}),
     ]
     for message, change in wrong_slots:
