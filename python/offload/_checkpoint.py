@@ -26,15 +26,15 @@ _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 _IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 
 
-def dump(state: AdamWState) -> dict[str, Any]:
-    """The state as `optimizer.state` shows it: the live tensors, and a new one for a split master."""
+def dump(state: AdamWState, *, joined: bool = True) -> dict[str, Any]:
+    """The state as `optimizer.state` shows it: the live tensors, and for a split master a new one, if `joined`."""
     dumped: dict[str, Any] = {
         "step": torch.tensor(float(state.step), device="cpu"),
         "exp_avg": state.exp_avg,
         "exp_avg_sq": state.exp_avg_sq,
     }
     if state.parameter.dtype != torch.float32:
-        dumped["master"] = state.master_value()
+        dumped["master"] = state.master_value() if joined else state.live_master()
     return dumped
 
 

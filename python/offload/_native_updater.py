@@ -57,8 +57,9 @@ class NativeUpdater:
 
     # --- states ---------------------------------------------------------------------------------------------
 
-    def dump(self, groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
-        return {state.parameter: _checkpoint.dump(state) for state in self._states(groups) if state.step > 0}
+    def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
+        states = self._states(groups)
+        return {state.parameter: _checkpoint.dump(state, joined=joined) for state in states if state.step > 0}
 
     def check(
         self,

@@ -40,8 +40,8 @@ class Updater(Protocol):
     def step(self, groups: Groups, grad_scale: float) -> None:
         """Updates every parameter that has a gradient, or submits that; it reads them times `grad_scale`, in fp32."""
 
-    def dump(self, groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
-        """What `optimizer.state` shows, by parameter; submitted updates have ended."""
+    def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
+        """What `optimizer.state` shows, by parameter; submitted updates have ended. A master is joined if asked."""
 
     def check(
         self,
@@ -86,6 +86,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._all_parameters = list(model.parameters())
         self._original = original
         self._adopting = False
+        self._joined = True
+        # Called before anything here writes to a state: a checkpoint that is being written takes its copies.
+        self.before_states_change: Callable[[], None] | None = None
         super().__init__(original.param_groups, dict(original.defaults))
         self.param_groups = original.param_groups
         for name in _STATE_DICT_HOOKS:  # the user's, whichever of the two they are registered on
@@ -152,6 +155,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._announce_change()
         self._updater.step(self.param_groups, float(grad_scale))
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
@@ -168,8 +172,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Writes by `copy_`, `load_state_dict` and other in-place operations are noticed without it.
         """
         self._engine.synchronize()
+        self._announce_change()
         for state in self._own_states():
             self._engine.reseed(state)
+
+    def _announce_change(self) -> None:
+        if self.before_states_change is not None:
+            self.before_states_change()
 
     # --- states ---------------------------------------------------------------------------------------------
 
@@ -197,12 +206,25 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if not self._adopting:
             return defaultdict(dict)
         self._engine.synchronize()
-        return defaultdict(dict, self._updater.dump(self.param_groups))
+        return defaultdict(dict, self._updater.dump(self.param_groups, joined=self._joined))
 
     @state.setter
     def state(self, value: Any) -> None:
         if value:
             raise StateError("optimizer.state cannot be assigned: use load_state_dict()")
+
+    def state_dict_in_place(self) -> dict[str, Any]:
+        """`state_dict()` without a new tensor: a split master is a `SplitMaster` of its live halves."""
+        self._joined = False
+        try:
+            return self.state_dict()
+        finally:
+            self._joined = True
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises `InvalidArgument` for what `load_state_dict` refuses; hooks are not run."""
+        pairs, others = _checkpoint.pair(self.param_groups, state_dict)
+        self._updater.check(self.param_groups, state_dict["param_groups"], pairs, others)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the layout of the optimizer's class, in place: groups stay the same objects, states fp32 on their tier.
@@ -221,6 +243,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         pairs, others = _checkpoint.pair(self.param_groups, state_dict)
         self._updater.check(self.param_groups, state_dict["param_groups"], pairs, others)
         engine.synchronize()
+        self._announce_change()
         for parameter, saved in pairs:
             if saved:
                 self._updater.adopt(parameter)  # may be over the host budget: before anything is changed

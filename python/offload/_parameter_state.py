@@ -15,6 +15,7 @@ An `AdamWState` holds the first and second moments (fp32) too; other optimizers 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,6 +29,17 @@ from ._errors import StateError
 _UNKNOWN_VERSION = -1
 
 Allocate = Callable[[torch.dtype, str], Tensor]
+
+
+@dataclass(frozen=True)
+class SplitMaster:
+    """The two live halves of a split master: the bf16 `weight` and the int16 `remainder` of its fp32 value."""
+
+    weight: Tensor
+    remainder: Tensor
+
+    def join(self) -> Tensor:
+        return join_master(self.weight, self.remainder)
 
 
 class ParameterState:
@@ -98,6 +110,12 @@ class ParameterState:
         if self.remainder is not None:
             return join_master(self.working_weight(), self.remainder)
         return self.master if self.master is not None else self.working_weight()
+
+    def live_master(self) -> Tensor | SplitMaster:
+        """The master where it lies: nothing is joined."""
+        if self._loaded is None and self.remainder is not None:
+            return SplitMaster(self.working_weight(), self.remainder)
+        return self.master_value()
 
     @torch.no_grad()
     def set_master(self, value: Tensor) -> None:

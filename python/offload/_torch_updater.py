@@ -157,7 +157,7 @@ class TorchUpdater:
 
     # --- states ---------------------------------------------------------------------------------------------
 
-    def dump(self, groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
+    def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
         states = self._states(groups)
         owners = {id(self._masters[id(state.parameter)]): state.parameter for state in states}
         dumped = {owners.get(id(key), key): values for key, values in self._twin.state.items()}

@@ -156,6 +156,12 @@ def full_params(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
+def engine_of(model: nn.Module) -> Engine | None:
+    """The engine of a wrapped model; None for any other module."""
+    entry = _wrapped.get(model)
+    return None if entry is None else entry[0]
+
+
 def _parts_of(model: nn.Module) -> _Parts:
     entry = _wrapped.get(model)
     if entry is None:

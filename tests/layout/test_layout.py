@@ -40,6 +40,7 @@ CSRC_FLOORS = {
 PYTHON_FLOORS = (
     ("_errors", "_config", "_plan", "_stats"),
     ("_units", "_pending", "_interrupts", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace"),
+    ("_durable_files", "_safetensors", "_checkpoint_directory"),
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_streaming",
         "_activations", "_saved_ranges", "_parameter_state",
@@ -49,6 +50,7 @@ PYTHON_FLOORS = (
     ("_checkpoint",),
     ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater"),
     ("_wrap",),
+    ("_snapshot", "_saving", "_loading"),
 )  # fmt: skip
 DOORS = ("__init__", "__main__")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
