@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         StateError,
         StorageError,
     )
+    from ._lion import Lion
     from ._loading import Checkpoint, load_checkpoint
     from ._optimizer import OffloadOptimizer
     from ._plan import Plan
@@ -38,6 +39,7 @@ __all__ = [
     "DeviceError",
     "InternalError",
     "InvalidArgument",
+    "Lion",
     "OffloadError",
     "OffloadOptimizer",
     "OutOfHostMemory",
@@ -62,6 +64,7 @@ _HOMES = {
     "DeviceError": "_errors",
     "InternalError": "_errors",
     "InvalidArgument": "_errors",
+    "Lion": "_lion",
     "OffloadError": "_errors",
     "OffloadOptimizer": "_optimizer",
     "OutOfHostMemory": "_errors",

@@ -4,7 +4,7 @@ Every call that can block releases the GIL. Errors are the classes of `offload.I
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, TypeAlias, final
+from typing import Any, Literal, final
 
 version: str
 
@@ -192,8 +192,6 @@ class AdagradScalars:
 
     def __init__(self, *, l2: float, step_size: float, eps: float, maximize: bool = False) -> None: ...
 
-_UpdateScalars: TypeAlias = AdamWScalars | LionScalars | AdagradScalars
-
 def update_states(
     *,
     gradient: int,
@@ -205,7 +203,7 @@ def update_states(
     exp_avg: int,
     exp_avg_sq: int,
     count: int,
-    scalars: _UpdateScalars,
+    scalars: AdamWScalars | LionScalars | AdagradScalars,
     factors: Sequence[tuple[int, float]] = (),
     isa: str | None = None,
     threads: int = 0,
@@ -257,7 +255,16 @@ class StepPipeline:
     ) -> int: ...
     def submit(
         self,
-        jobs: Sequence[tuple[int, int, int, Sequence[Ticket], _UpdateScalars, Sequence[tuple[int, int, float]]]],
+        jobs: Sequence[
+            tuple[
+                int,
+                int,
+                int,
+                Sequence[Ticket],
+                AdamWScalars | LionScalars | AdagradScalars,
+                Sequence[tuple[int, int, float]],
+            ]
+        ],
         compute_stream: int = 0,
     ) -> list[Ticket]:
         """Jobs are (slot, gradient address, gradient format, tickets, scalars, factors).

@@ -245,6 +245,9 @@ def test_bad_jobs_are_refused_before_anything_runs() -> None:
     parameter, before = Parameter.make(10), Parameter.make(10)
     slot = parameter.slot(machine.pipeline)
     good = parameter.job(slot)
+    one_moment = machine.pipeline.add_slot(
+        name="w", upload_source=0, device_weight=0, weight_bytes=0, **{**parameter.addresses, "exp_avg_sq": 0}
+    )
     bad_jobs: list[object] = [
         (7, *good[1:]),
         (slot, 0, *good[2:]),
@@ -255,6 +258,7 @@ def test_bad_jobs_are_refused_before_anything_runs() -> None:
         (*good[:5], [(5, 0, 1.0)]),
         (*good[:5], [(0, 0)]),
         good[:3],
+        (one_moment, *good[1:]),  # AdamW needs both
     ]
     for bad in bad_jobs:
         with pytest.raises(InvalidArgument):
