@@ -10,6 +10,9 @@
 //   Floats round_to_float16(Floats)                          to nearest even, and back
 //   void   store_float16(Floats low, Floats high, uint16_t*) to nearest even
 
+// For what runs once a vector: gcc's budget of inlining for one file does not reach for three optimizers.
+#define ALWAYS_INLINE __attribute__((always_inline)) inline
+
 // Elements between two rounds of prefetch: two cache lines of fp32, one of 16 bits. Larger bursts were
 // slower.
 constexpr size_t kStride = 32;
@@ -105,7 +108,7 @@ struct Step {
 };
 
 template <typename Gradient, typename Rule>
-inline Floats scaled_gradient(Floats gradient, const Step<Rule>& step) {
+ALWAYS_INLINE Floats scaled_gradient(Floats gradient, const Step<Rule>& step) {
   for (size_t i = 0; i < step.factor_count; ++i) {
     const Floats value = broadcast(step.factors[i].value);
     const FactorKind kind = step.factors[i].kind;
@@ -116,7 +119,7 @@ inline Floats scaled_gradient(Floats gradient, const Step<Rule>& step) {
 }
 
 template <typename Gradient, typename Master, typename Rule>
-inline Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step) {
+ALWAYS_INLINE Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step) {
   Floats gradient = scaled_gradient<Gradient>(Gradient::load(arrays.gradient + at), step);
   gradient = floats_of(bits_of(gradient) ^ step.gradient_sign);
   const Floats weight = Master::load(arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));
@@ -125,7 +128,7 @@ inline Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, co
 }
 
 template <typename Gradient, typename Master, typename Rule>
-inline void update_pair(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step) {
+ALWAYS_INLINE void update_pair(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step) {
   const Floats low = update_lanes(arrays, at, step);
   const Floats high = update_lanes(arrays, at + kLanes, step);
   Master::store_pair(low, high, arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));

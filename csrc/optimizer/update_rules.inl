@@ -17,7 +17,7 @@ struct AdamW {
         eps(broadcast(scalars.eps)),
         has_l2(scalars.l2 != 0) {}
 
-  Floats update(Floats gradient, Floats weight, float* first, float* second) const {
+  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, float* first, float* second) const {
     if (has_l2) {
       gradient = gradient + l2 * weight;
     } else {
@@ -48,7 +48,7 @@ struct Lion {
         one_minus_beta2(broadcast(scalars.one_minus_beta2)),
         step_size(broadcast(scalars.step_size)) {}
 
-  Floats update(Floats gradient, Floats weight, float* first, float*) const {
+  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, float* first, float*) const {
     const Floats zero = {};
     const Floats exp_avg = load(first);
     const Floats direction = exp_avg * beta1 + gradient * one_minus_beta1;
@@ -70,7 +70,7 @@ struct Adagrad {
         eps(broadcast(scalars.eps)),
         has_l2(scalars.l2 != 0) {}
 
-  Floats update(Floats gradient, Floats weight, float*, float* second) const {
+  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, float*, float* second) const {
     if (has_l2) gradient = gradient + l2 * weight;
     const Floats sum = load(second) + gradient * gradient;
     store(sum, second);
