@@ -23,17 +23,23 @@ if TYPE_CHECKING:
         StateError,
         StorageError,
     )
+    from ._lion import Lion
+    from ._loading import Checkpoint, load_checkpoint
     from ._optimizer import OffloadOptimizer
     from ._plan import Plan
+    from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
     from ._wrap import full_params, unwrap, wrap
 
 __all__ = [
     "AdamW",
+    "Checkpoint",
+    "CheckpointSave",
     "Config",
     "DeviceError",
     "InternalError",
     "InvalidArgument",
+    "Lion",
     "OffloadError",
     "OffloadOptimizer",
     "OutOfHostMemory",
@@ -43,17 +49,22 @@ __all__ = [
     "StorageError",
     "__version__",
     "full_params",
+    "load_checkpoint",
     "offload_activations",
+    "save_checkpoint",
     "unwrap",
     "wrap",
 ]
 
 _HOMES = {
     "AdamW": "_adamw",
+    "Checkpoint": "_loading",
+    "CheckpointSave": "_saving",
     "Config": "_config",
     "DeviceError": "_errors",
     "InternalError": "_errors",
     "InvalidArgument": "_errors",
+    "Lion": "_lion",
     "OffloadError": "_errors",
     "OffloadOptimizer": "_optimizer",
     "OutOfHostMemory": "_errors",
@@ -62,7 +73,9 @@ _HOMES = {
     "Stats": "_stats",
     "StorageError": "_errors",
     "full_params": "_wrap",
+    "load_checkpoint": "_loading",
     "offload_activations": "_activation_region",
+    "save_checkpoint": "_saving",
     "unwrap": "_wrap",
     "wrap": "_wrap",
 }

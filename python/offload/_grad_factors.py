@@ -10,7 +10,7 @@ value, and a factor may wait only in a form that gave the same bits everywhere. 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -19,11 +19,11 @@ from torch import Tensor
 
 __all__ = [
     "DIVIDE", "MULTIPLY", "MULTIPLY_RECIPROCAL", "SCALES", "UNSCALE", "Factor", "HostBytes", "apply_factor",
-    "make_factor",
+    "make_factor", "scaled", "with_scale",
 ]  # fmt: skip
 
-# FactorKind of csrc/optimizer/adamw.h.
-MULTIPLY, DIVIDE, MULTIPLY_RECIPROCAL = 0, 1, 2
+# FactorKind of csrc/optimizer/update_rules.h.
+MULTIPLY, DIVIDE, MULTIPLY_RECIPROCAL, MULTIPLY_WIDE = 0, 1, 2, 3
 
 _aten = torch.ops.aten
 
@@ -186,6 +186,16 @@ def apply_factor(wide: Tensor, kind: int, value: float, dtype: torch.dtype) -> T
     else:
         scaled = wide * (torch.ones_like(factor) / factor)
     return scaled.to(dtype).to(torch.float32)
+
+
+def with_scale(factors: Sequence[tuple[int, int, float]], scale: float) -> Sequence[tuple[int, int, float]]:
+    """What a job applies to a gradient that `step(grad_scale=scale)` scales: its pending factors first."""
+    return factors if scale == 1.0 else (*factors, (MULTIPLY_WIDE, 0, scale))
+
+
+def scaled(gradient: Tensor, scale: float) -> Tensor:
+    """The same of a tensor: `gradient` itself, or a new one in fp32."""
+    return gradient if scale == 1.0 else gradient.to(torch.float32) * scale
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

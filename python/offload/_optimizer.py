@@ -38,11 +38,11 @@ class Updater(Protocol):
     def adopt(self, parameter: Parameter) -> None:
         """Makes the state of a parameter. Idempotent."""
 
-    def step(self, groups: Groups) -> None:
-        """Updates every parameter that has a gradient, or submits that."""
+    def step(self, groups: Groups, grad_scale: float) -> None:
+        """Updates every parameter that has a gradient, or submits that; it reads them times `grad_scale`, in fp32."""
 
-    def dump(self, groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
-        """What `optimizer.state` shows, by parameter; submitted updates have ended."""
+    def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
+        """What `optimizer.state` shows, by parameter; submitted updates have ended. A master is joined if asked."""
 
     def check(
         self,
@@ -77,7 +77,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     """Returned by `offload.wrap` in the place of a torch optimizer.
 
     `param_groups` is the wrapped optimizer's own list, so schedulers made before or after `wrap` act on both.
-    `step()` submits the update of Adam and AdamW and returns; another class has updated its masters by then. Parameters
+    `step()` submits the update of a native class and returns; another class has updated its masters by then. Parameters
     become current when they are next used.
     """
 
@@ -88,6 +88,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._model = weakref.ref(model)
         self._original = original
         self._adopting = False
+        self._joined = True
+        # Called before anything here writes to a state: a checkpoint that is being written takes its copies.
+        self.before_states_change: Callable[[], None] | None = None
         super().__init__(original.param_groups, dict(original.defaults))
         self.param_groups = original.param_groups
         for name in _STATE_DICT_HOOKS:  # the user's, whichever of the two they are registered on
@@ -139,18 +142,23 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
         """Submits one update of every parameter that has a gradient; returns what `closure` returned.
 
-        Hyperparameters are read now. Raises `InvalidArgument` naming the parameter for a gradient that cannot be used
-        (nothing is changed then), `StateError` after an earlier update failed, and what the step of another class
-        raises: masters, and weights with them, may then be updated in part, as in plain torch.
+        Hyperparameters are read now. The update reads each gradient times `grad_scale`, a product in fp32 that is not
+        rounded to the gradient's dtype: a loss scale and a clipping coefficient are undone here without losing what is
+        too small for fp16. `p.grad` stays as it is.
+
+        Raises `InvalidArgument` naming the parameter for a gradient that cannot be used (nothing is changed then),
+        `StateError` after an earlier update failed, and what the step of another class raises: masters, and weights
+        with them, may then be updated in part, as in plain torch.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._updater.step(self.param_groups)
+        self._announce_change()
+        self._updater.step(self.param_groups, float(grad_scale))
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
         return loss
@@ -166,8 +174,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Writes by `copy_`, `load_state_dict` and other in-place operations are noticed without it.
         """
         self._engine.synchronize()
+        self._announce_change()
         for state in self._own_states():
             self._engine.reseed(state)
+
+    def _announce_change(self) -> None:
+        if self.before_states_change is not None:
+            self.before_states_change()
 
     # --- states ---------------------------------------------------------------------------------------------
 
@@ -197,12 +210,25 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if not self._adopting:
             return defaultdict(dict)
         self._engine.synchronize()
-        return defaultdict(dict, self._updater.dump(self.param_groups))
+        return defaultdict(dict, self._updater.dump(self.param_groups, joined=self._joined))
 
     @state.setter
     def state(self, value: Any) -> None:
         if value:
             raise StateError("optimizer.state cannot be assigned: use load_state_dict()")
+
+    def state_dict_in_place(self) -> dict[str, Any]:
+        """`state_dict()` without a new tensor: a split master is a `SplitMaster` of its live halves."""
+        self._joined = False
+        try:
+            return self.state_dict()
+        finally:
+            self._joined = True
+
+    def check_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Raises `InvalidArgument` for what `load_state_dict` refuses; hooks are not run."""
+        pairs, others = _checkpoint.pair(self.param_groups, state_dict)
+        self._updater.check(self.param_groups, state_dict["param_groups"], pairs, others)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the layout of the optimizer's class, in place: groups stay the same objects, states fp32 on their tier.
@@ -221,6 +247,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         pairs, others = _checkpoint.pair(self.param_groups, state_dict)
         self._updater.check(self.param_groups, state_dict["param_groups"], pairs, others)
         engine.synchronize()
+        self._announce_change()
         for parameter, saved in pairs:
             if saved:
                 self._updater.adopt(parameter)  # may be over the host budget: before anything is changed

@@ -9,25 +9,36 @@ A state holds an exact fp32 master of the weight, in one of three forms:
 On the device the working weight is the parameter; on the host it is a buffer that the parameter is refilled from.
 A split master needs that buffer: it tells which elements of a parameter the user has overwritten.
 
-An `AdamWState` holds the first and second moments (fp32) too; other optimizers keep theirs themselves.
+A `NativeState` (_native_state.py) holds the optimizer's moments too; classes that are not native keep their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._adamw import adamw_step_, join_master, round_to_weight, split_master, write_weight
+from ._adamw import join_master, round_to_weight, split_master, write_weight
 from ._errors import StateError
 
 # No parameter has it: the next step compares the parameter with its working weight.
 _UNKNOWN_VERSION = -1
 
 Allocate = Callable[[torch.dtype, str], Tensor]
+
+
+@dataclass(frozen=True)
+class SplitMaster:
+    """The two live halves of a split master: the bf16 `weight` and the int16 `remainder` of its fp32 value."""
+
+    weight: Tensor
+    remainder: Tensor
+
+    def join(self) -> Tensor:
+        return join_master(self.weight, self.remainder)
 
 
 class ParameterState:
@@ -38,6 +49,8 @@ class ParameterState:
 
     # Whether the master may be split: only the native update reads and writes one.
     may_split = False
+    # What the plan charges for the optimizer's moments, an element: what a class of its own keeps is not known.
+    planned_moment_bytes = 8
 
     def __init__(
         self, name: str, parameter: Parameter, *, on_host: bool, split: bool, streamed: bool, allocate: Allocate
@@ -98,6 +111,12 @@ class ParameterState:
         if self.remainder is not None:
             return join_master(self.working_weight(), self.remainder)
         return self.master if self.master is not None else self.working_weight()
+
+    def live_master(self) -> Tensor | SplitMaster:
+        """The master where it lies: nothing is joined."""
+        if self._loaded is None and self.remainder is not None:
+            return SplitMaster(self.working_weight(), self.remainder)
+        return self.master_value()
 
     @torch.no_grad()
     def set_master(self, value: Tensor) -> None:
@@ -175,24 +194,3 @@ class ParameterState:
         """The fp32 master was written: the working weight becomes its rounded value."""
         if self.parameter.dtype != torch.float32:
             write_weight(self.working_weight(), self.master_value())
-
-
-class AdamWState(ParameterState):
-    """Master and moments of `parameter`."""
-
-    may_split = True
-
-    def __init__(
-        self, name: str, parameter: Parameter, *, on_host: bool, split: bool, streamed: bool, allocate: Allocate
-    ) -> None:
-        super().__init__(name, parameter, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
-        self.exp_avg = allocate(torch.float32, "moments").zero_()
-        self.exp_avg_sq = allocate(torch.float32, "moments").zero_()
-
-    @torch.no_grad()
-    def update_on_device(self, gradient: Tensor, scalars: dict[str, Any]) -> None:
-        """One step in torch operations where the states are: for states that stay on the device."""
-        master = self.master_value()
-        adamw_step_(master, self.exp_avg, self.exp_avg_sq, gradient, scalars)
-        if self.parameter.dtype != torch.float32:
-            self.working_weight().copy_(round_to_weight(master, self.parameter.dtype))

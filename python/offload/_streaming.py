@@ -55,6 +55,7 @@ class Streaming:
         self._holds = 0
         # While state_dict() runs: a copy of each parameter that it has come to.
         self._copies: dict[int, Tensor] | None = None
+        self._lends = False
 
     def __contains__(self, parameter: object) -> bool:
         return id(parameter) in self._residency_of
@@ -299,13 +300,24 @@ class Streaming:
         known = None if self._copies is None else self._copies.get(id(parameter))
         if known is None:
             with torch.inference_mode(False):
-                known = self.host_weight(parameter).clone()
+                known = self.host_weight(parameter)
+                if not self._lends:
+                    known = known.clone()
             if self._copies is not None:
                 self._copies[id(parameter)] = known
         return known
 
     def end_copies(self) -> None:
         self._copies = None
+
+    @contextlib.contextmanager
+    def lending(self) -> Iterator[None]:
+        """Inside the context state_dict() gives the host bytes themselves, to be read before a weight changes."""
+        self._lends = True
+        try:
+            yield
+        finally:
+            self._lends = False
 
     def _those_of(self, parameters: Iterable[Parameter]) -> list[Residency]:
         return _unique(self._residency_of.get(id(parameter)) for parameter in parameters)

@@ -24,6 +24,7 @@ from ._adamw import AdamW
 from ._checkpoint import Groups, SavedState
 from ._engine import Engine
 from ._errors import InvalidArgument
+from ._grad_factors import scaled
 from ._parameter_state import ParameterState
 
 # How deep attributes of an optimizer are searched for parameters: a list of groups that hold lists.
@@ -32,8 +33,6 @@ _SEARCH_DEPTH = 3
 
 class TorchUpdater:
     """Steps a twin of `original`; see the module's text and `_optimizer.Updater`."""
-
-    state_kind = ParameterState
 
     def __init__(self, original: Optimizer, engine: Engine) -> None:
         self.engine = engine
@@ -77,10 +76,14 @@ class TorchUpdater:
         """A fused kernel has its step counters where the parameters are."""
         return any(group.get("fused") for group in self._original.param_groups)
 
+    @staticmethod
+    def state_kind_of(optimizer: Optimizer) -> type[ParameterState]:
+        return ParameterState
+
     # --- the step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, groups: Groups) -> None:
+    def step(self, groups: Groups, grad_scale: float) -> None:
         """Runs the class's own step; its error passes unchanged, and leaves what plain torch would.
 
         The masters may be updated in part then, and the weights follow them: training can go on where it could there.
@@ -91,7 +94,7 @@ class TorchUpdater:
             self.adopt(parameter)
         states = self._states(groups)
         self.engine.settle(states)
-        gradients = self.engine.float32_gradients(with_gradient)
+        gradients = [scaled(g, grad_scale) for g in self.engine.float32_gradients(with_gradient)]
         start = time.perf_counter()
         versions = {}
         for state in states:
@@ -156,7 +159,7 @@ class TorchUpdater:
 
     # --- states ---------------------------------------------------------------------------------------------
 
-    def dump(self, groups: Iterable[Mapping[str, Any]]) -> dict[Any, Any]:
+    def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
         states = self._states(groups)
         owners = {id(self._masters[id(state.parameter)]): state.parameter for state in states}
         dumped = {owners.get(id(key), key): values for key, values in self._twin.state.items()}

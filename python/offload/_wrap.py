@@ -51,7 +51,8 @@ def wrap(
     Args:
         model: any module whose trainable parameters are dense fp32, bf16 or fp16. It is returned, with hooks.
         optim: a torch optimizer over its parameters, or several. Fresh, or with states to go on from. Of torch's,
-            `Adam` and `AdamW` run in native code; any other class runs as itself over fp32 masters, at its own speed.
+            `Adam`, `AdamW` and `Adagrad` run in native code, and so does `offload.Lion`; any other class runs as itself
+            over fp32 masters, at its own speed.
         config: a `Config`, or a dict of its fields. `options` are the same fields and win over it.
 
     Returns:
@@ -77,7 +78,7 @@ def wrap(
     kinds = [(optimizer, _updater_of(optimizer)) for optimizer in optimizers]
     engine.reserve(
         [
-            (parameter, updater.state_kind)
+            (parameter, updater.state_kind_of(optimizer))
             for optimizer, updater in kinds
             for group in optimizer.param_groups
             for parameter in group["params"]
@@ -154,6 +155,12 @@ def full_params(model: nn.Module) -> Iterator[nn.Module]:
     engine.synchronize()
     with engine.streaming.present(), engine.streaming.saving_copies():
         yield model
+
+
+def engine_of(model: nn.Module) -> Engine | None:
+    """The engine of a wrapped model; None for any other module."""
+    entry = _wrapped.get(model)
+    return None if entry is None else entry[0]
 
 
 def _parts_of(model: nn.Module) -> _Parts:
@@ -296,7 +303,7 @@ def _plan(
     device: torch.device,
 ) -> Plan:
     trained = {
-        id(p): _updater_of(o).state_kind.may_split
+        id(p): _updater_of(o).state_kind_of(o)
         for o in optimizers
         for g in o.param_groups
         for p in g["params"]
@@ -313,7 +320,8 @@ def _plan(
             dtype_name=str(parameter.dtype).removeprefix("torch."),
             trainable=id(parameter) in trained,
             unit=unit_of[id(parameter)].name,
-            may_split=trained.get(id(parameter), False),
+            may_split=id(parameter) in trained and trained[id(parameter)].may_split,
+            moment_bytes=trained[id(parameter)].planned_moment_bytes if id(parameter) in trained else 0,
             stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
         )
         for name, parameter in model.named_parameters()

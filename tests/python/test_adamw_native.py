@@ -112,7 +112,7 @@ class States:
         threads: int = 1,
     ) -> States:
         held = self.remainder if self.remainder is not None else self.master
-        _native.adamw_update(
+        _native.update_states(
             gradient=self.gradient.data_ptr(),
             gradient_format=FORMATS[self.gradient.dtype],
             master=held.data_ptr(),
@@ -133,7 +133,9 @@ class States:
         """[Note: the AdamW sequence], one torch operation for one rounding."""
         gradient = self.gradient.clone()
         for kind, value in factors:
-            if kind == _native.FACTOR_MULTIPLY:
+            if kind == _native.FACTOR_MULTIPLY_WIDE:
+                gradient = gradient.float() * value
+            elif kind == _native.FACTOR_MULTIPLY:
                 gradient.mul_(value)
             elif kind == _native.FACTOR_DIVIDE:
                 gradient.div_(value)
@@ -192,6 +194,8 @@ def test_factors_round_as_torch_in_place_operations(isa: str, dtype: torch.dtype
     reciprocal = _native.FACTOR_MULTIPLY_RECIPROCAL
     lists = [[(kind, value)] for kind in (multiply, divide, reciprocal) for value in values]
     lists += [[(multiply, values[1]), (divide, values[2]), (reciprocal, values[0]), (multiply, values[3])]]
+    wide = _native.FACTOR_MULTIPLY_WIDE
+    lists += [[(wide, values[0])], [(multiply, values[1]), (wide, values[1])]]
     for factors in lists:
         states = States.random("float32", dtype, 5003)
         states.exp_avg.zero_()  # then m shows every bit of the gradient
@@ -371,7 +375,7 @@ def test_without_force_the_best_isa_is_active() -> None:
         ({"master_format": _native.MASTER_SPLIT, "weight_format": _native.FLOAT16}, "split master"),
         ({"master_format": _native.MASTER_SPLIT, "weight": 0}, "split master"),
         ({"isa": "mmx"}, "isa is 'mmx'"),
-        ({"factors": [(3, 1.0)]}, "factor kind is 3"),
+        ({"factors": [(4, 1.0)]}, "factor kind is 4"),
         ({"threads": 1 << 20}, "threads"),
     ],
 )
@@ -381,8 +385,8 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
     arguments: dict[str, Any] = {name: memory[i].data_ptr() for i, name in enumerate(addresses)}
     arguments |= {"gradient_format": _native.FLOAT32, "master_format": _native.MASTER_FLOAT32}
     arguments |= {"weight_format": _native.BFLOAT16, "count": 64, "scalars": _native.AdamWScalars(**SCALARS)}
-    _native.adamw_update(**arguments)
+    _native.update_states(**arguments)
     before = memory.clone()
     with pytest.raises(InvalidArgument, match=message):
-        _native.adamw_update(**{**arguments, **changes})
+        _native.update_states(**{**arguments, **changes})
     assert torch.equal(memory, before)

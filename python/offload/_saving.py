@@ -1,0 +1,349 @@
+"""save_checkpoint(): model, optimizers and what the user adds, in one directory that is whole or not there.
+
+    save = offload.save_checkpoint(directory, model, optim, tag="step10", client_state={...}, async_save=True)
+    save.wait()
+    loaded = offload.load_checkpoint(directory, model, optim, tag=None)     # loaded.tag, .path, .client_state
+
+A checkpoint is a directory of four files. Plain torch and safetensors read them without offload:
+
+    model.safetensors      the weights and buffers by their names in `model.state_dict()`; tied ones once
+    optimizer.safetensors  optimizer states as `NAME.KEY`, such as `layers.0.weight.exp_avg`
+    state.pt               `torch.load(..., weights_only=True)`: "client_state", "tied" (name -> name of the same
+                           weight), "model_extra", "model_metadata", and "optimizers": for each its "param_groups" as
+                           torch packs them, "names" (index -> NAME), "keys" (index -> the KEYs of its tensors) and
+                           "state" (index -> what is no tensor)
+    manifest.json          bytes and CRC-32 of each file
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import io
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import _durable_files as durable
+from ._checkpoint_directory import check_tag, commit
+from ._durable_files import WrittenFile
+from ._errors import InvalidArgument
+from ._optimizer import OffloadOptimizer
+from ._parameter_state import SplitMaster
+from ._probe import probe_host
+from ._snapshot import TensorFile, Value, copied, copy_before_changes, shared_names
+from ._wrap import engine_of
+
+__all__ = ["CheckpointSave", "finish_saves", "save_checkpoint"]
+
+MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.pt"
+_METADATA = {"format": "pt"}
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
+
+
+class CheckpointSave:
+    """One save, which may still be running. `path` is where the checkpoint is when it is done."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._end: Callable[[], None] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the checkpoint is on disk, or was given up."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Returns when the checkpoint is on disk; raises, once, what kept it from being saved."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._end is not None:
+            self._end()
+            self._end = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def start(self, write: Callable[[], None], end: Callable[[], None]) -> None:
+        """Runs `write` on a thread that the interpreter waits for at exit; `end` is called by `wait`."""
+
+        def run() -> None:
+            try:
+                write()
+            except BaseException as error:
+                self._error = error
+
+        self._end = end
+        self._thread = threading.Thread(target=run, name="offload-checkpoint")
+        self._thread.start()
+
+
+# The save that may still be running: there is one at a time.
+_running: CheckpointSave | None = None
+
+
+def finish_saves() -> None:
+    """Waits for the save that is running; raises its error, if nobody was told yet."""
+    global _running
+    running, _running = _running, None
+    if running is not None:
+        running.wait()
+
+
+def _report_at_exit() -> None:
+    try:
+        finish_saves()
+    except BaseException as error:
+        print(f"offload: the last checkpoint was not saved: {error}", file=sys.stderr)
+
+
+def _forget_in_child() -> None:
+    global _running
+    _running = None  # the thread that writes is the parent's
+
+
+atexit.register(_report_at_exit)
+os.register_at_fork(after_in_child=_forget_in_child)
+
+
+def save_checkpoint(
+    directory: str | os.PathLike[str],
+    model: nn.Module,
+    optim: Optimizers = None,
+    *,
+    tag: str,
+    client_state: Mapping[str, Any] | None = None,
+    async_save: bool = False,
+    save_latest: bool = True,
+    keep: int | None = None,
+) -> CheckpointSave:
+    """Saves a checkpoint as `directory/tag`; a kill at any instant leaves the last good one.
+
+    Args:
+        directory: of checkpoints; made if it is not there. A checkpoint of the same tag is replaced.
+        model: any module, wrapped or not. Weights on the host are read there, without a copy of them all.
+        optim: its optimizer or optimizers, wrapped or not; None saves weights alone.
+        tag: the checkpoint's name, such as "step1000".
+        client_state: what else the run needs: numbers, text, tensors and containers of them, such as a scheduler's
+            state_dict. What `torch.load(weights_only=True)` would refuse is refused here.
+        async_save: returns while the files are written; the bits are those of this call. States that a step changes
+            meanwhile are copied first, so up to the bytes that are still to be written; where that is more than half of
+            the memory available, the step waits for the writer instead.
+        save_latest: makes this the checkpoint that `load_checkpoint` takes without a tag.
+        keep: leaves that many of the newest checkpoints, and that of `latest`; None removes nothing.
+
+    Returns:
+        The save; `wait()` returns when it is on disk. Another save, and the end of the program, wait too.
+
+    Raises:
+        InvalidArgument: a tag, state or dtype that cannot be saved. Nothing is written.
+        StorageError: the disk refused, with the bytes needed and free. Nothing is left of this checkpoint. Of an
+            asynchronous save it is raised by its `wait`, or by the next save or load, which then does nothing else.
+    """
+    global _running
+    check_tag(tag)
+    if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
+        raise InvalidArgument(f"keep={keep!r}: give the number of checkpoints to leave, 1 or more, or None for all")
+    finish_saves()
+    place = Path(directory)
+    optimizers = as_list(optim)
+    state_bytes, optimizer_file, model_file = _contents(model, optimizers, dict(client_state or {}), async_save)
+
+    def write(folder: Path) -> Mapping[str, WrittenFile]:
+        written = {STATE_FILE: durable.write_bytes(folder / STATE_FILE, state_bytes)}
+        # States first: a step that comes meanwhile then has less to copy.
+        for name, file in ((OPTIMIZER_FILE, optimizer_file), (MODEL_FILE, model_file)):
+            written[name] = durable.write_file(folder / name, file.nbytes, file.take)
+        return written
+
+    def save() -> None:
+        nbytes = len(state_bytes) + optimizer_file.nbytes + model_file.nbytes
+        commit(place, tag, nbytes, write, set_latest=save_latest, keep=keep)
+
+    running = CheckpointSave(place / tag)
+    if not async_save:
+        save()
+        return running
+
+    def before_change() -> None:
+        copy_before_changes(
+            (optimizer_file, model_file), lambda: probe_host().available_bytes, lambda: _wait_for(running)
+        )
+
+    running.start(save, _watch(optimizers, before_change))
+    _running = running
+    return running
+
+
+def _wait_for(save: CheckpointSave) -> None:
+    thread = save._thread
+    if thread is not None:
+        thread.join()
+
+
+def as_list(optim: Optimizers) -> list[torch.optim.Optimizer]:
+    if optim is None:
+        return []
+    return [optim] if isinstance(optim, torch.optim.Optimizer) else list(optim)
+
+
+def _watch(optimizers: Sequence[torch.optim.Optimizer], before_change: Callable[[], None]) -> Callable[[], None]:
+    """Has `before_change` called before the optimizers write to their states; returns what ends that."""
+    handles = []
+    for optimizer in optimizers:
+        if isinstance(optimizer, OffloadOptimizer):
+            optimizer.before_states_change = before_change
+        else:
+            handles.append(optimizer.register_step_pre_hook(lambda *_: before_change()))
+            handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: before_change()))
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+        for optimizer in optimizers:
+            if isinstance(optimizer, OffloadOptimizer):
+                optimizer.before_states_change = None
+
+    return end
+
+
+# --- what is saved ------------------------------------------------------------------------------------------
+
+
+def _contents(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], client_state: dict[str, Any], staged: bool
+) -> tuple[bytes, TensorFile, TensorFile]:
+    """state.pt, and the two files of tensors; `staged` copies what others than the optimizers may change."""
+    weights, extra, metadata = model_values(model)
+    tied = shared_names(weights)
+    names = {id(p): name for name, p in model.named_parameters()}
+    states: dict[str, Value] = {}
+    described = []
+    for index, optimizer in enumerate(optimizers):
+        packed = optimizer.state_dict_in_place() if isinstance(optimizer, OffloadOptimizer) else optimizer.state_dict()
+        described.append(_describe(packed, parameter_names(optimizer, index, names), states))
+    state = {
+        "client_state": client_state,
+        "tied": tied,
+        "model_extra": extra,
+        "model_metadata": metadata,
+        "optimizers": described,
+    }
+    state_bytes = _serialized(state)
+    current = _host_twins(model, weights) if staged else {}
+    values: dict[str, Value] = {
+        name: copied(value) if staged and name not in current else current.get(name, value)
+        for name, value in weights.items()
+        if name not in tied
+    }
+    if staged:
+        states = {
+            name: copied(value) if isinstance(value, Tensor) and value.device.type != "cpu" else value
+            for name, value in states.items()
+        }
+    return state_bytes, TensorFile(states, _METADATA), TensorFile(values, _METADATA)
+
+
+def model_values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+    """The tensors of the model's state_dict, live where they can be; what else is in it; and its versions by module."""
+    engine = engine_of(model)
+    with engine.streaming.lending() if engine is not None else contextlib.nullcontext():
+        everything = model.state_dict()
+    tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
+    extra = {name: value for name, value in everything.items() if name not in tensors}
+    metadata = {name: dict(value) for name, value in getattr(everything, "_metadata", {}).items()}
+    return tensors, extra, metadata
+
+
+def _host_twins(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """By name, host tensors that equal these weights and that only a step writes to."""
+    engine = engine_of(model)
+    if engine is None:
+        return {}
+    twins = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        state = engine.states.get(id(parameter))
+        weight = weights.get(name)
+        if state is None or weight is None or not state.on_host or state.streamed:
+            continue
+        if state.version == parameter._version and state.address == parameter.data_ptr() == weight.data_ptr():
+            twins[name] = state.working_weight()
+    return twins
+
+
+def parameter_names(optimizer: torch.optim.Optimizer, index: int, names: Mapping[int, str]) -> list[list[str]]:
+    """The model's name of each parameter by group; one that is not the model's is named by its position."""
+    return [
+        [names.get(id(p), f"optimizer{index}.group{number}.{place}") for place, p in enumerate(group["params"])]
+        for number, group in enumerate(optimizer.param_groups)
+    ]
+
+
+def _describe(packed: Mapping[str, Any], names: list[list[str]], states: dict[str, Value]) -> dict[str, Any]:
+    """Moves the tensors of a packed state_dict into `states`; returns the rest."""
+    name_of = {
+        index: name
+        for group, group_names in zip(packed["param_groups"], names, strict=True)
+        for index, name in zip(group["params"], group_names, strict=True)
+    }
+    rest: dict[Any, Any] = {}
+    keys: dict[Any, list[str]] = {}
+    for index, entries in packed["state"].items():
+        if index not in name_of or not isinstance(entries, Mapping):
+            rest[index] = entries  # of no parameter: some classes keep such
+            continue
+        rest[index], keys[index] = {}, []
+        for key, value in entries.items():
+            name = f"{name_of[index]}.{key}"
+            if isinstance(value, (Tensor, SplitMaster)) and name not in states:
+                states[name] = value
+                keys[index].append(key)
+            else:
+                rest[index][key] = value
+    return {"param_groups": packed["param_groups"], "names": name_of, "keys": keys, "state": rest}
+
+
+def _serialized(state: Mapping[str, Any]) -> bytes:
+    """Raises `InvalidArgument` naming the entry that `torch.load(weights_only=True)` would not give back."""
+    content = io.BytesIO()
+    try:
+        torch.save(dict(state), content)
+        content.seek(0)
+        torch.load(content, weights_only=True, map_location="cpu")
+        return content.getvalue()
+    except Exception as error:
+        path, value = _culprit("", state)
+        raise InvalidArgument(
+            f"{path} is a {type(value).__name__}, which torch.load(weights_only=True) does not load: save numbers, "
+            "text, tensors, and dicts, lists and tuples of them"
+        ) from error
+
+
+def _culprit(path: str, value: Any) -> tuple[str, Any]:
+    """The innermost entry that does not survive saving, and where it is."""
+    items = value.items() if isinstance(value, Mapping) else ()
+    for key, item in items:
+        if not _survives(item):
+            return _culprit(f"{path}[{key!r}]" if path else str(key), item)
+    return path, value
+
+
+def _survives(value: Any) -> bool:
+    try:
+        content = io.BytesIO()
+        torch.save(value, content)
+        content.seek(0)
+        torch.load(content, weights_only=True, map_location="cpu")
+    except Exception:
+        return False
+    return True

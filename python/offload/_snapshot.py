@@ -1,0 +1,146 @@
+"""What a checkpoint is made of, with the bits of the moment it was asked for.
+
+[Note: the snapshot] A synchronous save reads tensors where they are. An asynchronous one copies at the call what others
+than an optimizer may write: weights, buffers, and what is on a device. Optimizer states in host memory, and weights
+whose twin is among them, are read where they are by the writer, in the order of the file; before anything writes to
+them (`before_states_change`, or the hooks of a stock optimizer) what was not read by then is copied. So a save that
+ends before the next step copies no state, and the memory it takes is at most the bytes it still has to write.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ._parameter_state import SplitMaster
+from ._safetensors import lay_out
+
+__all__ = ["TensorFile", "Value", "shared_names"]
+
+Value = Tensor | SplitMaster
+
+
+class TensorFile:
+    """The bytes of one safetensors file, taken in their order. Threads: any may call any method."""
+
+    def __init__(self, values: Mapping[str, Value], metadata: Mapping[str, str]) -> None:
+        described = [(name, _dtype_of(value), tuple(_part_of(value).shape)) for name, value in values.items()]
+        layout = lay_out(described, metadata)
+        self.nbytes = layout.nbytes
+        self._lock = threading.Lock()
+        header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
+        self._sources = [_Source(header, 0, len(layout.header))]
+        self._sources += [_Source(values[entry.name], entry.begin, entry.end) for entry in layout.entries]
+        self._taken_bytes = 0
+
+    @torch.no_grad()
+    def take(self, buffer: Tensor) -> tuple[int, int] | None:
+        """Fills `buffer` (bytes on the host) with what comes next: where that begins and its length, None at the end.
+
+        What was taken is let go of.
+        """
+        with self._lock:
+            begin = self._taken_bytes
+            end = min(begin + buffer.numel(), self.nbytes)
+            if begin == end:
+                return None
+            while self._sources and self._sources[0].begin < end:
+                source = self._sources[0]
+                first, last = max(begin, source.begin), min(end, source.end)
+                source.read(buffer[first - begin : last - begin], first - source.begin)
+                if source.end > end:
+                    break
+                self._sources.pop(0)
+            self._taken_bytes = end
+            return begin, end - begin
+
+    def left_bytes(self) -> int:
+        """The bytes that were not taken and are still those of live tensors."""
+        with self._lock:
+            return sum(source.end - source.begin for source in self._sources if source.is_live)
+
+    @torch.no_grad()
+    def copy_rest(self) -> None:
+        """Copies what was not taken: from now on nothing of it is read from live tensors."""
+        with self._lock:
+            for source in self._sources:
+                source.copy()
+
+
+class _Source:
+    """The values of one tensor at `begin` to `end` of the file: those of a live tensor, or a copy."""
+
+    __slots__ = ("_bytes", "_value", "begin", "end", "is_live")
+
+    def __init__(self, value: Value, begin: int, end: int) -> None:
+        self._value: Value = value
+        self._bytes: Tensor | None = None
+        self.begin = begin
+        self.end = end
+        self.is_live = True
+
+    def read(self, out: Tensor, begin: int) -> None:
+        """Writes the bytes from `begin` on, as many as `out` has; for a split master these are whole elements."""
+        if out.numel() == 0:
+            return
+        value = self._value
+        if isinstance(value, SplitMaster) and value.weight.is_contiguous():
+            first, count = begin // 4, out.numel() // 4
+            part = SplitMaster(*(half.view(-1)[first : first + count] for half in (value.weight, value.remainder)))
+            out.view(torch.float32).copy_(part.join())
+            return
+        if self._bytes is None:
+            whole = value.join() if isinstance(value, SplitMaster) else value
+            self._bytes = whole.detach().contiguous().view(-1).view(torch.uint8)
+        out.copy_(self._bytes[begin : begin + out.numel()])
+
+    def copy(self) -> None:
+        if self.is_live:
+            value = self._value
+            self._value = value.join() if isinstance(value, SplitMaster) else copied(value)
+            self._bytes = None
+            self.is_live = False
+
+
+def copied(value: Tensor) -> Tensor:
+    """A copy in host memory."""
+    return value.detach().to("cpu", copy=True)
+
+
+def _part_of(value: Value) -> Tensor:
+    return value.weight if isinstance(value, SplitMaster) else value
+
+
+def _dtype_of(value: Value) -> torch.dtype:
+    return torch.float32 if isinstance(value, SplitMaster) else value.dtype
+
+
+def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Names of tensors that are the same memory as an earlier one, with the name of that: tied weights."""
+    first: dict[tuple[object, ...], str] = {}
+    shared = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue
+        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if key in first:
+            shared[name] = first[key]
+        else:
+            first[key] = name
+    return shared
+
+
+def copy_before_changes(
+    files: Iterable[TensorFile], available_bytes: Callable[[], int], wait: Callable[[], None]
+) -> None:
+    """Before live tensors change: copies what was not taken, or waits for the writer where memory would be short."""
+    for file in files:
+        left = file.left_bytes()
+        if left > available_bytes() // 2:  # the rest of the process needs some too
+            wait()
+            return
+        if left:
+            file.copy_rest()

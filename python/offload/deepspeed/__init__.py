@@ -1,0 +1,1 @@
+"""Drop-in for scripts written for DeepSpeed: `import offload.deepspeed as deepspeed`."""
