@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -75,6 +75,8 @@ class Streaming:
         # While state_dict() runs: a copy of each parameter that it has come to.
         self._copies: dict[int, Tensor] | None = None
         self._lends = False
+        # Called before what the user wrote to a weight replaces its host bytes.
+        self.before_write_back: Callable[[], None] | None = None
         # Those with bytes on the device, and what their upload must be waited for; None: ready.
         self._uploads: dict[Residency, Any] = {}
         self.peak_bytes = 0
@@ -383,7 +385,9 @@ class Streaming:
             with contextlib.suppress(OffloadError):  # whoever asks for the weights is told
                 self._store.wait_weights(upload)
 
-    def _write_back(self, residency: Residency, parameters: Iterable[Parameter]) -> None:
+    def _write_back(self, residency: Residency, parameters: Sequence[Parameter]) -> None:
+        if parameters and self.before_write_back is not None:
+            self.before_write_back()
         with torch.no_grad():
             for parameter in parameters:
                 residency.take_home(parameter, self._store.name_of(parameter))
