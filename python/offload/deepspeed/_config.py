@@ -99,6 +99,8 @@ def resolve(
         ),
         notices=_notices(config, report),
     )
+    order = {name: position for position, name in enumerate(config)}
+    report.entries.sort(key=lambda entry: order.get(entry.path.split(".")[0], len(order)))
     return settings, report
 
 
@@ -115,7 +117,7 @@ def _notices(config: Mapping[str, Any], report: Report) -> tuple[str, ...]:
             "June 2026 (it was 0.0, no clipping); write 0.0 to clip nothing"
         )
     if report.no_effect:
-        notices.append(f"no effect here, see `offload config explain`: {', '.join(report.no_effect)}")
+        notices.append(f"no effect here (`offload config explain` says why): {', '.join(report.no_effect)}")
     return tuple(notices)
 
 

@@ -74,7 +74,7 @@ def _named(choice: Any, otherwise: str) -> str:
 
 def _short(value: Any) -> str:
     try:
-        text = json.dumps(value)
+        text = f"{value:g}" if isinstance(value, float) else json.dumps(value)
     except TypeError:
         text = repr(value)
     return text if len(text) <= _VALUE_WIDTH else text[: _VALUE_WIDTH - 3] + "..."
