@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from ._check import joined
 from ._sections import SECTIONS
 from ._surface import REQUIRED, Key, Section
 from ._surface_elsewhere import ENVIRONMENT
@@ -36,17 +37,17 @@ offload config explain ds_config.json    # each of your keys: what it does, or w
 Every key that DeepSpeed knows is in one of three classes, and this page has them all.
 
 - **Honoured**: it means what it means in DeepSpeed.
-- **No effect**: it may stay in the file, and changes nothing: it tunes machinery that is not needed here, as buckets for
-  communication, or asks for ranks that one process does not have. What is trained is the same without it.
+- **No effect**: it may stay in the file, and changes nothing: it tunes machinery that is not needed here, as buckets
+  for communication, or asks for ranks that one process does not have. What is trained is the same without it.
 - **Refused**: it would change what is trained, and offload cannot do that. The error says what to write instead.
 
 The machine decides how fast, the config decides what is learnt: where tensors live changes no bit of the result.
 
 ### Differences worth knowing
 
-- **A typo is told.** DeepSpeed ignores unknown keys at the top level and in several sections, so that `zero_optimisation`
-  trains without ZeRO and without a word. Here each such key is a warning that names the nearest known one; with
-  `offload config check`, and in `load(..., strict=True)`, an error. Where DeepSpeed refuses unknown keys, so does offload.
+- **A typo is told.** DeepSpeed ignores unknown keys at the top level and in several sections, so that
+  `zero_optimisation` trains without ZeRO and without a word. Here each such key is a warning that names the nearest
+  known one, and an error of `offload config check`. Where DeepSpeed refuses unknown keys, so does offload.
 - **All errors come at once**, each with its JSON path, the value and the rule.
 - **Clipping is on unless you say otherwise**: `gradient_clipping` defaults to 1.0, as in DeepSpeed since June 2026. The
   log says so. Write `0.0` to clip nothing.
@@ -58,16 +59,15 @@ The machine decides how fast, the config decides what is learnt: where tensors l
 
 ### Files
 
-A config is a dict, the path of a file, or base64 text. Files may be strict JSON or Hjson: comments, trailing commas and
-bare keys are legal. Duplicate keys are errors. Numbers and flags convert as in DeepSpeed: `5e8` is a whole number, `"3"`
-and `"true"` are what they look like; `530841.6` is not a whole number.
+A config is a dict, the path of a file, or base64 text. Files may be strict JSON or Hjson: comments, trailing commas
+and bare keys are legal. Duplicate keys are errors. Numbers and flags convert as in DeepSpeed: `5e8` is a whole number,
+`"3"` and `"true"` are what they look like; `530841.6` is not a whole number.
 
 ### `auto`
 
 Hugging Face's Trainer and Accelerate fill in keys that say `"auto"` before DeepSpeed sees them. `offload config` knows
 which they are and shows what fills them in. A script without the Trainer must write values: where DeepSpeed would take
-its default, offload does and warns; elsewhere an `auto` that nothing filled in is an error. `load(config, auto={...})`
-fills them in by dotted path.
+its default, offload does and warns; elsewhere an `auto` that nothing filled in is an error.
 """
 _ENVIRONMENT = """\
 ## Environment variables and launcher flags
@@ -119,6 +119,9 @@ def _row(section: Section, key: Key) -> str:
         assert now is not None
         instead = f"`{key.now}`" if key.now_value is None else f"`{key.now}: {json.dumps(key.now_value)}`"
         standing, text = _STANDINGS[now.standing], f"Old spelling: write {instead}."
+    inside = SECTIONS.get(joined(section.path, key.name))
+    if inside is not None:
+        standing, text = "section", f"See [{_title(inside)}](#{_anchor(inside)})."
     if key.trainer:
         text += f" `auto`: {key.trainer}."
     legal = kind_text(key.kind)

@@ -44,10 +44,10 @@ _ACTIVATIONS = (
 
 _CHECKPOINT = (
     honoured("tag_validation", ("ignore", "warn", "fail"), "warn", "One process always agrees with itself on the tag."),
-    honoured("writer", OBJECT, None, "A section of its own, below."),
+    honoured("writer", OBJECT, None, "A section of its own."),
     refused("load_universal", "bool", False, "Leave it out: checkpoints load under any placement as they are."),
     accepted("use_node_local_storage", "bool", False, "One process has one node."),
-    accepted("parallel_write", OBJECT, None, "A section of its own, below."),
+    accepted("parallel_write", OBJECT, None, "A section of its own."),
     accepted("checkpoint_serialization", "bool", True, _OWN_CHECKPOINTS),
 )  # fmt: skip
 
@@ -133,7 +133,7 @@ SECTIONS = (
         ),
         strict=True,
     ),
-    Section("timers", "", (accepted("throughput", OBJECT, None, "A section of its own, below."),)),
+    Section("timers", "", (accepted("throughput", OBJECT, None, "A section of its own."),)),
     Section(
         "timers.throughput",
         "",

@@ -7,7 +7,7 @@ from ._surface import OBJECT, REQUIRED, Section, accepted, honoured, inert, refu
 __all__ = ["OPTIMIZERS", "REFUSED_OPTIMIZERS", "SCHEDULERS", "SECTIONS"]
 
 _ALONE = "One process has nobody to exchange gradients or weights with."
-_SECTION = "A section of its own, below."
+_SECTION = "A section of its own."
 _ONE_PROCESS = "One process trains the model, the whole of it: leave the key out."
 
 _TOP = (
