@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import offload
 from deepspeed_training import STAGES, config_of, engine_run, plain_run
 from offload.deepspeed._loss_scale import DynamicLossScale, StaticLossScale, make_loss_scale
-from offload.deepspeed._settings import LossScale
+from offload.deepspeed._settings import Autocast, BatchSizes, LossScale, Placement, Precision, Settings
 from training import batches, loss_of, make_model, same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -78,10 +79,49 @@ def test_a_saved_scale_goes_on() -> None:
 
 
 def test_what_makes_which_scale() -> None:
-    assert make_loss_scale(None, under_zero=True).scale == 1.0
-    static = make_loss_scale(LossScale(128.0), under_zero=True)
+    batch = BatchSizes(1, 1, 1)
+    assert make_loss_scale(Settings(batch)).scale == 1.0
+    static = make_loss_scale(Settings(batch, Precision("fp16", LossScale(128.0))))
     static.update(BAD)
     assert isinstance(static, StaticLossScale) and static.scale == 128.0
+    for stage, expected in ((0, 2.0**15), (1, 2.0**16)):  # under ZeRO the hysteresis lets the first one pass
+        scale = make_loss_scale(Settings(batch, Precision("fp16", LossScale()), placement=Placement(stage)))
+        scale.update(BAD)
+        assert scale.scale == expected
+
+
+def test_fp16_autocast_scales_as_torchs_grad_scaler() -> None:
+    autocast = Precision("fp32", LossScale(), autocast=Autocast("fp16"))
+    scale = make_loss_scale(Settings(BatchSizes(1, 1, 1), autocast))
+    weight = nn.Parameter(torch.zeros(1))
+    scaler = torch.amp.GradScaler(weight.device.type)
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    bad = {3, 4}
+    for step in range(2100):
+        scaler.scale(weight.sum()).backward()
+        if step in bad:
+            weight.grad.fill_(float("inf"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scale.update(step in bad)
+        if step % 100 < 5:
+            assert scale.scale == scaler.get_scale(), step
+    assert scale.scale == scaler.get_scale() == 2.0**15  # halved twice, and doubled after 2000 good steps
+
+
+@pytest.mark.cpu_only
+def test_fp16_autocast_skips_what_overflows() -> None:
+    keys = {"torch_autocast": {"enabled": True, "dtype": "fp16"}, "gradient_clipping": 0.5}
+    engine, optimizer, *_ = offload.initialize(model=make_model(), config=config_of(**keys))
+    applied = []
+    for number, tokens in enumerate(batches(4)):
+        loss = loss_of(engine, tokens)
+        engine.backward(loss * float("inf") if number == 1 else loss)
+        engine.step()
+        applied.append(engine.was_step_applied())
+    assert applied == [True, False, True, True] and optimizer.loss_scale == 2.0**15
+    assert torch.isfinite(engine.module.norm.weight).all()
 
 
 def fp16(**keys: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def initialize(
     if placed.wrapped is not None:
         wrapped = EngineOptimizer(
             placed.wrapped,
-            make_loss_scale(settings.precision.loss_scale, under_zero=settings.placement.stage > 0),
+            make_loss_scale(settings),
             clip_norm=settings.gradient_clipping,
             skip_bad_steps=settings.precision.skip_bad_steps,
         )

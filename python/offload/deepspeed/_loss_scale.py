@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import offload
 
-from ._settings import LossScale
+from ._settings import LossScale, Settings
 
 __all__ = ["DynamicLossScale", "StaticLossScale", "make_loss_scale"]
 
@@ -92,10 +92,17 @@ class DynamicLossScale:
         self._hysteresis = int(state["hysteresis"])
 
 
-def make_loss_scale(settings: LossScale | None, *, under_zero: bool) -> StaticLossScale | DynamicLossScale:
-    """The scale that `settings` describe; without any, 1."""
-    if settings is None:
+# What torch.amp.GradScaler does by default, in the terms of the rule under ZeRO: DeepSpeed uses it under autocast.
+_GRAD_SCALER = LossScale(initial_scale_power=16, window=2000, hysteresis=1, min_scale=0.0)
+
+
+def make_loss_scale(settings: Settings) -> StaticLossScale | DynamicLossScale:
+    """The scale that a config describes: 1, where nothing computes in fp16."""
+    precision = settings.precision
+    if precision.loss_scale is None:
         return StaticLossScale()
-    if settings.static is not None:
-        return StaticLossScale(settings.static)
-    return DynamicLossScale(settings, under_zero=under_zero)
+    if precision.dtype != "fp16":
+        return DynamicLossScale(_GRAD_SCALER, under_zero=True)
+    if precision.loss_scale.static is not None:
+        return StaticLossScale(precision.loss_scale.static)
+    return DynamicLossScale(precision.loss_scale, under_zero=settings.placement.stage > 0)
