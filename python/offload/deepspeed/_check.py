@@ -117,7 +117,7 @@ def _check_value(section: Section, key: Key, value: Any, values: dict[str, Any],
         return
     values[key.name] = typed
     if key.standing == "refused":
-        if typed in key.harmless or not switched_on(typed):
+        if typed in key.harmless or (isinstance(typed, Mapping) and not switched_on(typed)):
             report.entries.append(Entry(where, value, "accepted", "Asks for nothing."))
             return
         report.errors.append(f"{where}={_shown(value)}: not available. {key.text}")

@@ -145,18 +145,18 @@ _OFFLOAD_PARAM = (
 )
 
 _ZENFLOW = (
+    accepted("topk_ratio", "float", 0.1, "See `zenflow`.", low=0, high=1),
+    accepted("auto_ratio", "float", 0.99, "See `zenflow`.", low=0, high=1),
+    accepted("pt_reserved_cores_perc", "float", 0.5, "See `zenflow`.", low=0, high=1),
     *inert(
         "See `zenflow`.",
         [
-            ("topk_ratio", "float", 0.1),
             ("select_strategy", ("auto", "step", "epoch"), "auto"),
             ("select_interval", "int|str", "auto"),
             ("update_interval", "int|str", "auto"),
             ("overlap_step", "bool", False),
             ("offload", "bool", False),
-            ("auto_ratio", "float", 0.99),
             ("full_warm_up_rounds", "int", 0),
-            ("pt_reserved_cores_perc", "float", 0.5),
             ("steps_per_epoch", "int?", None),
         ],
     ),
