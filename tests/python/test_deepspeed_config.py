@@ -88,7 +88,8 @@ def test_defaults_are_deepspeeds() -> None:
     assert settings.precision.dtype == "fp32" and settings.optimizer is None and settings.scheduler is None
     assert settings.placement.stage == 0 and settings.placement.pin_memory
     assert settings == quiet({**BATCH, "zero_optimization": None, "fp16": {}, "optimizer": None})
-    assert quiet({**BATCH, "gradient_clipping": 0}).notices == ()
+    assert quiet({**BATCH, "gradient_clipping": 0, "dump_state": None}).notices == ()
+    assert quiet(zero(cpu_offload="auto", leaf_module=None)).placement.optimizer == "device"
 
 
 @pytest.mark.parametrize(
@@ -154,6 +155,8 @@ def test_precision() -> None:
     ).precision
     assert cast.autocast is not None and cast.autocast.dtype == "fp16" and cast.autocast.modules == ("A",)
     assert cast.dtype == "fp32" and cast.loss_scale is not None
+    cast = quiet({**BATCH, "torch_autocast": {"enabled": True}, "bf16": {"enabled": True}}).precision
+    assert cast.autocast is not None and cast.autocast.dtype == cast.dtype == "bf16"
 
 
 def test_optimizers_have_deepspeeds_defaults() -> None:

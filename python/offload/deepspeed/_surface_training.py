@@ -325,7 +325,7 @@ SECTIONS = (
     ),
     Section(
         "torch_autocast",
-        "Forward runs under `torch.autocast`; the model keeps its dtype. Not together with `fp16` or `bf16`.",
+        "Forward runs under `torch.autocast`; the model keeps its dtype, unless `fp16` or `bf16` cast it too.",
         (
             honoured("enabled", "bool", False, "Switches it on."),
             honoured("dtype", _AUTOCAST_DTYPES, None, "The dtype to compute in; null means bf16."),

@@ -41,7 +41,7 @@ _ZERO = (
         "`gradient_accumulation_steps` stays as written.",
         aloud=True,
     ),
-    accepted("leaf_module", "object", {}, "Which modules travel as one is found from the model."),
+    accepted("leaf_module", OBJECT, None, "Which modules travel as one is found from the model."),
     accepted("sub_group_size", "int", 1_000_000_000, "The host update picks its own tiles.", low=0),
     *(
         accepted(name, "int", 500_000_000, f"{_ALONE} There are no buckets.", low=0, trainer=trainer)
