@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspeed_cases import BATCH, CONFIGS, adam, quiet, refusal, zero
@@ -222,6 +222,7 @@ def test_the_config_is_left_alone() -> None:
     assert json.dumps(config) == before
 
 
+@settings(deadline=None)
 @given(
     whole=st.integers(0, 2**53),
     write=st.sampled_from([lambda n: n, float, str, lambda n: f" {n}.0"]),
@@ -230,6 +231,7 @@ def test_whole_numbers_however_written(whole: int, write: Any) -> None:
     assert quiet(zero(sub_group_size=write(whole))).placement.sub_group_size == whole
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e6), st.sampled_from([float, repr]))
 def test_numbers_however_written(number: float, write: Any) -> None:
     assert quiet({**BATCH, "gradient_clipping": write(number)}).gradient_clipping == number
@@ -240,6 +242,7 @@ def test_flags_however_written(value: Any) -> None:
     assert quiet({**BATCH, "bf16": {"enabled": value}}).precision.dtype == "bf16"
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=True, allow_infinity=True).filter(lambda number: not number.is_integer()))
 def test_what_is_no_whole_number(number: float) -> None:
     assert f"zero_optimization.sub_group_size={number!r}: must be a whole number" in refusal(

@@ -57,7 +57,7 @@ from offload.deepspeed._config import load
         ({**BATCH, "sparse_attention": {"mode": "fixed"}}, "sparse_attention={...}: not available"),
         ({**BATCH, "elasticity": {"enabled": True}}, "elasticity.enabled=True: not available"),
         ({**BATCH, "sequence_parallel_size": 2}, "sequence_parallel_size=2: not available"),
-        ({**BATCH, "checkpoint": {"tag_validation": "maybe"}}, "must be 'ignore', 'warn' or 'fail'"),
+        ({**BATCH, "checkpoint": {"writer": {"decoupled": "maybe"}}}, "checkpoint.writer.decoupled='maybe': must be"),
         ({**BATCH, "data_types": {"param_dtype": "fp16"}}, "fp16 and bf16 make the parameters fp32"),
     ],
 )  # fmt: skip

@@ -52,18 +52,17 @@ _TOP = (
     accepted("disable_allgather", "bool", False, _ALONE),
     accepted("sparse_gradients", "bool", False, _ALONE),
     accepted("allgather_size", "int", 500_000_000, f"{_ALONE} Goes with the old `zero_optimization: true`."),
-    honoured("zero_allow_untested_optimizer", "bool", False, "Lets optimizers outside DeepSpeed's list pass."),
-    honoured(
+    accepted("zero_allow_untested_optimizer", "bool", False, "Optimizers of any class pass."),
+    accepted(
         "zero_force_ds_cpu_optimizer",
         "bool",
         True,
-        "With `offload_optimizer`, an optimizer object of another kind than the host optimizers is refused; "
-        "`false` lets it pass.",
+        "Optimizers of any class pass: Adam, AdamW, Lion and Adagrad get the host's own update, others run their code.",
     ),
     honoured("steps_per_print", "int?", None, "Optimizer steps between two lines of the log."),
     honoured("wall_clock_breakdown", "bool", False, "Logs the time of forward, backward and step."),
     honoured("dump_state", "bool", False, "Logs the settings when training starts."),
-    honoured("memory_breakdown", "bool", False, "Logs the memory in use, by kind of tensor."),
+    accepted("memory_breakdown", "bool", False, "`stats` of the wrapped optimizer has the bytes by kind of tensor."),
     honoured("dataloader_drop_last", "bool", False, "The loader made from `training_data` drops a short last batch."),
     accepted("log_level", "str?", None, "Set the level of the logger `offload` in Python's `logging`."),
     accepted("vocabulary_size", "int?", None, "DeepSpeed only prints advice with it."),
@@ -329,7 +328,7 @@ SECTIONS = (
         (
             honoured("enabled", "bool", False, "Switches it on."),
             honoured("dtype", _AUTOCAST_DTYPES, None, "The dtype to compute in; null means bf16."),
-            honoured("lower_precision_safe_modules", "list?", None, "Classes of modules that compute in it."),
+            accepted("lower_precision_safe_modules", "list?", None, "Torch chooses by operation.", aloud=True),
         ),
     ),
     Section(
