@@ -102,6 +102,15 @@ def test_a_clients_optimizer_and_scheduler() -> None:
     assert_same(engine_run(config, model=model, optimizer=optimizer, lr_scheduler=schedule(optimizer)), expected)
 
 
+def test_a_clients_optimizer_follows_the_model_to_bf16() -> None:
+    runs = []
+    for is_clients in (False, True):
+        model = make_model()
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0) if is_clients else None
+        runs.append(engine_run(config_of(bf16={"enabled": True}, zero={"stage": 2}), model=model, optimizer=adamw))
+    assert_same(runs[1], runs[0])
+
+
 @pytest.mark.cpu_only
 def test_a_scheduler_of_the_config() -> None:
     warmup = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 4, "warmup_type": "linear"}
