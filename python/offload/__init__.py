@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from ._plan import Plan
     from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
-    from ._wrap import full_params, unwrap, wrap
+    from ._wrap import estimate, full_params, unwrap, wrap
+    from .deepspeed import add_config_arguments, initialize
 
 __all__ = [
     "AdamW",
@@ -48,7 +49,10 @@ __all__ = [
     "Stats",
     "StorageError",
     "__version__",
+    "add_config_arguments",
+    "estimate",
     "full_params",
+    "initialize",
     "load_checkpoint",
     "offload_activations",
     "save_checkpoint",
@@ -72,7 +76,10 @@ _HOMES = {
     "StateError": "_errors",
     "Stats": "_stats",
     "StorageError": "_errors",
+    "add_config_arguments": "deepspeed",
+    "estimate": "_wrap",
     "full_params": "_wrap",
+    "initialize": "deepspeed",
     "load_checkpoint": "_loading",
     "offload_activations": "_activation_region",
     "save_checkpoint": "_saving",

@@ -70,7 +70,9 @@ def commit(
     Raises `StorageError` with the bytes needed and free when the disk refuses; everything is as it was then.
     """
     existed = directory.is_dir()
+    home, pointer = directory / tag, directory / f".{LATEST}.unfinished"
     unfinished, replaced = _aside(directory, tag, "unfinished"), _aside(directory, tag, "replaced")
+    named = False
     try:
         directory.mkdir(parents=True, exist_ok=True)
         _tidy(directory)
@@ -87,22 +89,31 @@ def commit(
         }
         durable.write_bytes(unfinished / MANIFEST, (json.dumps(document) + "\n").encode())
         durable.sync_directory(unfinished)
-        pointer = directory / f".{LATEST}.unfinished"
         if set_latest:  # before the renames, after which nothing needs room any more
             durable.write_bytes(pointer, tag.encode())
         if not existed:
             durable.sync_directory(directory.parent)
-        if (directory / tag).exists():
-            durable.rename(directory / tag, replaced)
-        durable.rename(unfinished, directory / tag)
-        if set_latest:
-            durable.rename(pointer, directory / LATEST)
+        if home.exists():
+            durable.rename(home, replaced)
+        named = True
+        durable.rename(unfinished, home)
     except BaseException as error:
         with contextlib.suppress(OSError):  # the first error is the one to tell
-            _undo(directory, existed)
+            if named and not unfinished.exists():
+                os.replace(home, unfinished)
+            _tidy(directory)
+            if not existed:
+                directory.rmdir()
         if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise StorageError(_refused(directory, tag, nbytes, error)) from error
         raise
+    try:
+        if set_latest:
+            durable.rename(pointer, directory / LATEST)
+    except OSError as error:
+        raise StorageError(
+            f"checkpoint {tag!r} is whole in {home}, but {directory / LATEST} may not name it: {error}"
+        ) from error
     with contextlib.suppress(OSError):  # the checkpoint is there; the next save removes what is left
         durable.remove_tree(replaced)
         if keep is not None:
@@ -125,12 +136,6 @@ def _tidy(directory: Path) -> None:
                 durable.remove_tree(path)
             else:
                 path.unlink()
-
-
-def _undo(directory: Path, existed: bool) -> None:
-    _tidy(directory)
-    if not existed:
-        directory.rmdir()  # refuses a directory with a checkpoint in it
 
 
 def _retire(directory: Path, tag: str, keep: int) -> None:

@@ -83,9 +83,12 @@ def write_file(path: Path, nbytes: int, take: Take) -> WrittenFile:
             write_chunks()
         else:
             with ThreadPoolExecutor(threads, thread_name_prefix="offload-checkpoint") as pool:
-                writers = [pool.submit(write_chunks) for _ in range(threads)]
-            for writer in writers:
-                writer.result()
+                try:
+                    for writer in [pool.submit(write_chunks) for _ in range(threads)]:
+                        writer.result()
+                except BaseException:
+                    failed.set()  # Ctrl-C in this thread too
+                    raise
         os.ftruncate(descriptor, nbytes)
         os.fsync(descriptor)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -58,13 +59,14 @@ def read_checkpoint(directory: str | os.PathLike[str], tag: str | None) -> Conte
     if absent:
         raise StorageError(f"the manifest of {manifest.path} does not list {min(absent)}: load another checkpoint")
     manifest.verify()
-    return Contents(
-        manifest.path,
-        manifest.tag,
-        map_tensors(manifest.path / MODEL_FILE),
-        map_tensors(manifest.path / OPTIMIZER_FILE),
-        torch.load(manifest.path / STATE_FILE, weights_only=True, map_location="cpu"),
-    )
+    model, states = (map_tensors(manifest.path / name) for name in (MODEL_FILE, OPTIMIZER_FILE))
+    try:
+        state = torch.load(manifest.path / STATE_FILE, weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise StorageError(
+            f"{manifest.path / STATE_FILE} holds what no save writes, nothing of it was run: {error}"
+        ) from error
+    return Contents(manifest.path, manifest.tag, model, states, state)
 
 
 def load_checkpoint(

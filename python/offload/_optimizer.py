@@ -89,8 +89,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._original = original
         self._adopting = False
         self._joined = True
-        # Called before anything here writes to a state: a checkpoint that is being written takes its copies.
-        self.before_states_change: Callable[[], None] | None = None
+        self._before_change: Callable[[], None] | None = None
         super().__init__(original.param_groups, dict(original.defaults))
         self.param_groups = original.param_groups
         for name in _STATE_DICT_HOOKS:  # the user's, whichever of the two they are registered on
@@ -178,9 +177,15 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for state in self._own_states():
             self._engine.reseed(state)
 
+    def watch_states(self, before_change: Callable[[], None] | None) -> None:
+        """Has `before_change` called before states, or weights on the host, are written to; None ends that."""
+        self._before_change = before_change
+        if self._running is not None:
+            self._running.engine.streaming.window.before_write_back = before_change
+
     def _announce_change(self) -> None:
-        if self.before_states_change is not None:
-            self.before_states_change()
+        if self._before_change is not None:
+            self._before_change()
 
     # --- states ---------------------------------------------------------------------------------------------
 

@@ -202,7 +202,7 @@ def _watch(optimizers: Sequence[torch.optim.Optimizer], before_change: Callable[
     handles = []
     for optimizer in optimizers:
         if isinstance(optimizer, OffloadOptimizer):
-            optimizer.before_states_change = before_change
+            optimizer.watch_states(before_change)
         else:
             handles.append(optimizer.register_step_pre_hook(lambda *_: before_change()))
             handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: before_change()))
@@ -212,7 +212,7 @@ def _watch(optimizers: Sequence[torch.optim.Optimizer], before_change: Callable[
             handle.remove()
         for optimizer in optimizers:
             if isinstance(optimizer, OffloadOptimizer):
-                optimizer.before_states_change = None
+                optimizer.watch_states(None)
 
     return end
 
@@ -240,7 +240,7 @@ def _contents(
         "optimizers": described,
     }
     state_bytes = _serialized(state)
-    current = _host_twins(model, weights) if staged else {}
+    current = _on_host(model, optimizers, weights) if staged else {}
     values: dict[str, Value] = {
         name: copied(value) if staged and name not in current else current.get(name, value)
         for name, value in weights.items()
@@ -265,20 +265,36 @@ def model_values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], d
     return tensors, extra, metadata
 
 
-def _host_twins(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """By name, host tensors that equal these weights and that only a step writes to."""
+def _on_host(
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], weights: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """By name, host tensors that equal these weights and are not written to unannounced."""
     engine = engine_of(model)
-    if engine is None:
+    watched = {
+        id(p)
+        for optimizer in optimizers
+        if isinstance(optimizer, OffloadOptimizer)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    if engine is None or not watched:
         return {}
-    twins = {}
+    found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        state = engine.states.get(id(parameter))
-        weight = weights.get(name)
-        if state is None or weight is None or not state.on_host or state.streamed:
+        state, weight = engine.states.get(id(parameter)), weights.get(name)
+        if weight is None or (state is not None and id(parameter) not in watched):
             continue
-        if state.version == parameter._version and state.address == parameter.data_ptr() == weight.data_ptr():
-            twins[name] = state.working_weight()
-    return twins
+        if parameter in engine.streaming:
+            if weight.data_ptr() == engine.streaming.host_weight(parameter).data_ptr():
+                found[name] = weight
+        elif (
+            state is not None
+            and state.on_host
+            and state.version == parameter._version
+            and state.address == parameter.data_ptr() == weight.data_ptr()
+        ):
+            found[name] = state.working_weight()
+    return found
 
 
 def parameter_names(optimizer: torch.optim.Optimizer, index: int, names: Mapping[int, str]) -> list[list[str]]:

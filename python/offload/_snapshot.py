@@ -1,10 +1,11 @@
 """What a checkpoint is made of, with the bits of the moment it was asked for.
 
-[Note: the snapshot] A synchronous save reads tensors where they are. An asynchronous one copies at the call what others
-than an optimizer may write: weights, buffers, and what is on a device. Optimizer states in host memory, and weights
-whose twin is among them, are read where they are by the writer, in the order of the file; before anything writes to
-them (`before_states_change`, or the hooks of a stock optimizer) what was not read by then is copied. So a save that
-ends before the next step copies no state, and the memory it takes is at most the bytes it still has to write.
+[Note: the snapshot] A synchronous save reads tensors where they are. An asynchronous one copies at the call what
+anybody may write to: weights, buffers, and what is on a device. Optimizer states in host memory, and the host bytes of
+weights, are written to by steps, loads and write-backs alone, which announce themselves (`watch_states`, or the hooks
+of a stock optimizer). The writer reads them where they are, in the order of the file, and at an announcement what it
+has not read yet is copied. So a save that ends before the next step copies no state, and the memory it takes is at most
+the bytes that it still has to write.
 """
 
 from __future__ import annotations

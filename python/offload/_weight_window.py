@@ -6,7 +6,7 @@ One is away, on its way or ready. Whatever is not ready wears `PendingParameter`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,8 @@ class WeightWindow:
         self._poison = poison
         # Those with bytes on the device, and what their upload must be waited for; None: ready.
         self._uploads: dict[Residency, Any] = {}
+        # Called before what the user wrote to a weight replaces its host bytes.
+        self.before_write_back: Callable[[], None] | None = None
         self.peak_bytes = 0
         # The last upload of each, which may still read the host bytes.
         self.last_upload: dict[Residency, Any] = {}
@@ -117,6 +119,8 @@ class WeightWindow:
         """The host bytes of these parameters, which are ready, become equal to those on the device."""
         if not parameters:
             return
+        if self.before_write_back is not None:
+            self.before_write_back()
         with torch.no_grad():
             for parameter in parameters:
                 residency.take_home(parameter, self._store.name_of(parameter))

@@ -1,11 +1,12 @@
-"""The door: `wrap`, `unwrap`, `full_params`. Checks what the user gives, plans, and puts the parts together."""
+"""The door: `wrap`, `unwrap`, `full_params`, `estimate`. Checks what the user gives, plans, puts the parts together."""
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -18,13 +19,18 @@ from ._errors import InvalidArgument, StateError
 from ._hooks import Hooks
 from ._host_grad import HostGrad
 from ._interrupts import Uninterrupted
+from ._native_state import AdamWState
 from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
+from ._parameter_state import ParameterState
 from ._plan import ParameterSize, Plan, make_plan
 from ._probe import probe_device, probe_host
 from ._residency import can_be_streamed
 from ._torch_updater import TorchUpdater, check_torch_optimizer
 from ._units import Unit, find_units
+
+# More bytes than any machine has.
+_UNLIMITED = 2**62
 
 # What every wrapped model was given.
 _Parts = tuple[Engine, Hooks, tuple[OffloadOptimizer, ...]]
@@ -145,15 +151,16 @@ def unwrap(
 
 
 @contextmanager
-def full_params(model: nn.Module) -> Iterator[nn.Module]:
+def full_params(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[nn.Module]:
     """Inside the context every parameter of the wrapped `model` is present and current, for reading and writing.
 
-    In-place writes re-seed the optimizer's masters at the next step. With `params="host"` all of the weights are on
-    the device until the context ends: copy what is to outlive it, as autograd does with weights that it saves inside.
+    parameters: only these, and those that travel with them; None means all. In-place writes re-seed the optimizer's
+    masters at the next step. With `params="host"` the weights are on the device until the context ends: copy what is
+    to outlive it, as autograd does with weights that it saves inside.
     """
     engine, *_ = _parts_of(model)
     engine.synchronize()
-    with engine.streaming.present(), engine.streaming.saving_copies():
+    with engine.streaming.present(parameters), engine.streaming.saving_copies():
         yield model
 
 
@@ -161,6 +168,23 @@ def engine_of(model: nn.Module) -> Engine | None:
     """The engine of a wrapped model; None for any other module."""
     entry = _wrapped.get(model)
     return None if entry is None else entry[0]
+
+
+def estimate(
+    model: nn.Module, *, dtype: torch.dtype | None = None, config: Config | dict[str, Any] | None = None, **options: Any
+) -> Plan:
+    """The plan of `wrap` for a model that trains under Adam, whatever memory there is; nothing is changed.
+
+    model: any module, on the meta device too. dtype: of its weights and gradients, None takes each parameter's own.
+    config, options: as of `wrap`; budgets are left out, so that "auto" offloads nothing. Raises `InvalidArgument`.
+    """
+    settings = Config.resolve(config, {**options, "device_budget": _UNLIMITED, "host_budget": _UNLIMITED})
+    trained = {id(p): AdamWState for p in model.parameters() if p.requires_grad}
+    sizes = _parameter_sizes(model, find_units(model, settings.units), trained)
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        sizes = [dataclasses.replace(size, itemsize=dtype.itemsize, dtype_name=name) for size in sizes]
+    return make_plan(sizes, settings, device_kind="cuda", device_bytes=_UNLIMITED, host_bytes=_UNLIMITED)
 
 
 def _parts_of(model: nn.Module) -> _Parts:
@@ -309,23 +333,7 @@ def _plan(
         for p in g["params"]
         if p.requires_grad
     }
-    unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
-    # Its forward is open while any other's is.
-    root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
-    sizes = [
-        ParameterSize(
-            name=name,
-            numel=parameter.numel(),
-            itemsize=parameter.element_size(),
-            dtype_name=str(parameter.dtype).removeprefix("torch."),
-            trainable=id(parameter) in trained,
-            unit=unit_of[id(parameter)].name,
-            may_split=id(parameter) in trained and trained[id(parameter)].may_split,
-            moment_bytes=trained[id(parameter)].planned_moment_bytes if id(parameter) in trained else 0,
-            stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
-        )
-        for name, parameter in model.named_parameters()
-    ]
+    sizes = _parameter_sizes(model, units, trained)
     host_bytes = probe_host().available_bytes
     if device.type == "cpu":
         device_bytes = host_bytes
@@ -341,3 +349,26 @@ def _plan(
         host_bytes=host_bytes,
         notes=[f"{name}: what it keeps is not known before it runs, two fp32 moments are charged" for name in others],
     )
+
+
+def _parameter_sizes(
+    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]]
+) -> list[ParameterSize]:
+    """The model's parameters as the plan sees them; `trained`: id -> the kind of its state."""
+    unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
+    # Its forward is open while any other's is.
+    root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
+    return [
+        ParameterSize(
+            name=name,
+            numel=parameter.numel(),
+            itemsize=parameter.element_size(),
+            dtype_name=str(parameter.dtype).removeprefix("torch."),
+            trainable=id(parameter) in trained,
+            unit=unit_of[id(parameter)].name,
+            may_split=id(parameter) in trained and trained[id(parameter)].may_split,
+            moment_bytes=trained[id(parameter)].planned_moment_bytes if id(parameter) in trained else 0,
+            stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
+        )
+        for name, parameter in model.named_parameters()
+    ]

@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._train import run_train
 
             return run_train(arguments)
+        if arguments.command == "config":
+            from ._config import run_config
+
+            return run_config(arguments)
         from ._bench import run_bench
 
         return run_bench(arguments)
@@ -62,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_train(commands)
     _add_bench(commands)
+    _add_config(commands)
     return parser
 
 
@@ -149,6 +154,19 @@ def _add_bench_train(train: argparse.ArgumentParser) -> None:
         "--host-budget", default=None, metavar="SIZE", help="for offload, as '110GiB' (default: measured)"
     )
     train.add_argument("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them")
+
+
+def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    config = commands.add_parser("config", help="what a DeepSpeed config means here", epilog=_EPILOG)
+    actions = config.add_subparsers(dest="action", metavar="ACTION", required=True)
+    for name, text in (
+        ("explain", "every key of a DeepSpeed config: what it does here, or why nothing, and the placement"),
+        ("check", "whether a DeepSpeed config is accepted; keys that would have no effect are refused if misspelt"),
+    ):
+        action = actions.add_parser(name, help=text, description=f"Shows {text}.", epilog=_EPILOG)
+        action.add_argument(
+            "file", help="a JSON or Hjson file; 'auto' may stand where Hugging Face's Trainer fills it in"
+        )
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,153 @@
+"""docs/deepspeed.md, written from the table of keys: `python -m offload.deepspeed._docs > docs/deepspeed.md`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ._check import joined
+from ._sections import SECTIONS
+from ._surface import REQUIRED, Key, Section
+from ._surface_elsewhere import ENVIRONMENT
+from ._surface_training import REFUSED_OPTIMIZERS
+from ._values import kind_text
+
+__all__ = ["document"]
+
+_OPENING = """\
+# Bring your DeepSpeed config
+
+A script and a JSON written for DeepSpeed run with one changed import:
+
+```python
+import offload.deepspeed as deepspeed
+
+engine, optimizer, loader, scheduler = deepspeed.initialize(model=model, config="ds_config.json")
+```
+
+Ask first what your file means here; nothing is trained and no model is needed:
+
+```
+offload config check ds_config.json      # exit code 1, and every reason, if anything would be refused
+offload config explain ds_config.json    # each of your keys: what it does, or why nothing; then the placement
+```
+
+## What to expect
+
+Every key that DeepSpeed knows is in one of three classes, and this page has them all.
+
+- **Honoured**: it means what it means in DeepSpeed.
+- **No effect**: it may stay in the file, and changes nothing: it tunes machinery that is not needed here, as buckets
+  for communication, or asks for ranks that one process does not have. What is trained is the same without it.
+- **Refused**: it would change what is trained, and offload cannot do that. The error says what to write instead.
+
+The machine decides how fast, the config decides what is learnt: where tensors live changes no bit of the result.
+
+### Differences worth knowing
+
+- **A typo is told.** DeepSpeed ignores unknown keys at the top level and in several sections, so that
+  `zero_optimisation` trains without ZeRO and without a word. Here each such key is a warning that names the nearest
+  known one, and an error of `offload config check`. Where DeepSpeed refuses unknown keys, so does offload.
+- **All errors come at once**, each with its JSON path, the value and the rule.
+- **Clipping is on unless you say otherwise**: `gradient_clipping` defaults to 1.0, as in DeepSpeed since June 2026. The
+  log says so. Write `0.0` to clip nothing.
+- **`Adam` decays weights as `AdamW` does** unless `adam_w_mode` is false, as in DeepSpeed.
+- **One process**: the world size is 1, so `train_batch_size` is `train_micro_batch_size_per_gpu` times
+  `gradient_accumulation_steps`. Give two of them, or one of the first two; the rest follows.
+- **`nvme` is refused** until the disk tier lands. Write `cpu`.
+- **`warmup_num_steps: 0` works.**
+
+### Files
+
+A config is a dict, the path of a file, or base64 text. Files may be strict JSON or Hjson: comments, trailing commas
+and bare keys are legal. Duplicate keys are errors. Numbers and flags convert as in DeepSpeed: `5e8` is a whole number,
+`"3"` and `"true"` are what they look like; `530841.6` is not a whole number.
+
+### `auto`
+
+Hugging Face's Trainer and Accelerate fill in keys that say `"auto"` before DeepSpeed sees them. `offload config` knows
+which they are and shows what fills them in. A script without the Trainer must write values: where DeepSpeed would take
+its default, offload does and warns; elsewhere an `auto` that nothing filled in is an error.
+"""
+_ENVIRONMENT = """\
+## Environment variables and launcher flags
+
+None of DeepSpeed's is read, and none is needed.
+"""
+_STANDINGS = {"honoured": "**honoured**", "accepted": "no effect", "refused": "*refused*"}
+
+
+def document() -> str:
+    """The whole page."""
+    parts = [_OPENING, _contents(), *map(_section, SECTIONS.values()), _refused_optimizers(), _environment()]
+    return "\n".join(parts)
+
+
+def _contents() -> str:
+    links = ", ".join(f"[{_title(section)}](#{_anchor(section)})" for section in SECTIONS.values())
+    return f"## All keys\n\nAll defaults are DeepSpeed's, of version 0.19.6. Sections: {links}.\n"
+
+
+def _title(section: Section) -> str:
+    kind, _, name = section.path.partition(".")
+    if section.arguments or section.path in ("optimizer.Lamb", "optimizer.Muon"):
+        return f"{kind}.params of {name}"
+    return section.path or "Top level"
+
+
+def _anchor(section: Section) -> str:
+    """The anchor that Markdown renderers make of the heading."""
+    return _title(section).lower().replace(".", "").replace(" ", "-")
+
+
+def _section(section: Section) -> str:
+    lines = [f"### {_title(section)}", ""]
+    unknown = "Unknown keys are refused." if section.strict or section.arguments else ""
+    text = " ".join(part for part in (section.text, unknown) if part)
+    if text:
+        lines += [text, ""]
+    lines += ["| key | legal | default | class | here |", "| --- | --- | --- | --- | --- |"]
+    lines += [_row(section, key) for key in section.keys]
+    return "\n".join(lines) + "\n"
+
+
+def _row(section: Section, key: Key) -> str:
+    name = f"`{key.name}`" + (f" or `{key.also}`" if key.also else "")
+    standing, text = _STANDINGS[key.standing], key.text
+    if key.now is not None:
+        now = section.find(key.now)
+        assert now is not None
+        instead = f"`{key.now}`" if key.now_value is None else f"`{key.now}: {json.dumps(key.now_value)}`"
+        standing, text = _STANDINGS[now.standing], f"Old spelling: write {instead}."
+    inside = SECTIONS.get(joined(section.path, key.name))
+    if inside is not None:
+        standing, text = "section", f"See [{_title(inside)}](#{_anchor(inside)})."
+    if key.trainer:
+        text += f" `auto`: {key.trainer}."
+    legal = kind_text(key.kind)
+    if key.low is not None:
+        legal += f", {key.low:g} to {key.high:g}" if key.high is not None else f", {key.low:g} or more"
+    return "| " + " | ".join((name, legal, _default(key.default), standing, text)) + " |"
+
+
+def _default(default: Any) -> str:
+    if default == REQUIRED:
+        return "required"
+    if isinstance(default, list) and len(default) > 2:
+        return f"{len(default)} names" if isinstance(default[0], str) else f"`{json.dumps(default)}`"
+    return f"`{json.dumps(default)}`"
+
+
+def _refused_optimizers() -> str:
+    lines = ["## Optimizers that are refused", "", "| `optimizer.type` | why, and what to write |", "| --- | --- |"]
+    lines += [f"| `{name}` | {text} |" for name, text in REFUSED_OPTIMIZERS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _environment() -> str:
+    rows = "".join(f"| `{name}` | {text} |\n" for name, text in ENVIRONMENT)
+    return f"{_ENVIRONMENT}\n| name | instead |\n| --- | --- |\n{rows}"
+
+
+if __name__ == "__main__":
+    print(document(), end="")

@@ -1,0 +1,246 @@
+"""Engine: the training engine that scripts written for DeepSpeed expect, over `offload.wrap`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import offload
+
+from ._data import EngineLoader
+from ._engine_checkpoint import EngineCheckpoint
+from ._engine_optimizer import EngineOptimizer
+from ._engine_settings import EngineSettings
+from ._log import logger
+from ._placement import Placed
+from ._reporting import Report
+from ._settings import Settings
+
+__all__ = ["Engine"]
+
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Engine(EngineSettings, EngineCheckpoint, nn.Module):
+    """What `offload.initialize` returns first. One loop serves any accumulation:
+
+        loss = engine(batch); engine.backward(loss); engine.step()
+
+    `step()` updates at the boundary of the accumulation and counts at the other micro-batches. What is not an
+    attribute of the engine is looked up in `module`, the model.
+
+    micro_steps, global_steps, global_samples, skipped_steps: micro-batches, optimizer steps (skipped ones too),
+    samples and skipped steps so far. optimizer, lr_scheduler, training_dataloader: as `initialize` returned them.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: dict[str, Any],
+        placed: Placed,
+        optimizer: EngineOptimizer | None,
+        lr_scheduler: Any,
+        loader: EngineLoader | None,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.config = config
+        self.module = placed.module
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.training_dataloader = loader
+        self.device = device
+        self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
+        self._placed: Placed | None = placed
+        self._batch = settings.batch
+        self._report = Report(settings, self._synchronize)
+        self._boundary: bool | None = None  # as set by the caller
+        self._step_applied = False
+        self._inside_no_sync = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None:
+                raise
+            return getattr(module, name)
+
+    # --- forward, backward, step ------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The model's forward, under autocast where the config asks for it."""
+        precision = self.settings.precision
+        if precision.cast_inputs:
+            inputs, kwargs = _cast((inputs, kwargs), _TORCH_DTYPES[precision.dtype])
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if precision.autocast is not None:
+            autocast = torch.autocast(self.device.type, _TORCH_DTYPES[precision.autocast.dtype])
+        with self._report.timed("forward"), self._report.profiled(self.module, self.global_steps + 1), autocast:
+            return self.module(*inputs, **kwargs)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
+        """Backward of `loss` (a scalar) divided by the accumulation steps, under the loss scale; returns the quotient.
+
+        scale_wrt_gas: False leaves the division to the caller.
+        """
+        optimizer = self._require_optimizer("backward")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+            raise offload.InvalidArgument(
+                f"backward() was given a {type(loss).__name__}{shape}: give the loss, a tensor of one element"
+            )
+        if scale_wrt_gas and self.settings.managed_accumulation and self._batch.accumulation > 1:
+            loss = loss / self._batch.accumulation
+        self._report.keep_loss(loss)
+        with self._report.timed("backward"):
+            optimizer.backward(loss, retain_graph=retain_graph)
+        return loss
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """At the boundary: unscale, check, clip, update, clear the gradients, and step the scheduler with `lr_kwargs`.
+
+        A step whose gradients overflowed changes nothing but the loss scale, and the scheduler waits.
+        """
+        optimizer = self._require_optimizer("step")
+        if self._inside_no_sync:
+            raise offload.StateError("step() was called inside no_sync(): leave the context first")
+        self._step_applied = False
+        if self.is_gradient_accumulation_boundary() or not self.settings.managed_accumulation:
+            with self._report.timed("step"):
+                optimizer.step()
+                optimizer.zero_grad()
+            self._step_applied = not optimizer.overflow
+            if optimizer.overflow:
+                self.skipped_steps += 1
+                logger.info("gradients overflowed: step skipped, the loss scale is %g", optimizer.loss_scale)
+            elif self.lr_scheduler is not None:
+                self.lr_scheduler.step(**(lr_kwargs or {}))
+            self.global_steps += 1
+            self.global_samples += self._batch.train
+            self._report.after_step(
+                step=self.global_steps,
+                skipped=self.skipped_steps,
+                samples=self.global_samples,
+                optimizer=optimizer,
+                loss_scale=optimizer.loss_scale if self.fp16_enabled() else None,
+            )
+        self.micro_steps += 1
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch is the last one before an update."""
+        if self._boundary is not None:
+            return self._boundary
+        return (self.micro_steps + 1) % self._batch.accumulation == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """From now on the caller says which micro-batch is the last one, and the engine stops counting."""
+        self._boundary = bool(is_boundary)
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` updated the model: False inside an accumulation and after an overflow."""
+        return self._step_applied
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of every parameter."""
+        self.module.zero_grad(set_to_none)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Marks backwards that only accumulate. One process has nothing to synchronise; `step()` is refused inside."""
+        if self._inside_no_sync:
+            raise offload.StateError("no_sync() is entered already: leave it first")
+        self._inside_no_sync = True
+        try:
+            yield
+        finally:
+            self._inside_no_sync = False
+
+    def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **ignored: Any) -> None:
+        """Compiles the model in place with torch.compile; `compile_kwargs` are passed on."""
+        self.module.compile(backend=backend, **(compile_kwargs or {}))
+
+    # --- what scripts read and set ----------------------------------------------------------------------------
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each group."""
+        return [group["lr"] for group in self._require_optimizer("get_lr").param_groups]
+
+    def set_lr(self, lr: float) -> None:
+        """One learning rate for every group; a scheduler overwrites it at its next step."""
+        for group in self._require_optimizer("set_lr").param_groups:
+            group["lr"] = lr
+
+    def get_mom(self) -> list[Any]:
+        """`momentum` of each group, or its `betas`."""
+        groups = self._require_optimizer("get_mom").param_groups
+        return [group.get("betas", group.get("momentum")) for group in groups]
+
+    def get_global_grad_norm(self) -> float | None:
+        """L2 norm of the gradients of the last step that was not skipped, unscaled, before clipping."""
+        return None if self.optimizer is None else self.optimizer.global_grad_norm
+
+    @property
+    def loss_scale(self) -> float:
+        return 1.0 if self.optimizer is None else self.optimizer.loss_scale
+
+    cur_scale = loss_scale
+
+    def _require_optimizer(self, name: str) -> EngineOptimizer:
+        if self._placed is None:
+            raise offload.StateError(f"{name}() after destroy(): the engine is gone, its module is a plain model")
+        if self.optimizer is None:
+            raise offload.StateError(
+                f"{name}() needs an optimizer: pass optimizer= to initialize, or name one in the config"
+            )
+        return self.optimizer
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    # --- where things are -------------------------------------------------------------------------------------
+
+    def offload_states(
+        self, include: Any = None, device: Any = "cpu", pin_memory: bool = True, non_blocking: bool = False
+    ) -> None:
+        """Moves optimizer states, gradients and weights to the host until `reload_states()`; no bit changes.
+
+        What the config keeps there anyway stays. Everything moves, whatever `include` names, and is back on the host
+        when this returns. Raises `InvalidArgument` for another `device` than the CPU.
+        """
+        optimizer = self._require_optimizer("offload_states")
+        if str(getattr(device, "value", device)) not in ("cpu", "none"):
+            raise offload.InvalidArgument(f"offload_states(device={device!r}): legal is 'cpu'")
+        assert self._placed is not None
+        optimizer.optimizer = self._placed.move("host")
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Moves everything back to where the config wants it."""
+        optimizer = self._require_optimizer("reload_states")
+        assert self._placed is not None
+        optimizer.optimizer = self._placed.move(None)
+
+    def destroy(self) -> None:
+        """Ends the engine: `module` becomes a plain model with its weights. Calling it again does nothing."""
+        placed, self._placed = self._placed, None
+        if placed is not None:
+            placed.unwrap()
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in nested tuples, lists and dicts, in `dtype`."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        items = [_cast(item, dtype) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {name: _cast(item, dtype) for name, item in value.items()}
+    return value

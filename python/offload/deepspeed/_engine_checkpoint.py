@@ -1,0 +1,142 @@
+"""The part of the engine that saves and loads itself, over `offload.save_checkpoint` and `offload.load_checkpoint`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import offload
+
+from ._log import logger
+from ._settings import Settings
+
+if TYPE_CHECKING:
+    from ._engine_optimizer import EngineOptimizer
+
+__all__ = ["EngineCheckpoint"]
+
+# In the client state of a checkpoint: what the engine itself goes on from.
+_OWN = "deepspeed_engine"
+_COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+
+
+class EngineCheckpoint:
+    """Checkpoints by DeepSpeed's names and tags; the files are offload's own, whole or not there."""
+
+    settings: Settings
+    module: nn.Module
+    optimizer: EngineOptimizer | None
+    lr_scheduler: Any
+    global_steps: int
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        client_state: Mapping[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Saves model, optimizer, scheduler, loss scale and counters as `save_dir/tag`; returns True.
+
+        tag: None is `global_step<n>`. client_state: what else the run needs, as `offload.save_checkpoint` takes it.
+        save_latest: makes it the checkpoint that is loaded without a tag. With `checkpoint.writer.decoupled` the files
+        are written while training goes on. Frozen parameters are always saved.
+        """
+        state = dict(client_state or {})
+        if _OWN in state:
+            raise offload.InvalidArgument(f"client_state has the key {_OWN!r}, which the engine uses: rename it")
+        state[_OWN] = {
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "loss_scale": None if self.optimizer is None else self.optimizer.loss_scaler.state_dict(),
+        }
+        save = offload.save_checkpoint(
+            save_dir,
+            self.module,
+            self._wrapped_optimizer(),
+            tag=f"global_step{self.global_steps}" if tag is None else str(tag),
+            client_state=state,
+            async_save=self.settings.checkpoint.async_save,
+            save_latest=save_latest,
+        )
+        logger.info("saving checkpoint %s", save.path)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Loads what `save_checkpoint` saved, under whatever placement; returns its path and client state.
+
+        tag: None takes the latest; where there is none, a warning and `(None, {})` are all, as scripts expect that try
+        to resume. load_module_only: weights alone, as with the two flags before it off; counters then stay.
+        Raises `StorageError` for a damaged checkpoint and `InvalidArgument` for one that does not fit.
+        """
+        if tag is None and not (Path(load_dir) / "latest").is_file():
+            logger.warning("no checkpoint was loaded: %s has no file 'latest'; give a tag", load_dir)
+            return None, {}
+        optimizer = self._wrapped_optimizer() if load_optimizer_states and not load_module_only else None
+        loaded = offload.load_checkpoint(
+            load_dir, self.module, optimizer, tag=None if tag is None else str(tag), strict=load_module_strict
+        )
+        client_state = dict(loaded.client_state)
+        own = client_state.pop(_OWN, None)
+        if own is not None and not load_module_only:
+            for name in _COUNTERS:
+                setattr(self, name, own[name])
+            if optimizer is not None and self.optimizer is not None:
+                self.optimizer.loss_scaler.load_state_dict(own["loss_scale"])
+            if load_lr_scheduler_states and self.lr_scheduler is not None and own["lr_scheduler"] is not None:
+                self.lr_scheduler.load_state_dict(own["lr_scheduler"])
+        return str(loaded.path), client_state
+
+    def _wrapped_optimizer(self) -> offload.OffloadOptimizer | None:
+        return None if self.optimizer is None else self.optimizer.optimizer
+
+    def module_state_dict(self) -> dict[str, Any]:
+        """`state_dict()` of the model; weights that live on the host are host tensors."""
+        return self.module.state_dict()
+
+    def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
+        self.module.load_state_dict(state_dict, strict=strict)
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Saves the model's `state_dict()`, in the dtype that it trains in, for `torch.load`; returns True."""
+        folder = Path(save_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self.module.state_dict()
+        if exclude_frozen_parameters:
+            for name, parameter in self.module.named_parameters():
+                if not parameter.requires_grad:
+                    del state[name]
+        path = folder / save_filename
+        aside = path.with_name(f".{path.name}.part")
+        torch.save(state, aside)
+        os.replace(aside, path)  # whole, or as it was
+        return True
+
+    save_fp16_model = save_16bit_model
+
+    # Accelerate gathers the weights of a stage 3 model through these.
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        return True
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        return self.module.state_dict()

@@ -1,0 +1,125 @@
+"""EngineOptimizer: what `initialize` returns as the optimizer: unscales, checks, clips and steps in one go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import offload
+
+from ._loss_scale import DynamicLossScale, StaticLossScale
+
+__all__ = ["EngineOptimizer", "global_norm"]
+
+# As in torch.nn.utils.clip_grad_norm_.
+_CLIP_EPS = 1e-6
+
+
+def global_norm(gradients: list[Tensor]) -> Tensor:
+    """The L2 norm over all gradients, accumulated in fp32: a scalar tensor on their device."""
+    if not gradients:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(gradient, 2.0, dtype=torch.float32) for gradient in gradients]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
+    return norm
+
+
+class EngineOptimizer(torch.optim.Optimizer):
+    """A face of the `OffloadOptimizer` with the loss scale and the clipping of the config.
+
+    `step()` reads gradients of the scaled loss. loss_scale, cur_scale: the scale of the next backward.
+    overflow: whether the last step was skipped for inf or NaN. Everything else is the wrapped optimizer's.
+    """
+
+    def __init__(
+        self,
+        wrapped: offload.OffloadOptimizer,
+        loss_scale: StaticLossScale | DynamicLossScale,
+        *,
+        clip_norm: float,
+        skip_bad_steps: bool,
+    ) -> None:
+        # No call of super().__init__(): groups, states and hooks are those of `wrapped`, found by __getattr__.
+        self.optimizer = wrapped
+        self.loss_scaler = loss_scale
+        self.overflow = False
+        self._clip_norm = clip_norm
+        self._skip_bad_steps = skip_bad_steps
+        self._norm: Tensor | float | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not made yet: no endless search
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        return self.optimizer.defaults
+
+    @property
+    def loss_scale(self) -> float:
+        return self.loss_scaler.scale
+
+    cur_scale = loss_scale
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        return self.loss_scaler.dynamic
+
+    @property
+    def global_grad_norm(self) -> float | None:
+        """L2 norm of the last step's gradients, unscaled, before clipping; None before the first step."""
+        if isinstance(self._norm, Tensor):
+            self._norm = self._norm.item()
+        return self._norm
+
+    def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
+        """Backward of the scaled loss. A 16-bit loss is widened first, so that its scale cannot overflow it."""
+        if self.loss_scale != 1.0 or self.dynamic_loss_scale:
+            loss = loss.float() * self.loss_scale
+        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update, unless `overflow`. Reads gradients of the loss times `loss_scale`; leaves `p.grad` as it is."""
+        if closure is not None:
+            raise offload.InvalidArgument("step(closure) is not supported under a loss scale: call backward() yourself")
+        self.overflow = False
+        scale = self.loss_scale
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = global_norm(gradients) / scale
+        if not self._skip_bad_steps and self._clip_norm == 0:
+            self._norm = norm  # read when asked for: no need to wait for backward here
+            self.optimizer.step(grad_scale=1.0 / scale)
+            return
+        coefficient = torch.clamp(self._clip_norm / (norm + _CLIP_EPS), max=1.0) if self._clip_norm > 0 else None
+        self.overflow = self._skip_bad_steps and not bool(torch.isfinite(norm))
+        if not self.overflow:
+            self._norm = norm
+            self.optimizer.step(grad_scale=(1.0 if coefficient is None else coefficient.item()) / scale)
+        self.loss_scaler.update(self.overflow)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.optimizer.add_param_group(param_group)
+
+    def __repr__(self) -> str:
+        return repr(self.optimizer)

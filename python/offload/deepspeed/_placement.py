@@ -1,0 +1,88 @@
+"""Where the config's placement becomes `offload.wrap`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+import offload
+
+from ._settings import Placement
+
+__all__ = ["Placed", "wrap_options", "wrapped_models"]
+
+# The models that engines have wrapped: parameters are given without the model that they are of.
+_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def wrapped_models() -> list[nn.Module]:
+    """The models that are wrapped now."""
+    return list(_wrapped)
+
+
+def wrap_options(placement: Placement) -> dict[str, Any]:
+    """The options of `offload.wrap` that put things where the config wants them.
+
+    `cpu_checkpointing` moves what checkpoints save, and nothing of a model that does not checkpoint.
+    """
+    for kind in ("optimizer", "gradients", "params", "activations"):
+        if getattr(placement, kind) == "disk":
+            raise offload.InvalidArgument(f"{kind} on nvme: not yet in this release; use device 'cpu'")
+    return {
+        "optimizer": _optimizer_tier(placement),
+        "gradients": placement.gradients,
+        "params": placement.params,
+        "activations": "checkpoints" if placement.activations == "host" else "device",
+        "pin": "auto" if placement.pin_memory else False,
+    }
+
+
+def _optimizer_tier(placement: Placement) -> str:
+    return "device" if placement.optimizer_ratio == 0.0 else placement.optimizer
+
+
+class Placed:
+    """A wrapped model and its optimizer, which can be moved to other tiers. Without an optimizer nothing is wrapped."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None, options: dict[str, Any]) -> None:
+        self.module = module
+        self.wrapped: offload.OffloadOptimizer | None = None
+        self._options = options
+        if optimizer is not None:
+            _, self.wrapped = offload.wrap(module, optimizer, **options)
+            _wrapped.add(module)
+
+    def move(self, tier: str | None) -> offload.OffloadOptimizer:
+        """Everything to `tier`, None: to where it was at first. Returns the optimizer that is valid from now on."""
+        assert self.wrapped is not None
+        options = dict(self._options)
+        if tier is not None:
+            options |= {"optimizer": tier, "gradients": tier, "params": tier}
+        plan = self.wrapped.plan
+        if all(options[kind] == getattr(plan, kind) for kind in ("optimizer", "gradients", "params")):
+            return self.wrapped
+        # unwrap gives 16-bit parameters 16-bit moments; the state dict keeps them, and the masters, in fp32.
+        states = _copied(self.wrapped.state_dict())
+        _, plain = offload.unwrap(self.module, self.wrapped)
+        assert isinstance(plain, torch.optim.Optimizer)
+        plain.state.clear()
+        _, self.wrapped = offload.wrap(self.module, plain, **options)
+        self.wrapped.load_state_dict(states)
+        return self.wrapped
+
+    def unwrap(self) -> None:
+        if self.wrapped is not None:
+            offload.unwrap(self.module, self.wrapped)
+            _wrapped.discard(self.module)
+
+
+def _copied(state: Any) -> Any:
+    """A state dict whose tensors are copies on the host: those that an optimizer shows are live."""
+    if isinstance(state, torch.Tensor):
+        return state.to("cpu", copy=True)
+    if isinstance(state, dict):
+        return {name: _copied(value) for name, value in state.items()}
+    return [_copied(value) for value in state] if isinstance(state, list) else state

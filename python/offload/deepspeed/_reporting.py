@@ -1,0 +1,102 @@
+"""What an engine tells while it trains: progress lines, a breakdown of time, scalars for the monitors, FLOPs."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ._log import logger
+from ._monitor import make_writers
+from ._settings import FlopsProfiler, Settings
+
+__all__ = ["Report"]
+
+
+class Report:
+    """Follows the calls of one engine. With nothing switched on it costs a few comparisons a step."""
+
+    def __init__(self, settings: Settings, synchronize: Callable[[], None]) -> None:
+        self._logging = settings.logging
+        self._flops = settings.flops_profiler
+        self._writers = make_writers(settings)
+        self._synchronize = synchronize
+        self._seconds: dict[str, float] = {}
+        self._losses: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the block's time to the breakdown of the step; work on the device is waited for only to measure it."""
+        if not self._logging.wall_clock_breakdown:
+            yield
+            return
+        self._synchronize()
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def keep_loss(self, loss: Tensor) -> None:
+        """The loss of a micro-batch, divided by the accumulation: the monitors write their sum."""
+        if self._writers:
+            self._losses.append(loss.detach())
+
+    def after_step(self, *, step: int, skipped: int, samples: int, optimizer: Any, loss_scale: float | None) -> None:
+        """Called after every optimizer step, skipped ones too."""
+        if self._writers:
+            scalars = {"train_loss": float(torch.stack(self._losses).sum())} if self._losses else {}
+            scalars["lr"] = optimizer.param_groups[0]["lr"]
+            if loss_scale is not None:
+                scalars["loss_scale"] = loss_scale
+            for writer in self._writers:
+                for name, value in scalars.items():
+                    writer.write(f"Train/Samples/{name}", float(value), samples)
+            self._losses.clear()
+        if self._logging.wall_clock_breakdown:
+            parts = " | ".join(f"{name}: {seconds * 1e3:.2f} ms" for name, seconds in self._seconds.items())
+            logger.info("step %d: %s", step, parts)
+            self._seconds.clear()
+        every = self._logging.steps_per_print
+        if every and step % every == 0:
+            rates = [group["lr"] for group in optimizer.param_groups]
+            momenta = [group.get("betas", group.get("momentum")) for group in optimizer.param_groups]
+            logger.info("step=%d, skipped=%d, lr=%s, mom=%s", step, skipped, rates, momenta)
+
+    @contextlib.contextmanager
+    def profiled(self, module: nn.Module, step: int) -> Iterator[None]:
+        """Counts the floating-point operations of a forward, in the one step that the config names."""
+        if not self._flops.enabled or step != self._flops.profile_step:
+            yield
+            return
+        depth = self._flops.module_depth
+        # Any depth: no model nests as deep as this.
+        with FlopCounterMode(display=False, depth=depth if depth >= 0 else 999) as counter:
+            start = time.perf_counter()
+            yield
+            self._synchronize()
+            seconds = time.perf_counter() - start
+        _tell(self._flops, counter, module, seconds)
+
+
+def _tell(settings: FlopsProfiler, counter: FlopCounterMode, module: nn.Module, seconds: float) -> None:
+    total = counter.get_total_flops()
+    parameters = sum(parameter.numel() for parameter in module.parameters())
+    text = (
+        f"forward at step {settings.profile_step}: {total:,} FLOPs, {parameters:,} parameters, "
+        f"{seconds * 1e3:.2f} ms, {total / seconds / 1e12:.4f} TFLOPS"
+    )
+    if settings.recompute_fwd_factor:
+        text += f"; with recomputation {int(total * (1 + settings.recompute_fwd_factor)):,} FLOPs"
+    if settings.detailed:
+        counts = {name: sum(flops.values()) for name, flops in counter.get_flop_counts().items()}
+        text += "".join(f"\n  {name}: {flops:,} FLOPs" for name, flops in counts.items())
+    if settings.output_file is None:
+        logger.info("%s", text)
+    else:
+        Path(settings.output_file).write_text(text + "\n")

@@ -1,0 +1,190 @@
+"""`deepspeed.zero`: building large models, reading their weights, and estimates of what training them takes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import offload
+
+from . import _config, _placement
+from ._log import logger, show_log
+
+__all__ = [
+    "GatheredParameters",
+    "Init",
+    "estimate_zero2_model_states_mem_needs_all_cold",
+    "estimate_zero2_model_states_mem_needs_all_live",
+    "estimate_zero3_model_states_mem_needs_all_cold",
+    "estimate_zero3_model_states_mem_needs_all_live",
+    "register_external_parameter",
+    "unregister_external_parameter",
+]
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Init:
+    """Inside the context modules are built in host memory, in the dtype of the config: never on the device.
+
+    config_dict_or_path, config: the DeepSpeed config, whose `fp16` or `bf16` says the dtype. dtype: goes before it.
+    enabled: False does nothing. module: an existing model, which is moved to host memory at once. The other arguments
+    of DeepSpeed's are accepted: one process partitions nothing. Raises `InvalidArgument` for a `remote_device` that is
+    neither `"cpu"` nor None.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        **accepted: Any,
+    ) -> None:
+        if remote_device not in (None, "none", "cpu"):
+            raise offload.InvalidArgument(f"remote_device={remote_device!r}: not in this release; use 'cpu'")
+        given = config_dict_or_path if config_dict_or_path is not None else config
+        if dtype is None and given is not None:
+            named = _config.load(given).precision.dtype
+            dtype = None if named == "fp32" else _DTYPES[named]
+        self._dtype = dtype
+        self._enabled = enabled
+        self._entered: contextlib.ExitStack | None = None
+        if module is not None and enabled:
+            module.to("cpu", dtype)
+
+    def __enter__(self) -> Init:
+        if self._enabled:
+            self._entered = contextlib.ExitStack()
+            self._entered.enter_context(torch.device("cpu"))
+            if self._dtype is not None:
+                self._entered.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(self._dtype)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        entered, self._entered = self._entered, None
+        if entered is not None:
+            entered.close()
+
+
+class GatheredParameters:
+    """Inside the context these parameters are on the device and current, for reading and writing.
+
+    params: a parameter, several, or a module. Plain parameters, of a model that no engine has, are left as they are.
+    modifier_rank, fwd_module: accepted; what is written is kept in any case.
+    """
+
+    def __init__(
+        self, params: Any, modifier_rank: int | None = None, fwd_module: Any = None, enabled: bool = True
+    ) -> None:
+        if isinstance(params, nn.Module):
+            params = params.parameters()
+        elif isinstance(params, Tensor):
+            params = [params]
+        self._params: list[Any] = list(params) if enabled else []
+        self._entered: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> None:
+        wanted = {id(parameter) for parameter in self._params}
+        with contextlib.ExitStack() as entered:
+            for model in _placement.wrapped_models():
+                mine = [parameter for parameter in model.parameters() if id(parameter) in wanted]
+                if mine:
+                    entered.enter_context(offload.full_params(model, mine))
+            self._entered = entered.pop_all()
+
+    def __exit__(self, *error: Any) -> None:
+        entered, self._entered = self._entered, None
+        if entered is not None:
+            entered.__exit__(*error)
+
+
+def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Does nothing: weights that are used from outside their module are found in the first step."""
+
+
+def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Does nothing, as `register_external_parameter`."""
+
+
+# --- estimates ------------------------------------------------------------------------------------------------
+
+# The options that DeepSpeed's tables show, by what `offload.wrap` is told.
+_ZERO2 = {
+    "offload_optimizer=cpu ": {"optimizer": "host", "gradients": "host", "params": "device"},
+    "offload_optimizer=none": {"optimizer": "device", "gradients": "device", "params": "device"},
+}
+_ZERO3 = {
+    "offload_param=cpu , offload_optimizer=cpu ": {"optimizer": "host", "gradients": "host", "params": "host"},
+    "offload_param=none, offload_optimizer=cpu ": _ZERO2["offload_optimizer=cpu "],
+    "offload_param=none, offload_optimizer=none": _ZERO2["offload_optimizer=none"],
+}
+
+
+def estimate_zero2_model_states_mem_needs_all_live(
+    model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
+) -> None:
+    """Prints what weights, gradients and Adam's states of a model take in bf16, by placement.
+
+    The bytes are those of offload's plan, which are exact: `additional_buffer_factor` is accepted and not applied.
+    Raises `InvalidArgument` for more than one GPU.
+    """
+    _print_table(model, _ZERO2, num_gpus_per_node * num_nodes)
+
+
+def estimate_zero3_model_states_mem_needs_all_live(
+    model: nn.Module, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
+) -> None:
+    """The same with weights on the host too; the device then holds the units that are in flight."""
+    _print_table(model, _ZERO3, num_gpus_per_node * num_nodes)
+
+
+def estimate_zero2_model_states_mem_needs_all_cold(
+    total_params: int, num_gpus_per_node: int = 1, num_nodes: int = 1, additional_buffer_factor: float = 1.5
+) -> None:
+    """As the live estimate, of a number of parameters."""
+    _print_table(_meta_model([int(total_params)]), _ZERO2, num_gpus_per_node * num_nodes)
+
+
+def estimate_zero3_model_states_mem_needs_all_cold(
+    total_params: int,
+    largest_layer_params: int,
+    num_gpus_per_node: int = 1,
+    num_nodes: int = 1,
+    additional_buffer_factor: float = 1.5,
+) -> None:
+    """As the live estimate, of a number of parameters in layers of `largest_layer_params`."""
+    layers, rest = divmod(int(total_params), int(largest_layer_params))
+    sizes = [int(largest_layer_params)] * layers + ([rest] if rest else [])
+    _print_table(_meta_model(sizes), _ZERO3, num_gpus_per_node * num_nodes)
+
+
+def _meta_model(sizes: Iterable[int]) -> nn.Module:
+    return nn.ModuleDict({"layers": nn.ModuleList(nn.Linear(size, 1, bias=False, device="meta") for size in sizes)})
+
+
+def _rows(model: nn.Module, choices: dict[str, dict[str, Any]]) -> Iterator[str]:
+    yield "  per CPU  |  per GPU |   Options"
+    for name, options in choices.items():
+        plan = offload.estimate(model, dtype=torch.bfloat16, **options)
+        yield f"{plan.host.total / 2**30:9.2f}GB |{plan.device.total / 2**30:8.2f}GB | {name}"
+
+
+def _print_table(model: nn.Module, choices: dict[str, dict[str, Any]], gpus: int) -> None:
+    if gpus != 1:
+        raise offload.InvalidArgument(f"an estimate for {gpus} GPUs: one process on one GPU is supported")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    show_log()
+    text = "\n".join(_rows(model, choices))
+    logger.info("memory of weights, optimizer states and gradients: %dM parameters, 1 GPU\n%s", count // 10**6, text)

@@ -1,0 +1,220 @@
+"""async_save=True: the bits are those of the call, whatever happens before the writer is done."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offload
+from offload import _durable_files, _saving, _snapshot
+from test_checkpoints import assert_bits, bits_of, steps
+from test_save_checkpoint import PLACEMENTS, wrapped
+from training import HOST, TinyLM, make_model
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+class HeldWriter:
+    """Writers stop before their first byte until `release()`; small chunks leave most of a file untaken then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._gate = threading.Event()
+        self.release = self._gate.set
+        real = _durable_files._write_all
+
+        def write_all(*arguments: Any) -> None:
+            assert self._gate.wait(60)
+            real(*arguments)
+
+        monkeypatch.setattr(_durable_files, "_write_all", write_all)
+        monkeypatch.setattr(_durable_files, "CHUNK_BYTES", 4096)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldWriter]:
+    writer = HeldWriter(monkeypatch)
+    yield writer
+    writer.release()
+    _saving.finish_saves()
+
+
+def train_on(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
+    steps(model, optimizer, seed=3)
+
+
+def load_other_states(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
+    other, its_optimizer = wrapped(torch.bfloat16, HOST, seed=8)
+    steps(other, its_optimizer, seed=8)
+    optimizer.load_state_dict(copy.deepcopy(its_optimizer.state_dict()))
+    model.load_state_dict(copy.deepcopy(other.state_dict()))
+
+
+def write_weights_alone(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
+    model.load_state_dict(copy.deepcopy(wrapped(torch.bfloat16, HOST, seed=8)[0].state_dict()))
+    model.state_dict()  # what was written to streamed weights goes to the host
+
+
+@torch.no_grad()
+def write_weights(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
+    with offload.full_params(model):
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    optimizer.resync()
+
+
+def leave(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
+    plain, stock = offload.unwrap(model, optimizer)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+    assert isinstance(stock, torch.optim.AdamW)
+
+
+CHANGES = [train_on, load_other_states, write_weights_alone, write_weights, leave]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
+def test_the_bits_are_those_of_the_call(
+    placement: dict[str, Any], change: Callable[..., None], held: HeldWriter, tmp_path: Path
+) -> None:
+    model, optimizer = wrapped(torch.bfloat16, placement)
+    steps(model, optimizer)
+    expected = bits_of(model, optimizer)
+    save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
+    change(model, optimizer)
+    assert not save.is_done
+    held.release()
+    save.wait()
+    assert save.is_done
+    other, resumed = wrapped(torch.bfloat16, placement, seed=5)
+    offload.load_checkpoint(tmp_path, other, resumed)
+    assert_bits(bits_of(other, resumed), expected)
+
+
+def test_weights_alone_are_copied_at_the_call(held: HeldWriter, tmp_path: Path) -> None:
+    """Nobody watches the optimizer then."""
+    model, optimizer = wrapped(torch.bfloat16, HOST)
+    steps(model, optimizer)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    save = offload.save_checkpoint(tmp_path, model, tag="one", async_save=True)
+    steps(model, optimizer, seed=3)
+    held.release()
+    save.wait()
+    other = make_model(torch.bfloat16, seed=4, tied=True)
+    offload.load_checkpoint(tmp_path, other)
+    assert_bits(other.state_dict(), expected)
+
+
+def test_a_stock_optimizer_is_copied_before_it_steps(held: HeldWriter, tmp_path: Path) -> None:
+    model = make_model(torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    steps(model, optimizer)
+    expected = bits_of(model, optimizer)
+    save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
+    steps(model, optimizer, seed=3)
+    held.release()
+    save.wait()
+    assert not optimizer._optimizer_step_pre_hooks and not optimizer._optimizer_load_state_dict_pre_hooks
+    other = make_model(torch.float32, seed=4)
+    resumed = torch.optim.AdamW(other.parameters(), lr=1.0)
+    offload.load_checkpoint(tmp_path, other, resumed)
+    assert_bits(bits_of(other, resumed), expected)
+
+
+@pytest.mark.parametrize("name", ["host", "streamed"])
+def test_a_save_that_is_done_before_the_step_copies_no_state(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = wrapped(torch.bfloat16, PLACEMENTS[name])
+    steps(model, optimizer)
+    staged: list[Any] = []
+    monkeypatch.setattr(_snapshot, "copied", staged.append)
+    monkeypatch.setattr(_saving, "copied", staged.append)
+    save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
+    save._thread.join()  # type: ignore[union-attr]
+    assert staged == []  # and no weight: each has its bytes on the host
+    monkeypatch.undo()
+    steps(model, optimizer)
+    save.wait()
+
+
+def test_where_memory_is_short_the_step_waits(
+    held: HeldWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = wrapped(torch.bfloat16, HOST)
+    steps(model, optimizer)
+    expected = bits_of(model, optimizer)
+
+    class NoMemory:
+        available_bytes = 1000
+
+    def probe() -> type[NoMemory]:
+        held.release()  # by now the step has come
+        return NoMemory
+
+    monkeypatch.setattr(_saving, "probe_host", probe)
+    monkeypatch.setattr(_snapshot.TensorFile, "copy_rest", lambda _: pytest.fail("copied"))
+    save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
+    steps(model, optimizer, count=1)
+    assert save.is_done
+    save.wait()
+    other, resumed = wrapped(torch.bfloat16, HOST, seed=5)
+    offload.load_checkpoint(tmp_path, other, resumed)
+    assert_bits(bits_of(other, resumed), expected)
+
+
+def test_the_writers_error_is_told_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = wrapped(torch.bfloat16, HOST)
+    steps(model, optimizer)
+    offload.save_checkpoint(tmp_path, model, optimizer, tag="one")
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for surface in ("wait", "save", "load"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            save = offload.save_checkpoint(tmp_path, model, optimizer, tag="two", async_save=True)
+            save._thread.join()  # type: ignore[union-attr]
+        steps(model, optimizer, count=1)
+        with pytest.raises(offload.StorageError, match="'two' was not saved"):
+            if surface == "wait":
+                save.wait()
+            elif surface == "save":
+                offload.save_checkpoint(tmp_path, model, optimizer, tag="three")
+            else:
+                offload.load_checkpoint(tmp_path, model, optimizer)
+        save.wait()
+        _saving.finish_saves()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one"]
+
+
+EXIT = """
+import sys, torch, offload
+from torch import nn
+model = nn.Linear(1000, 1000)
+optim = torch.optim.AdamW(model.parameters())
+model, optim = offload.wrap(model, optim, optimizer="host", gradients="host", device="cpu")
+model(torch.ones(1, 1000)).sum().backward()
+optim.step()
+offload.save_checkpoint(sys.argv[1], model, optim, tag="one", async_save=True)
+"""
+
+
+@pytest.mark.cpu_only
+def test_the_end_of_the_program_waits(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", EXIT, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    loaded = offload.load_checkpoint(tmp_path, torch.nn.Linear(1000, 1000, device="cpu"))
+    assert loaded.path == tmp_path / "one"

@@ -1,0 +1,252 @@
+"""`import offload.deepspeed as deepspeed`: what the module has beside the engine."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+import offload.deepspeed as deepspeed
+from deepspeed_training import STAGES, config_of
+from offload import _activations
+from offload.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
+from offload.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from training import batches, loss_of, make_model, same_bits
+
+pytestmark = pytest.mark.usefixtures("device")
+
+ON_HOST = STAGES["stage 3, all on the host"]
+
+
+def test_the_module_is_the_door() -> None:
+    assert deepspeed.initialize is offload.initialize
+    assert deepspeed.add_config_arguments is offload.add_config_arguments
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config_of())
+    assert isinstance(engine, deepspeed.DeepSpeedEngine)
+    assert set(deepspeed.__all__) <= set(dir(deepspeed))
+    assert all(getattr(deepspeed, name) is not None for name in deepspeed.__all__)
+    assert tuple(int(part) for part in deepspeed.__version__.split(".")) >= (0, 19)
+
+
+@pytest.mark.parametrize("name", ["PipelineModule", "init_inference", "moe", "utils", "runtime"])
+def test_what_is_not_here_names_what_to_use(name: str) -> None:
+    with pytest.raises(AttributeError, match=rf"offload\.deepspeed has no '{name}': \w+"):
+        getattr(deepspeed, name)
+    with pytest.raises(AttributeError, match="it has DeepSpeedEngine"):
+        deepspeed.absent  # noqa: B018
+
+
+# --- one process ----------------------------------------------------------------------------------------------
+
+
+def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    deepspeed.init_distributed(dist_backend="nccl", auto_mpi_discovery=True)
+    comm = deepspeed.comm
+    assert comm.is_initialized() and comm.is_available()
+    assert (comm.get_rank(), comm.get_local_rank(), comm.get_world_size()) == (0, 0, 1)
+    tensor = torch.ones(3)
+    comm.all_reduce(tensor)
+    comm.broadcast(tensor, 0)
+    comm.barrier()
+    assert torch.equal(tensor, torch.ones(3))
+    with pytest.raises(offload.InvalidArgument, match="the only rank is 0"):
+        comm.broadcast(tensor, src=1)
+    comm.destroy_process_group()
+    assert not comm.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(offload.InvalidArgument, match="WORLD_SIZE=4"):
+        deepspeed.init_distributed()
+
+
+def test_the_accelerator(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = deepspeed.get_accelerator()
+    if device.type == "cuda":
+        assert accelerator.device == device and accelerator.communication_backend_name() == "nccl"
+        assert accelerator.device_name(1) == "cuda:1" and accelerator.memory_allocated() >= 0
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    accelerator = deepspeed.get_accelerator()
+    assert accelerator is deepspeed.get_accelerator()
+    assert accelerator.device == torch.device("cpu") and accelerator.device_name(3) == "cpu"
+    assert accelerator.device_count() == 1 and accelerator.memory_allocated() == 0
+    accelerator.synchronize()
+    with pytest.raises(AttributeError, match="'cpu' has no 'nonsense'"):
+        accelerator.nonsense  # noqa: B018
+    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
+    with pytest.raises(offload.InvalidArgument, match="DS_ACCELERATOR=xpu"):
+        deepspeed.get_accelerator()
+
+
+# --- zero -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "dtype"),
+    [
+        ({}, torch.float32),
+        ({"dtype": torch.bfloat16}, torch.bfloat16),
+        ({"config_dict_or_path": config_of(fp16={"enabled": True})}, torch.float16),
+        ({"config": config_of(bf16={"enabled": True}), "enabled": False}, torch.float32),
+    ],
+)
+def test_init_builds_a_model_in_host_memory(given: dict[str, Any], dtype: torch.dtype) -> None:
+    with deepspeed.zero.Init(remote_device="cpu", pin_memory=True, **given):
+        layer = nn.Linear(4, 4)
+    assert layer.weight.dtype == dtype
+    if given.get("enabled", True):
+        assert layer.weight.device.type == "cpu"
+    assert torch.empty(0).dtype == torch.float32
+
+
+def test_init_takes_a_model_that_is_there() -> None:
+    model = nn.Linear(4, 4)
+    deepspeed.zero.Init(module=model, dtype=torch.float16)
+    assert model.weight.dtype == torch.float16 and model.weight.device.type == "cpu"
+    with pytest.raises(offload.InvalidArgument, match="remote_device='nvme'"):
+        deepspeed.zero.Init(remote_device="nvme")
+
+
+@pytest.mark.parametrize("choose", ["parameter", "list", "module"])
+def test_gathered_parameters_are_read_and_written(choose: str) -> None:
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config_of(zero=ON_HOST))
+    engine.backward(loss_of(engine, next(batches(1))))
+    engine.step()
+    block = engine.module.blocks[1].norm
+    with pytest.raises(offload.StateError, match="on the host"):
+        block.weight.sum()
+    chosen = {"parameter": block.weight, "list": [block.weight], "module": block}[choose]
+    with deepspeed.zero.GatheredParameters(chosen, modifier_rank=0):
+        value = block.weight.detach().clone()
+        block.weight.data.fill_(3.0)
+    assert not torch.equal(value, torch.full_like(value, 3.0))
+    assert torch.equal(engine.module.state_dict()["blocks.1.norm.weight"], torch.full_like(value, 3.0, device="cpu"))
+    engine.backward(loss_of(engine, next(batches(1))))
+    engine.step()  # goes on from what was written
+    weight = engine.module.state_dict()["blocks.1.norm.weight"]
+    assert 0 < (weight - 3.0).abs().max() < 0.1
+
+
+def test_gathered_parameters_of_a_plain_model() -> None:
+    model = make_model()
+    with deepspeed.zero.GatheredParameters(model.parameters(), modifier_rank=None):
+        assert model.norm.weight.sum() == 24
+    with deepspeed.zero.GatheredParameters([], enabled=False):
+        pass
+
+
+def test_estimates_are_those_of_the_plan(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "offload.deepspeed")
+    model = make_model(torch.bfloat16, width=64, vocabulary=1000)
+    _, optimizer = offload.wrap(
+        model, torch.optim.AdamW(model.parameters()), optimizer="host", gradients="host", params="host"
+    )
+    estimate = offload.estimate(
+        make_model(width=64, vocabulary=1000), dtype=torch.bfloat16, optimizer="host", gradients="host", params="host"
+    )
+    assert (estimate.device, estimate.host) == (optimizer.plan.device, optimizer.plan.host)
+
+    zero = deepspeed.zero
+    zero.estimate_zero2_model_states_mem_needs_all_live(make_model(), num_gpus_per_node=1)
+    zero.estimate_zero3_model_states_mem_needs_all_live(make_model())
+    zero.estimate_zero2_model_states_mem_needs_all_cold(2**30)
+    zero.estimate_zero3_model_states_mem_needs_all_cold(2**30, largest_layer_params=2**26)
+    cold = [record.getMessage() for record in caplog.records if "1073M parameters" in record.getMessage()]
+    # bf16: 2 bytes of weights on the device; on the host working copy, split master, gradient 2 each, moments 8.
+    assert "    14.00GB |    2.00GB | offload_optimizer=cpu" in cold[0]
+    assert "     0.00GB |   16.00GB | offload_optimizer=none" in cold[0]
+    # Two layers of 2**26 weights are on the device at a time.
+    assert "    14.00GB |    0.25GB | offload_param=cpu , offload_optimizer=cpu" in cold[1]
+    with pytest.raises(offload.InvalidArgument, match="8 GPUs"):
+        zero.estimate_zero2_model_states_mem_needs_all_cold(10**9, num_gpus_per_node=8)
+
+
+def test_an_estimate_needs_no_memory() -> None:
+    with torch.device("meta"):
+        model = nn.Linear(2**20, 2**20, bias=False)
+    plan = offload.estimate(model, optimizer="host")
+    assert plan.device.weights == 4 * 2**40 and plan.host.moments == 8 * 2**40
+
+
+# --- ops ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "lr"),
+    [
+        (DeepSpeedCPUAdam, torch.optim.AdamW, 1e-3),
+        (FusedAdam, torch.optim.AdamW, 1e-3),
+        (lambda p: DeepSpeedCPUAdam(p, adamw_mode=False), torch.optim.Adam, 1e-3),
+        (lambda p: FusedAdam(p, adam_w_mode=False), torch.optim.Adam, 1e-3),
+        (DeepSpeedCPUAdagrad, torch.optim.Adagrad, 1e-2),
+    ],
+)
+def test_optimizers_by_their_names(make: Any, kind: type, lr: float) -> None:
+    model = make_model()
+    optimizer = make(model.parameters())
+    assert type(optimizer) is kind
+    assert optimizer.defaults["lr"] == lr and optimizer.defaults["weight_decay"] == 0.0
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config={"train_batch_size": 4})
+    engine.backward(loss_of(engine, next(batches(1))))
+    engine.step()
+
+
+def test_the_signatures_of_the_optimizers() -> None:
+    def names(kind: Any) -> list[str]:
+        return list(inspect.signature(kind).parameters)
+
+    adam = ["lr", "bias_correction", "betas", "eps"]
+    assert names(DeepSpeedCPUAdam) == [
+        "model_params", *adam, "weight_decay", "amsgrad", "adamw_mode", "fp32_optimizer_states",
+    ]  # fmt: skip
+    assert names(FusedAdam) == ["params", *adam, "adam_w_mode", "weight_decay", "amsgrad", "set_grad_none"]
+    parameters = [nn.Parameter(torch.zeros(2))]
+    for bad in ({"bias_correction": False}, {"fp32_optimizer_states": False}):
+        with pytest.raises(offload.InvalidArgument, match=next(iter(bad))):
+            DeepSpeedCPUAdam(parameters, **bad)
+    with pytest.raises(offload.InvalidArgument, match="amsgrad"):
+        DeepSpeedCPUAdagrad(parameters, amsgrad=True)
+
+
+# --- checkpointing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_cpu", [None, True])
+def test_checkpointing_computes_again_with_the_same_bits(in_cpu: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_activations, "MIN_BYTES", 1)
+    checkpointing = deepspeed.checkpointing
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 8))
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def gradients(through: Any) -> list[torch.Tensor]:
+        torch.manual_seed(3)
+        model.zero_grad()
+        x.grad = None
+        through(model, x).square().sum().backward()
+        return [x.grad, *(p.grad for p in model.parameters())]
+
+    expected = gradients(lambda function, *args: function(*args))
+    checkpointing.configure(None, deepspeed_config=None, partition_activations=False, checkpoint_in_cpu=in_cpu)
+    assert checkpointing.is_configured()
+    try:
+        for one, other in zip(gradients(checkpointing.checkpoint), expected, strict=True):
+            assert same_bits(one, other)
+    finally:
+        checkpointing.configure()
+    checkpointing.reset()
+
+
+def test_checkpointing_is_configured_by_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointing = deepspeed.checkpointing
+    monkeypatch.setattr(checkpointing, "_state", checkpointing._State())
+    deepspeed.initialize(model=make_model(), config=config_of())
+    assert not checkpointing.is_configured()
+    config = config_of(activation_checkpointing={"cpu_checkpointing": True})
+    deepspeed.initialize(model=make_model(), config=config)
+    # The engine's model sends its inputs away itself.
+    assert checkpointing.is_configured() and checkpointing._state.region is None
+    checkpointing.configure(None, deepspeed_config=config)
+    assert checkpointing._state.region is not None

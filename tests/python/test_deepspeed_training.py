@@ -1,0 +1,217 @@
+"""What a DeepSpeed config means: each run of the engine equals the same training written in plain torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import offload
+from deepspeed_training import ADAMW, STAGES, Trained, config_of, engine_run, plain_run
+from offload import _activations
+from training import TinyLM, batches, loss_of, make_model, same_bits
+
+pytestmark = pytest.mark.usefixtures("device")
+
+PRECISIONS: dict[str, tuple[dict[str, Any], torch.dtype]] = {
+    "fp32": ({}, torch.float32),
+    "bf16": ({"bf16": {"enabled": True}}, torch.bfloat16),
+}
+LOOPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clip": {"clip": 0.5},
+    "accumulate": {"accumulation": 3},
+    "clip and accumulate": {"clip": 0.3, "accumulation": 2},
+}
+
+
+def assert_same(run: Trained, expected: Trained) -> None:
+    assert run.losses == expected.losses
+    assert run.norms == expected.norms
+    assert run.applied == expected.applied
+    for name, weight in expected.weights.items():
+        assert same_bits(run.weights[name], weight), name
+
+
+@pytest.mark.cpu_only  # the oracle takes roots and norms as the CPU does
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
+@pytest.mark.parametrize("zero", STAGES.values(), ids=STAGES.keys())
+def test_a_stage_equals_plain_torch(
+    zero: dict[str, Any], precision: tuple[dict[str, Any], torch.dtype], loop: dict[str, Any]
+) -> None:
+    keys, dtype = precision
+    config = config_of(
+        zero=zero, accumulation=loop.get("accumulation", 1), **{**keys, "gradient_clipping": loop.get("clip", 0.0)}
+    )
+    expected = plain_run(dtype, **loop)
+    assert_same(engine_run(config), expected)
+    if "clip" in loop:
+        assert max(norm for norm in expected.norms if norm is not None) > loop["clip"]
+
+
+@pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])
+def test_what_the_config_places_on_the_host_is_there(name: str) -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu"}, name: {"device": "cpu"}}
+    engine, optimizer, *_ = offload.initialize(model=make_model(), config=config_of(zero=zero))
+    for tokens in batches(2):
+        engine.backward(loss_of(engine, tokens))
+        engine.step()
+    stats = optimizer.stats()
+    assert stats.host_bytes["moments"] > 0 and "moments" not in stats.device_bytes
+    if name == "offload_param":
+        assert stats.peak_weight_bytes < sum(p.numel() * 4 for p in engine.module.parameters())
+
+
+@pytest.mark.parametrize(("ratio", "tier"), [(1.0, "host"), (0.5, "host"), (0.0, "device")])
+def test_the_ratio_of_states_that_leave(ratio: float, tier: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "offload.deepspeed")
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": ratio}}
+    _, optimizer, *_ = offload.initialize(model=make_model(), config=config_of(zero=zero))
+    assert optimizer.plan.optimizer == tier
+    assert ("all of the optimizer states leave the" in caplog.text) == (ratio == 0.5)
+
+
+@pytest.mark.cpu_only
+def test_a_clients_optimizer_and_scheduler() -> None:
+    def sgd(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+
+    def schedule(optimizer: torch.optim.Optimizer) -> Any:
+        return torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+
+    class Halved:
+        def __init__(self, masters: list[Tensor]) -> None:
+            self.inner = sgd(masters)
+            self.schedule = schedule(self.inner)
+
+        def step(self) -> None:
+            self.inner.step()
+            self.schedule.step()
+
+    expected = plain_run(make=Halved)
+    config = {"train_batch_size": 4, "gradient_clipping": 0.0}
+    for_callables = engine_run(config, optimizer=sgd, lr_scheduler=schedule)
+    assert_same(for_callables, expected)
+    assert for_callables.rates == [0.25, 0.125, 0.0625, 0.03125]
+    model = make_model()
+    optimizer = sgd(model.parameters())
+    assert_same(engine_run(config, model=model, optimizer=optimizer, lr_scheduler=schedule(optimizer)), expected)
+
+
+def test_a_clients_optimizer_follows_the_model_to_bf16() -> None:
+    runs = []
+    for is_clients in (False, True):
+        model = make_model()
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0) if is_clients else None
+        runs.append(engine_run(config_of(bf16={"enabled": True}, zero={"stage": 2}), model=model, optimizer=adamw))
+    assert_same(runs[1], runs[0])
+
+
+@pytest.mark.cpu_only
+def test_a_scheduler_of_the_config() -> None:
+    warmup = {"warmup_min_lr": 0.0, "warmup_max_lr": 1e-2, "warmup_num_steps": 4, "warmup_type": "linear"}
+    run = engine_run(config_of(scheduler={"type": "WarmupLR", "params": warmup}), steps=5)
+    rates = run.rates
+    assert rates[-1] == 1e-2 and rates == sorted(rates) and len(set(rates)) > 2
+    # The first update uses what the scheduler set when it was made.
+    assert_same(run, plain_run(steps=5, rate=lambda update: ([0.0, *rates])[update]))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_autocast(accumulation: int) -> None:
+    def loss(model: nn.Module, tokens: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(tokens[:, :-1])
+        return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+
+    config = config_of(
+        accumulation=accumulation, torch_autocast={"enabled": True, "dtype": "bfloat16"}, zero={"stage": 1}
+    )
+    assert_same(engine_run(config), plain_run(accumulation=accumulation, loss_of=loss))
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_the_caller_may_own_the_boundary(micro_batches: int) -> None:
+    """Set boundaries, and an engine that does not count, both give the run of a config that says so."""
+    runs = []
+    for how in ("config", "boundaries", "unmanaged"):
+        model = make_model()
+        keys = {"managed_gradient_accumulation": False} if how == "unmanaged" else {}
+        config = config_of(accumulation=micro_batches if how == "config" else 1, **keys)
+        engine, optimizer, *_ = offload.initialize(model=model, config=config)
+        data = batches(2 * micro_batches)
+        for _ in range(2):
+            for number in range(micro_batches):
+                loss = loss_of(engine, next(data))
+                if how != "config":
+                    loss = loss / micro_batches
+                if how == "boundaries":
+                    engine.set_gradient_accumulation_boundary(number == micro_batches - 1)
+                engine.backward(loss)
+                if how != "unmanaged" or number == micro_batches - 1:
+                    engine.step()
+        optimizer.synchronize()
+        assert engine.global_steps == 2
+        runs.append({name: weight.clone() for name, weight in engine.module.state_dict().items()})
+    for run in runs[1:]:
+        assert all(same_bits(run[name], weight) for name, weight in runs[0].items())
+
+
+class Checkpointed(TinyLM):
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False)
+        return self.head(self.norm(x))
+
+
+def test_cpu_checkpointing_works_from_the_config_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_activations, "MIN_BYTES", 1)  # the model is small
+    weights = []
+    for keys in ({}, {"activation_checkpointing": {"cpu_checkpointing": True}}):
+        model = make_model()
+        model.__class__ = Checkpointed
+        engine, optimizer, *_ = offload.initialize(model=model, config=config_of(**keys))
+        for tokens in batches(2):
+            engine.backward(loss_of(engine, tokens))
+            engine.step()
+        activations = optimizer.stats().activations
+        assert bool(activations) == bool(keys)
+        if keys:
+            assert activations["offloaded_bytes"] > 0
+        weights.append({name: weight.clone() for name, weight in engine.module.state_dict().items()})
+    assert all(same_bits(weights[1][name], weight) for name, weight in weights[0].items())
+
+
+@pytest.mark.cpu_only  # SGD runs as torch's own class, whose bits are those of the tier
+@pytest.mark.parametrize(
+    ("kind", "params"), [("Lion", {"lr": 1e-3}), ("Adagrad", {"lr": 1e-2}), ("SGD", {"lr": 0.1, "momentum": 0.9})]
+)
+def test_other_optimizers_by_name(kind: str, params: dict[str, Any]) -> None:
+    runs = [
+        engine_run(config_of(zero=STAGES[stage], optimizer={"type": kind, "params": params}))
+        for stage in ("stage 0", "stage 3, all on the host")
+    ]
+    assert_same(runs[1], runs[0])
+    assert runs[0].losses[-1] != runs[0].losses[0]
+
+
+@pytest.mark.cpu_only
+def test_adam_is_adamw_unless_told_otherwise() -> None:
+    decay = {"lr": 1e-2, "weight_decay": 0.1}
+    runs = {
+        name: engine_run(config_of(optimizer={"type": kind, "params": {**decay, **mode}}))
+        for name, kind, mode in (
+            ("AdamW", "AdamW", {}),
+            ("Adam", "Adam", {}),
+            ("L2", "Adam", {"adam_w_mode": False}),
+        )
+    }
+    assert_same(runs["Adam"], runs["AdamW"])
+    assert runs["L2"].losses != runs["AdamW"].losses
+    assert ADAMW["params"]["lr"] == 1e-2
