@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         StateError,
         StorageError,
     )
+    from ._export import describe_checkpoint, export_checkpoint
     from ._loading import Checkpoint, load_checkpoint
     from ._optimizer import OffloadOptimizer
     from ._plan import Plan
@@ -46,6 +47,8 @@ __all__ = [
     "Stats",
     "StorageError",
     "__version__",
+    "describe_checkpoint",
+    "export_checkpoint",
     "full_params",
     "load_checkpoint",
     "offload_activations",
@@ -69,6 +72,8 @@ _HOMES = {
     "StateError": "_errors",
     "Stats": "_stats",
     "StorageError": "_errors",
+    "describe_checkpoint": "_export",
+    "export_checkpoint": "_export",
     "full_params": "_wrap",
     "load_checkpoint": "_loading",
     "offload_activations": "_activation_region",

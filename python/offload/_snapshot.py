@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +20,21 @@ from torch import Tensor
 from ._parameter_state import SplitMaster
 from ._safetensors import lay_out
 
-__all__ = ["TensorFile", "Value", "shared_names"]
+__all__ = ["Cast", "TensorFile", "Value", "shared_names"]
 
-Value = Tensor | SplitMaster
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor that is written in another dtype, without all of a model being in both at once."""
+
+    value: Tensor
+    dtype: torch.dtype
+
+    def join(self) -> Tensor:
+        return self.value.to(self.dtype)
+
+
+Value = Tensor | SplitMaster | Cast
 
 
 class TensorFile:
@@ -94,14 +107,14 @@ class _Source:
             out.view(torch.float32).copy_(part.join())
             return
         if self._bytes is None:
-            whole = value.join() if isinstance(value, SplitMaster) else value
+            whole = value if isinstance(value, Tensor) else value.join()
             self._bytes = whole.detach().contiguous().view(-1).view(torch.uint8)
         out.copy_(self._bytes[begin : begin + out.numel()])
 
     def copy(self) -> None:
         if self.is_live:
             value = self._value
-            self._value = value.join() if isinstance(value, SplitMaster) else copied(value)
+            self._value = copied(value) if isinstance(value, Tensor) else value.join()
             self._bytes = None
             self.is_live = False
 
@@ -112,7 +125,9 @@ def copied(value: Tensor) -> Tensor:
 
 
 def _part_of(value: Value) -> Tensor:
-    return value.weight if isinstance(value, SplitMaster) else value
+    if isinstance(value, SplitMaster):
+        return value.weight
+    return value.value if isinstance(value, Cast) else value
 
 
 def _dtype_of(value: Value) -> torch.dtype:

@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._train import run_train
 
             return run_train(arguments)
+        if arguments.command == "checkpoint":
+            from ._checkpoint import run_checkpoint
+
+            return run_checkpoint(arguments)
         from ._bench import run_bench
 
         return run_bench(arguments)
@@ -62,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_train(commands)
     _add_bench(commands)
+    _add_checkpoint(commands)
     return parser
 
 
@@ -148,6 +153,24 @@ def _add_bench_train(train: argparse.ArgumentParser) -> None:
         "--host-budget", default=None, metavar="SIZE", help="for offload, as '110GiB' (default: measured)"
     )
     train.add_argument("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them")
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    checkpoint = commands.add_parser("checkpoint", help="look into a checkpoint, or export its weights", epilog=_EPILOG)
+    saved = argparse.ArgumentParser(add_help=False)
+    saved.add_argument("directory", metavar="DIR", help="of checkpoints, as given to offload.save_checkpoint")
+    saved.add_argument("--tag", default=None, help="of the checkpoint (default: the latest)")
+    actions = checkpoint.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, parents=[saved], help=text, description=f"It {text}.", epilog=_EPILOG)
+
+    add("show", "verifies every byte and prints what is in it, as JSON")
+    export = add("export", "writes weights to one safetensors file, as Hugging Face reads it")
+    export.add_argument("--out", required=True, metavar="FILE", help="such as model.safetensors")
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the weights (default bf16)"
+    )
 
 
 def _positive(text: str) -> int:
