@@ -133,8 +133,9 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("pool", shared, "what a block of host memory costs, and what the layout wastes")
     add("step", on_device, "how much of the host update hides, and what hooks cost")
     add("link", on_device, "the copy lanes beside raw copies on the same link")
+    add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
-    add("all", on_device, "all of these but train, which takes its time")
+    add("all", on_device, "all of these but checkpoint and train, which take their time")
 
 
 def _add_bench_train(train: argparse.ArgumentParser) -> None:
