@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         StateError,
         StorageError,
     )
+    from ._export import describe_checkpoint, export_checkpoint
     from ._lion import Lion
     from ._loading import Checkpoint, load_checkpoint
     from ._optimizer import OffloadOptimizer
@@ -50,7 +51,9 @@ __all__ = [
     "StorageError",
     "__version__",
     "add_config_arguments",
+    "describe_checkpoint",
     "estimate",
+    "export_checkpoint",
     "full_params",
     "initialize",
     "load_checkpoint",
@@ -78,6 +81,8 @@ _HOMES = {
     "StorageError": "_errors",
     "add_config_arguments": "deepspeed",
     "estimate": "_wrap",
+    "describe_checkpoint": "_export",
+    "export_checkpoint": "_export",
     "full_params": "_wrap",
     "initialize": "deepspeed",
     "load_checkpoint": "_loading",

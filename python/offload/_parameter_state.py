@@ -40,6 +40,11 @@ class SplitMaster:
     def join(self) -> Tensor:
         return join_master(self.weight, self.remainder)
 
+    def join_into(self, out: Tensor) -> None:
+        """`join()` without a tensor in between; `out` is fp32 and of the halves' shape."""
+        bits = out.view(torch.int32)
+        bits.copy_(self.weight.view(torch.int16)).bitwise_left_shift_(16).add_(self.remainder)
+
 
 class ParameterState:
     """The master of `parameter`, and how many updates it had in `step`.

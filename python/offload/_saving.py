@@ -176,6 +176,8 @@ def save_checkpoint(
         return running
 
     def before_change() -> None:
+        if running.is_done:
+            return
         copy_before_changes(
             (optimizer_file, model_file), lambda: probe_host().available_bytes, lambda: _wait_for(running)
         )

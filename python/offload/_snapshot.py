@@ -11,7 +11,9 @@ the bytes that it still has to write.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,9 +21,21 @@ from torch import Tensor
 from ._parameter_state import SplitMaster
 from ._safetensors import lay_out
 
-__all__ = ["TensorFile", "Value", "shared_names"]
+__all__ = ["Cast", "TensorFile", "Value", "shared_names"]
 
-Value = Tensor | SplitMaster
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor that is written in another dtype, without all of a model being in both at once."""
+
+    value: Tensor
+    dtype: torch.dtype
+
+    def join(self) -> Tensor:
+        return self.value.to(self.dtype)
+
+
+Value = Tensor | SplitMaster | Cast
 
 
 class TensorFile:
@@ -31,9 +45,11 @@ class TensorFile:
         described = [(name, _dtype_of(value), tuple(_part_of(value).shape)) for name, value in values.items()]
         layout = lay_out(described, metadata)
         self.nbytes = layout.nbytes
-        self._lock = threading.Lock()
+        self._idle = threading.Condition()
+        self._readers = 0
+        self._copying = False
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        self._sources = [_Source(header, 0, len(layout.header))]
+        self._sources = deque([_Source(header, 0, len(layout.header))])
         self._sources += [_Source(values[entry.name], entry.begin, entry.end) for entry in layout.entries]
         self._taken_bytes = 0
 
@@ -43,32 +59,47 @@ class TensorFile:
 
         What was taken is let go of.
         """
-        with self._lock:
+        with self._idle:
+            self._idle.wait_for(lambda: not self._copying)
             begin = self._taken_bytes
             end = min(begin + buffer.numel(), self.nbytes)
             if begin == end:
                 return None
+            parts = []
             while self._sources and self._sources[0].begin < end:
-                source = self._sources[0]
+                parts.append(self._sources[0])
+                if parts[-1].end > end:
+                    break
+                self._sources.popleft()
+            self._taken_bytes = end
+            self._readers += 1
+        try:  # several threads read at once; what a change is announced for waits for them
+            for source in parts:
                 first, last = max(begin, source.begin), min(end, source.end)
                 source.read(buffer[first - begin : last - begin], first - source.begin)
-                if source.end > end:
-                    break
-                self._sources.pop(0)
-            self._taken_bytes = end
-            return begin, end - begin
+        finally:
+            with self._idle:
+                self._readers -= 1
+                self._idle.notify_all()
+        return begin, end - begin
 
     def left_bytes(self) -> int:
         """The bytes that were not taken and are still those of live tensors."""
-        with self._lock:
+        with self._idle:
             return sum(source.end - source.begin for source in self._sources if source.is_live)
 
     @torch.no_grad()
     def copy_rest(self) -> None:
-        """Copies what was not taken: from now on nothing of it is read from live tensors."""
-        with self._lock:
-            for source in self._sources:
-                source.copy()
+        """Copies what was not taken: when it returns nothing is read from live tensors any more."""
+        with self._idle:
+            self._copying = True
+            try:
+                self._idle.wait_for(lambda: self._readers == 0)
+                for source in self._sources:
+                    source.copy()
+            finally:
+                self._copying = False
+                self._idle.notify_all()
 
 
 class _Source:
@@ -91,17 +122,17 @@ class _Source:
         if isinstance(value, SplitMaster) and value.weight.is_contiguous():
             first, count = begin // 4, out.numel() // 4
             part = SplitMaster(*(half.view(-1)[first : first + count] for half in (value.weight, value.remainder)))
-            out.view(torch.float32).copy_(part.join())
+            part.join_into(out.view(torch.float32))
             return
         if self._bytes is None:
-            whole = value.join() if isinstance(value, SplitMaster) else value
+            whole = value if isinstance(value, Tensor) else value.join()
             self._bytes = whole.detach().contiguous().view(-1).view(torch.uint8)
         out.copy_(self._bytes[begin : begin + out.numel()])
 
     def copy(self) -> None:
         if self.is_live:
             value = self._value
-            self._value = value.join() if isinstance(value, SplitMaster) else copied(value)
+            self._value = copied(value) if isinstance(value, Tensor) else value.join()
             self._bytes = None
             self.is_live = False
 
@@ -112,7 +143,9 @@ def copied(value: Tensor) -> Tensor:
 
 
 def _part_of(value: Value) -> Tensor:
-    return value.weight if isinstance(value, SplitMaster) else value
+    if isinstance(value, SplitMaster):
+        return value.weight
+    return value.value if isinstance(value, Cast) else value
 
 
 def _dtype_of(value: Value) -> torch.dtype:
@@ -143,5 +176,4 @@ def copy_before_changes(
         if left > available_bytes() // 2:  # the rest of the process needs some too
             wait()
             return
-        if left:
-            file.copy_rest()
+        file.copy_rest()

@@ -53,7 +53,7 @@ PYTHON_FLOORS = (
     ("_checkpoint",),
     ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater"),
     ("_wrap",),
-    ("_snapshot", "_saving", "_loading"),
+    ("_snapshot", "_saving", "_loading", "_export"),
 )  # fmt: skip
 DOORS = ("__init__", "__main__")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")

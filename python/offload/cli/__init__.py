@@ -38,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._config import run_config
 
             return run_config(arguments)
+        if arguments.command == "checkpoint":
+            from ._checkpoint import run_checkpoint
+
+            return run_checkpoint(arguments)
         from ._bench import run_bench
 
         return run_bench(arguments)
@@ -67,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_bench(commands)
     _add_config(commands)
+    _add_checkpoint(commands)
     return parser
 
 
@@ -134,8 +139,9 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("step", on_device, "how much of the host update hides, and what hooks cost")
     add("link", on_device, "the copy lanes beside raw copies on the same link")
     add("swap", on_device, "what streamed weights cost, and how much of the link they use")
+    add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
-    add("all", on_device, "all of these but train, which takes its time")
+    add("all", on_device, "all of these but checkpoint and train, which take their time")
 
 
 def _add_bench_train(train: argparse.ArgumentParser) -> None:
@@ -167,6 +173,24 @@ def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         action.add_argument(
             "file", help="a JSON or Hjson file; 'auto' may stand where Hugging Face's Trainer fills it in"
         )
+
+
+def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    checkpoint = commands.add_parser("checkpoint", help="look into a checkpoint, or export its weights", epilog=_EPILOG)
+    saved = argparse.ArgumentParser(add_help=False)
+    saved.add_argument("directory", metavar="DIR", help="of checkpoints, as given to offload.save_checkpoint")
+    saved.add_argument("--tag", default=None, help="of the checkpoint (default: the latest)")
+    actions = checkpoint.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, parents=[saved], help=text, description=f"It {text}.", epilog=_EPILOG)
+
+    add("show", "verifies every byte and prints what is in it, as JSON")
+    export = add("export", "writes weights to one safetensors file, as Hugging Face reads it")
+    export.add_argument("--out", required=True, metavar="FILE", help="such as model.safetensors")
+    export.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the weights (default bf16)"
+    )
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,27 @@
+"""`offload checkpoint`: looks into a checkpoint, and exports its weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import offload
+
+__all__ = ["run_checkpoint"]
+
+_EXIT_CHECK_FAILED = 1
+
+
+def run_checkpoint(options: argparse.Namespace) -> int:
+    """The exit code is 1 for a checkpoint that is absent or damaged, and for a disk that refuses."""
+    try:
+        if options.action == "show":
+            print(json.dumps(offload.describe_checkpoint(options.directory, tag=options.tag), indent=2))
+        else:
+            path = offload.export_checkpoint(options.directory, options.out, dtype=options.dtype, tag=options.tag)
+            print(f"{path}: {path.stat().st_size:,} bytes")
+    except offload.StorageError as error:
+        print(f"offload: {error}", file=sys.stderr)
+        return _EXIT_CHECK_FAILED
+    return 0
