@@ -17,7 +17,7 @@ from training import HOST, RESIDENT, Run, assert_same_bits, batches
 
 pytestmark = pytest.mark.usefixtures("device")
 
-ALL = {**HOST, "params": "host", "activations": "host"}
+ALL = {**HOST, "params": "host", "activations": "host", "prefetch": 1}
 
 
 def language_loss(model: nn.Module, seed: int) -> Tensor:
