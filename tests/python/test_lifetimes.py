@@ -140,6 +140,7 @@ def test_a_traceback_that_keeps_everything_alive() -> None:
 
     def fail() -> Exception:
         _, optimizer = stepped()
+        optimizer.synchronize()  # the next step would wait for an upload of the last one
         optimizer._engine.device.hold("to_device")
         optimizer.step()
         optimizer._engine.device.release("to_device")
