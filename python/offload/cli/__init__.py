@@ -147,17 +147,22 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def _add_bench_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--size", choices=("tiny", "1b", "8b"), default="tiny", help="of the model (default tiny)")
     train.add_argument("--tokens", type=_positive, default=None, help="tokens a step (default: by size)")
+    train.add_argument("--micro-batch", type=_positive, default=None, help="tokens a backward (default: all of a step)")
+    train.add_argument("--vocabulary", type=_positive, default=None, help="of the model (default: by size)")
     train.add_argument("--steps", type=_positive, default=None, help="timed steps of each run (default: by size)")
     train.add_argument(
         "--offload",
         nargs="+",
-        choices=("optimizer", "gradients"),
+        choices=("optimizer", "gradients", "params", "activations"),
         default=["optimizer", "gradients"],
         metavar="KIND",
-        help="what the offloaded run keeps on the host: optimizer, gradients (default both)",
+        help="what the offloaded run keeps on the host: optimizer, gradients (default both), params, activations",
     )
     train.add_argument(
         "--host-budget", default=None, metavar="SIZE", help="for offload, as '110GiB' (default: measured)"
+    )
+    train.add_argument(
+        "--device-cap", type=float, default=None, metavar="GIB", help="that torch may allocate in the offloaded run"
     )
     train.add_argument("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them")
 

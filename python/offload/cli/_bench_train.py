@@ -1,5 +1,7 @@
 """`offload bench train`: a Llama-shaped bf16 model, offloaded beside resident, against the bound of a step.
 
+`--device-cap` limits what torch may allocate in the offloaded run alone: a larger model trains beside itself resident.
+
 Four runs of the same model on the same random tokens, with deterministic algorithms:
   offloaded  what was asked for on the host
   resident   the same library with everything on the device; its losses must have the same bits
@@ -11,6 +13,7 @@ Where all of them fit at once they take turns, block of steps after block; other
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import math
@@ -20,19 +23,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import offload
 
 from ._bench import summary
 from ._bench_adamw import streaming_bytes_per_s
 from ._bench_link import raw_bytes_per_s
+from ._bench_model import build
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape, shapes
 from ._table import format_bytes, table
 
-__all__ = ["run", "text"]
+__all__ = ["KINDS", "run", "text"]
 
+KINDS = ("optimizer", "gradients", "params", "activations")
 _RUNS = ("offloaded", "resident", "torch", "compute")
 _LEARNING_RATE = 1e-4
 _WARMUP_STEPS = 2  # states are made in the first, and the second has all of them: its peak is the run's peak
@@ -48,12 +53,17 @@ _NO_LIMIT = 1 << 62  # bytes: what does not fit shows when it is allocated, and 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and what a step of it takes: tokens in all and at most in a sequence, and timed steps of a run."""
+    """A model and what a step takes: tokens in all, at most in a micro-batch and a sequence; timed steps of a run."""
 
     shape: ModelShape
     tokens: int
     sequence: int
     steps: int
+    micro_batch: int = 0
+
+    @property
+    def micro_batches(self) -> int:
+        return self.tokens // self.micro_batch
 
 
 _SIZES = {
@@ -71,38 +81,21 @@ def _size(options: argparse.Namespace) -> Size:
         raise offload.InvalidArgument(
             f"--tokens {tokens}: give at most {size.sequence}, one sequence, or a multiple of it"
         )
-    steps = options.steps or (2 if options.quick else size.steps)
-    return dataclasses.replace(size, tokens=tokens, sequence=min(tokens, size.sequence), steps=steps)
-
-
-def _build(size: Size, device: torch.device, *, checkpointing: bool) -> nn.Module:
-    """The model with random bf16 weights, made on the device; the same bits at every call."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = size.shape
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_size,
-        max_position_embeddings=size.sequence,
-        tie_word_embeddings=shape.tied_head,
-        use_cache=False,
+    sequence = min(tokens, size.sequence)
+    micro_batch = options.micro_batch or tokens
+    if tokens % micro_batch or micro_batch % sequence:
+        raise offload.InvalidArgument(
+            f"--micro-batch {micro_batch}: give a multiple of {sequence}, one sequence, that divides {tokens}, the "
+            "tokens of a step"
+        )
+    return dataclasses.replace(
+        size,
+        shape=dataclasses.replace(size.shape, vocabulary=options.vocabulary or size.shape.vocabulary),
+        tokens=tokens,
+        sequence=sequence,
+        steps=options.steps or (2 if options.quick else size.steps),
+        micro_batch=micro_batch,
     )
-    torch.manual_seed(0)
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with device:
-            model: nn.Module = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(dtype)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    return model.train()
 
 
 class Run:
@@ -116,7 +109,9 @@ class Run:
         self._update_s = self._blocked_s = 0.0
         # Runs beside this one rest meanwhile: what is allocated above their bytes is this one's.
         bytes_before = _start_peak(device)
-        self._model = _build(size, device, checkpointing=not options.no_checkpointing)
+        streamed = name == "offloaded" and "params" in options.offload
+        home = torch.device("cpu") if streamed else device
+        self._model = build(size.shape, size.sequence, home, device, checkpointing=not options.no_checkpointing)
         self._offloaded: offload.OffloadOptimizer | None = None
         self._optimizer = self._make_optimizer(options)
         for _ in range(_WARMUP_STEPS):
@@ -138,7 +133,7 @@ class Run:
             device=str(self._device),
             device_budget=_NO_LIMIT,
             host_budget=options.host_budget,
-            **{kind: "host" if kind in on_host else "device" for kind in ("optimizer", "gradients")},
+            **{kind: "host" if kind in on_host else "device" for kind in KINDS},
         )
         return self._offloaded
 
@@ -157,16 +152,19 @@ class Run:
         self._rest()
 
     def _step(self) -> None:
-        tokens = self._tokens(len(self.losses))
-        loss: Tensor = self._model(input_ids=tokens, labels=tokens).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        micro_batches = self._tokens(len(self.losses)).chunk(self._size.micro_batches)
+        total = torch.zeros((), device=self._device)
+        for tokens in micro_batches:
+            loss: Tensor = self._model(input_ids=tokens, labels=tokens).loss / len(micro_batches)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
         if self._optimizer is None:
             self._model.zero_grad()
         else:
             self._optimizer.step()
             self._optimizer.zero_grad()
         # Reading the loss waits for everything given to the compute stream, as a loop that logs does.
-        self.losses.append(loss.item())
+        self.losses.append(total.item())
 
     def _tokens(self, step: int) -> Tensor:
         generator = torch.Generator().manual_seed(step)
@@ -203,24 +201,29 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     size = _size(options)
     device = compute_device(options.device)
+    cap = _fraction(options.device_cap, device)
     make_deterministic(device)
     count = sum(map(math.prod, shapes(size.shape)))
-    interleaved = count * _BYTES_OF_ALL_RUNS < _SHARE_FOR_ALL_RUNS * _free_bytes(device)
+    fits = count * _BYTES_OF_ALL_RUNS < _SHARE_FOR_ALL_RUNS * _free_bytes(device)
+    interleaved = fits and cap is None  # a cap is of one run
     result: dict[str, Any] = {
         "name": "train",
         "size": options.size,
         "device": str(device),
         "parameters": count,
         "tokens_a_step": size.tokens,
+        "micro_batch_tokens": size.micro_batch,
         "sequence_tokens": size.sequence,
         "offload": sorted(options.offload),
+        "device_cap_gib": options.device_cap,
         "gradient_checkpointing": not options.no_checkpointing,
         "interleaved": interleaved,
         "rates_bytes_per_s": _rates(device, quick=options.quick or options.size == "tiny"),
         "runs": {},
     }
     for names in [_RUNS] if interleaved else [(name,) for name in _RUNS]:
-        result["runs"] |= _measure(names, size, device, options)
+        with _capped(device, cap if names == ("offloaded",) else None):
+            result["runs"] |= _measure(names, size, device, options)
         _free(device)
         yield result | _conclusions(result)
 
@@ -262,11 +265,15 @@ def _conclusions(result: dict[str, Any]) -> dict[str, Any]:
         concluded["step_over_resident"] = offloaded["step_s"]["median"] / runs["resident"]["step_s"]["median"]
     if "compute" in runs:
         count, rates = result["parameters"], result["rates_bytes_per_s"]
-        # Gradients cross to the host and weights or gradients back, whichever of the kinds is offloaded.
+        # Gradients cross to the host and weights or gradients back, whichever of the kinds is offloaded. In every
+        # micro-batch gradients leave, and streamed weights come for forward and for backward. Activations do not count.
+        micro_batches = result["tokens_a_step"] // result["micro_batch_tokens"]
+        departures = micro_batches if "gradients" in result["offload"] else 1
+        uploads = 2 * micro_batches if "params" in result["offload"] else 1
         bound = {
             "compute_s": runs["compute"]["step_s"]["median"],
-            "to_host_s": 2 * count / rates["to_host"],
-            "to_device_s": 2 * count / rates["to_device"],
+            "to_host_s": 2 * count * departures / rates["to_host"],
+            "to_device_s": 2 * count * uploads / rates["to_device"],
         }
         if "optimizer" in result["offload"]:
             bound["host_update_s"] = _UPDATE_BYTES * count / rates["host_memory"]
@@ -274,6 +281,31 @@ def _conclusions(result: dict[str, Any]) -> dict[str, Any]:
         concluded["bound_by"] = max(bound, key=lambda part: bound[part])
         concluded["share_of_bound"] = max(bound.values()) / offloaded["step_s"]["median"]
     return concluded
+
+
+def _fraction(cap_gib: float | None, device: torch.device) -> float | None:
+    """The share of the device's memory that `cap_gib` GiB are. Raises `InvalidArgument` where nothing can be capped."""
+    if cap_gib is None:
+        return None
+    if device.type != "cuda":
+        raise offload.InvalidArgument(f"--device-cap {cap_gib:g}: only CUDA's allocator can be capped, not {device}")
+    total = torch.cuda.mem_get_info(device)[1]
+    if cap_gib * 2**30 > total:
+        raise offload.InvalidArgument(f"--device-cap {cap_gib:g}: {device} has {total / 2**30:.1f} GiB")
+    return cap_gib * 2**30 / total
+
+
+@contextlib.contextmanager
+def _capped(device: torch.device, fraction: float | None) -> Iterator[None]:
+    """Torch allocates at most this share of the device's memory inside the context."""
+    if fraction is None:
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(fraction, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 def _rates(device: torch.device, *, quick: bool) -> dict[str, float]:

@@ -1,0 +1,69 @@
+"""The Llama-shaped models of `offload bench train`: random bf16 weights, the same bits wherever they are made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ._model_shapes import ModelShape
+
+__all__ = ["build"]
+
+_DEVIATION = 0.02
+
+
+class _WithoutInitialization(TorchFunctionMode):
+    """Leaves memory as it comes: filling billions of weights on the CPU takes minutes."""
+
+    _FILLS = (Tensor.normal_, Tensor.uniform_)
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, arguments: tuple[Any, ...] = (), options: Any = None
+    ) -> Any:
+        return arguments[0] if function in self._FILLS else function(*arguments, **(options or {}))
+
+
+def build(
+    shape: ModelShape, sequence: int, home: torch.device, compute: torch.device, *, checkpointing: bool
+) -> nn.Module:
+    """The model in training mode, its weights on `home` and drawn on `compute`: the same bits at every call."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_size,
+        max_position_embeddings=sequence,
+        tie_word_embeddings=shape.tied_head,
+        use_cache=False,
+    )
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with home, _WithoutInitialization():
+            model: nn.Module = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(dtype)
+    if home.type != "meta":
+        _draw(model, compute)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    return model.train()
+
+
+@torch.no_grad()
+def _draw(model: nn.Module, compute: torch.device) -> None:
+    """Normal weights for every matrix; the scales of norms stay the ones that they are made with."""
+    generator = torch.Generator(compute).manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device=compute)
+            parameter.copy_(drawn.normal_(0.0, _DEVIATION, generator=generator))
