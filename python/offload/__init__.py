@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from ._optimizer import OffloadOptimizer
     from ._plan import Plan
+    from ._probe import environment
     from ._stats import Stats
     from ._wrap import full_params, unwrap, wrap
 
@@ -42,6 +43,7 @@ __all__ = [
     "Stats",
     "StorageError",
     "__version__",
+    "environment",
     "full_params",
     "offload_activations",
     "unwrap",
@@ -61,6 +63,7 @@ _HOMES = {
     "StateError": "_errors",
     "Stats": "_stats",
     "StorageError": "_errors",
+    "environment": "_probe",
     "full_params": "_wrap",
     "offload_activations": "_activation_region",
     "unwrap": "_wrap",

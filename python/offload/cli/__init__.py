@@ -34,6 +34,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._train import run_train
 
             return run_train(arguments)
+        if arguments.command == "env":
+            from ._env import run_env
+
+            return run_env(arguments)
         from ._bench import run_bench
 
         return run_bench(arguments)
@@ -60,9 +64,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"offload {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_env(commands)
     _add_train(commands)
     _add_bench(commands)
     return parser
+
+
+def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    env = commands.add_parser(
+        "env",
+        help="what offload finds on this machine",
+        description="Shows host, device and disks as offload finds them, and why a slower way is taken.",
+        epilog=_EPILOG,
+    )
+    env.add_argument("--disk-path", nargs="+", default=(), metavar="DIR", help="directories for the disk tier")
+    env.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -128,8 +144,14 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("pool", shared, "what a block of host memory costs, and what the layout wastes")
     add("step", on_device, "how much of the host update hides, and what hooks cost")
     add("link", on_device, "the copy lanes beside raw copies on the same link")
+    _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
-    add("all", on_device, "all of these but train, which takes its time")
+    add("all", on_device, "all of these but disk, which writes gigabytes, and train, which takes its time")
+
+
+def _add_bench_disk(disk: argparse.ArgumentParser) -> None:
+    disk.add_argument("--disk-path", default=".", metavar="DIR", help="a directory on the disk (default: this one)")
+    disk.add_argument("--gib", type=_positive, default=1, help="GiB of the file (default 1; with --quick 32 MiB)")
 
 
 def _add_bench_train(train: argparse.ArgumentParser) -> None:
