@@ -66,7 +66,9 @@ int FailingSystemCalls::set_flags(int file, int flags) {
 
 int FailingSystemCalls::allocate(int file, off_t offset, off_t length) {
   const Verdict verdict = judge(SystemCall::kAllocate);
-  return verdict.fails ? verdict.code() : SystemCalls::allocate(file, offset, length);
+  if (!verdict.fails) return SystemCalls::allocate(file, offset, length);
+  SystemCalls::allocate(file, offset, length / 2);
+  return verdict.code();
 }
 
 int FailingSystemCalls::truncate(int file, off_t length) {

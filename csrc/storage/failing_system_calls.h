@@ -1,8 +1,9 @@
 // System calls that fail on purpose: the n-th of a kind gives an errno, or moves fewer bytes than asked for.
 //
 // Threads: every member may be called from any thread.
-// Invariants: a call that is made to fail is not made; io_uring's reads and writes, and transfers that are
-//             shortened, run in full, and only what they say is replaced.
+// Invariants: a call that is made to fail is not made, but for half of an allocation, as file systems do;
+//             io_uring's reads and writes, and transfers that are shortened, run in full, and only what they
+//             say is replaced.
 #pragma once
 
 #include <algorithm>

@@ -108,23 +108,25 @@ void ScratchFile::try_direct() {
 
 void ScratchFile::reserve(uint64_t bytes) {
   if (bytes <= size_bytes_) return;
-  const std::string doing = "reserving " + std::to_string(bytes - size_bytes_) + " bytes in " + directory_;
-  int result;
-  do {
-    result =
-        calls_->allocate(file_, static_cast<off_t>(size_bytes_), static_cast<off_t>(bytes - size_bytes_));
-  } while (result == -EINTR);
-  if (result == -EOPNOTSUPP) {
-    struct statfs facts{};
-    result = calls_->file_system(file_, &facts);
-    const uint64_t free_bytes = static_cast<uint64_t>(facts.f_bavail) * static_cast<uint64_t>(facts.f_bsize);
-    if (result == 0 && free_bytes < bytes - size_bytes_) result = -ENOSPC;
-    if (result == 0) result = calls_->truncate(file_, static_cast<off_t>(bytes));
-    if (result == 0) reservation_refusal_ = "the file system has no fallocate";
+  const uint64_t more_bytes = bytes - size_bytes_;
+  struct statfs facts{};
+  int result = calls_->file_system(file_, &facts);
+  // Compared first: fallocate may take all that is left, from everybody, before it finds that it is too
+  // little.
+  const uint64_t free_bytes = static_cast<uint64_t>(facts.f_bavail) * static_cast<uint64_t>(facts.f_bsize);
+  if (result == 0 && free_bytes < more_bytes) result = -ENOSPC;
+  if (result == 0) {
+    do {
+      result = calls_->allocate(file_, static_cast<off_t>(size_bytes_), static_cast<off_t>(more_bytes));
+    } while (result == -EINTR);
+    if (result == -EOPNOTSUPP) {
+      reservation_refusal_ = "the file system has no fallocate";
+      result = calls_->truncate(file_, static_cast<off_t>(bytes));
+    }
+    if (result < 0) shrink(size_bytes_);  // what failed may have grown the file
   }
   if (result < 0) {
-    shrink(size_bytes_);  // a reservation that fails may have grown the file
-    throw storage_error(-result, doing);
+    throw storage_error(-result, "reserving " + std::to_string(more_bytes) + " bytes in " + directory_);
   }
   size_bytes_ = bytes;
 }

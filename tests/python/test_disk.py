@@ -225,7 +225,7 @@ def test_paths_that_cannot_hold_data(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="tmpfs, which is host memory"):
         DiskStore(tmp_path, calls=calls)
     with pytest.raises(StorageError, match="ENOSPC"):
-        DiskStore(tmp_path, calls=honest_calls()).allocate(1 << 42)
+        DiskStore(tmp_path, calls=honest_calls()).allocate(1 << 59)
     assert os.listdir(tmp_path) == ["file"]
 
 
