@@ -2,6 +2,9 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace offload {
@@ -36,7 +39,18 @@ bool cpu_has_avx512() noexcept {
   return has_avx512;
 }
 
+bool cpu_has_crc32c() noexcept {
+  static const bool has_sse42 = __builtin_cpu_supports("sse4.2");
+  return has_sse42;
+}
+
 #else
+
+#if defined(__aarch64__)
+bool cpu_has_crc32c() noexcept { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
+#else
+bool cpu_has_crc32c() noexcept { return false; }
+#endif
 
 bool cpu_has_avx2() noexcept { return false; }
 bool cpu_has_avx512() noexcept { return false; }

@@ -14,11 +14,16 @@ enum class ErrorKind { kInvalidArgument, kOutOfHostMemory, kDevice, kStorage, kS
 
 class Error : public std::runtime_error {
  public:
-  Error(ErrorKind kind, const std::string& message) : std::runtime_error(message), kind_(kind) {}
+  Error(ErrorKind kind, const std::string& message, int system_code = 0)
+      : std::runtime_error(message), kind_(kind), system_code_(system_code) {}
   ErrorKind kind() const noexcept { return kind_; }
+
+  // The errno behind it (Python's OSError.errno); 0 when the system did not refuse anything.
+  int system_code() const noexcept { return system_code_; }
 
  private:
   ErrorKind kind_;
+  int system_code_;
 };
 
 }  // namespace offload

@@ -27,7 +27,13 @@ void bind_errors(py::module_&) {
     } catch (const Error& error) {
       // Imported here and not at load: offload._errors is plain Python and may import this module.
       py::object errors = py::module_::import("offload._errors");
-      PyErr_SetString(errors.attr(python_class(error.kind())).ptr(), error.what());
+      const py::object error_class = errors.attr(python_class(error.kind()));
+      if (error.kind() == ErrorKind::kStorage && error.system_code() != 0) {
+        // The two arguments of an OSError: errno is then set.
+        PyErr_SetObject(error_class.ptr(), py::make_tuple(error.system_code(), error.what()).ptr());
+      } else {
+        PyErr_SetString(error_class.ptr(), error.what());
+      }
     }
   });
 }

@@ -58,12 +58,13 @@ HostPoolOptions options_of(std::optional<int64_t> budget_bytes, int64_t slab_byt
   return options;
 }
 
-HostBufferHolder acquire(HostPool& pool, int64_t nbytes, const std::string& tag_text) {
+HostBufferHolder acquire(HostPool& pool, int64_t nbytes, const std::string& tag_text, int64_t alignment) {
   const size_t bytes = size_of(nbytes, "nbytes");
+  const size_t alignment_bytes = size_of(alignment, "alignment");
   const Tag tag = tag_of(tag_text);
   std::optional<HostBuffer> buffer;
   wait_interruptibly([&](int64_t slice_ns) {
-    buffer = pool.acquire_within(bytes, tag, slice_ns);
+    buffer = pool.acquire_within(bytes, tag, slice_ns, alignment_bytes);
     return buffer.has_value();
   });
   return HostBufferHolder(new HostBuffer(std::move(*buffer)));
@@ -119,7 +120,7 @@ void bind_host_pool(py::module_& module) {
             self.reserve(bytes);
           },
           py::arg("nbytes"))
-      .def("acquire", &acquire, py::arg("nbytes"), py::arg("tag"))
+      .def("acquire", &acquire, py::arg("nbytes"), py::arg("tag"), py::arg("alignment") = 1)
       .def("trim", &HostPool::trim, py::call_guard<GilReleased>())
       .def("stats", [](const HostPool& self) {
         HostPoolStats stats;

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_native, module) {
   offload::bindings::bind_device(module);
   offload::bindings::bind_cuda(module);
   offload::bindings::bind_memory(module);
+  offload::bindings::bind_storage(module);
   offload::bindings::bind_optimizer(module);
   offload::bindings::bind_pipeline(module);
 }

@@ -1,6 +1,7 @@
 #include "memory/host_pool.h"
 
 #include <algorithm>
+#include <bit>
 #include <utility>
 
 #include "base/error.h"
@@ -57,7 +58,7 @@ void HostBuffer::give_back() noexcept {
 }
 
 void* HostBuffer::address() const noexcept {
-  return block_ ? reinterpret_cast<void*>(block_->address) : nullptr;
+  return block_ ? reinterpret_cast<void*>(round_up(block_->address, block_->alignment)) : nullptr;
 }
 size_t HostBuffer::size_bytes() const noexcept { return block_ ? block_->requested_bytes : 0; }
 Tag HostBuffer::tag() const noexcept { return block_ ? block_->tag : Tag::kStaging; }
@@ -94,13 +95,22 @@ void HostPool::reserve(size_t bytes) {
   state_->reserve(bytes);
 }
 
-HostBuffer HostPool::acquire(size_t bytes, Tag tag) { return *acquire_within(bytes, tag, /*timeout_ns=*/-1); }
+HostBuffer HostPool::acquire(size_t bytes, Tag tag, size_t alignment) {
+  return *acquire_within(bytes, tag, /*timeout_ns=*/-1, alignment);
+}
 
-std::optional<HostBuffer> HostPool::acquire_within(size_t bytes, Tag tag, int64_t timeout_ns) {
+std::optional<HostBuffer> HostPool::acquire_within(size_t bytes, Tag tag, int64_t timeout_ns,
+                                                   size_t alignment) {
   state_->owner.require_owner("the host pool");
+  if (!std::has_single_bit(alignment) || alignment > kLargestRequestBytes) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "alignment=" + std::to_string(alignment) + " is not a power of two; blocks have 256 anyway");
+  }
   auto block = std::make_unique<HostBlock>();
   block->requested_bytes = bytes;
-  block->block_bytes = bytes > kLargestRequestBytes ? bytes : block_size(bytes);
+  const size_t lead_bytes = std::max(alignment, kBlockBytes) - kBlockBytes;
+  block->block_bytes = bytes > kLargestRequestBytes ? bytes : block_size(bytes) + lead_bytes;
+  block->alignment = alignment;
   block->tag = tag;
   if (!state_->take(*block, timeout_ns)) return std::nullopt;
   block->pool = state_;

@@ -90,10 +90,11 @@ class HostPool {
 
   // Throws kOutOfHostMemory with the numbers, and changes nothing, when the budget cannot hold it. A block
   // whose ticket is pending is waited for only when nothing else fits. Zero bytes are legal and take a block.
-  HostBuffer acquire(size_t bytes, Tag tag);
+  // `alignment` (a power of two) above 256 costs that much more room.
+  HostBuffer acquire(size_t bytes, Tag tag, size_t alignment = 1);
 
   // As acquire(), but gives up (no value) when it waits and no block comes free for `timeout_ns`.
-  std::optional<HostBuffer> acquire_within(size_t bytes, Tag tag, int64_t timeout_ns);
+  std::optional<HostBuffer> acquire_within(size_t bytes, Tag tag, int64_t timeout_ns, size_t alignment = 1);
 
   // Gives whole free slabs back to the system; returns how many bytes.
   size_t trim();

@@ -34,6 +34,7 @@ struct HostBlock {
   uintptr_t address = 0;
   size_t requested_bytes = 0;
   size_t block_bytes = 0;
+  size_t alignment = 1;  // of what the buffer shows; the block has the room
   Tag tag = Tag::kStaging;
   std::vector<Ticket> tickets;  // the block may be reused after these
 };

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ._loading import Checkpoint, load_checkpoint
     from ._optimizer import OffloadOptimizer
     from ._plan import Plan
+    from ._probe import environment
     from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
     from ._wrap import estimate, full_params, unwrap, wrap
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "add_config_arguments",
     "describe_checkpoint",
+    "environment",
     "estimate",
     "export_checkpoint",
     "full_params",
@@ -83,6 +85,7 @@ _HOMES = {
     "estimate": "_wrap",
     "describe_checkpoint": "_export",
     "export_checkpoint": "_export",
+    "environment": "_probe",
     "full_params": "_wrap",
     "initialize": "deepspeed",
     "load_checkpoint": "_loading",

@@ -133,13 +133,60 @@ class HostPool:
         poison: bool = False,
     ) -> None: ...
     def reserve(self, nbytes: int) -> None: ...
-    def acquire(self, nbytes: int, tag: Tag) -> HostBuffer: ...
+    def acquire(self, nbytes: int, tag: Tag, alignment: int = 1) -> HostBuffer:
+        """A block at an address that is a multiple of 256, and of `alignment` (a power of two)."""
     def trim(self) -> int: ...
     def stats(self) -> dict[str, Any]:
         """The fields of HostPoolStats; `tag_bytes` is a dict by tag."""
 
 def pool_layout(sizes_bytes: Sequence[int], *, reserve_first: bool = True) -> dict[str, Any]:
     """The stats of a pool that holds blocks of these sizes; no memory is touched, so they may exceed the machine."""
+
+# --- storage ----------------------------------------------------------------------------------------------
+
+DISK_ALIGNMENT: int
+DiskBackend = Literal["auto", "io_uring", "threads"]
+
+@final
+class FailingSystemCalls:
+    """The kernel's calls, but for those that a test makes fail; the names are those of csrc/storage/system_calls.h."""
+
+    def __init__(self) -> None: ...
+    def fail(self, call: str, nth: int, code: int, count: int = 1) -> None:
+        """The nth call of that name from now on (1 = the next) and the count - 1 after it give the errno `code`."""
+    def shorten(self, call: str, nth: int, nbytes: int) -> None:
+        """The nth pread, pwrite, uring_read or uring_write from now on says that it moved `nbytes` only."""
+    def pretend_file_system(self, type: int) -> None:
+        """What fstatfs says from now on."""
+    def call_count(self, call: str) -> int: ...
+
+@final
+class BlockFile:
+    """Bytes on disk, in private files that go with it: see csrc/storage/block_file.h.
+
+    Offsets are multiples of block_bytes, addresses of DISK_ALIGNMENT, and memory reaches to the next multiple of
+    DISK_ALIGNMENT behind the last byte. The caller keeps it until the ticket ended.
+    """
+
+    def __init__(
+        self,
+        directories: Sequence[str],
+        *,
+        block_bytes: int = ...,
+        queue_depth: int = ...,
+        thread_count: int = ...,
+        backend: DiskBackend = "auto",
+        direct: bool = True,
+        calls: FailingSystemCalls | None = None,
+    ) -> None: ...
+    def allocate(self, nbytes: int) -> int:
+        """The offset of so many bytes, whose space is reserved on the disks; given back with the file."""
+    def submit_read(self, offset: int, destination: int, nbytes: int) -> Ticket: ...
+    def submit_write(self, offset: int, source: int, nbytes: int) -> Ticket: ...
+    @property
+    def block_bytes(self) -> int: ...
+    def facts(self) -> list[dict[str, Any]]:
+        """By path: the fields of DiskPathFacts and LaneStats; a refusal is "" where nothing was refused."""
 
 # --- optimizer --------------------------------------------------------------------------------------------
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from ._errors import DeviceError
 
-__all__ = ["DeviceFacts", "HostFacts", "probe_device", "probe_host"]
+__all__ = ["DeviceFacts", "HostFacts", "environment", "probe_device", "probe_host"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +89,22 @@ def probe_device(name: str | None = None) -> DeviceFacts:
     free, total = torch.cuda.mem_get_info(index)
     cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     return DeviceFacts(f"cuda:{index}", "cuda", total, free + cached)
+
+
+def environment(disk_paths: Iterable[str | os.PathLike[str]] = ()) -> dict[str, Any]:
+    """What offload finds on this machine, ready for JSON: `host`, `device`, `isa` and, by path, `disks`.
+
+    A directory of `disk_paths` is opened as training would open it: raises StorageError for one that cannot be used.
+    """
+    from . import _native
+    from ._disk import probe_disk
+
+    return {
+        "host": dataclasses.asdict(probe_host()),
+        "device": dataclasses.asdict(probe_device()),
+        "isa": _native.active_isa(),
+        "disks": [dataclasses.asdict(probe_disk(path)) for path in disk_paths],
+    }
 
 
 def _meminfo(path: Path) -> dict[str, int]:

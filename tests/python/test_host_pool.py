@@ -43,6 +43,19 @@ def test_no_rounding_beyond_256_bytes() -> None:
     assert memoryview(buffers[0]).nbytes == 0
 
 
+@pytest.mark.parametrize("alignment", [1, 256, 512, 4096, 1 << 16])
+def test_alignment_costs_its_own_room_and_no_more(alignment: int) -> None:
+    pool = _native.HostPool()
+    first, second = pool.acquire(1000, "staging"), pool.acquire(5000, "staging", alignment)
+    assert second.address % max(alignment, BLOCK) == 0
+    assert second.nbytes == memoryview(second).nbytes == 5000
+    assert pool.stats()["used_bytes"] == 1024 + 5120 + max(alignment, BLOCK) - BLOCK
+    tensor_over(second).fill_(7)
+    assert first.address + 1024 <= second.address
+    del second
+    assert pool.stats()["used_bytes"] == 1024
+
+
 def test_reserve_maps_what_is_needed_and_acquire_then_maps_nothing() -> None:
     pool = _native.HostPool()
     sizes = [3 * MIB + 7, 256, 5 * MIB, 1000]

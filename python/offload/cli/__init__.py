@@ -42,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._checkpoint import run_checkpoint
 
             return run_checkpoint(arguments)
+        if arguments.command == "env":
+            from ._env import run_env
+
+            return run_env(arguments)
         from ._bench import run_bench
 
         return run_bench(arguments)
@@ -68,11 +72,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"offload {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_env(commands)
     _add_train(commands)
     _add_bench(commands)
     _add_config(commands)
     _add_checkpoint(commands)
     return parser
+
+
+def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    env = commands.add_parser(
+        "env",
+        help="what offload finds on this machine",
+        description="Shows host, device and disks as offload finds them, and why a slower way is taken.",
+        epilog=_EPILOG,
+    )
+    env.add_argument("--disk-path", nargs="+", default=(), metavar="DIR", help="directories for the disk tier")
+    env.add_argument("--json", action="store_true", help="one JSON object")
 
 
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -142,6 +158,14 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
     add("all", on_device, "all of these but checkpoint and train, which take their time")
+    _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
+    _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
+    add("all", on_device, "all of these but disk, which writes gigabytes, and train, which takes its time")
+
+
+def _add_bench_disk(disk: argparse.ArgumentParser) -> None:
+    disk.add_argument("--disk-path", default=".", metavar="DIR", help="a directory on the disk (default: this one)")
+    disk.add_argument("--gib", type=_positive, default=1, help="GiB of the file (default 1; with --quick 32 MiB)")
 
 
 def _add_bench_train(train: argparse.ArgumentParser) -> None:

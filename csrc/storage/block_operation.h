@@ -1,0 +1,69 @@
+// One block on its way to or from the disk, and what is remembered of each block.
+//
+// Ownership: records live in the BlockFile, which outlives its lanes; requests are shared by the operations
+//            that they were split into. Memory is the caller's until the ticket ended.
+// Threads: the fields of a record are guarded by the mutex of its lane's OperationQueue, but for those that
+//          an operation in progress has to itself, and submitted_bytes.
+// Units: bytes.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <mutex>
+
+#include "base/ticket.h"
+
+namespace offload {
+
+struct BlockRecord {
+  // guarded by the BlockFile's mutex: how many bytes the block holds once everything submitted has run; 0:
+  // it was never written
+  uint32_t submitted_bytes = 0;
+
+  // an operation in progress has these to itself, or shares them with other readers
+  uint32_t checksum = 0;
+  bool is_lost = false;  // the last write failed: what the disk has is not known
+
+  // guarded by the queue's mutex
+  bool is_written_to = false;
+  uint32_t reader_count = 0;
+};
+
+// What a caller waits for: its operations, on however many lanes.
+class DiskRequest {
+ public:
+  explicit DiskRequest(size_t operation_count) : left_(operation_count) {}
+
+  const Ticket& ticket() const noexcept { return ticket_; }
+
+  // The last operation to end ends the ticket, with the first error.
+  void end_one(std::exception_ptr error) noexcept {
+    if (error) {
+      std::lock_guard lock(mutex_);
+      if (!error_) error_ = std::move(error);
+    }
+    if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) ticket_.fail(error_);
+  }
+
+ private:
+  const Ticket ticket_ = Ticket::pending();
+  std::atomic<size_t> left_;
+  std::mutex mutex_;
+  std::exception_ptr error_;  // guarded by mutex_ until the last operation ended
+};
+
+struct BlockOperation {
+  bool is_write = false;
+  char* address = nullptr;
+  uint32_t bytes = 0;           // what the caller asked for, and the checksum covers
+  uint32_t transfer_bytes = 0;  // the same, rounded up to kDiskAlignment
+  uint32_t done_bytes = 0;      // of transfer_bytes
+  uint64_t file_offset = 0;
+  BlockRecord* record = nullptr;
+  std::shared_ptr<DiskRequest> request;
+};
+
+}  // namespace offload

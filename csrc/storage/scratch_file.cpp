@@ -1,0 +1,147 @@
+#include "storage/scratch_file.h"
+
+#include <linux/magic.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstdio>
+#include <utility>
+
+#include "storage/storage_error.h"
+
+namespace offload {
+namespace {
+
+struct KnownFileSystem {
+  long type;
+  const char* name;
+  bool is_memory;
+};
+
+// Numbers that older kernel headers lack are written out.
+constexpr KnownFileSystem kKnownFileSystems[] = {
+    {TMPFS_MAGIC, "tmpfs", true},         {RAMFS_MAGIC, "ramfs", true},
+    {HUGETLBFS_MAGIC, "hugetlbfs", true}, {EXT4_SUPER_MAGIC, "ext4", false},
+    {BTRFS_SUPER_MAGIC, "btrfs", false},  {NFS_SUPER_MAGIC, "nfs", false},
+    {0x58465342, "xfs", false},           {0x794C7630, "overlayfs", false},
+    {0x65735546, "fuse", false},          {0x2FC12FC1, "zfs", false},
+};
+
+const KnownFileSystem* find_file_system(long type) {
+  for (const KnownFileSystem& known : kKnownFileSystems) {
+    if (known.type == type) return &known;
+  }
+  return nullptr;
+}
+
+alignas(kDiskAlignment) const char kZeros[kDiskAlignment] = {};
+
+}  // namespace
+
+ScratchFile::ScratchFile(std::shared_ptr<SystemCalls> calls, std::string directory, bool direct)
+    : calls_(std::move(calls)), directory_(std::move(directory)), lock_(calls_, directory_) {
+  open();
+  try {
+    refuse_memory();
+    if (direct) {
+      try_direct();
+    } else {
+      direct_refusal_ = "not asked for";
+    }
+  } catch (...) {
+    ::close(file_);
+    throw;
+  }
+}
+
+ScratchFile::~ScratchFile() { ::close(file_); }
+
+void ScratchFile::open() {
+  static std::atomic<uint64_t> serial{0};
+  path_ = directory_ + "/" + kScratchPrefix + std::to_string(::getpid()) + "-" + std::to_string(serial++);
+  file_ = calls_->open(path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+  if (file_ < 0) throw storage_error(-file_, "making the file " + path_);
+  if (const int result = calls_->unlink(path_.c_str()); result < 0) {
+    ::close(file_);  // the file is stale now: who locks the directory next removes it
+    throw storage_error(-result, "unlinking the file " + path_);
+  }
+}
+
+void ScratchFile::refuse_memory() {
+  struct statfs facts{};
+  if (const int result = calls_->file_system(file_, &facts); result < 0) {
+    throw storage_error(-result, "asking for the file system of " + directory_);
+  }
+  file_system_ = static_cast<long>(facts.f_type);
+  const KnownFileSystem* known = find_file_system(file_system_);
+  if (known != nullptr && known->is_memory) {
+    throw Error(ErrorKind::kStorage,
+                "disk_path " + directory_ + " is on " + known->name +
+                    ", which is host memory: what goes there saves none. Name a directory "
+                    "on a disk.");
+  }
+}
+
+// Some file systems take the flag and refuse the first transfer, so that one decides.
+void ScratchFile::try_direct() {
+  const int flags = ::fcntl(file_, F_GETFL);
+  if (const int result = calls_->set_flags(file_, flags | O_DIRECT); result < 0) {
+    direct_refusal_ = "the file system refuses O_DIRECT: " + error_name(-result);
+    return;
+  }
+  ssize_t written;
+  do {
+    written = calls_->pwrite(file_, kZeros, sizeof(kZeros), 0);
+  } while (written == -EINTR);
+  if (written == -EINVAL) {
+    direct_refusal_ = "the file system refuses direct writes of " + std::to_string(kDiskAlignment) + " bytes";
+    if (const int result = calls_->set_flags(file_, flags); result < 0) {
+      throw storage_error(-result, "leaving O_DIRECT on " + path_);
+    }
+    return;
+  }
+  if (written < 0) throw storage_error(static_cast<int>(-written), "the first write to " + path_);
+  direct_ = true;
+}
+
+void ScratchFile::reserve(uint64_t bytes) {
+  if (bytes <= size_bytes_) return;
+  const uint64_t more_bytes = bytes - size_bytes_;
+  struct statfs facts{};
+  int result = calls_->file_system(file_, &facts);
+  // Compared first: fallocate may take all that is left, from everybody, before it finds that it is too
+  // little.
+  const uint64_t free_bytes = static_cast<uint64_t>(facts.f_bavail) * static_cast<uint64_t>(facts.f_bsize);
+  if (result == 0 && free_bytes < more_bytes) result = -ENOSPC;
+  if (result == 0) {
+    do {
+      result = calls_->allocate(file_, static_cast<off_t>(size_bytes_), static_cast<off_t>(more_bytes));
+    } while (result == -EINTR);
+    if (result == -EOPNOTSUPP) {
+      reservation_refusal_ = "the file system has no fallocate";
+      result = calls_->truncate(file_, static_cast<off_t>(bytes));
+    }
+    if (result < 0) shrink(size_bytes_);  // what failed may have grown the file
+  }
+  if (result < 0) {
+    throw storage_error(-result, "reserving " + std::to_string(more_bytes) + " bytes in " + directory_);
+  }
+  size_bytes_ = bytes;
+}
+
+void ScratchFile::shrink(uint64_t bytes) noexcept {
+  // What cannot be given back stays reserved until the file is closed.
+  calls_->truncate(file_, static_cast<off_t>(bytes));
+  size_bytes_ = bytes;
+}
+
+std::string ScratchFile::file_system_name() const {
+  if (const KnownFileSystem* known = find_file_system(file_system_)) return known->name;
+  char hexadecimal[32];
+  std::snprintf(hexadecimal, sizeof(hexadecimal), "type 0x%lx", static_cast<unsigned long>(file_system_));
+  return hexadecimal;
+}
+
+}  // namespace offload

@@ -1,0 +1,158 @@
+"""The disk tier for Python: buffers of the host pool to private files on disk and back.
+
+Everything that can fail raises StorageError with the file, the offset and what to do; its `errno` is the system's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from . import _native
+from ._errors import InvalidArgument
+
+__all__ = ["DiskFacts", "DiskPath", "DiskRange", "DiskStore", "probe_disk"]
+
+DiskPath = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskFacts:
+    """How one directory serves as disk_path; each refusal says why the better way is not taken, None: it is.
+
+    backend is "io_uring" or "threads"; direct means O_DIRECT, else reads and writes pass the page cache. free_bytes
+    is what this user may still write there.
+    """
+
+    directory: str
+    file_system: str
+    backend: str
+    uring_refusal: str | None
+    direct: bool
+    direct_refusal: str | None
+    free_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DiskRange:
+    """`nbytes` on disk, from `offset` of their store."""
+
+    offset: int
+    nbytes: int
+
+
+class DiskStore:
+    """Bytes on disk, striped over `paths`; the files are private, have no name and go with the store or the process.
+
+    Ranges are read and written in whole blocks of `block_bytes`; only the last block of a range may be shorter.
+    Operations on one block take effect in the order of their submission. `backend` None is the best that the kernel
+    lets us have. Raises StorageError for a path that is missing, read-only, memory (tmpfs) or in use by another
+    process.
+    """
+
+    def __init__(
+        self,
+        paths: DiskPath | Sequence[DiskPath],
+        *,
+        block_bytes: int = 1 << 20,
+        queue_depth: int = 16,
+        thread_count: int = 8,
+        backend: _native.DiskBackend = "auto",
+        direct: bool = True,
+        calls: _native.FailingSystemCalls | None = None,
+    ) -> None:
+        names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+        self._file = _native.BlockFile(
+            [os.fspath(name) for name in names],
+            block_bytes=block_bytes,
+            queue_depth=queue_depth,
+            thread_count=thread_count,
+            backend=backend,
+            direct=direct,
+            calls=calls,
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        return self._file.block_bytes
+
+    def allocate(self, nbytes: int) -> DiskRange:
+        """Reserves `nbytes`, rounded up to blocks, on the disks; raises StorageError, and changes nothing, without
+        the space."""
+        if nbytes < 0:
+            raise InvalidArgument(f"nbytes={nbytes} is negative; give a number of bytes")
+        return DiskRange(self._file.allocate(nbytes), nbytes)
+
+    def buffer(self, pool: _native.HostPool, nbytes: int, tag: _native.Tag = "staging") -> _native.HostBuffer:
+        """A buffer for transfers of up to `nbytes`, aligned as the disk needs it and rounded up to that."""
+        return pool.acquire(_padded(nbytes), tag, _native.DISK_ALIGNMENT)
+
+    def submit_read(
+        self, where: DiskRange, buffer: _native.HostBuffer, start: int = 0, nbytes: int | None = None
+    ) -> _native.Ticket:
+        """Reads `nbytes` (None: all that follow) of the range from `start` into the buffer's beginning.
+
+        The ticket fails with StorageError unless the bytes are those of the last write, and leaves the buffer's
+        contents undefined then. The buffer's memory is not reused before the ticket ended.
+        """
+        nbytes = self._checked("read", where, buffer, start, nbytes)
+        ticket = self._file.submit_read(where.offset + start, buffer.address, nbytes)
+        buffer.release_after(ticket)
+        return ticket
+
+    def submit_write(
+        self, where: DiskRange, buffer: _native.HostBuffer, start: int = 0, nbytes: int | None = None
+    ) -> _native.Ticket:
+        """Writes the buffer's first `nbytes` (None: all that follow) to the range from `start`.
+
+        The buffer must not change before the ticket ended. A failed write loses its blocks: reads of them raise
+        until a later write succeeds.
+        """
+        nbytes = self._checked("write", where, buffer, start, nbytes)
+        ticket = self._file.submit_write(where.offset + start, buffer.address, nbytes)
+        buffer.release_after(ticket)
+        return ticket
+
+    def stats(self) -> list[dict[str, Any]]:
+        """By path: directory, file_system, backend, direct, reserved, why each is not the best, and bytes so far."""
+        return self._file.facts()
+
+    def _checked(self, verb: str, where: DiskRange, buffer: _native.HostBuffer, start: int, nbytes: int | None) -> int:
+        block = self._file.block_bytes
+        if nbytes is None:
+            nbytes = where.nbytes - start
+        end = start + nbytes
+        if start < 0 or nbytes < 0 or end > where.nbytes:
+            raise InvalidArgument(f"a {verb} of {nbytes} bytes from {start} leaves its range of {where.nbytes} bytes")
+        if start % block or (end % block and end != where.nbytes):
+            raise InvalidArgument(
+                f"a {verb} of {nbytes} bytes from {start} must begin and end at a multiple of block_bytes={block}, "
+                f"or end with its range of {where.nbytes} bytes"
+            )
+        if _padded(nbytes) > buffer.nbytes:
+            raise InvalidArgument(
+                f"a {verb} of {nbytes} bytes needs a buffer of {_padded(nbytes)} bytes, this one has {buffer.nbytes}; "
+                "take it from DiskStore.buffer"
+            )
+        return nbytes
+
+
+def probe_disk(path: DiskPath) -> DiskFacts:
+    """Opens a file in the directory `path` as training would, and says how it can be used. Leaves nothing behind."""
+    (facts,) = DiskStore(path).stats()
+    space = os.statvfs(path)
+    return DiskFacts(
+        directory=facts["directory"],
+        file_system=facts["file_system"],
+        backend=facts["backend"],
+        uring_refusal=facts["uring_refusal"] or None,
+        direct=facts["direct"],
+        direct_refusal=facts["direct_refusal"] or None,
+        free_bytes=space.f_bavail * space.f_frsize,
+    )
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // _native.DISK_ALIGNMENT) * _native.DISK_ALIGNMENT

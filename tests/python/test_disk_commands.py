@@ -1,0 +1,134 @@
+"""`offload env --disk-path` and `offload bench disk`: what they report, and that a wrong figure cannot be reported."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import offload
+from offload import StorageError, _native
+from offload.cli import _bench_disk, main
+
+MIB = 2**20
+
+
+@pytest.fixture
+def disk_path(tmp_path: Path) -> Iterator[str]:
+    """A directory on a disk: where temporary files are memory, one beside the tests."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent if "tmpfs" in kind else tmp_path) as path:
+        yield path
+
+
+def test_env_shows_how_a_directory_serves(disk_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--disk-path", disk_path, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    (disk,) = facts["disks"]
+    assert disk["directory"] == disk_path and disk["free_bytes"] > 0
+    assert (disk["backend"] == "io_uring") == (disk["uring_refusal"] is None)
+    assert facts["isa"] == _native.active_isa() and facts["host"]["cpu_count"] > 0
+    assert main(["env", "--disk-path", disk_path]) == 0
+    text = capsys.readouterr().out
+    assert disk_path in text and disk["backend"] in text and "O_DIRECT" in text
+    assert os.listdir(disk_path) == []
+
+
+def test_env_says_why_a_slower_way_is_taken(
+    disk_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OFFLOAD_DISK_BACKEND", "threads")
+    assert main(["env", "--disk-path", disk_path]) == 0
+    assert f"{disk_path}: no io_uring: not asked for" in capsys.readouterr().out
+
+
+def test_env_without_disks_and_with_one_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env"]) == 0
+    assert "host" in capsys.readouterr().out
+    assert offload.environment()["disks"] == []
+    assert main(["env", "--disk-path", "/nowhere"]) == 2
+    assert "Create the directory" in capsys.readouterr().err
+
+
+# --- bench --------------------------------------------------------------------------------------------------
+
+
+def test_bench_reports_every_mode_and_side(disk_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 0
+    output = capsys.readouterr()
+    result = json.loads(output.out)["results"]["disk"]
+    assert [row["mode"] for row in result["rows"]] == ["read", "write", "both"]
+    for row in result["rows"]:
+        rates = row["gb_per_s"]
+        assert {*result["facts"], "raw"} <= set(rates)
+        assert all(len(rates[name]["samples"]) == 3 for name in result["facts"])
+        for name in result["facts"]:
+            assert row["share_of_raw"][name] == rates[name]["median"] / rates["raw"]["median"] > 0
+    assert result["bytes"] == 32 * MIB and "threads" in result["facts"]
+    assert "share of raw" in output.err and disk_path in output.err
+    assert os.listdir(disk_path) == []
+
+
+def test_fio_is_asked_where_it_is_installed(
+    disk_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fio = tmp_path / "bin" / "fio"
+    fio.parent.mkdir()
+    job = '{"read": {"bw_bytes": 3e9}, "write": {"bw_bytes": 1e9}}'
+    fio.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho \'{{"jobs": [{job}, {job}]}}\'\n')
+    fio.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fio.parent}:{os.environ['PATH']}")
+    assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 0
+    result = json.loads(capsys.readouterr().out)["results"]["disk"]
+    assert [row["gb_per_s"]["fio"]["median"] for row in result["rows"]] == [8.0] * 3
+    read, write, both = (tmp_path / "calls").read_text().splitlines()
+    assert "--rw=read" in read and "--rw=write" not in read and f"--size={4 * MIB}" in read
+    assert "--rw=write" in write and "--numjobs=8" in write
+    assert both.count("--numjobs=4") == 2 and both.count(f"--size={4 * MIB}") == 2
+    fio.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
+    assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 2
+    assert "fio ended with code 3: broken" in capsys.readouterr().err
+
+
+def test_bytes_that_did_not_move_are_found(disk_path: str) -> None:
+    tier = _bench_disk.TierSide(disk_path, 16, "threads", _native.HostPool())
+    tier.check()
+    honest: Any = tier._file
+
+    class Lazy:
+        submit_write = staticmethod(honest.submit_write)
+
+        @staticmethod
+        def submit_read(offset: int, destination: int, nbytes: int) -> _native.Ticket:
+            return _native.Ticket()
+
+    tier._file = Lazy()  # type: ignore[assignment]
+    with pytest.raises(AssertionError, match="other bytes"):
+        tier.check()
+
+
+def test_a_short_raw_transfer_is_found(disk_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = _bench_disk.RawSide(disk_path, 8, False, _native.HostPool())
+    monkeypatch.setattr(os, "preadv", lambda *arguments: 7)
+    with pytest.raises(StorageError, match="a raw read moved 7 of 1048576 bytes"):
+        raw.seconds({"read": (0, 8)})
+    raw.close()
+
+
+def test_the_halves_of_both_share_no_block(disk_path: str) -> None:
+    seen: list[dict[str, tuple[int, int]]] = []
+
+    class Recorder:
+        def seconds(self, spans: dict[str, tuple[int, int]]) -> float:
+            seen.append(spans)
+            return 1.0
+
+    rates = _bench_disk._measure({"a": Recorder()}, "both", 9, 2)
+    assert seen == [{"read": (0, 4), "write": (4, 9)}] * 3
+    assert rates == {"a": [9 * MIB / 1e9] * 2}
