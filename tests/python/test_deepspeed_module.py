@@ -158,8 +158,8 @@ def test_estimates_are_those_of_the_plan(caplog: pytest.LogCaptureFixture) -> No
     # bf16: 2 bytes of weights on the device; on the host working copy, split master, gradient 2 each, moments 8.
     assert "    14.00GB |    2.00GB | offload_optimizer=cpu" in cold[0]
     assert "     0.00GB |   16.00GB | offload_optimizer=none" in cold[0]
-    # Two layers of 2**26 weights are on the device at a time.
-    assert "    14.00GB |    0.25GB | offload_param=cpu , offload_optimizer=cpu" in cold[1]
+    # Three layers of 2**26 weights are on the device at a time: the one in use, and two ahead.
+    assert "    14.00GB |    0.38GB | offload_param=cpu , offload_optimizer=cpu" in cold[1]
     with pytest.raises(offload.InvalidArgument, match="8 GPUs"):
         zero.estimate_zero2_model_states_mem_needs_all_cold(10**9, num_gpus_per_node=8)
 
