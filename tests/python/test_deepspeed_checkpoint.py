@@ -80,7 +80,7 @@ def test_tags_and_latest(tmp_path: Path) -> None:
 
 
 def test_a_first_run_finds_nothing_to_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert make_engine().load_checkpoint(tmp_path) == (None, {})
+    assert make_engine().load_checkpoint(tmp_path) == (None, None)
     assert "has no file 'latest'" in caplog.text
 
 
@@ -100,15 +100,27 @@ def test_parts_of_a_checkpoint(tmp_path: Path) -> None:
     assert other.lr_scheduler.last_batch_iteration == iteration
 
 
+def test_a_static_scale_says_nothing_of_a_dynamic_one(tmp_path: Path) -> None:
+    engine = make_engine(fp16={"enabled": True, "loss_scale": 64})
+    train(engine, seed=1)
+    engine.save_checkpoint(tmp_path)
+    other = make_engine(**FP16)
+    other.load_checkpoint(tmp_path)
+    assert other.loss_scale == 2.0**20 and other.global_steps == STEPS
+
+
 def test_an_asynchronous_save_has_the_bits_of_its_call(tmp_path: Path) -> None:
     engine = make_engine(
         zero=STAGES["stage 2, optimizer on the host"], checkpoint={"writer": {"type": "fast", "decoupled": True}}
     )
     train(engine, seed=1)
     expected = weights_of(engine)
-    engine.save_checkpoint(tmp_path)
-    train(engine, seed=2)
     other = make_engine(seed=7)
+    engine.save_checkpoint(tmp_path)
+    assert other.load_checkpoint(tmp_path)[0] is not None  # waits for the save, also for the file that names it
+    assert_same_weights(weights_of(other), expected)
+    engine.save_checkpoint(tmp_path, tag="again")
+    train(engine, seed=2)
     other.load_checkpoint(tmp_path)
     assert_same_weights(weights_of(other), expected)
 
