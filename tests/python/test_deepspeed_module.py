@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import itertools
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -14,8 +17,10 @@ import offload
 import offload.deepspeed as deepspeed
 from deepspeed_training import STAGES, config_of
 from offload import _activations
+from offload.deepspeed import _submodules
 from offload.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from offload.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from offload.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from training import batches, loss_of, make_model, same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -33,12 +38,65 @@ def test_the_module_is_the_door() -> None:
     assert tuple(int(part) for part in deepspeed.__version__.split(".")) >= (0, 19)
 
 
-@pytest.mark.parametrize("name", ["PipelineModule", "init_inference", "moe", "utils", "runtime"])
+@pytest.mark.parametrize("name", ["PipelineModule", "init_inference", "moe"])
 def test_what_is_not_here_names_what_to_use(name: str) -> None:
     with pytest.raises(AttributeError, match=rf"offload\.deepspeed has no '{name}': \w+"):
         getattr(deepspeed, name)
+    with pytest.raises(ImportError, match=rf"offload\.deepspeed has no '{name}': \w+"):
+        exec(f"from offload.deepspeed import {name}")
     with pytest.raises(AttributeError, match="it has DeepSpeedEngine"):
         deepspeed.absent  # noqa: B018
+
+
+def test_submodules_by_their_paths() -> None:
+    from offload.deepspeed.runtime.engine import DeepSpeedEngine
+    from offload.deepspeed.runtime.lr_schedules import WarmupLR
+    from offload.deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+    from offload.deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs_all_live
+    from offload.deepspeed.utils import RepeatingLoader, log_dist, logger
+
+    assert DeepSpeedEngine is deepspeed.DeepSpeedEngine and WarmupLR is deepspeed.WarmupLR
+    assert GatheredParameters is deepspeed.zero.GatheredParameters and ZeroParamStatus.NOT_AVAILABLE
+    assert (
+        estimate_zero3_model_states_mem_needs_all_live is deepspeed.zero.estimate_zero3_model_states_mem_needs_all_live
+    )
+    assert logger is deepspeed.logger is deepspeed.utils.logging.logger
+    assert deepspeed.utils.log_dist is log_dist
+    assert list(itertools.islice(RepeatingLoader([1, 2]), 5)) == [1, 2, 1, 2, 1]
+
+
+def test_every_name_of_the_submodules_is_there() -> None:
+    for path, homes in _submodules._HOMES.items():
+        module = importlib.import_module(f"offload.deepspeed.{path}")
+        assert all(getattr(module, name) is not None for name in homes)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "instead"),
+    [
+        ("utils.zero_to_fp32", "get_fp32_state_dict_from_zero_checkpoint", "offload.export_checkpoint"),
+        ("utils", "safe_get_full_fp32_param", "optimizer.state"),
+        ("utils", "nonsense", "it has logger"),
+        ("runtime.lr_schedules", "nonsense", "it has LRRangeTest"),
+        ("runtime.utils", "see_memory_usage", "optimizer.stats"),
+        ("moe.layer", "MoE", "the model's own"),
+        ("profiling.flops_profiler", "FlopsProfiler", "flop_counter"),
+        ("nonsense", "x", "it has runtime"),
+        ("ops.lamb", "FusedLamb", "use AdamW"),
+    ],
+)
+def test_what_is_not_in_a_submodule_names_what_to_use(path: str, name: str, instead: str) -> None:
+    with pytest.raises((AttributeError, ImportError), match=re.escape(instead)):
+        getattr(importlib.import_module(f"offload.deepspeed.{path}"), name)
+    with pytest.raises(ImportError, match=re.escape(instead)):
+        exec(f"from offload.deepspeed.{path} import {name}")
+
+
+def test_log_dist_is_for_rank_0(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "offload.deepspeed")
+    for ranks in (None, [0], [-1], [1]):
+        deepspeed.utils.log_dist(f"to {ranks}", ranks=ranks)
+    assert [record.getMessage() for record in caplog.records] == ["to None", "to [0]", "to [-1]"]
 
 
 # --- one process ----------------------------------------------------------------------------------------------
@@ -182,6 +240,8 @@ def test_an_estimate_needs_no_memory() -> None:
         (lambda p: DeepSpeedCPUAdam(p, adamw_mode=False), torch.optim.Adam, 1e-3),
         (lambda p: FusedAdam(p, adam_w_mode=False), torch.optim.Adam, 1e-3),
         (DeepSpeedCPUAdagrad, torch.optim.Adagrad, 1e-2),
+        (DeepSpeedCPULion, offload.Lion, 1e-3),
+        (FusedLion, offload.Lion, 1e-3),
     ],
 )
 def test_optimizers_by_their_names(make: Any, kind: type, lr: float) -> None:
@@ -203,7 +263,11 @@ def test_the_signatures_of_the_optimizers() -> None:
         "model_params", *adam, "weight_decay", "amsgrad", "adamw_mode", "fp32_optimizer_states",
     ]  # fmt: skip
     assert names(FusedAdam) == ["params", *adam, "adam_w_mode", "weight_decay", "amsgrad", "set_grad_none"]
+    assert names(DeepSpeedCPULion) == ["model_params", "lr", "betas", "weight_decay", "fp32_optimizer_states"]
+    assert names(FusedLion) == ["params", "lr", "betas", "weight_decay", "set_grad_none"]
     parameters = [nn.Parameter(torch.zeros(2))]
+    with pytest.raises(offload.InvalidArgument, match="fp32_optimizer_states"):
+        DeepSpeedCPULion(parameters, fp32_optimizer_states=False)
     for bad in ({"bias_correction": False}, {"fp32_optimizer_states": False}):
         with pytest.raises(offload.InvalidArgument, match=next(iter(bad))):
             DeepSpeedCPUAdam(parameters, **bad)
