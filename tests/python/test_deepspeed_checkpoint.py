@@ -143,3 +143,21 @@ def test_a_16bit_model_is_a_file_that_torch_reads(tmp_path: Path) -> None:
     small = torch.load(tmp_path / "out" / "small.bin", weights_only=True)
     assert state.keys() - small.keys() == {"embedding.weight"}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pytorch_model.bin", "small.bin"]
+
+
+def test_weights_by_name_with_and_without_frozen_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(zero=STAGES["stage 3, all on the host"])
+    engine.module.norm.requires_grad_(False)
+    train(engine, seed=1)
+    weights = weights_of(engine)
+    for frozen_out in (engine.module_state_dict, engine._zero3_consolidated_16bit_state_dict):
+        assert weights.keys() - frozen_out(exclude_frozen_parameters=True).keys() == {"norm.weight", "norm.bias"}
+    for given in (weights, {"module": weights}):
+        other = make_engine(seed=7)
+        other.load_module_state_dict(given)
+        assert_same_weights(weights_of(other), weights)
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    assert "frozen parameters are saved all the same" in caplog.text
+    other.load_checkpoint(tmp_path, load_module_only=True)
+    with pytest.raises(offload.InvalidArgument, match="load_module_strict=False"):
+        other.load_checkpoint(tmp_path, custom_load_fn=lambda src, dst: None)

@@ -18,6 +18,7 @@ import offload.deepspeed as deepspeed
 from deepspeed_training import STAGES, config_of
 from offload import _activations
 from offload.deepspeed import _submodules
+from offload.deepspeed._engine_settings import INSTEAD_OF
 from offload.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from offload.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from offload.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
@@ -90,6 +91,20 @@ def test_what_is_not_in_a_submodule_names_what_to_use(path: str, name: str, inst
         getattr(importlib.import_module(f"offload.deepspeed.{path}"), name)
     with pytest.raises(ImportError, match=re.escape(instead)):
         exec(f"from offload.deepspeed.{path} import {name}")
+
+
+def test_what_the_engine_lacks_names_what_to_use() -> None:
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config_of())
+    engine.allreduce_gradients()
+    engine.empty_partition_cache()
+    for name, instead in {"zero_sub_group_size": "engine.settings", "monitor": "csv_monitor"}.items():
+        with pytest.raises(AttributeError, match=rf"the engine has no '{name}': .*{instead}"):
+            getattr(engine, name)
+    assert not [name for name in INSTEAD_OF if hasattr(engine, name)]
+    engine.module.scale = 3  # the model's own
+    assert engine.scale == 3 and engine.embedding is engine.module.embedding
+    with pytest.raises(AttributeError, match="TinyLM"):
+        engine.nonsense  # noqa: B018
 
 
 def test_log_dist_is_for_rank_0(caplog: pytest.LogCaptureFixture) -> None:

@@ -48,9 +48,12 @@ class EngineCheckpoint:
 
         tag: None is `global_step<n>`. client_state: what else the run needs, as `offload.save_checkpoint` takes it.
         save_latest: makes it the checkpoint that is loaded without a tag. With `checkpoint.writer.decoupled` the files
-        are written while training goes on. exclude_frozen_parameters: accepted; frozen parameters are always saved.
+        are written while training goes on. exclude_frozen_parameters: accepted; frozen parameters are saved all the
+        same, so that a checkpoint is always whole.
         """
         global _last_save
+        if exclude_frozen_parameters:
+            logger.info("exclude_frozen_parameters: frozen parameters are saved all the same")
         state = dict(client_state or {})
         if ENGINE_ENTRY in state:
             raise offload.InvalidArgument(
@@ -98,8 +101,8 @@ class EngineCheckpoint:
         """
         if custom_load_fn is not None:
             raise offload.InvalidArgument(
-                "custom_load_fn is not supported: weights live where the config wants them; rename or drop keys with "
-                "engine.load_module_state_dict(state_dict, strict=False), or pass load_module_strict=False"
+                "custom_load_fn is not supported: pass load_module_strict=False to load what fits, or change the names "
+                "of a state_dict and give it to engine.load_module_state_dict"
             )
         if _last_save is not None:
             _last_save.wait()
@@ -124,12 +127,19 @@ class EngineCheckpoint:
     def _wrapped_optimizer(self) -> offload.OffloadOptimizer | None:
         return None if self.optimizer is None else self.optimizer.optimizer
 
-    def module_state_dict(self) -> dict[str, Any]:
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """`state_dict()` of the model; weights that live on the host are host tensors."""
-        return self.module.state_dict()
+        state: dict[str, Any] = self.module.state_dict()
+        if exclude_frozen_parameters:
+            for name, parameter in self.module.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+        return state
 
-    def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        self.module.load_state_dict(state_dict, strict=strict)
+    def load_module_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Loads weights by name. checkpoint: those, or a mapping that has them under "module", as DeepSpeed's files."""
+        inside = checkpoint.get("module")
+        self.module.load_state_dict(inside if isinstance(inside, Mapping) else checkpoint, strict=strict)
 
     def save_16bit_model(
         self,
@@ -140,11 +150,7 @@ class EngineCheckpoint:
         """Saves the model's `state_dict()`, in the dtype that it trains in, for `torch.load`; returns True."""
         folder = Path(save_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.module.state_dict()
-        if exclude_frozen_parameters:
-            for name, parameter in self.module.named_parameters():
-                if not parameter.requires_grad:
-                    del state[name]
+        state = self.module_state_dict(exclude_frozen_parameters)
         path = folder / save_filename
         aside = path.with_name(f".{path.name}.part")
         torch.save(state, aside)
@@ -159,4 +165,4 @@ class EngineCheckpoint:
         return True
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        return self.module.state_dict()
+        return self.module_state_dict(exclude_frozen_parameters)
