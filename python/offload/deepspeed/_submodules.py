@@ -81,7 +81,7 @@ _INSTEAD = {
     "pipe": _PIPELINE,
     "profiling": "use the section flops_profiler of the config, or torch.utils.flop_counter",
     "runtime.config": "pass the config to initialize; `offload config explain` shows what it means",
-    "runtime.utils": "memory by kind of tensor is in optimizer.stats, norms in engine.get_global_grad_norm()",
+    "runtime.utils": "memory by kind of tensor is in optimizer.stats(), norms in engine.get_global_grad_norm()",
     "safe_get_full_fp32_param": _STATE,
     "safe_get_full_grad": "parameter.grad, before step()",
     "safe_get_full_optimizer_state": _STATE,
