@@ -92,6 +92,7 @@ def resolve(
         checkpoint=Checkpoint(async_save=values["checkpoint"]["writer"]["decoupled"]),
         notices=_notices(config, report),
     )
+    _doubt_accumulation(settings, values["data_types"]["grad_accum_dtype"], report)
     order = {name: position for position, name in enumerate(config)}
     report.entries.sort(key=lambda entry: order.get(entry.path.split(".")[0], len(order)))
     return settings, report
@@ -140,6 +141,17 @@ def _batch_sizes(values: Mapping[str, Any], report: Report) -> BatchSizes:
             "(there is one process)"
         )
     return BatchSizes(train, micro, accumulation)
+
+
+def _doubt_accumulation(settings: Settings, wanted: Dtype | None, report: Report) -> None:
+    """Gradients add up in their own dtype, which is less than asked for where that is fp32 and there are several."""
+    dtype, count = settings.precision.dtype, settings.batch.accumulation
+    if wanted == "fp32" and dtype != "fp32" and (count > 1 or not settings.managed_accumulation):
+        several = f"the {count} micro-batches of a step" if settings.managed_accumulation else "several micro-batches"
+        report.doubts.append(
+            f"data_types.grad_accum_dtype='fp32': gradients of {several} add up in {dtype} here; write fewer and "
+            "larger micro-batches, train in fp32 with torch_autocast, or leave the key out"
+        )
 
 
 def _precision(values: Mapping[str, Any], report: Report) -> Precision:

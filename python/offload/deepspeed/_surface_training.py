@@ -335,7 +335,13 @@ SECTIONS = (
         "data_types",
         "",
         (
-            accepted("grad_accum_dtype", _DTYPES, None, "They add up in the gradient's own dtype.", aloud=True),
+            accepted(
+                "grad_accum_dtype",
+                _DTYPES,
+                None,
+                "Gradients add up in their own dtype. `fp32` for several 16-bit micro-batches is a warning, and an "
+                "error of `offload config check`.",
+            ),
             accepted("param_dtype", _DTYPES, None, "Must agree with `fp16` and `bf16`, which decide."),
             accepted("buffer_dtype", _DTYPES, None, "Buffers are cast with the model."),
         ),
