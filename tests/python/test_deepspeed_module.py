@@ -118,19 +118,29 @@ def test_log_dist_is_for_rank_0(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not torch.distributed.is_initialized()
     deepspeed.init_distributed(dist_backend="nccl", auto_mpi_discovery=True)
+    deepspeed.init_distributed()
+    assert (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (0, 1)
+    torch.distributed.barrier()
     comm = deepspeed.comm
     assert comm.is_initialized() and comm.is_available()
     assert (comm.get_rank(), comm.get_local_rank(), comm.get_world_size()) == (0, 0, 1)
     tensor = torch.ones(3)
-    comm.all_reduce(tensor)
+    comm.all_reduce(tensor, op=comm.ReduceOp.SUM, group=comm.new_group([0]))
+    comm.reduce(tensor, 0)
+    gathered = [torch.zeros(3)]
+    comm.all_gather(gathered, tensor, group=comm.get_world_group())
+    assert torch.equal(gathered[0], tensor)
+    with pytest.raises(AttributeError, match="'send': torch.distributed has"):
+        comm.send  # noqa: B018
     comm.broadcast(tensor, 0)
     comm.barrier()
     assert torch.equal(tensor, torch.ones(3))
     with pytest.raises(offload.InvalidArgument, match="the only rank is 0"):
         comm.broadcast(tensor, src=1)
     comm.destroy_process_group()
-    assert not comm.is_initialized()
+    assert not comm.is_initialized() and not torch.distributed.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(offload.InvalidArgument, match="WORLD_SIZE=4"):
         deepspeed.init_distributed()
