@@ -80,7 +80,7 @@ def test_tags_and_latest(tmp_path: Path) -> None:
 
 
 def test_a_first_run_finds_nothing_to_resume(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert make_engine().load_checkpoint(tmp_path) == (None, {})
+    assert make_engine().load_checkpoint(tmp_path) == (None, None)
     assert "has no file 'latest'" in caplog.text
 
 
@@ -100,15 +100,27 @@ def test_parts_of_a_checkpoint(tmp_path: Path) -> None:
     assert other.lr_scheduler.last_batch_iteration == iteration
 
 
+def test_a_static_scale_says_nothing_of_a_dynamic_one(tmp_path: Path) -> None:
+    engine = make_engine(fp16={"enabled": True, "loss_scale": 64})
+    train(engine, seed=1)
+    engine.save_checkpoint(tmp_path)
+    other = make_engine(**FP16)
+    other.load_checkpoint(tmp_path)
+    assert other.loss_scale == 2.0**20 and other.global_steps == STEPS
+
+
 def test_an_asynchronous_save_has_the_bits_of_its_call(tmp_path: Path) -> None:
     engine = make_engine(
         zero=STAGES["stage 2, optimizer on the host"], checkpoint={"writer": {"type": "fast", "decoupled": True}}
     )
     train(engine, seed=1)
     expected = weights_of(engine)
-    engine.save_checkpoint(tmp_path)
-    train(engine, seed=2)
     other = make_engine(seed=7)
+    engine.save_checkpoint(tmp_path)
+    assert other.load_checkpoint(tmp_path)[0] is not None  # waits for the save, also for the file that names it
+    assert_same_weights(weights_of(other), expected)
+    engine.save_checkpoint(tmp_path, tag="again")
+    train(engine, seed=2)
     other.load_checkpoint(tmp_path)
     assert_same_weights(weights_of(other), expected)
 
@@ -131,3 +143,21 @@ def test_a_16bit_model_is_a_file_that_torch_reads(tmp_path: Path) -> None:
     small = torch.load(tmp_path / "out" / "small.bin", weights_only=True)
     assert state.keys() - small.keys() == {"embedding.weight"}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pytorch_model.bin", "small.bin"]
+
+
+def test_weights_by_name_with_and_without_frozen_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = make_engine(zero=STAGES["stage 3, all on the host"])
+    engine.module.norm.requires_grad_(False)
+    train(engine, seed=1)
+    weights = weights_of(engine)
+    for frozen_out in (engine.module_state_dict, engine._zero3_consolidated_16bit_state_dict):
+        assert weights.keys() - frozen_out(exclude_frozen_parameters=True).keys() == {"norm.weight", "norm.bias"}
+    for given in (weights, {"module": weights}):
+        other = make_engine(seed=7)
+        other.load_module_state_dict(given)
+        assert_same_weights(weights_of(other), weights)
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    assert "frozen parameters are saved all the same" in caplog.text
+    other.load_checkpoint(tmp_path, load_module_only=True)
+    with pytest.raises(offload.InvalidArgument, match="load_module_strict=False"):
+        other.load_checkpoint(tmp_path, custom_load_fn=lambda src, dst: None)

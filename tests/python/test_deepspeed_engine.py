@@ -341,14 +341,16 @@ def test_a_dropped_engine_frees_its_model() -> None:
 # --- what it tells --------------------------------------------------------------------------------------------
 
 
-def test_progress_and_a_breakdown_of_time_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_and_breakdowns_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "offload.deepspeed")
-    engine = make_engine(steps_per_print=2, wall_clock_breakdown=True)
+    engine = make_engine(steps_per_print=2, wall_clock_breakdown=True, memory_breakdown=True)
     train_step(engine, 4)
     lines = [record.getMessage() for record in caplog.records]
     assert [line.split(",")[0] for line in lines if line.startswith("step=")] == ["step=2", "step=4"]
     breakdown = [line for line in lines if line.startswith("step 1:")]
     assert len(breakdown) == 1 and all(part in breakdown[0] for part in ("forward", "backward", "step"))
+    memory = [line for line in lines if line.startswith("memory after step 1:")]
+    assert len(memory) == 1 and "moments" in memory[0]
 
 
 def test_the_state_and_what_differs_are_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
+import itertools
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -14,8 +17,11 @@ import offload
 import offload.deepspeed as deepspeed
 from deepspeed_training import STAGES, config_of
 from offload import _activations
+from offload.deepspeed import _submodules
+from offload.deepspeed._engine_settings import INSTEAD_OF
 from offload.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from offload.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
+from offload.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
 from training import batches, loss_of, make_model, same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -33,31 +39,108 @@ def test_the_module_is_the_door() -> None:
     assert tuple(int(part) for part in deepspeed.__version__.split(".")) >= (0, 19)
 
 
-@pytest.mark.parametrize("name", ["PipelineModule", "init_inference", "moe", "utils", "runtime"])
+@pytest.mark.parametrize("name", ["PipelineModule", "init_inference", "moe"])
 def test_what_is_not_here_names_what_to_use(name: str) -> None:
     with pytest.raises(AttributeError, match=rf"offload\.deepspeed has no '{name}': \w+"):
         getattr(deepspeed, name)
+    with pytest.raises(ImportError, match=rf"offload\.deepspeed has no '{name}': \w+"):
+        exec(f"from offload.deepspeed import {name}")
     with pytest.raises(AttributeError, match="it has DeepSpeedEngine"):
         deepspeed.absent  # noqa: B018
+
+
+def test_submodules_by_their_paths() -> None:
+    from offload.deepspeed.runtime.engine import DeepSpeedEngine
+    from offload.deepspeed.runtime.lr_schedules import WarmupLR
+    from offload.deepspeed.runtime.zero.partition_parameters import GatheredParameters, ZeroParamStatus
+    from offload.deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs_all_live
+    from offload.deepspeed.utils import RepeatingLoader, log_dist, logger
+
+    assert DeepSpeedEngine is deepspeed.DeepSpeedEngine and WarmupLR is deepspeed.WarmupLR
+    assert GatheredParameters is deepspeed.zero.GatheredParameters and ZeroParamStatus.NOT_AVAILABLE
+    assert (
+        estimate_zero3_model_states_mem_needs_all_live is deepspeed.zero.estimate_zero3_model_states_mem_needs_all_live
+    )
+    assert logger is deepspeed.logger is deepspeed.utils.logging.logger
+    assert deepspeed.utils.log_dist is log_dist
+    assert list(itertools.islice(RepeatingLoader([1, 2]), 5)) == [1, 2, 1, 2, 1]
+
+
+def test_every_name_of_the_submodules_is_there() -> None:
+    for path, homes in _submodules._HOMES.items():
+        module = importlib.import_module(f"offload.deepspeed.{path}")
+        assert all(getattr(module, name) is not None for name in homes)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "instead"),
+    [
+        ("utils.zero_to_fp32", "get_fp32_state_dict_from_zero_checkpoint", "offload.export_checkpoint"),
+        ("utils", "safe_get_full_fp32_param", "optimizer.state"),
+        ("utils", "nonsense", "it has logger"),
+        ("runtime.lr_schedules", "nonsense", "it has LRRangeTest"),
+        ("runtime.utils", "see_memory_usage", "optimizer.stats"),
+        ("moe.layer", "MoE", "the model's own"),
+        ("profiling.flops_profiler", "FlopsProfiler", "flop_counter"),
+        ("nonsense", "x", "it has runtime"),
+        ("ops.lamb", "FusedLamb", "use AdamW"),
+    ],
+)
+def test_what_is_not_in_a_submodule_names_what_to_use(path: str, name: str, instead: str) -> None:
+    with pytest.raises((AttributeError, ImportError), match=re.escape(instead)):
+        getattr(importlib.import_module(f"offload.deepspeed.{path}"), name)
+    with pytest.raises(ImportError, match=re.escape(instead)):
+        exec(f"from offload.deepspeed.{path} import {name}")
+
+
+def test_what_the_engine_lacks_names_what_to_use() -> None:
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config_of())
+    engine.allreduce_gradients()
+    engine.empty_partition_cache()
+    for name, instead in {"zero_sub_group_size": "engine.settings", "monitor": "csv_monitor"}.items():
+        with pytest.raises(AttributeError, match=rf"the engine has no '{name}': .*{instead}"):
+            getattr(engine, name)
+    assert not [name for name in INSTEAD_OF if hasattr(engine, name)]
+    engine.module.scale = 3  # the model's own
+    assert engine.scale == 3 and engine.embedding is engine.module.embedding
+    with pytest.raises(AttributeError, match="TinyLM"):
+        engine.nonsense  # noqa: B018
+
+
+def test_log_dist_is_for_rank_0(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "offload.deepspeed")
+    for ranks in (None, [0], [-1], [1]):
+        deepspeed.utils.log_dist(f"to {ranks}", ranks=ranks)
+    assert [record.getMessage() for record in caplog.records] == ["to None", "to [0]", "to [-1]"]
 
 
 # --- one process ----------------------------------------------------------------------------------------------
 
 
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not torch.distributed.is_initialized()
     deepspeed.init_distributed(dist_backend="nccl", auto_mpi_discovery=True)
+    deepspeed.init_distributed()
+    assert (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (0, 1)
+    torch.distributed.barrier()
     comm = deepspeed.comm
     assert comm.is_initialized() and comm.is_available()
     assert (comm.get_rank(), comm.get_local_rank(), comm.get_world_size()) == (0, 0, 1)
     tensor = torch.ones(3)
-    comm.all_reduce(tensor)
+    comm.all_reduce(tensor, op=comm.ReduceOp.SUM, group=comm.new_group([0]))
+    comm.reduce(tensor, 0)
+    gathered = [torch.zeros(3)]
+    comm.all_gather(gathered, tensor, group=comm.get_world_group())
+    assert torch.equal(gathered[0], tensor)
+    with pytest.raises(AttributeError, match="'send': torch.distributed has"):
+        comm.send  # noqa: B018
     comm.broadcast(tensor, 0)
     comm.barrier()
     assert torch.equal(tensor, torch.ones(3))
     with pytest.raises(offload.InvalidArgument, match="the only rank is 0"):
         comm.broadcast(tensor, src=1)
     comm.destroy_process_group()
-    assert not comm.is_initialized()
+    assert not comm.is_initialized() and not torch.distributed.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(offload.InvalidArgument, match="WORLD_SIZE=4"):
         deepspeed.init_distributed()
@@ -158,7 +241,7 @@ def test_estimates_are_those_of_the_plan(caplog: pytest.LogCaptureFixture) -> No
     # bf16: 2 bytes of weights on the device; on the host working copy, split master, gradient 2 each, moments 8.
     assert "    14.00GB |    2.00GB | offload_optimizer=cpu" in cold[0]
     assert "     0.00GB |   16.00GB | offload_optimizer=none" in cold[0]
-    # Three layers of 2**26 weights are on the device at a time.
+    # Three layers of 2**26 weights are on the device at a time: the one in use, and two ahead.
     assert "    14.00GB |    0.38GB | offload_param=cpu , offload_optimizer=cpu" in cold[1]
     with pytest.raises(offload.InvalidArgument, match="8 GPUs"):
         zero.estimate_zero2_model_states_mem_needs_all_cold(10**9, num_gpus_per_node=8)
@@ -182,6 +265,8 @@ def test_an_estimate_needs_no_memory() -> None:
         (lambda p: DeepSpeedCPUAdam(p, adamw_mode=False), torch.optim.Adam, 1e-3),
         (lambda p: FusedAdam(p, adam_w_mode=False), torch.optim.Adam, 1e-3),
         (DeepSpeedCPUAdagrad, torch.optim.Adagrad, 1e-2),
+        (DeepSpeedCPULion, offload.Lion, 1e-3),
+        (FusedLion, offload.Lion, 1e-3),
     ],
 )
 def test_optimizers_by_their_names(make: Any, kind: type, lr: float) -> None:
@@ -203,7 +288,11 @@ def test_the_signatures_of_the_optimizers() -> None:
         "model_params", *adam, "weight_decay", "amsgrad", "adamw_mode", "fp32_optimizer_states",
     ]  # fmt: skip
     assert names(FusedAdam) == ["params", *adam, "adam_w_mode", "weight_decay", "amsgrad", "set_grad_none"]
+    assert names(DeepSpeedCPULion) == ["model_params", "lr", "betas", "weight_decay", "fp32_optimizer_states"]
+    assert names(FusedLion) == ["params", "lr", "betas", "weight_decay", "set_grad_none"]
     parameters = [nn.Parameter(torch.zeros(2))]
+    with pytest.raises(offload.InvalidArgument, match="fp32_optimizer_states"):
+        DeepSpeedCPULion(parameters, fp32_optimizer_states=False)
     for bad in ({"bias_correction": False}, {"fp32_optimizer_states": False}):
         with pytest.raises(offload.InvalidArgument, match=next(iter(bad))):
             DeepSpeedCPUAdam(parameters, **bad)

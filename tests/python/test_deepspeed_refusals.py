@@ -9,6 +9,8 @@ import pytest
 from deepspeed_cases import BATCH, adam, quiet, refusal, zero
 from offload.deepspeed._config import load
 
+FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+
 
 @pytest.mark.parametrize(
     ("config", "message"),
@@ -65,6 +67,18 @@ def test_refusals_name_path_value_and_rule(config: dict[str, Any], message: str)
     assert message in refusal(config)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        {**BATCH, **FP32_SUMS},  # one micro-batch: nothing adds up
+        {**BATCH, "gradient_accumulation_steps": 2, "data_types": {"grad_accum_dtype": "fp32"}},
+        {**BATCH, **FP32_SUMS, "gradient_accumulation_steps": 2, "data_types": {"grad_accum_dtype": "bf16"}},
+    ],
+)
+def test_sums_of_gradients_that_are_as_asked_for(config: dict[str, Any]) -> None:
+    quiet(config)
+
+
 def test_every_error_comes_at_once() -> None:
     message = refusal({"fp16": {"enabled": 3}, "zero_optimization": {"stage": 9}})
     assert "has 3 errors" in message
@@ -95,6 +109,14 @@ def test_every_error_comes_at_once() -> None:
             "warmup_type='cosine': must be 'log' or 'linear'",
         ),
         (zero(stage=2, offload_param={"device": "cpu"}), "offload_param.device='cpu': read at stage 3 only"),
+        (
+            {"train_batch_size": 8, "managed_gradient_accumulation": False, **FP32_SUMS},
+            "grad_accum_dtype='fp32': gradients of several micro-batches add up in bf16",
+        ),
+        (
+            {"train_batch_size": 8, "gradient_accumulation_steps": 4, **FP32_SUMS},
+            "grad_accum_dtype='fp32': gradients of the 4 micro-batches of a step add up in bf16",
+        ),
     ],
 )
 def test_what_deepspeed_lets_pass_is_a_warning_and_strictly_an_error(config: dict[str, Any], message: str) -> None:
@@ -102,7 +124,8 @@ def test_what_deepspeed_lets_pass_is_a_warning_and_strictly_an_error(config: dic
         settings = load(config)
     (warning,) = record
     assert message in str(warning.message) and warning.filename == __file__
-    assert settings.placement.params == "device" and settings.precision.dtype == "fp32"
+    assert settings.placement.params == "device"
+    assert settings.precision.dtype == ("bf16" if "data_types" in config else "fp32")
     assert message in refusal(config, strict=True)
 
 

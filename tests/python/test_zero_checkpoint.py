@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import types
@@ -14,9 +15,10 @@ import torch
 from torch import nn
 
 import offload
-from offload.deepspeed._zero_checkpoint import is_zero_checkpoint, load_zero_checkpoint
+from deepspeed_training import STAGES, config_of
+from offload.deepspeed._zero_checkpoint import ENGINE_ENTRY, is_zero_checkpoint, load_zero_checkpoint
 from test_checkpoints import assert_bits, bits_of, steps
-from training import HOST, TinyLM, make_model
+from training import HOST, TinyLM, batches, loss_of, make_model
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -41,6 +43,7 @@ def their_classes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     classes = {}
     for path, base in (
         ("deepspeed.runtime.fp16.loss_scaler.LossScaler", object),
+        ("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler", object),
         ("deepspeed.utils.tensor_fragment.fragment_address", object),
         ("deepspeed.runtime.zero.config.ZeroStageEnum", int),
     ):
@@ -54,9 +57,20 @@ def their_classes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def write(
-    directory: Path, model: TinyLM, optimizer: offload.OffloadOptimizer, stage: int, classes: dict[str, Any]
+    directory: Path,
+    model: TinyLM,
+    optimizer: offload.OffloadOptimizer,
+    stage: int,
+    classes: dict[str, Any],
+    *,
+    scale: dict[str, Any] | None = None,
+    fused: bool = False,
+    **entries: Any,
 ) -> None:
-    """The files of one rank at `stage`; stage 1 has gaps between parameters, stage 3 groups in two parts."""
+    """The files of one rank at `stage`; stage 1 has gaps between parameters, stage 3 groups in two parts.
+
+    scale: of fp16, by their names. fused: stage 0 with the flat states of FusedAdam. entries: more of the model's file.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     weights = OrderedDict((name, value.cpu().clone()) for name, value in model.state_dict().items())
     state = {names[id(p)]: entries for p, entries in optimizer.state.items()}
@@ -82,8 +96,8 @@ def write(
         "param_groups": [{**group, "params": those} for group, those in zip(settings, indices, strict=True)],
     }
     masters = [flat(part, "master") for part in parts]
-    scaler = classes["LossScaler"]()
-    scaler.cur_scale = 1.0
+    scaler = classes["LossScaler" if scale is None else "DynamicLossScaler"]()
+    scaler.__dict__.update({"cur_scale": 1.0} if scale is None else scale)
     states: dict[str, Any] = {"zero_stage": classes["ZeroStageEnum"](stage), "loss_scaler": scaler}
     if stage == 3:
         states |= {"optimizer_state_dict": base, "fp32_flat_groups": masters}
@@ -108,6 +122,8 @@ def write(
         "mp_world_size": 1,
         "ds_config": {},
         "epoch": 7,
+        "args": argparse.Namespace(epochs=9),
+        **entries,
     }
     if stage == 3:
         frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
@@ -126,8 +142,11 @@ def write(
         }
         if weights["embedding.weight"].dtype != torch.float32:
             saved["optimizer"] = {
-                "optimizer_state_dict": inner,
-                "fp32_groups": [[master(name) for name in those] for those in own],
+                "optimizer_state_dict": base if fused else inner,
+                "fp32_groups_flat" if fused else "fp32_groups": (
+                    masters if fused else [[master(name) for name in those] for those in own]
+                ),
+                **{name: value for name, value in (scale or {}).items() if name != "cur_hysteresis"},
             }
         saved["param_shapes"] = saved["shared_params"] = None
     folder = directory / "global_step3"
@@ -152,13 +171,92 @@ def test_every_stage_loads_with_its_bits(
     steps(other, resumed, count=1, seed=2)
     assert is_zero_checkpoint(tmp_path, "global_step3") and not is_zero_checkpoint(tmp_path, "other")
     loaded = load_zero_checkpoint(tmp_path, other, resumed)
-    assert (loaded.tag, loaded.client_state) == ("global_step3", {"global_steps": 3, "epoch": 7})
+    own = {"global_steps": 3, "lr_scheduler": None, "loss_scale": {"scale": 1.0} if stage else {}}
+    client_state = {"epoch": 7, "args": argparse.Namespace(epochs=9), ENGINE_ENTRY: own}
+    assert (loaded.tag, loaded.client_state) == ("global_step3", client_state)
     assert_bits(bits_of(other, resumed), bits_of(model, optimizer))
     assert [group["lr"] for group in resumed.param_groups] == [1e-2, 0.5]
     optimizer.param_groups[1]["lr"] = resumed.param_groups[1]["lr"] = 1e-2
     steps(model, optimizer, seed=3)
     steps(other, resumed, seed=3)
     assert_bits(bits_of(other, resumed), bits_of(model, optimizer))
+
+
+FP16 = {"fp16": {"enabled": True, "initial_scale_power": 14, "loss_scale_window": 3, "hysteresis": 2}}
+WARMUP = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.05, "warmup_num_steps": 9}}
+
+
+def engine_of(stage: int, seed: int) -> Any:
+    model = make_model(seed=seed, tied=True)
+    model.norm.requires_grad_(False)
+    zero = STAGES[f"stage {stage}"] if stage < 3 else STAGES["stage 3, all on the host"]
+    config = config_of(zero=zero, scheduler=WARMUP, **FP16)
+    return offload.initialize(model=model, model_parameters=groups_of(model), config=config)[0]
+
+
+def train(engine: Any, seed: int) -> None:
+    for tokens in batches(4, seed=seed):
+        engine.backward(loss_of(engine, tokens))
+        engine.step()
+
+
+def position_of(engine: Any) -> tuple[Any, ...]:
+    counters = (engine.global_steps, engine.global_samples, engine.skipped_steps)
+    return (*counters, engine.get_lr(), engine.loss_scale, engine.lr_scheduler.state_dict())
+
+
+def write_engine(directory: Path, engine: Any, stage: int, classes: dict[str, Any], **more: Any) -> None:
+    scale = engine.optimizer.loss_scaler.state_dict()
+    names = {"cur_scale": "scale", "cur_iter": "step", "last_overflow_iter": "last_overflow"}
+    write(
+        directory,
+        engine.module,
+        engine.optimizer.optimizer,
+        stage,
+        classes,
+        scale={"cur_hysteresis": scale["hysteresis"], **{theirs: scale[ours] for theirs, ours in names.items()}},
+        lr_scheduler=engine.lr_scheduler.state_dict(),
+        global_steps=engine.global_steps,
+        global_samples=engine.global_samples,
+        skipped_steps=engine.skipped_steps,
+        **more,
+    )
+
+
+@pytest.mark.parametrize(("stage", "fused"), [(0, False), (0, True), (2, False), (3, False)])
+def test_an_engine_goes_on_from_theirs(
+    stage: int, fused: bool, their_classes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(stage, seed=0)
+    train(engine, seed=1)
+    assert engine.loss_scale == 2.0**15  # other than at first
+    write_engine(tmp_path, engine, stage, their_classes, fused=fused)
+    monkeypatch.undo()
+    other = engine_of(stage, seed=5)
+    path, client_state = other.load_checkpoint(tmp_path)
+    assert path == str(tmp_path / "global_step3")
+    assert client_state == {"epoch": 7, "args": argparse.Namespace(epochs=9)}
+    assert position_of(other) == position_of(engine) and other.global_steps == 4
+    for one in (engine, other):
+        train(one, seed=2)
+    assert position_of(other) == position_of(engine)
+    assert_bits(bits_of(other.module, other.optimizer.optimizer), bits_of(engine.module, engine.optimizer.optimizer))
+
+
+def test_parts_of_theirs(their_classes: dict[str, Any], tmp_path: Path) -> None:
+    engine = engine_of(2, seed=0)
+    train(engine, seed=1)
+    write_engine(tmp_path, engine, 2, their_classes)
+    weights = {name: value.clone() for name, value in engine.module.state_dict().items()}
+    other = engine_of(2, seed=5)
+    fresh = position_of(other)
+    other.load_checkpoint(tmp_path, load_module_only=True)
+    assert position_of(other) == fresh and not other.optimizer.state
+    assert_bits(dict(other.module.state_dict()), weights)
+    other.load_checkpoint(tmp_path, tag="global_step3", load_optimizer_states=False, load_lr_scheduler_states=False)
+    assert other.global_steps == 4 and not other.optimizer.state and other.get_lr() == fresh[3]
+    with pytest.raises(offload.StorageError, match="no checkpoint 'absent'"):
+        other.load_checkpoint(tmp_path, tag="absent")
 
 
 class Hostile:
@@ -193,7 +291,17 @@ def test_what_is_refused_changes_nothing(their_classes: dict[str, Any], tmp_path
     assert not (tmp_path / "ran").exists()
     refused(offload.InvalidArgument, "saved by 2 data-parallel", dp_world_size=2)
     refused(offload.InvalidArgument, "of another model", module={"x": torch.zeros(1)})
+    refused(
+        offload.InvalidArgument,
+        "it has no \\['norm.bias'",
+        module={name: value for name, value in saved["module"].items() if name != "norm.bias"},
+    )
     refused(offload.InvalidArgument, "not the same by name", param_shapes=saved["param_shapes"][::-1])
+    other.register_buffer("rotation", torch.zeros(3))
+    before = bits_of(other, resumed)
+    refused(offload.InvalidArgument, "it has no \\['rotation'\\]")
+    del other.rotation
+    before = bits_of(other, resumed)
     path.write_bytes(good[: len(good) // 2])
     refused(offload.StorageError, "damaged")
     path.unlink()

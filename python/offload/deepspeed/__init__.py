@@ -7,7 +7,10 @@ raises an `AttributeError` that names what to use.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
+
+from ._submodules import ROOTS, Finder, instead_of
 
 if TYPE_CHECKING:
     from . import accelerator, checkpointing, comm, ops, zero
@@ -40,8 +43,10 @@ __all__ = [
 # Of the DeepSpeed whose configs and names these are: scripts compare it.
 __version__ = "0.19.6"
 
+sys.meta_path.append(Finder())
+
 # Loaded on first use: `offload config` reads configs without torch.
-_MODULES = ("accelerator", "checkpointing", "comm", "ops", "zero")
+_MODULES = ("accelerator", "checkpointing", "comm", "ops", "zero", *ROOTS)
 _HOMES = {
     "DeepSpeedEngine": ("_engine", "Engine"),
     "add_config_arguments": ("_initialize", "add_config_arguments"),
@@ -54,30 +59,13 @@ _HOMES = {
         for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
     },
 }
-_INSTEAD = {
-    "DeepSpeedConfig": "pass the config to initialize; `offload config explain` shows what it means",
-    "DeepSpeedHybridEngine": "train with initialize; generate with the module inside offload.full_params",
-    "DeepSpeedTransformerLayer": "use torch.nn.TransformerEncoderLayer or the model's own layers",
-    "InferenceEngine": "offload trains; run the plain model for inference",
-    "OnDevice": "build the model under `with torch.device('meta')`, or inside zero.Init",
-    "PipelineModule": "pipeline parallelism is not supported; the plain model trains offloaded on one device",
-    "init_inference": "offload trains; run the plain model for inference",
-    "moe": "experts are plain modules here: use the model's own",
-    "module_inject": "offload replaces no layers: use the model as it is",
-    "pipe": "pipeline parallelism is not supported; the plain model trains offloaded on one device",
-    "profiling": "use the section flops_profiler of the config, or torch.utils.flop_counter",
-    "runtime": "zero, checkpointing and the schedulers are at the top level",
-    "sequence": "sequence parallelism is not supported",
-    "tp_model_init": "tensor parallelism is not supported",
-    "utils": "the log is offload.deepspeed.logger; weights of a checkpoint come from offload.load_checkpoint",
-}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module("." + name, __name__)
     if name not in _HOMES:
-        instead = _INSTEAD.get(name, f"it has {', '.join(__all__)}")
+        instead = instead_of(name) or f"it has {', '.join(__all__)}"
         raise AttributeError(f"offload.deepspeed has no {name!r}: {instead}")
     home, attribute = _HOMES[name]
     value = getattr(importlib.import_module("." + home, __name__), attribute)

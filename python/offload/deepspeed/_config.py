@@ -76,8 +76,6 @@ def resolve(
         batch=_batch_sizes(values, report),
         precision=_precision(values, report),
         gradient_clipping=values["gradient_clipping"],
-        prescale_gradients=values["prescale_gradients"],
-        gradient_predivide_factor=values["gradient_predivide_factor"],
         managed_accumulation=values["managed_gradient_accumulation"],
         placement=_placement(values, report),
         optimizer=resolve_optimizer(values["optimizer"], report),
@@ -86,19 +84,15 @@ def resolve(
             configured="activation_checkpointing" in config,
             **_taken(ActivationCheckpointing, values["activation_checkpointing"]),
         ),
-        zero_allow_untested_optimizer=values["zero_allow_untested_optimizer"],
-        zero_force_ds_cpu_optimizer=values["zero_force_ds_cpu_optimizer"],
         dataloader_drop_last=values["dataloader_drop_last"],
         logging=Logging(**_taken(Logging, values)),
         csv_monitor=Monitor(**values["csv_monitor"]),
         tensorboard=Monitor(**values["tensorboard"]),
-        flops_profiler=FlopsProfiler(**values["flops_profiler"]),
-        checkpoint=Checkpoint(
-            tag_validation=values["checkpoint"]["tag_validation"],
-            async_save=values["checkpoint"]["writer"]["decoupled"],
-        ),
+        flops_profiler=FlopsProfiler(**_taken(FlopsProfiler, values["flops_profiler"])),
+        checkpoint=Checkpoint(async_save=values["checkpoint"]["writer"]["decoupled"]),
         notices=_notices(config, report),
     )
+    _doubt_accumulation(settings, values["data_types"]["grad_accum_dtype"], report)
     order = {name: position for position, name in enumerate(config)}
     report.entries.sort(key=lambda entry: order.get(entry.path.split(".")[0], len(order)))
     return settings, report
@@ -149,17 +143,24 @@ def _batch_sizes(values: Mapping[str, Any], report: Report) -> BatchSizes:
     return BatchSizes(train, micro, accumulation)
 
 
+def _doubt_accumulation(settings: Settings, wanted: Dtype | None, report: Report) -> None:
+    """Gradients add up in their own dtype, which is less than asked for where that is fp32 and there are several."""
+    dtype, count = settings.precision.dtype, settings.batch.accumulation
+    if wanted == "fp32" and dtype != "fp32" and (count > 1 or not settings.managed_accumulation):
+        several = f"the {count} micro-batches of a step" if settings.managed_accumulation else "several micro-batches"
+        report.doubts.append(
+            f"data_types.grad_accum_dtype='fp32': gradients of {several} add up in {dtype} here; write fewer and "
+            "larger micro-batches, train in fp32 with torch_autocast, or leave the key out"
+        )
+
+
 def _precision(values: Mapping[str, Any], report: Report) -> Precision:
     fp16, bf16, cast = values["fp16"], values["bf16"], values["torch_autocast"]
     if fp16["enabled"] and bf16["enabled"]:
         report.errors.append("fp16.enabled and bf16.enabled: both are true: keep one")
     autocast = None
     if cast["enabled"]:
-        modules = cast["lower_precision_safe_modules"]
-        autocast = Autocast(
-            dtype=_AUTOCAST_DTYPES[(cast["dtype"] or "bf16").removeprefix("torch.")],
-            modules=None if modules is None else tuple(map(str, modules)),
-        )
+        autocast = Autocast(_AUTOCAST_DTYPES[(cast["dtype"] or "bf16").removeprefix("torch.")])
     dtype: Dtype = "fp16" if fp16["enabled"] else "bf16" if bf16["enabled"] else "fp32"
     wanted = values["data_types"]["param_dtype"]
     if wanted not in (None, dtype):
@@ -218,9 +219,5 @@ def _placement(values: Mapping[str, Any], report: Report) -> Placement:
         params=_TIERS[params["device"]] if stage == 3 else "device",
         activations="host" if values["activation_checkpointing"]["cpu_checkpointing"] else "device",
         optimizer_ratio=optimizer["ratio"],
-        sub_group_size=zero["sub_group_size"],
         pin_memory=any(section["pin_memory"] for section in sections) if sections else True,
-        buffer_count=params["buffer_count"],
-        max_in_cpu=params["max_in_cpu"],
-        nvme_path=optimizer["nvme_path"] or params["nvme_path"],
     )

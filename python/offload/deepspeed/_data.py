@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-__all__ = ["EngineLoader"]
+__all__ = ["EngineLoader", "RepeatingLoader"]
 
 # Loading hides behind an accelerator; on a CPU more processes would take the cores that compute.
 _WORKERS_BESIDE_AN_ACCELERATOR = 2
@@ -62,3 +62,21 @@ class EngineLoader:
         except StopIteration:
             self._batches = None
             raise
+
+
+class RepeatingLoader:
+    """A loader without an end: after its last batch it starts anew."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self._batches = iter(loader)
+
+    def __iter__(self) -> RepeatingLoader:
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            return next(self._batches)
+        except StopIteration:
+            self._batches = iter(self.loader)
+            return next(self._batches)

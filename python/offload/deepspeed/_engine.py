@@ -14,7 +14,7 @@ import offload
 from ._data import EngineLoader
 from ._engine_checkpoint import EngineCheckpoint
 from ._engine_optimizer import EngineOptimizer
-from ._engine_settings import EngineSettings
+from ._engine_settings import INSTEAD_OF, EngineSettings
 from ._log import logger
 from ._placement import Placed
 from ._reporting import Report
@@ -70,6 +70,8 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
             module = self.__dict__.get("_modules", {}).get("module")
             if module is None:
                 raise
+            if name in INSTEAD_OF and not hasattr(module, name):
+                raise AttributeError(f"the engine has no {name!r}: {INSTEAD_OF[name]}") from None
             return getattr(module, name)
 
     # --- forward, backward, step ------------------------------------------------------------------------------
@@ -161,6 +163,12 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
             yield
         finally:
             self._inside_no_sync = False
+
+    def allreduce_gradients(self, bucket_size: int | None = None) -> None:
+        """Does nothing: one process has the whole gradients."""
+
+    def empty_partition_cache(self) -> None:
+        """Does nothing: weights leave the device after their use."""
 
     def compile(self, backend: Any = "inductor", compile_kwargs: dict[str, Any] | None = None, **ignored: Any) -> None:
         """Compiles the model in place with torch.compile; `compile_kwargs` are passed on."""

@@ -14,15 +14,17 @@ import offload
 
 from ._log import logger
 from ._settings import Settings
+from ._zero_checkpoint import COUNTERS, ENGINE_ENTRY, is_zero_checkpoint, load_zero_checkpoint
 
 if TYPE_CHECKING:
     from ._engine_optimizer import EngineOptimizer
 
 __all__ = ["EngineCheckpoint"]
 
-# In the client state of a checkpoint: what the engine itself goes on from.
-_OWN = "deepspeed_engine"
-_COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+_COUNTERS = ("micro_steps", *COUNTERS)
+
+# The last one of any engine, which may still be running: until it is done, `latest` names another checkpoint.
+_last_save: offload.CheckpointSave | None = None
 
 
 class EngineCheckpoint:
@@ -46,12 +48,18 @@ class EngineCheckpoint:
 
         tag: None is `global_step<n>`. client_state: what else the run needs, as `offload.save_checkpoint` takes it.
         save_latest: makes it the checkpoint that is loaded without a tag. With `checkpoint.writer.decoupled` the files
-        are written while training goes on. Frozen parameters are always saved.
+        are written while training goes on. exclude_frozen_parameters: accepted; frozen parameters are saved all the
+        same, so that a checkpoint is always whole.
         """
+        global _last_save
+        if exclude_frozen_parameters:
+            logger.info("exclude_frozen_parameters: frozen parameters are saved all the same")
         state = dict(client_state or {})
-        if _OWN in state:
-            raise offload.InvalidArgument(f"client_state has the key {_OWN!r}, which the engine uses: rename it")
-        state[_OWN] = {
+        if ENGINE_ENTRY in state:
+            raise offload.InvalidArgument(
+                f"client_state has the key {ENGINE_ENTRY!r}, which the engine uses: rename it"
+            )
+        state[ENGINE_ENTRY] = {
             **{name: getattr(self, name) for name in _COUNTERS},
             "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
             "loss_scale": None if self.optimizer is None else self.optimizer.loss_scaler.state_dict(),
@@ -65,6 +73,7 @@ class EngineCheckpoint:
             async_save=self.settings.checkpoint.async_save,
             save_latest=save_latest,
         )
+        _last_save = save
         logger.info("saving checkpoint %s", save.path)
         return True
 
@@ -76,25 +85,39 @@ class EngineCheckpoint:
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
-    ) -> tuple[str | None, dict[str, Any]]:
+        custom_load_fn: Any = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
         """Loads what `save_checkpoint` saved, under whatever placement; returns its path and client state.
 
-        tag: None takes the latest; where there is none, a warning and `(None, {})` are all, as scripts expect that try
-        to resume. load_module_only: weights alone, as with the two flags before it off; counters then stay.
-        Raises `StorageError` for a damaged checkpoint and `InvalidArgument` for one that does not fit.
+        Checkpoints that DeepSpeed itself wrote with one rank load too, with weights, optimizer states, schedule, loss
+        scale and counters; nothing but tensors and plain values is taken from such files.
+
+        tag: None takes the latest; where there is none, a warning and `(None, None)` are all, as scripts expect that
+        try to resume. load_module_only: weights alone, as with the two flags before it off; counters then stay.
+        load_module_strict: False loads the weights whose names the model has.
+
+        Raises `StorageError` for a damaged checkpoint and `InvalidArgument` for one that does not fit, and for a
+        `custom_load_fn`.
         """
+        if custom_load_fn is not None:
+            raise offload.InvalidArgument(
+                "custom_load_fn is not supported: pass load_module_strict=False to load what fits, or change the names "
+                "of a state_dict and give it to engine.load_module_state_dict"
+            )
+        if _last_save is not None:
+            _last_save.wait()
         if tag is None and not (Path(load_dir) / "latest").is_file():
             logger.warning("no checkpoint was loaded: %s has no file 'latest'; give a tag", load_dir)
-            return None, {}
+            return None, None
+        tag = None if tag is None else str(tag)
         optimizer = self._wrapped_optimizer() if load_optimizer_states and not load_module_only else None
-        loaded = offload.load_checkpoint(
-            load_dir, self.module, optimizer, tag=None if tag is None else str(tag), strict=load_module_strict
-        )
+        load = load_zero_checkpoint if is_zero_checkpoint(load_dir, tag) else offload.load_checkpoint
+        loaded = load(load_dir, self.module, optimizer, tag=tag, strict=load_module_strict)
         client_state = dict(loaded.client_state)
-        own = client_state.pop(_OWN, None)
+        own = client_state.pop(ENGINE_ENTRY, None)
         if own is not None and not load_module_only:
             for name in _COUNTERS:
-                setattr(self, name, own[name])
+                setattr(self, name, own.get(name, getattr(self, name)))
             if optimizer is not None and self.optimizer is not None:
                 self.optimizer.loss_scaler.load_state_dict(own["loss_scale"])
             if load_lr_scheduler_states and self.lr_scheduler is not None and own["lr_scheduler"] is not None:
@@ -104,12 +127,19 @@ class EngineCheckpoint:
     def _wrapped_optimizer(self) -> offload.OffloadOptimizer | None:
         return None if self.optimizer is None else self.optimizer.optimizer
 
-    def module_state_dict(self) -> dict[str, Any]:
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """`state_dict()` of the model; weights that live on the host are host tensors."""
-        return self.module.state_dict()
+        state: dict[str, Any] = self.module.state_dict()
+        if exclude_frozen_parameters:
+            for name, parameter in self.module.named_parameters(remove_duplicate=False):
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+        return state
 
-    def load_module_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True) -> None:
-        self.module.load_state_dict(state_dict, strict=strict)
+    def load_module_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Loads weights by name. checkpoint: those, or a mapping that has them under "module", as DeepSpeed's files."""
+        inside = checkpoint.get("module")
+        self.module.load_state_dict(inside if isinstance(inside, Mapping) else checkpoint, strict=strict)
 
     def save_16bit_model(
         self,
@@ -120,11 +150,7 @@ class EngineCheckpoint:
         """Saves the model's `state_dict()`, in the dtype that it trains in, for `torch.load`; returns True."""
         folder = Path(save_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self.module.state_dict()
-        if exclude_frozen_parameters:
-            for name, parameter in self.module.named_parameters():
-                if not parameter.requires_grad:
-                    del state[name]
+        state = self.module_state_dict(exclude_frozen_parameters)
         path = folder / save_filename
         aside = path.with_name(f".{path.name}.part")
         torch.save(state, aside)
@@ -139,4 +165,4 @@ class EngineCheckpoint:
         return True
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        return self.module.state_dict()
+        return self.module_state_dict(exclude_frozen_parameters)

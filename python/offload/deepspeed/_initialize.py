@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ._engine_optimizer import EngineOptimizer
 from ._log import logger, show_log
 from ._loss_scale import make_loss_scale
 from ._optimizers import make_optimizer, make_scheduler
-from ._placement import Placed, wrap_options
+from ._placement import Placed, wrap_options, wrapped_models
 from ._settings import Settings
 from .accelerator import get_accelerator
 from .comm import require_one_process
@@ -41,6 +41,9 @@ def initialize(
     config: dict[str, Any] | str | Path | None = None,
     mesh_param: tuple[int, ...] | None = None,
     config_params: dict[str, Any] | str | Path | None = None,
+    *,
+    strict: bool = False,
+    auto: Mapping[str, Any] | None = None,
 ) -> tuple[Engine, EngineOptimizer | None, EngineLoader | None, Any]:
     """Makes a training engine of a model, as `deepspeed.initialize` does.
 
@@ -55,6 +58,8 @@ def initialize(
         collate_fn: makes a micro-batch of a list of samples.
         config: a DeepSpeed config: a dict, the path of a JSON or HJSON file, or its text in base64. `config_params`
             is its old name.
+        strict: also refuse what DeepSpeed ignores without a word, as misspelt keys; else each is a UserWarning.
+        auto: values for keys that say "auto", by dotted path: `{"optimizer.params.lr": 1e-4}`.
         mpu, mesh_param: accepted where they describe one process. distributed_port, dist_init_required: accepted; there
             is nothing to set up.
 
@@ -64,6 +69,8 @@ def initialize(
     Raises:
         InvalidArgument: a config, model or optimizer that is not legal, or `WORLD_SIZE` above 1.
         OutOfHostMemory: the host cannot hold what the config puts there.
+        A config, data set or optimizer class that is refused leaves the model as it was; what `offload.wrap` refuses,
+        and a scheduler, leave a plain model that is cast and moved.
     """
     require_one_process()
     if not isinstance(model, nn.Module):
@@ -73,7 +80,9 @@ def initialize(
     if mesh_param is not None and any(size != 1 for size in mesh_param):
         raise offload.InvalidArgument(f"mesh_param={mesh_param}: one process is supported; leave it out")
     given = _config_of(args, config, config_params)
-    settings = _config.load(given)
+    settings = _config.load(given, strict=strict, auto=auto)
+    if model in wrapped_models():
+        raise offload.StateError("this model has an engine already: call its destroy() first")
     show_log()
     for notice in settings.notices:
         logger.info("%s", notice)
@@ -84,19 +93,8 @@ def initialize(
         checkpointing.configure()
 
     device = get_accelerator().device
-    model = _prepared(model, settings, device)
+    # What can be refused comes before the cast, which is not undone: that would take a second copy of the weights.
     plain = _optimizer(optimizer, model, model_parameters, settings)
-    placed = Placed(model, plain, wrap_options(settings.placement))
-    wrapped = None
-    if placed.wrapped is not None:
-        wrapped = EngineOptimizer(
-            placed.wrapped,
-            make_loss_scale(settings),
-            clip_norm=settings.gradient_clipping,
-            skip_bad_steps=settings.precision.skip_bad_steps,
-        )
-        logger.info("%s", "; ".join(placed.wrapped.plan.reason))
-    scheduler = _scheduler(lr_scheduler, placed.wrapped, settings)
     loader = None
     if training_data is not None:
         loader = EngineLoader(
@@ -106,7 +104,23 @@ def initialize(
             drop_last=settings.dataloader_drop_last,
             on_accelerator=device.type != "cpu",
         )
-    engine = Engine(settings, given, placed, wrapped, scheduler, loader, device)
+    model = _prepared(model, settings, device)
+    placed = Placed(model, plain, wrap_options(settings.placement))
+    try:
+        wrapped = None
+        if placed.wrapped is not None:
+            wrapped = EngineOptimizer(
+                placed.wrapped,
+                make_loss_scale(settings),
+                clip_norm=settings.gradient_clipping,
+                skip_bad_steps=settings.precision.skip_bad_steps,
+            )
+            logger.info("%s", "; ".join(placed.wrapped.plan.reason))
+        scheduler = _scheduler(lr_scheduler, placed.wrapped, settings)
+        engine = Engine(settings, given, placed, wrapped, scheduler, loader, device)
+    except BaseException:
+        placed.unwrap()
+        raise
     return engine, wrapped, loader, scheduler
 
 

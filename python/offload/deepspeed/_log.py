@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
-__all__ = ["logger", "show_log"]
+__all__ = ["log_dist", "logger", "show_log"]
 
 logger = logging.getLogger("offload.deepspeed")
 
@@ -18,3 +19,9 @@ def show_log() -> None:
         logger.addHandler(handler)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
+
+
+def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:
+    """Logs where this process, of rank 0, is among `ranks`; None or -1 means all."""
+    if not ranks or -1 in ranks or 0 in ranks:
+        logger.log(level, "%s", message)

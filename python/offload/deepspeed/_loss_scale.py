@@ -86,10 +86,14 @@ class DynamicLossScale:
         }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        """Goes on from there. A run whose scale was static says nothing of a dynamic one: that begins anew."""
+        if "last_overflow" not in state:
+            return
         self.scale = float(state["scale"])
         self._step = int(state["step"])
         self._last_overflow = int(state["last_overflow"])
-        self._hysteresis = int(state["hysteresis"])
+        # Without ZeRO, DeepSpeed's own checkpoints have none, as that rule has no use for it.
+        self._hysteresis = int(state.get("hysteresis", self._settings.hysteresis))
 
 
 # What torch.amp.GradScaler does by default, in the terms of the rule under ZeRO: DeepSpeed uses it under autocast.

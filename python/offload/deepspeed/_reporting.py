@@ -62,6 +62,8 @@ class Report:
             parts = " | ".join(f"{name}: {seconds * 1e3:.2f} ms" for name, seconds in self._seconds.items())
             logger.info("step %d: %s", step, parts)
             self._seconds.clear()
+        if self._logging.memory_breakdown:
+            logger.info("memory after step %d:\n%s", step, optimizer.stats())
         every = self._logging.steps_per_print
         if every and step % every == 0:
             rates = [group["lr"] for group in optimizer.param_groups]

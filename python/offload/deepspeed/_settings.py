@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -73,13 +72,9 @@ class LossScale:
 
 @dataclass(frozen=True)
 class Autocast:
-    """`torch_autocast`, where it is enabled: forward runs under torch.autocast with `dtype`.
-
-    modules: `lower_precision_safe_modules`, class names as the config spells them; None leaves the choice to torch.
-    """
+    """`torch_autocast`, where it is enabled: forward runs under torch.autocast with `dtype`."""
 
     dtype: Dtype
-    modules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -107,9 +102,7 @@ class Placement:
     activations: host with `activation_checkpointing.cpu_checkpointing`.
     optimizer_ratio: `offload_optimizer.ratio`: 0.0 keeps optimizer states on the device, whatever `optimizer` says;
         any other share, up to 1.0, moves all of them.
-    sub_group_size: elements. buffer_count: of `offload_param`. max_in_cpu: elements, of `offload_param`.
     pin_memory: page-lock host memory; that of `offload_optimizer` or `offload_param`, whichever asks for it.
-    nvme_path: the folder of the disk tier; None where no tier is the disk.
     """
 
     stage: int = 0
@@ -118,11 +111,7 @@ class Placement:
     params: Tier = "device"
     activations: Tier = "device"
     optimizer_ratio: float = 1.0
-    sub_group_size: int = 1_000_000_000
     pin_memory: bool = True
-    buffer_count: int = 5
-    max_in_cpu: int = 1_000_000_000
-    nvme_path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -158,17 +147,15 @@ class ActivationCheckpointing:
     """The section `activation_checkpointing`. configured: the config has the section."""
 
     configured: bool = False
-    partition_activations: bool = False
     cpu_checkpointing: bool = False
-    contiguous_memory_optimization: bool = False
-    number_checkpoints: int | None = None
-    synchronize_checkpoint_boundary: bool = False
-    profile: bool = False
 
 
 @dataclass(frozen=True)
 class Logging:
-    """steps_per_print: optimizer steps between two lines of the log; None prints none."""
+    """steps_per_print: optimizer steps between two lines of the log; None prints none.
+
+    wall_clock_breakdown, memory_breakdown: after every step, where time went and where the bytes are.
+    """
 
     steps_per_print: int | None = None
     wall_clock_breakdown: bool = False
@@ -193,19 +180,14 @@ class FlopsProfiler:
     recompute_fwd_factor: float = 0.0
     profile_step: int = 1
     module_depth: int = -1
-    top_modules: int = 1
     detailed: bool = True
     output_file: str | None = None
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tag_validation: what to do when ranks name different tags; one process cannot disagree with itself.
+    """async_save: `checkpoint.writer.decoupled`: `save_checkpoint` returns before the files are on disk."""
 
-    async_save: `checkpoint.writer.decoupled`: `save_checkpoint` returns before the files are on disk.
-    """
-
-    tag_validation: Literal["ignore", "warn", "fail"] = "warn"
     async_save: bool = False
 
 
@@ -223,15 +205,11 @@ class Settings:
     batch: BatchSizes
     precision: Precision = field(default_factory=Precision)
     gradient_clipping: float = 1.0
-    prescale_gradients: bool = False
-    gradient_predivide_factor: float = 1.0
     managed_accumulation: bool = True
     placement: Placement = field(default_factory=Placement)
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
-    zero_allow_untested_optimizer: bool = False
-    zero_force_ds_cpu_optimizer: bool = True
     dataloader_drop_last: bool = False
     logging: Logging = field(default_factory=Logging)
     csv_monitor: Monitor = field(default_factory=Monitor)

@@ -73,7 +73,7 @@ _FLOPS = (
     accepted("top_modules", "int", 1, "Every module is printed.", low=0),
     honoured("detailed", "bool", True, "Prints the tree of modules."),
     honoured("output_file", "str?", None, "The file to write to; null means the log."),
-    accepted("recompute_fwd_factor", "float", 0.0, "Forward alone is counted, as it runs.", low=0),
+    honoured("recompute_fwd_factor", "float", 0.0, "This share of forward is added, in a figure of its own.", low=0),
 )
 
 SECTIONS = (

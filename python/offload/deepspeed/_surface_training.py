@@ -62,7 +62,7 @@ _TOP = (
     honoured("steps_per_print", "int?", None, "Optimizer steps between two lines of the log."),
     honoured("wall_clock_breakdown", "bool", False, "Logs the time of forward, backward and step."),
     honoured("dump_state", "bool", False, "Logs the settings when training starts."),
-    accepted("memory_breakdown", "bool", False, "`stats` of the wrapped optimizer has the bytes by kind of tensor."),
+    honoured("memory_breakdown", "bool", False, "Logs the bytes by kind of tensor and place after every step."),
     honoured("dataloader_drop_last", "bool", False, "The loader made from `training_data` drops a short last batch."),
     accepted("log_level", "str?", None, "Set the level of the logger `offload` in Python's `logging`."),
     accepted("vocabulary_size", "int?", None, "DeepSpeed only prints advice with it."),
@@ -335,7 +335,13 @@ SECTIONS = (
         "data_types",
         "",
         (
-            accepted("grad_accum_dtype", _DTYPES, None, "They add up in the gradient's own dtype.", aloud=True),
+            accepted(
+                "grad_accum_dtype",
+                _DTYPES,
+                None,
+                "Gradients add up in their own dtype. `fp32` for several 16-bit micro-batches is a warning, and an "
+                "error of `offload config check`.",
+            ),
             accepted("param_dtype", _DTYPES, None, "Must agree with `fp16` and `bf16`, which decide."),
             accepted("buffer_dtype", _DTYPES, None, "Buffers are cast with the model."),
         ),

@@ -8,6 +8,7 @@ fp32 tensor, and so are its moments, in parts (`sub_group_size`) at stage 3, whi
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import pickle
@@ -20,7 +21,11 @@ from torch import Tensor, nn
 
 from offload import Checkpoint, InvalidArgument, StorageError
 
-__all__ = ["is_zero_checkpoint", "load_zero_checkpoint"]
+__all__ = ["COUNTERS", "ENGINE_ENTRY", "is_zero_checkpoint", "load_zero_checkpoint"]
+
+# In the client state of a loaded checkpoint: what the engine itself goes on from.
+ENGINE_ENTRY = "deepspeed_engine"
+COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def _stand_in(path: str, base: type = object) -> type:
@@ -34,6 +39,7 @@ _ALLOWED: list[Any] = [
     _stand_in("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     _stand_in("deepspeed.utils.tensor_fragment.fragment_address"),
     _stand_in("deepspeed.runtime.zero.config.ZeroStageEnum", int),
+    argparse.Namespace,  # scripts save their arguments in the client state
 ]
 
 # What the model's file holds of the engine; every other entry is the user's client state.
@@ -43,12 +49,12 @@ _ENGINE_ENTRIES = {
     "skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size", "ds_config", "ds_version",
     "checkpoint_parallel_dimensions",
 }  # fmt: skip
-_ENGINE_STATE = ("lr_scheduler", "skipped_steps", "global_steps", "global_samples")
 
 
-def is_zero_checkpoint(directory: str | os.PathLike[str], tag: str) -> bool:
-    """Whether DeepSpeed wrote the checkpoint `tag`."""
-    return _model_file(Path(directory) / tag) is not None
+def is_zero_checkpoint(directory: str | os.PathLike[str], tag: str | None) -> bool:
+    """Whether DeepSpeed wrote the checkpoint `tag`, None: the one that `latest` names."""
+    place = Path(directory)
+    return _model_file(place / (_latest(place) if tag is None else tag)) is not None
 
 
 def load_zero_checkpoint(
@@ -67,9 +73,9 @@ def load_zero_checkpoint(
         strict: whether weights of other names than the model's are refused.
 
     Returns:
-        The checkpoint; its client state is the user's, and their `lr_scheduler`, `global_steps`, `global_samples` and
-        `skipped_steps`. A loaded fp32 master counts where the weight is its rounded value, half up: at exact ties,
-        where DeepSpeed rounds to even, the weight is the master.
+        The checkpoint; its client state is the user's, and under `ENGINE_ENTRY` their `COUNTERS`, `lr_scheduler` and
+        `loss_scale`, as far as they saved them. A loaded fp32 master counts where the weight is its rounded value, half
+        up: at exact ties, where DeepSpeed rounds to even, the weight is the master.
 
     Raises:
         StorageError: there is no such checkpoint, it cannot be read, or holds what no ZeRO checkpoint needs.
@@ -110,8 +116,31 @@ def load_zero_checkpoint(
             packed = _flat_states(folder, states, masters or [], groups, slices, own)
         optim.load_state_dict(packed)
     model.load_state_dict(weights, strict=strict)
-    client = {key: value for key, value in saved.items() if key not in _ENGINE_ENTRIES or key in _ENGINE_STATE}
+    client = {key: value for key, value in saved.items() if key not in _ENGINE_ENTRIES}
+    client[ENGINE_ENTRY] = {
+        **{name: saved[name] for name in COUNTERS if name in saved},
+        "lr_scheduler": saved.get("lr_scheduler"),
+        "loss_scale": _loss_scale(saved.get("optimizer") if states is None else states),
+    }
     return Checkpoint(folder, folder.name, client)
+
+
+# Our names and theirs: stage 0 saves all but the last in its optimizer's states, the others in an object in theirs.
+_SCALE_NAMES = {
+    "scale": "cur_scale",
+    "step": "cur_iter",
+    "last_overflow": "last_overflow_iter",
+    "hysteresis": "cur_hysteresis",
+}
+
+
+def _loss_scale(states: Any) -> dict[str, Any]:
+    """What they saved of the loss scale; of a static one, and without fp16, that is little or nothing."""
+    scaler = states.get("loss_scaler") if isinstance(states, Mapping) else None
+    saved = vars(scaler) if scaler is not None else states
+    if not isinstance(saved, Mapping):
+        return {}
+    return {ours: saved[theirs] for ours, theirs in _SCALE_NAMES.items() if theirs in saved}
 
 
 def _model_file(folder: Path) -> Path | None:
@@ -121,7 +150,7 @@ def _model_file(folder: Path) -> Path | None:
 
 def _latest(place: Path) -> str:
     try:
-        tag = (place / "latest").read_text().strip()
+        tag = (place / "latest").read_text(errors="replace").strip()
     except FileNotFoundError:
         raise StorageError(f"there is no checkpoint in {place}: it has no file 'latest'; pass tag=") from None
     if not tag or "/" in tag or tag.startswith("."):
@@ -169,9 +198,12 @@ def _in_pieces(
 def _check_weights(folder: Path, model: nn.Module, weights: Mapping[str, Any], *, strict: bool) -> None:
     """torch copies what fits before it refuses the rest: so that is looked at first."""
     own = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
+                own[f"{path}.{name}" if path else name] = buffer.shape
     missing = sorted(own.keys() - weights.keys())
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    unexpected = sorted(weights.keys() - own.keys() - buffers)
+    unexpected = sorted(name for name in weights.keys() - own.keys() if isinstance(weights[name], Tensor))
     if strict and (missing or unexpected):
         raise InvalidArgument(
             f"{folder} is of another model: it has no {missing[:5]}, and this model no {unexpected[:5]}"
@@ -221,13 +253,25 @@ def _flat_states(
 
 
 def _whole_states(folder: Path, optimizer: Any, own: _Own) -> dict[str, Any]:
-    """A packed state_dict of `own` from what stage 0 saves: torch's own layout, and fp32 masters beside it."""
+    """A packed state_dict of `own` from what stage 0 saves: torch's own layout, and fp32 masters beside it.
+
+    FusedAdam's are flat, one tensor a group; there the names are those that the optimizer's parameters have now.
+    """
     if not isinstance(optimizer, Mapping):
-        raise InvalidArgument(f"{folder} holds no optimizer states: pass optim=None to load its weights alone")
+        raise InvalidArgument(f"{folder} holds no optimizer states: load its weights alone")
+    flat = optimizer.get("fp32_groups_flat")
+    if flat is not None:
+        shapes = [{name: p.shape for name, p in group} for group in own]
+        if [master.numel() for master in flat] != [sum(map(math.prod, group.values())) for group in shapes]:
+            raise InvalidArgument(
+                f"{folder} has flat groups of {[master.numel() for master in flat]} elements, and those of the "
+                f"optimizer have other sizes: build it with the groups of that run"
+            )
+        return _flat_states(folder, optimizer, flat, shapes, None, own)
     base = optimizer.get("optimizer_state_dict", optimizer)
     masters = optimizer.get("fp32_groups")
     if "param_groups" not in base or (base is not optimizer and masters is None):
-        raise InvalidArgument(f"{folder} holds optimizer states in a layout that is not read: pass optim=None")
+        raise InvalidArgument(f"{folder} holds optimizer states in a layout that is not read: load its weights alone")
     counts = [len(group["params"]) for group in base["param_groups"]]
     if counts != [len(group) for group in own]:
         raise InvalidArgument(f"{folder} has groups of {counts} parameters, the optimizer {[len(g) for g in own]}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from ._log import logger, show_log
 __all__ = [
     "GatheredParameters",
     "Init",
+    "ZeroParamStatus",
     "estimate_zero2_model_states_mem_needs_all_cold",
     "estimate_zero2_model_states_mem_needs_all_live",
     "estimate_zero3_model_states_mem_needs_all_cold",
@@ -108,6 +110,14 @@ class GatheredParameters:
         entered, self._entered = self._entered, None
         if entered is not None:
             entered.__exit__(*error)
+
+
+class ZeroParamStatus(enum.Enum):
+    """For scripts that look at `parameter.ds_status` where there is one. Parameters here have none."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from . import adagrad as adagrad
 from . import adam as adam
+from . import lion as lion
 
-__all__ = ["adagrad", "adam"]
+__all__ = ["adagrad", "adam", "lion"]

@@ -1,0 +1,77 @@
+"""`initialize` that refuses: what the model is afterwards. And its own arguments, which DeepSpeed's has not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import offload
+from deepspeed_training import STAGES, config_of
+from training import batches, loss_of, make_model, same_bits
+
+pytestmark = pytest.mark.usefixtures("device")
+
+BF16 = {"bf16": {"enabled": True}, "zero": STAGES["stage 2, optimizer on the host"]}
+
+
+def broken(*args: Any) -> Any:
+    raise ZeroDivisionError
+
+
+def step(engine: Any) -> None:
+    engine.backward(loss_of(engine, next(batches(1))))
+    engine.step()
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "error"),
+    [
+        (config_of(**BF16, optimizer={"type": "SGD", "params": {"lr": "fast"}}), {}, offload.InvalidArgument),
+        (config_of(**BF16), {"optimizer": 3}, offload.InvalidArgument),
+        (config_of(**BF16), {"optimizer": broken}, ZeroDivisionError),
+        (config_of(**BF16), {"training_data": 3}, TypeError),
+        (config_of(**BF16, zero_optimisation={}), {"strict": True}, offload.InvalidArgument),
+    ],
+)
+def test_a_refusal_leaves_the_model_as_it_was(
+    config: dict[str, Any], given: dict[str, Any], error: type[Exception]
+) -> None:
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error):
+        offload.initialize(model=model, config=config, **given)
+    assert all(same_bits(value, before[name]) for name, value in model.state_dict().items())
+    step(offload.initialize(model=model, config=config_of())[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "more"),
+    [({"lr_scheduler": broken}, {}), ({}, {"csv_monitor": {"enabled": True, "output_path": "/dev/null/here"}})],
+)
+def test_a_late_refusal_leaves_a_plain_model(given: dict[str, Any], more: dict[str, Any]) -> None:
+    model = make_model()
+    with pytest.raises((ZeroDivisionError, OSError)):
+        offload.initialize(model=model, config=config_of(**BF16, **more), **given)
+    assert model.norm.weight.dtype == torch.bfloat16
+    step(offload.initialize(model=model, config=config_of(**BF16))[0])
+
+
+def test_a_model_has_one_engine() -> None:
+    model = make_model()
+    engine, *_ = offload.initialize(model=model, config=config_of())
+    with pytest.raises(offload.StateError, match=r"has an engine already: call its destroy\(\)"):
+        offload.initialize(model=model, config=config_of(bf16={"enabled": True}))
+    assert model.norm.weight.dtype == torch.float32
+    engine.destroy()
+    step(offload.initialize(model=model, config=config_of())[0])
+
+
+def test_auto_is_filled_by_path() -> None:
+    config = config_of(optimizer={"type": "AdamW", "params": {"lr": "auto"}}, gradient_clipping="auto")
+    with pytest.raises(offload.InvalidArgument, match="gradient_clipping='auto': nothing filled it in"):
+        offload.initialize(model=make_model(), config=config)
+    auto = {"optimizer.params.lr": 0.25, "gradient_clipping": 0.5}
+    engine, *_ = offload.initialize(model=make_model(), config=config, auto=auto)
+    assert engine.get_lr() == [0.25] and engine.gradient_clipping() == 0.5
