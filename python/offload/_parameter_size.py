@@ -48,13 +48,12 @@ def states_that_stay(trainable: Sequence[ParameterSize], share: float, *, by_uni
     """Names of the parameters whose states stay: in the model's order each that fits into 1 - `share` of all bytes.
 
     The first ones, as the next forward begins with them: it would wait for their update on the host, while that of the
-    last ones has the whole forward to end in. by_unit: parameters that are streamed together stay or leave together, as
-    an update on the device brings the weights of the whole unit there.
+    last ones has the whole forward to end in. by_unit: the parameters of a unit stay or leave together, as an update on
+    the device brings the streamed weights of the whole unit there.
     """
-    groups: dict[tuple[str, str], list[ParameterSize]] = {}
+    groups: dict[str, list[ParameterSize]] = {}
     for parameter in trainable:
-        streamed = by_unit and not parameter.stays
-        groups.setdefault(("unit", parameter.unit) if streamed else ("", parameter.name), []).append(parameter)
+        groups.setdefault(parameter.unit if by_unit else parameter.name, []).append(parameter)
     # Rounded, as 1 - 0.9 is a little less than a tenth.
     room = round((1 - share) * sum(parameter.state_bytes for parameter in trainable))
     kept = []
