@@ -216,7 +216,7 @@ class _Sizes:
         away = [p for p in self.trainable if p.name not in kept]
         return (
             f"optimizer states of {len(away)} of {len(self.trainable)} parameters are on the host, "
-            f"{sum(p.state_bytes for p in away) / total:.1%} of their bytes: the model's first stay"
+            f"{sum(p.state_bytes for p in away) / total:.1%} of their bytes; the model's first that fit stay"
         )
 
     def master_form(self, optimizer: OptimizerPlacement, kept: frozenset[str]) -> MasterForm:
