@@ -65,7 +65,9 @@ class Config:
     """The options of `offload.wrap`; immutable and checked when made.
 
     optimizer, gradients, params: where each kind of tensor lives: `"device"`, `"host"` or `"auto"` (the least that
-        fits the device budget is offloaded, optimizer states first). This release has no `"disk"`.
+        fits the device budget is offloaded, optimizer states first). This release has no `"disk"`. optimizer is also a
+        share (a float, 0.0 to 1.0): at least so much of the bytes of its states lives on the host, the other states
+        stay, the first in the model's order, and gradients with them. The bits of training do not depend on it.
     activations: what autograd saves in forward: `"device"`, `"host"`, `"checkpoints"` (only what
         torch.utils.checkpoint saves leaves, the inputs of its blocks), a share (a float, 0.0 to 1.0: so much of it
         may leave, the first that was saved) or host bytes (`"8GiB"`, an int: no more may leave). `"auto"` keeps them
@@ -88,7 +90,7 @@ class Config:
     Raises InvalidArgument naming the option, the value and what is legal.
     """
 
-    optimizer: Tier = "auto"
+    optimizer: Tier | float = "auto"
     gradients: Tier = "auto"
     params: Tier = "auto"
     activations: str | int | float = "auto"
@@ -105,7 +107,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for kind, supported in _SUPPORTED_TIERS.items():
-            _check_tier(kind, getattr(self, kind), supported)
+            if kind == "optimizer":
+                _check_optimizer(self.optimizer, supported)
+            else:
+                _check_tier(kind, getattr(self, kind), supported)
         _check_activations(self.activations)
         if self.device is not None:
             object.__setattr__(self, "device", str(self.device))
@@ -173,6 +178,19 @@ class Config:
         return dataclasses.replace(config, **given) if isinstance(config, Config) else cls(**given)
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, float) and 0.0 <= value <= 1.0
+
+
+def _check_optimizer(value: object, supported: tuple[str, ...]) -> None:
+    if _is_share(value):
+        return
+    try:
+        _check_tier("optimizer", value, supported)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{error}; and a share, a float from 0.0 to 1.0") from None
+
+
 def _check_tier(kind: str, value: object, supported: tuple[str, ...]) -> None:
     _check_choice(kind, value, _TIERS)
     if value not in supported:
@@ -190,7 +208,7 @@ def _check_units(units: Any) -> Any:
 
 
 def _check_activations(value: object) -> None:
-    if isinstance(value, float) and 0.0 <= value <= 1.0:
+    if _is_share(value):
         return
     if value == "disk":
         raise InvalidArgument(f"activations='disk': not yet in this release; legal now: {_quoted(_ACTIVATION_PLACES)}")

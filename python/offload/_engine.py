@@ -74,6 +74,9 @@ class Update:
     grad_scale: float = 1.0
 
 
+_Work = tuple[NativeState, Update]
+
+
 class Engine:
     """See the module's text."""
 
@@ -154,7 +157,7 @@ class Engine:
 
     def _host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
         sizes: list[int] = []
-        if self.plan.optimizer == "host":
+        if self._puts_on_host(parameter):
             if issubclass(kind, NativeState):
                 sizes += [4] * len(kind.moment_arguments)
             streamed = parameter in self.streaming  # its working weight is counted there
@@ -162,12 +165,15 @@ class Engine:
                 sizes += [] if streamed else [4]
             else:
                 sizes += [0 if streamed else 2, 2 if self._splits(parameter, kind) else 4]
-        if self.plan.gradients == "host" or self.plan.optimizer == "host":
+        if self._puts_on_host(parameter) or self.plan.gradient_leaves(self.name_of(parameter)):
             sizes.append(parameter.element_size())
         return sum(-(-size * parameter.numel() // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
 
+    def _puts_on_host(self, parameter: Parameter) -> bool:
+        return not self.plan.keeps_state(self.name_of(parameter))
+
     def _splits(self, parameter: Parameter, kind: type[ParameterState]) -> bool:
-        wanted = self.plan.optimizer == "host" and self.config.master != "fp32"
+        wanted = self._puts_on_host(parameter) and self.config.master != "fp32"
         return kind.may_split and wanted and parameter.dtype == torch.bfloat16
 
     def adopt(self, parameter: Parameter, kind: type[State]) -> State:
@@ -189,8 +195,7 @@ class Engine:
                 f"{name}: strides {parameter.stride()} of shape {tuple(parameter.shape)} are not dense; "
                 "make the parameter contiguous before wrapping"
             )
-        on_host = self.plan.optimizer == "host"
-
+        on_host = self._puts_on_host(parameter)
         streamed = parameter in self.streaming
 
         def allocate(dtype: torch.dtype, tag: Any) -> Tensor:
@@ -245,37 +250,13 @@ class Engine:
         self.check_gradients([update.parameter for update in updates])
         self.streaming.begin_step()
         states = [self.adopt(update.parameter, kind) for update in updates]
+        self._reseed_written([state for state in states if state.on_host or not state.streamed])
         work = list(zip(states, updates, strict=True))
-        if self.plan.optimizer == "device":
-            self._reseed_written([state for state in states if not state.streamed])
-            self._update_on_device(work)
-            self.streaming.rest()
-            return
-        self._reseed_written(states)
         order = {unit: position for position, unit in enumerate(self._touched)}
-        work.sort(key=lambda pair: self._position(pair[0], order))
-        self._submit_to_host([pair for pair in work if pair[0].parameter.numel() > 0])
+        of_host = [pair for pair in work if pair[0].on_host and pair[0].parameter.numel() > 0]
+        of_host.sort(key=lambda pair: self._position(pair[0], order))
+        self._update(of_host, [pair for pair in work if not pair[0].on_host])
         self.streaming.rest()
-
-    def _update_on_device(self, work: Sequence[tuple[NativeState, Update]]) -> None:
-        begun = False
-        try:
-            with Uninterrupted():
-                for state, update in work:
-                    gradient = scaled(self.lanes.on_device(state.parameter), update.grad_scale)
-                    if state.streamed:  # written back when the next one comes that travels with others
-                        self.streaming.open_for_writing([state.parameter])
-                        self._reseed_written([state])
-                    begun = True
-                    state.update_on_device(gradient, update.hyper.scalars(state.step + 1))
-                    state.step += 1
-                    self._wrote(state)
-                self.step_count += 1
-                begun = False
-        except Exception as error:
-            if begun:
-                self._failure = str(error)
-            raise
 
     def check_gradients(self, parameters: Sequence[Parameter]) -> None:
         """Raises `InvalidArgument` naming the first parameter whose gradient no update can use."""
@@ -373,9 +354,42 @@ class Engine:
     def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
         return min((order.get(u, len(order)) for u in self._units_of.get(id(state.parameter), ())), default=0)
 
-    def _submit_to_host(self, work: Sequence[tuple[NativeState, Update]]) -> None:
+    def _update(self, of_host: Sequence[_Work], of_device: Sequence[_Work]) -> None:
+        """The host's part first: it runs while the device updates its own."""
+        jobs, read = self._host_jobs(of_host)
+        states = [state for state, _ in of_host]
+        if self.config.poison_enabled:
+            self._finish(states)
+        begun = False
+        try:
+            with Uninterrupted():
+                tickets = self._submit(jobs, states) if jobs else []
+                begun = bool(jobs)
+                for state, taken, ticket in zip(states, read, tickets, strict=True):
+                    state.step += 1
+                    taken.release_after(ticket)
+                    self._await(state, ticket)
+                for state, update in of_device:
+                    gradient = scaled(self.lanes.on_device(state.parameter), update.grad_scale)
+                    if state.streamed:  # written back when the next one comes that travels with others
+                        self.streaming.open_for_writing([state.parameter])
+                        self._reseed_written([state])
+                    begun = True
+                    state.update_on_device(gradient, update.hyper.scalars(state.step + 1))
+                    state.step += 1
+                    self._wrote(state)
+                self.step_count += 1
+                begun = False
+        except BaseException as error:  # part of the step is done, or it is not known any more who is pending
+            if begun:
+                self._failure = str(error)
+            raise
+        self._finish_what_cannot_wait(states)
+
+    def _host_jobs(self, work: Sequence[_Work]) -> tuple[list[Any], list[StepGradient]]:
+        """What the pipeline is to run, and the gradients that it reads."""
         jobs = []
-        read = []  # the host bytes that each job reads
+        read = []
         scalars: dict[tuple[Hyper, int], Any] = {}
         for state, update in work:
             key = (update.hyper, state.step + 1)
@@ -390,21 +404,7 @@ class Engine:
             read.append(taken)
         # A plain gradient is still the user's own tensor: it must have left before the user can write to it.
         self.lanes.wait_for_plain_gradients()
-        states = [state for state, _ in work]
-        if self.config.poison_enabled:
-            self._finish(states)
-        with Uninterrupted():
-            tickets = self._submit(jobs, states)
-            try:
-                for state, taken, ticket in zip(states, read, tickets, strict=True):
-                    state.step += 1
-                    taken.release_after(ticket)
-                    self._await(state, ticket)
-                self.step_count += 1
-            except BaseException as error:  # out of memory: who is pending is not known any more
-                self._failure = str(error)
-                raise
-        self._finish_what_cannot_wait(states)
+        return jobs, read
 
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:
         if self.config.poison_enabled:

@@ -60,7 +60,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         fallbacks.append(
             f"{format_size(activations['refused_bytes'])} of activations stayed on the device: host_budget is full"
         )
-    if engine.plan.optimizer == "device":
+    if engine.plan.optimizer != "host":
         fallbacks.append("optimizer on the device runs as separate torch operations")
     fallbacks += [
         f"{type(optimizer).__name__} has no native update: its own torch operations run on the "

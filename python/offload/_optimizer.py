@@ -116,11 +116,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- parameters -----------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        if self._engine.plan.gradients == "host":
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if parameter.requires_grad:
-                        self._hooks.watch_gradient(parameter)
+        engine = self._engine
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and engine.plan.gradient_leaves(engine.name_of(parameter)):
+                    self._hooks.watch_gradient(parameter)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the states of the new parameters are made at once, within the host budget."""

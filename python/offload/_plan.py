@@ -8,16 +8,17 @@ from typing import Literal
 
 from ._config import Config, Tier, format_size
 from ._errors import InvalidArgument, OutOfHostMemory
+from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
 
 __all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
 
 Placement = Literal["device", "host"]
+OptimizerPlacement = Literal["device", "host", "mixed"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
 MasterForm = Literal["none", "fp32", "split", "mixed"]
 
 # See [Note: bytes a parameter].
 _SPLIT_MASTER_BYTES = 2
-_FP32_MASTER_BYTES = 4
 # Of a measured device, what is left to activations and workspace: their size is not known before the
 # first step, and a quarter is what transformer training with checkpointing rarely exceeds.
 _ACTIVATION_SHARE = 0.25
@@ -30,26 +31,6 @@ _ACTIVATIONS_HOST_SHARE = 0.75
 _LEAST_PREFETCH, _WANTED_PREFETCH = 1, 2
 # Of a measured host, what is left to everyone else (data loaders, page cache of the data).
 _HOST_SHARE_FOR_OTHERS = 0.10
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterSize:
-    """One parameter as the plan sees it; a tied parameter appears once.
-
-    numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`). may_split: its
-    optimizer can use a split master. moment_bytes: what that keeps beside a master, an element. unit: what it is
-    streamed with; stays: it is on the device all the same.
-    """
-
-    name: str
-    numel: int
-    itemsize: int
-    dtype_name: str
-    trainable: bool = True
-    unit: str = ""
-    may_split: bool = True
-    moment_bytes: int = 8
-    stays: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +59,10 @@ class Plan:
     `device` and `host` are bytes by kind; `resident` is what the device would hold with nothing
     offloaded. Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what
     activations may take on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params on
-    the host.
+    the host. kept_states: with a mixed optimizer, the parameters whose states stay on the device.
     """
 
-    optimizer: Placement
+    optimizer: OptimizerPlacement
     gradients: Placement
     params: Placement
     activations: ActivationPlacement
@@ -97,6 +78,15 @@ class Plan:
     reason: tuple[str, ...]
     activation_host_bytes: int = 0
     prefetch: int = _LEAST_PREFETCH
+    kept_states: frozenset[str] = frozenset()
+
+    def keeps_state(self, name: str) -> bool:
+        """Whether the optimizer state of this parameter is on the device."""
+        return self.optimizer == "device" or name in self.kept_states
+
+    def gradient_leaves(self, name: str) -> bool:
+        """Whether the gradient of this parameter leaves the device: not to come back for a state that stays."""
+        return self.gradients == "host" and name not in self.kept_states
 
     def explain(self) -> str:
         """The plan as text: one line a kind, then the reasons."""
@@ -112,9 +102,10 @@ class Plan:
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
 #   weights on the host    a working copy of 2 | 4, where no state on the host has it already
 #   gradient 2 | 4, where gradients live; a host update of device gradients needs them on the host too
-# A frozen parameter has its weight and nothing else.
+# A frozen parameter has its weight and nothing else. With a mixed optimizer each state counts where it is, and
+# gradients on the host are those of the states there.
 
-_Choice = tuple[Placement, Placement, Placement]  # optimizer, gradients, params
+_Choice = tuple[OptimizerPlacement, Placement, Placement]  # optimizer, gradients, params
 
 
 def make_plan(
@@ -156,6 +147,9 @@ def make_plan(
         raise OutOfHostMemory(_too_small("host", device, host, host_capacity, host_note, config))
 
     optimizer, gradients, params = choice
+    kept = sizes.kept_states(optimizer, params)
+    if optimizer == "mixed" and not kept:
+        optimizer = "host"
     prefetch = config.prefetch or _LEAST_PREFETCH
     if config.prefetch is None and params == "host":
         wider, _ = sizes.by_tier(*choice, prefetch=_WANTED_PREFETCH)
@@ -165,6 +159,8 @@ def make_plan(
     reason.append(f"device: {format_size(device.total)} of {format_size(device_capacity)} ({device_note})")
     if params == "host":
         reason.append(f"units of weights sent for ahead of their use: {prefetch}")
+    if kept:
+        reason.append(sizes.words_of(kept))
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
     activations, activation_host_bytes = _activations(config, host_capacity - host.total)
     if activations == "device":
@@ -180,7 +176,7 @@ def make_plan(
         gradients=gradients,
         params=params,
         activations=activations,
-        master=sizes.master_form(optimizer),
+        master=sizes.master_form(optimizer, kept),
         device_kind=device_kind,
         device=device,
         host=host,
@@ -192,6 +188,7 @@ def make_plan(
         reason=tuple(reason),
         activation_host_bytes=activation_host_bytes,
         prefetch=prefetch,
+        kept_states=kept,
     )
 
 
@@ -199,63 +196,78 @@ class _Sizes:
     """Sums by kind over the parameters, wherever they end up."""
 
     def __init__(self, parameters: Sequence[ParameterSize], config: Config, gradient_itemsize: int | None) -> None:
-        trainable = [p for p in parameters if p.trainable]
-        self.host_masters = {_host_master_of(p, config) for p in trainable}
+        self.trainable = [p for p in parameters if p.trainable]
+        self.config = config
+        self.gradient_itemsize = gradient_itemsize
         self.weights = sum(p.numel * p.itemsize for p in parameters)
         self.stays = sum(p.numel * p.itemsize for p in parameters if p.stays)
-        self.largest_unit = _largest_unit(parameters)
+        self.largest_unit = largest_unit(parameters)
         self.prefetch = config.prefetch or _LEAST_PREFETCH
-        # fp32 masters on the host are what their weights are uploaded from.
-        self.upload_masters = sum(p.numel * p.itemsize for p in trainable if p.itemsize == 4)
-        self.gradients = sum(p.numel * (gradient_itemsize or p.itemsize) for p in trainable)
-        self.moments = sum(p.numel * p.moment_bytes for p in trainable)
-        self.working = sum(p.numel * p.itemsize for p in trainable if p.itemsize == 2)
-        self.device_master = sum(p.numel * _FP32_MASTER_BYTES for p in trainable if p.itemsize == 2)
-        self.host_master = sum(p.numel * _host_master_bytes(p, config) for p in trainable)
 
-    def master_form(self, optimizer: Placement) -> MasterForm:
+    def kept_states(self, optimizer: OptimizerPlacement, params: Placement) -> frozenset[str]:
+        """The parameters whose states stay on the device while those of others leave."""
+        if optimizer != "mixed":
+            return frozenset()
+        assert isinstance(self.config.optimizer, float)
+        return states_that_stay(self.trainable, self.config.optimizer, by_unit=params == "host")
+
+    def words_of(self, kept: frozenset[str]) -> str:
+        total = sum(p.state_bytes for p in self.trainable)
+        away = [p for p in self.trainable if p.name not in kept]
+        return (
+            f"optimizer states of {len(away)} of {len(self.trainable)} parameters are on the host, "
+            f"{sum(p.state_bytes for p in away) / total:.1%} of their bytes; the model's first that fit stay"
+        )
+
+    def master_form(self, optimizer: OptimizerPlacement, kept: frozenset[str]) -> MasterForm:
         """How the masters that are stored beside weights are stored."""
-        stored = self.host_masters - {"none"}
-        if not stored:
+        forms: set[MasterForm] = {
+            "fp32" if optimizer == "device" or p.name in kept else _host_master_of(p, self.config)
+            for p in self.trainable
+            if p.itemsize == 2
+        }
+        if not forms:
             return "none"
-        if optimizer == "device":
-            return "fp32"
-        return "mixed" if len(stored) > 1 else stored.pop()
+        return "mixed" if len(forms) > 1 else forms.pop()
 
     def by_tier(
-        self, optimizer: Placement, gradients: Placement, params: Placement, *, prefetch: int | None = None
+        self, optimizer: OptimizerPlacement, gradients: Placement, params: Placement, *, prefetch: int | None = None
     ) -> tuple[TierBytes, TierBytes]:
         """Device and host bytes of one choice. prefetch: None for the configured or least one."""
         window = self.stays + (1 + (prefetch or self.prefetch)) * self.largest_unit
-        on_host = optimizer == "host"
-        working = self.working if on_host else 0
-        if params == "host":
-            working = self.weights - (self.upload_masters if on_host else 0)
+        kept = self.kept_states(optimizer, params)
+        staying = [p for p in self.trainable if optimizer == "device" or p.name in kept]
+        leaving = [p for p in self.trainable if optimizer != "device" and p.name not in kept]
+        working = sum(p.numel * p.itemsize for p in leaving if p.itemsize == 2)
+        if params == "host":  # fp32 masters on the host are what their weights are uploaded from
+            working = self.weights - sum(p.numel * p.itemsize for p in leaving if p.itemsize == 4)
+        gone = [] if gradients == "device" else leaving or staying
         device = TierBytes(
             weights=self.weights if params == "device" else min(self.weights, window),
-            master=0 if on_host else self.device_master,
-            moments=0 if on_host else self.moments,
-            gradients=self.gradients if gradients == "device" else 0,
+            master=sum(p.numel * FP32_MASTER_BYTES for p in staying if p.itemsize == 2),
+            moments=sum(p.numel * p.moment_bytes for p in staying),
+            gradients=self._gradient_bytes(self.trainable) - self._gradient_bytes(gone),
         )
         host = TierBytes(
             working=working,
-            master=self.host_master if on_host else 0,
-            moments=self.moments if on_host else 0,
-            gradients=self.gradients if on_host or gradients == "host" else 0,
+            master=sum(p.numel * _host_master_bytes(p, self.config) for p in leaving),
+            moments=sum(p.numel * p.moment_bytes for p in leaving),
+            gradients=self._gradient_bytes(leaving or gone),
         )
         return device, host
 
+    def _gradient_bytes(self, parameters: Sequence[ParameterSize]) -> int:
+        return sum(p.numel * (self.gradient_itemsize or p.itemsize) for p in parameters)
 
-def _host_master_of(parameter: ParameterSize, config: Config) -> Literal["none", "fp32", "split"]:
-    if parameter.itemsize == 4:
-        return "none"
+
+def _host_master_of(parameter: ParameterSize, config: Config) -> Literal["fp32", "split"]:
     if parameter.may_split and parameter.dtype_name == "bfloat16" and config.master != "fp32":
         return "split"
     return "fp32"
 
 
 def _host_master_bytes(parameter: ParameterSize, config: Config) -> int:
-    return _SPLIT_MASTER_BYTES if _host_master_of(parameter, config) == "split" else _FP32_MASTER_BYTES
+    return _SPLIT_MASTER_BYTES if _host_master_of(parameter, config) == "split" else FP32_MASTER_BYTES
 
 
 def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
@@ -271,25 +283,20 @@ def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
             )
 
 
-def _largest_unit(parameters: Sequence[ParameterSize]) -> int:
-    units: dict[str, int] = {}
-    for parameter in parameters:
-        if not parameter.stays:
-            units[parameter.unit] = units.get(parameter.unit, 0) + parameter.numel * parameter.itemsize
-    return max(units.values(), default=0)
-
-
 def _candidates(config: Config) -> list[_Choice]:
     """Placements of (optimizer, gradients, params) that the config allows, the least offloaded first."""
-    order: list[tuple[Placement, Placement]] = [
+    optimizer = _optimizer_of(config)
+    order: list[tuple[OptimizerPlacement, Placement]] = [
         ("device", "device"),
         ("host", "device"),
+        ("mixed", "device"),
         ("device", "host"),
         ("host", "host"),
+        ("mixed", "host"),
     ]
-    if config.optimizer == config.gradients == "auto":
+    if optimizer == config.gradients == "auto":
         order.remove(("device", "host"))  # optimizer states go first
-    pairs = [pair for pair in order if _allows(config.optimizer, pair[0]) and _allows(config.gradients, pair[1])]
+    pairs = [pair for pair in order if _allows(optimizer, pair[0]) and _allows(config.gradients, pair[1])]
     on_device: list[_Choice] = [(*pair, "device") for pair in pairs]
     on_host: list[_Choice] = [(*pair, "host") for pair in pairs]
     if config.params == "auto":
@@ -297,13 +304,21 @@ def _candidates(config: Config) -> list[_Choice]:
     return on_host if config.params == "host" else on_device
 
 
+def _optimizer_of(config: Config) -> Tier | Literal["mixed"]:
+    share = config.optimizer
+    if not isinstance(share, float):
+        return share
+    return "device" if share == 0.0 else "host" if share == 1.0 else "mixed"
+
+
 def _words(choice: _Choice) -> str:
     optimizer, gradients, params = choice
-    return f"optimizer on the {optimizer}, gradients on the {gradients} and params on the {params}"
+    states = "optimizer in part on the host" if optimizer == "mixed" else f"optimizer on the {optimizer}"
+    return f"{states}, gradients on the {gradients} and params on the {params}"
 
 
-def _allows(asked: Tier, placement: Placement) -> bool:
-    return asked in ("auto", placement)
+def _allows(asked: Tier | Literal["mixed"], placement: OptimizerPlacement) -> bool:
+    return asked == placement or (asked == "auto" and placement != "mixed")
 
 
 def _device_capacity(config: Config, device_bytes: int) -> tuple[int, str]:

@@ -78,7 +78,7 @@ def wrap(
     device = _device_of(model, settings)
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
-    _check_streaming(plan, optimizers)
+    _check_placement(plan, optimizers)
 
     engine = Engine(device, plan, settings, units)
     kinds = [(optimizer, _updater_of(optimizer)) for optimizer in optimizers]
@@ -259,9 +259,16 @@ def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer])
                     )
 
 
-def _check_streaming(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None:
+def _check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
-        if plan.params == "host" and plan.optimizer == "device" and _updater_of(optimizer) is TorchUpdater:
+        if _updater_of(optimizer) is not TorchUpdater:
+            continue
+        if plan.optimizer == "mixed":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot have a share of its states on the host: its own step may compute "
+                "over several parameters at once, in one place; pass optimizer='host' or optimizer='device'"
+            )
+        if plan.params == "host" and plan.optimizer == "device":
             raise InvalidArgument(
                 f"{type(optimizer).__name__} on the device steps over all weights at once, and params='host' keeps "
                 "them away: pass optimizer='host', or params='device'"

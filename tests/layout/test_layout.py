@@ -38,7 +38,7 @@ CSRC_FLOORS = {
 
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
-    ("_errors", "_config", "_plan", "_stats"),
+    ("_errors", "_config", "_parameter_size", "_plan", "_stats"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
         "_disk", "_probe", "_trace",

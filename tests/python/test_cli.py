@@ -104,6 +104,16 @@ def test_train_with_activations_on_the_host(capsys: pytest.CaptureFixture[str]) 
     assert "activations='moon'" in capsys.readouterr().err
 
 
+def test_train_with_a_share_of_the_states_on_the_host(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--steps", "3", "--check", "--json", "--optimizer", "0.7"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["check"]["nothing_offloaded"]["ok"]
+    on_device, on_host = (report["bytes"][tier]["moments"] for tier in ("device", "host"))
+    assert 0 < on_device <= 0.3 * (on_device + on_host)
+    assert main(["train", *TINY, "--steps", "1", "--optimizer", "1.7"]) == 2
+    assert "a share, a float from 0.0 to 1.0" in capsys.readouterr().err
+
+
 def test_train_in_fp32(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--steps", "3", "--check", "--dtype", "float32"]) == 0
     text = capsys.readouterr().out

@@ -313,6 +313,19 @@ def test_states_go_to_the_host_and_come_back_without_changing_a_bit(keys: dict[s
     assert all(same_bits(runs[1][0][name], weight) for name, weight in runs[0][0].items())
 
 
+def test_a_share_of_the_states_comes_back_as_it_was() -> None:
+    engine = make_engine(zero={"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}})
+    kept = engine.optimizer.plan.kept_states
+    assert kept
+    engine.offload_states()
+    assert engine.optimizer.plan.optimizer == "host"
+    engine.reload_states()
+    assert engine.optimizer.plan.kept_states == kept
+    wrapped = engine.optimizer.optimizer
+    engine.reload_states()
+    assert engine.optimizer.optimizer is wrapped, "it was there already"
+
+
 def test_states_go_to_no_other_place() -> None:
     with pytest.raises(offload.InvalidArgument, match="legal is 'cpu'"):
         make_engine().offload_states(device="nvme")

@@ -66,13 +66,24 @@ def test_what_the_config_places_on_the_host_is_there(name: str) -> None:
         assert stats.peak_weight_bytes < sum(p.numel() * 4 for p in engine.module.parameters())
 
 
-@pytest.mark.parametrize(("ratio", "tier"), [(1.0, "host"), (0.5, "host"), (0.0, "device")])
-def test_the_ratio_of_states_that_leave(ratio: float, tier: str, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "offload.deepspeed")
-    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": ratio}}
-    _, optimizer, *_ = offload.initialize(model=make_model(), config=config_of(zero=zero))
-    assert optimizer.plan.optimizer == tier
-    assert ("all of the optimizer states leave the" in caplog.text) == (ratio == 0.5)
+@pytest.mark.parametrize("precision", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+def test_the_ratio_of_states_that_leave(precision: dict[str, Any]) -> None:
+    weights = []
+    for ratio, tier in [(1.0, "host"), (0.5, "mixed"), (0.0, "device")]:
+        zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": ratio}}
+        config = config_of(zero=zero, gradient_clipping=0.5, **precision)
+        engine, optimizer, *_ = offload.initialize(model=make_model(), config=config)
+        for tokens in batches(4):
+            engine.backward(loss_of(engine, tokens))
+            engine.step()
+        plan, stats = optimizer.plan, optimizer.stats()
+        assert plan.optimizer == tier
+        assert stats.device_bytes.get("moments", 0) == plan.device.moments
+        share = plan.host.moments / (plan.host.moments + plan.device.moments)
+        assert ratio <= share < ratio + 0.1
+        weights.append([p.detach().clone() for p in engine.module.parameters()])
+    for others in weights[1:]:
+        assert all(same_bits(one, other) for one, other in zip(weights[0], others, strict=True))
 
 
 @pytest.mark.cpu_only

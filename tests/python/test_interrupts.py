@@ -108,6 +108,7 @@ CASES = {
     "bf16 on the host": (HOST, torch.bfloat16, False, 7),
     "fp32 scaled, gradients on the device": ({"optimizer": "host", "gradients": "device"}, torch.float32, True, 7),
     "states on the device": ({"optimizer": "device", "gradients": "host"}, torch.float32, False, 7),
+    "states in part on the device": ({"optimizer": 0.5, "gradients": "host"}, torch.float32, False, 7),
 }
 
 

@@ -57,9 +57,10 @@ def test_bits_equal_host_device_and_resident(double: DriverDouble, dtype: torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_streamed_weights_have_the_same_bits(double: DriverDouble, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("share", ["host", 0.5])
+def test_streamed_weights_have_the_same_bits(double: DriverDouble, dtype: torch.dtype, share: str | float) -> None:
     model = make_model(dtype)
-    on_double = wrapped_run(model, PINNED | {"params": "host"}, micro_batches=2)
+    on_double = wrapped_run(model, PINNED | {"params": "host", "optimizer": share}, micro_batches=2)
     assert on_double.optimizer.stats().device_bytes["weights"] < on_double.optimizer.stats().host_bytes["weights"]
     assert double.misuses() == (0, "")
     with pytest.MonkeyPatch.context() as patch:

@@ -105,6 +105,13 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     train.add_argument("--dtype", choices=_DTYPES, default="bfloat16", help="of the model (default bfloat16)")
     train.add_argument("--device", default=None, help="compute device (default: the accelerator, or the CPU)")
     train.add_argument(
+        "--optimizer",
+        type=_place_or_share,
+        default="host",
+        metavar="WHERE",
+        help="where optimizer states are: host (default), device, auto, or the share that is on the host such as 0.7",
+    )
+    train.add_argument(
         "--params",
         choices=("auto", "device", "host"),
         default="auto",
@@ -118,7 +125,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     train.add_argument(
         "--activations",
-        type=_activations,
+        type=_place_or_share,
         default="device",
         metavar="WHERE",
         help="device (default), host, a share that may leave such as 0.5, or host bytes such as 8GiB",
@@ -227,7 +234,7 @@ def _positive(text: str) -> int:
     return value
 
 
-def _activations(text: str) -> str | float:
+def _place_or_share(text: str) -> str | float:
     """A share is a number with a point; everything else is checked by `offload.wrap`."""
     try:
         return float(text) if "." in text else text

@@ -131,7 +131,7 @@ def train(
 ) -> Run:
     """Runs `steps` of the `options.steps` that the schedule spans; stops cleanly on Ctrl-C.
 
-    placement: `"host"` or `"device"` for optimizer and gradients under offload, None for plain PyTorch.
+    placement: `"host"` (as the options say, gradients on the host) or `"device"` under offload, None for plain PyTorch.
     """
     run = Run()
     model, optimizer, offloaded = _prepare(options, placement, device)
@@ -186,14 +186,15 @@ def _prepare(
         kind = torch.optim.AdamW if options.dtype == "float32" else MasterAdamW
         return model, kind(list(model.parameters()), **settings), None
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    where: dict[str, Any] = {"params": "device"}
+    where: dict[str, Any] = {"optimizer": "device", "params": "device"}
     if placement == "host":
         where = {
+            "optimizer": options.optimizer,
             "params": options.params,
             "device_budget": options.device_budget,
             "activations": options.activations,
         }
-    model, offloaded = offload.wrap(model, optimizer, optimizer=placement, gradients=placement, device=device, **where)
+    model, offloaded = offload.wrap(model, optimizer, gradients=placement, device=device, **where)
     return model, offloaded, offloaded
 
 

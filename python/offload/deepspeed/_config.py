@@ -205,11 +205,6 @@ def _placement(values: Mapping[str, Any], report: Report) -> Placement:
         )
     if optimizer["device"] != "none" and stage == 0:
         report.notices.append("zero_optimization.stage=0: offload_optimizer is honoured at this stage too")
-    if optimizer["device"] != "none" and 0.0 < optimizer["ratio"] < 1.0:
-        report.notices.append(
-            f"zero_optimization.offload_optimizer.ratio={optimizer['ratio']}: all of the optimizer states leave the "
-            "device; their update is hidden behind forward and backward"
-        )
     sections = [section for section in (optimizer, params) if section["device"] != "none"]
     tier = _TIERS[optimizer["device"]]
     return Placement(

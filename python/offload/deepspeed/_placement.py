@@ -32,16 +32,12 @@ def wrap_options(placement: Placement) -> dict[str, Any]:
         if getattr(placement, kind) == "disk":
             raise offload.InvalidArgument(f"{kind} on nvme: not yet in this release; use device 'cpu'")
     return {
-        "optimizer": _optimizer_tier(placement),
+        "optimizer": placement.optimizer_ratio if placement.optimizer == "host" else placement.optimizer,
         "gradients": placement.gradients,
         "params": placement.params,
         "activations": "checkpoints" if placement.activations == "host" else "device",
         "pin": "auto" if placement.pin_memory else False,
     }
-
-
-def _optimizer_tier(placement: Placement) -> str:
-    return "device" if placement.optimizer_ratio == 0.0 else placement.optimizer
 
 
 class Placed:
@@ -53,6 +49,7 @@ class Placed:
         self._options = options
         if optimizer is not None:
             _, self.wrapped = offload.wrap(module, optimizer, **options)
+            self._first = _places(self.wrapped.plan)
             _wrapped.add(module)
 
     def move(self, tier: str | None) -> offload.OffloadOptimizer:
@@ -61,8 +58,7 @@ class Placed:
         options = dict(self._options)
         if tier is not None:
             options |= {"optimizer": tier, "gradients": tier, "params": tier}
-        plan = self.wrapped.plan
-        if all(options[kind] == getattr(plan, kind) for kind in ("optimizer", "gradients", "params")):
+        if _places(self.wrapped.plan) == (self._first if tier is None else (tier, tier, tier)):
             return self.wrapped
         # unwrap gives 16-bit parameters 16-bit moments; the state dict keeps them, and the masters, in fp32.
         states = _copied(self.wrapped.state_dict())
@@ -77,6 +73,10 @@ class Placed:
         if self.wrapped is not None:
             offload.unwrap(self.module, self.wrapped)
             _wrapped.discard(self.module)
+
+
+def _places(plan: offload.Plan) -> tuple[str, str, str]:
+    return plan.optimizer, plan.gradients, plan.params
 
 
 def _copied(state: Any) -> Any:

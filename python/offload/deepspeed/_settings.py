@@ -100,8 +100,8 @@ class Placement:
     stage: `zero_optimization.stage`. It places nothing by itself, as there is one process; some rules read it.
     gradients: with the optimizer, as in DeepSpeed.
     activations: host with `activation_checkpointing.cpu_checkpointing`.
-    optimizer_ratio: `offload_optimizer.ratio`: 0.0 keeps optimizer states on the device, whatever `optimizer` says;
-        any other share, up to 1.0, moves all of them.
+    optimizer_ratio: `offload_optimizer.ratio`: the share of the optimizer states that is where `optimizer` says; the
+        others stay on the device.
     pin_memory: page-lock host memory; that of `offload_optimizer` or `offload_param`, whichever asks for it.
     """
 

@@ -113,7 +113,15 @@ _OFFLOAD_OPTIMIZER = (
     ),
     accepted("nvme_path", "path?", None, _DISK, trainer="Accelerate's offload_optimizer_nvme_path"),
     honoured("pin_memory", "bool", True, "Host memory is page-locked, exactly the bytes in use."),
-    honoured("ratio", "float", 1.0, "0 keeps optimizer states on the device; else all leave it.", low=0, high=1),
+    honoured(
+        "ratio",
+        "float",
+        1.0,
+        "The share of the optimizer states, by bytes, that is on the host and updated there; the model's first "
+        "parameters stay. Adam, AdamW, Lion and Adagrad; others take 0 or 1.",
+        low=0,
+        high=1,
+    ),
     accepted("buffer_count", "int", 4, _DISK, low=0),
     accepted("pipeline_read", "bool", False, _DISK),
     accepted("pipeline_write", "bool", False, _DISK),

@@ -1,0 +1,65 @@
+"""A parameter as the plan sees it, and what follows from the sizes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+__all__ = ["FP32_MASTER_BYTES", "ParameterSize", "largest_unit", "states_that_stay"]
+
+FP32_MASTER_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSize:
+    """One parameter as the plan sees it; a tied parameter appears once.
+
+    numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`). may_split: its
+    optimizer can use a split master. moment_bytes: what that keeps beside a master, an element. unit: what it is
+    streamed with; stays: it is on the device all the same.
+    """
+
+    name: str
+    numel: int
+    itemsize: int
+    dtype_name: str
+    trainable: bool = True
+    unit: str = ""
+    may_split: bool = True
+    moment_bytes: int = 8
+    stays: bool = False
+
+    @property
+    def state_bytes(self) -> int:
+        """What its optimizer state takes on the device: moments, and the fp32 master of a 16-bit weight."""
+        return self.numel * (self.moment_bytes + (FP32_MASTER_BYTES if self.itemsize == 2 else 0))
+
+
+def largest_unit(parameters: Sequence[ParameterSize]) -> int:
+    """Bytes of the largest unit of weights that are streamed."""
+    units: dict[str, int] = {}
+    for parameter in parameters:
+        if not parameter.stays:
+            units[parameter.unit] = units.get(parameter.unit, 0) + parameter.numel * parameter.itemsize
+    return max(units.values(), default=0)
+
+
+def states_that_stay(trainable: Sequence[ParameterSize], share: float, *, by_unit: bool) -> frozenset[str]:
+    """Names of the parameters whose states stay: in the model's order each that fits into 1 - `share` of all bytes.
+
+    The first ones, as the next forward begins with them: it would wait for their update on the host, while that of the
+    last ones has the whole forward to end in. by_unit: the parameters of a unit stay or leave together, as an update on
+    the device brings the streamed weights of the whole unit there.
+    """
+    groups: dict[str, list[ParameterSize]] = {}
+    for parameter in trainable:
+        groups.setdefault(parameter.unit if by_unit else parameter.name, []).append(parameter)
+    # Rounded, as 1 - 0.9 is a little less than a tenth.
+    room = round((1 - share) * sum(parameter.state_bytes for parameter in trainable))
+    kept = []
+    for group in groups.values():
+        nbytes = sum(parameter.state_bytes for parameter in group)
+        if 0 < nbytes <= room:
+            room -= nbytes
+            kept += group
+    return frozenset(parameter.name for parameter in kept)
