@@ -197,8 +197,9 @@ def test_out_of_memory_in_the_middle_changes_nothing(
     assert_same_bits(one, train(*offload.wrap(expected, again, device=str(device), **STREAMED)))
 
 
-def test_more_than_the_host_budget_is_refused_before_anything_moves() -> None:
+def test_more_than_the_host_budget_is_refused_before_anything_moves(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pool rounds every block up, the plan does not: a budget in between is the pool's to refuse."""
+    monkeypatch.setattr(_residency, "_RUN_BYTES", 1)
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters())
     addresses = [p.data_ptr() for p in model.parameters()]
