@@ -129,7 +129,7 @@ class Engine:
         self._touched: dict[EngineUnit, None] = {}
         streamed = units if plan.params == "host" else ()
         lane = WeightLane(self)
-        self.streaming = Streaming(streamed, lane, prefetch=plan.prefetch, poison=config.poison_enabled)
+        self.streaming = Streaming(streamed, lane, device, prefetch=plan.prefetch, poison=config.poison_enabled)
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
         self._finalizer = weakref.finalize(
@@ -141,13 +141,13 @@ class Engine:
     def name_of(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter)) or f"a parameter of shape {tuple(parameter.shape)} outside the model"
 
-    def reserve(self, parameters: Sequence[tuple[Parameter, type[ParameterState]]]) -> None:
-        """Obtains the host pages of these parameters' states and gradients at once, before any hook runs.
+    def settle_in(self, parameters: Sequence[tuple[Parameter, type[ParameterState]]]) -> None:
+        """Streamed weights go to the host; the pages of these parameters' states and gradients are obtained.
 
-        Warns when the pages could not be locked: training goes on, at the speed of pageable memory.
+        Warns when the pages could not be locked: training goes on, at the speed of pageable memory. Whatever it raises,
+        the weights are to come back by `streaming.give_back()`.
         """
-        states_bytes = sum(self._host_bytes(parameter, kind) for parameter, kind in parameters)
-        self.pool.reserve(states_bytes + self.streaming.host_bytes)
+        self.streaming.place(sum(self._host_bytes(parameter, kind) for parameter, kind in parameters))
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
@@ -176,15 +176,8 @@ class Engine:
         wanted = self._puts_on_host(parameter) and self.config.master != "fp32"
         return kind.may_split and wanted and parameter.dtype == torch.bfloat16
 
-    def adopt(self, parameter: Parameter, kind: type[State]) -> State:
-        """Makes the state of a parameter: its master is its present value, its moments are zero.
-
-        Raises `InvalidArgument` for dtypes and layouts that no state can mirror, `OutOfHostMemory` over the budget.
-        """
-        known = self.states.get(id(parameter))
-        if known is not None:
-            assert isinstance(known, kind)
-            return known
+    def check_trainable(self, parameter: Parameter) -> None:
+        """Raises `InvalidArgument` for dtypes and layouts that no state can mirror."""
         name = self.name_of(parameter)
         if parameter.dtype not in FORMATS:
             raise InvalidArgument(
@@ -195,21 +188,32 @@ class Engine:
                 f"{name}: strides {parameter.stride()} of shape {tuple(parameter.shape)} are not dense; "
                 "make the parameter contiguous before wrapping"
             )
+
+    def adopt(self, parameter: Parameter, kind: type[State]) -> State:
+        """Makes the state of a parameter: its master is its present value, its moments are zero.
+
+        Raises as `check_trainable`, and `OutOfHostMemory` over the budget.
+        """
+        known = self.states.get(id(parameter))
+        if known is not None:
+            assert isinstance(known, kind)
+            return known
+        self.check_trainable(parameter)
         on_host = self._puts_on_host(parameter)
         streamed = parameter in self.streaming
+        value = self.streaming.present_value(parameter) if streamed else parameter
 
         def allocate(dtype: torch.dtype, tag: Any) -> Tensor:
             if streamed and on_host and dtype == parameter.dtype and tag != "moments":
                 return self.streaming.host_weight(parameter)
             if not on_host or parameter.numel() == 0:
                 tier = torch.device("cpu") if on_host else parameter.device
-                return torch.empty_like(parameter, dtype=dtype, device=tier, requires_grad=False)
+                return torch.empty_like(value, dtype=dtype, device=tier, requires_grad=False)
             buffer = self.pool.acquire(parameter.numel() * dtype.itemsize, tag)
             return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
 
-        split = self._splits(parameter, kind)
-        with self.streaming.present([parameter]):
-            state = kind(name, parameter, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
+        name, split = self.name_of(parameter), self._splits(parameter, kind)
+        state = kind(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
         with Uninterrupted():
             if on_host and isinstance(state, NativeState):
                 self._slots[id(parameter)] = self._add_slot(state)
@@ -542,6 +546,13 @@ class Engine:
                 restore(state.parameter)
         self._tickets.clear()
 
+    def drop_states(self) -> None:
+        """Gives up the memory of every state. Nothing may be updated any more."""
+        self.states.clear()
+        self.torch_optimizers.clear()
+        for unit in self.units:
+            unit.states.clear()
+
     def close(self) -> None:
         """Ends the lanes, the sequencer and, for the last engine, the shared threads, and gives up every state.
 
@@ -549,10 +560,7 @@ class Engine:
         """
         _engines.discard(self)
         self._finalizer()
-        self.states.clear()
-        self.torch_optimizers.clear()
-        for unit in self.units:
-            unit.states.clear()
+        self.drop_states()
         self.activations = None  # what graphs still hold keeps its lanes
         del self.pipeline, self.lanes, self.transfers, self.pool, self.device, self.streaming
 

@@ -40,9 +40,17 @@ class NativeState(ParameterState):
     from_the_start: ClassVar[bool] = False
 
     def __init__(
-        self, name: str, parameter: Parameter, *, on_host: bool, split: bool, streamed: bool, allocate: Allocate
+        self,
+        name: str,
+        parameter: Parameter,
+        value: Tensor,
+        *,
+        on_host: bool,
+        split: bool,
+        streamed: bool,
+        allocate: Allocate,
     ) -> None:
-        super().__init__(name, parameter, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
+        super().__init__(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
         self.moments = {key: allocate(torch.float32, "moments").zero_() for key in self.moment_arguments}
         self.initial_moment = 0.0
 

@@ -40,13 +40,21 @@ class NativeUpdater:
         self._decoupled = type(original) is torch.optim.AdamW
         for group in original.param_groups:
             self.check_group(group)
-        pairs = [(p, original.state.get(p)) for group in original.param_groups for p in group["params"]]
-        for parameter, saved in pairs:
+        for parameter, saved in self._originals():
             self._check_state(parameter, saved)
+            if parameter.requires_grad or saved:
+                engine.check_trainable(parameter)
+
+    def begin(self) -> None:
+        pairs = self._originals()
         for parameter, _ in pairs:
             if parameter.requires_grad:
                 self.adopt(parameter)
         self._take_states([(parameter, saved) for parameter, saved in pairs if saved])
+
+    def _originals(self) -> list[tuple[Parameter, SavedState | None]]:
+        original = self._original
+        return [(p, original.state.get(p)) for group in original.param_groups for p in group["params"]]
 
     @staticmethod
     def takes(optimizer: torch.optim.Optimizer) -> bool:

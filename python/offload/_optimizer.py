@@ -25,12 +25,14 @@ from ._stats import Stats
 class Updater(Protocol):
     """Runs the arithmetic of one wrapped optimizer and owns what it keeps of each parameter.
 
-    Making one checks the optimizer, makes the states of its parameters and takes copies of those it has; nothing of the
-    user's is changed. `groups` are always the user's own; `pairs` are their parameters with what a state_dict holds of
-    each, `others` its entries of no parameter.
+    Making one checks the optimizer and its parameters. `groups` are always the user's own; `pairs` are their parameters
+    with what a state_dict holds of each, `others` its entries of no parameter.
     """
 
     engine: Engine
+
+    def begin(self) -> None:
+        """Makes the states of its parameters, which are where they will be, and takes copies of those it has."""
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         """Raises `InvalidArgument` for settings that cannot be run."""

@@ -49,7 +49,8 @@ class SplitMaster:
 class ParameterState:
     """The master of `parameter`, and how many updates it had in `step`.
 
-    `allocate(dtype, tag)` gives a tensor with the parameter's shape and strides, on the tier of the state.
+    `allocate(dtype, tag)` gives a tensor with the parameter's shape and strides, on the tier of the state. `value` has
+    the parameter's values: itself, or the host bytes of a streamed one, which are its working weight on the host.
     """
 
     # Whether the master may be split: only the native update reads and writes one.
@@ -58,7 +59,15 @@ class ParameterState:
     planned_moment_bytes = 8
 
     def __init__(
-        self, name: str, parameter: Parameter, *, on_host: bool, split: bool, streamed: bool, allocate: Allocate
+        self,
+        name: str,
+        parameter: Parameter,
+        value: Tensor,
+        *,
+        on_host: bool,
+        split: bool,
+        streamed: bool,
+        allocate: Allocate,
     ) -> None:
         self.name = name
         self.parameter = parameter
@@ -77,14 +86,15 @@ class ParameterState:
         elif on_host or parameter.dtype != torch.float32:
             self.master = allocate(torch.float32, "master")
         with torch.no_grad():
-            if on_host:
-                self.working_weight().copy_(parameter)
-            if self.master is not None:
-                self.master.copy_(parameter)
+            if on_host and not streamed:
+                self.working_weight().copy_(value)
+            if self.master is not None and self.master.data_ptr() != value.data_ptr():
+                self.master.copy_(value)
         # The version of the parameter that the working weight equals; another one means the user wrote to it.
         self.version = parameter._version
-        # Where its bytes are; another address means that the user gave it other storage (`p.data = ...`).
-        self.address = parameter.data_ptr()
+        # Where its bytes are; another address means that the user gave it other storage (`p.data = ...`). Streamed ones
+        # come and go, and their residency looks for that.
+        self.address = 0 if streamed else parameter.data_ptr()
         self.layout = (parameter.dtype, parameter.shape, parameter.stride(), parameter.device)
 
     def has_moved(self) -> bool:

@@ -126,6 +126,11 @@ def restore(parameter: Parameter) -> None:
     parameter.__class__ = Parameter
 
 
+def noted_on(parameter: Parameter) -> dict[str, Any]:
+    """The attributes that users have set on a parameter, whatever it wears."""
+    return {name: value for name, value in parameter.__dict__.items() if name != _RESOLVE}
+
+
 def make_current(parameter: Parameter) -> Parameter:
     """Waits for the value of a pending parameter. Raises what the update raised, and the parameter stays pending."""
     resolve = parameter.__dict__.get(_RESOLVE)

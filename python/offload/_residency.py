@@ -8,7 +8,7 @@ copy brings them all. Versions of the parameters do not change by any of this.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ from ._errors import StateError
 from ._pending import Away, can_be_pending, make_pending, restore
 from ._units import Unit, is_dense
 
-__all__ = ["Residency", "can_be_streamed", "group_by_units", "why_resident"]
+__all__ = ["Residency", "can_be_streamed", "group_by_units", "host_runs", "why_resident"]
 
 # Copy engines and vector code want it; blocks of the pool and of torch's allocators are multiples of it or of more.
 _ALIGNMENT = 256
+# Host bytes of weights are obtained in runs of at least this, the pool's own step: small models have one registration,
+# and pages are not rounded up for every residency.
+_RUN_BYTES = 64 << 20
 
 
 def _span(parameter: Tensor) -> tuple[int, int, int]:
@@ -47,18 +50,19 @@ def _shared_stretches(parameters: Sequence[Parameter]) -> list[list[Parameter]]:
 
 
 class Residency:
-    """See the module's text. Until `place()` the parameters are where the user made them."""
+    """See the module's text. Until `place()` the parameters are where the user made them, on any device."""
 
     def __init__(self, parameters: Sequence[Parameter]) -> None:
         self.parameters = tuple(parameters)
         self.nbytes = 0
         self._offsets: dict[int, int] = {}
-        self._stretches: list[tuple[int, list[Parameter]]] = []
+        # Each stretch: where it begins, its parameters, and the device that the user made them on.
+        self._stretches: list[tuple[int, list[Parameter], torch.device]] = []
         for stretch in _shared_stretches(parameters):
             first = min(_span(parameter)[1] for parameter in stretch)
             for parameter in stretch:
                 self._offsets[id(parameter)] = self.nbytes + _span(parameter)[1] - first
-            self._stretches.append((self.nbytes, stretch))
+            self._stretches.append((self.nbytes, stretch, stretch[0].device))
             self.nbytes += math.ceil((max(_span(p)[2] for p in stretch) - first) / _ALIGNMENT) * _ALIGNMENT
         self.is_placed = False
         self._buffer: Any = None
@@ -73,10 +77,6 @@ class Residency:
         return f"Residency({len(self.parameters)} parameters, {self.nbytes} bytes)"
 
     # --- the host -------------------------------------------------------------------------------------------
-
-    @property
-    def has_host_bytes(self) -> bool:
-        return self._buffer is not None
 
     def take_host_bytes(self, buffer: Any) -> None:
         """`buffer` has `address` and the buffer protocol, and `nbytes` of its own."""
@@ -99,18 +99,21 @@ class Residency:
 
     # --- the device -----------------------------------------------------------------------------------------
 
-    def place(self, answers: Sequence[Away]) -> None:
-        """Makes the parameters views of a flat storage, without bytes afterwards. Their values must be on the host.
+    def place(self, answers: Sequence[Away], device: torch.device) -> None:
+        """Takes the values to the host bytes; the parameters become views of a flat storage without bytes on `device`.
 
-        answers: what each parameter answers with while it is hidden.
+        The memory that they had is given up. answers: what each parameter answers with while it is hidden.
         """
-        self._flat = _bytes(self.nbytes, self.parameters[0].device)
+        with torch.no_grad():
+            for parameter in self.parameters:
+                self.on_host(parameter).copy_(parameter)
+        self._flat = _bytes(self.nbytes, device)
         self._storage = self._flat.untyped_storage()
+        self._answers = answers
+        self.is_placed = True  # from here on return_home() is needed
         for parameter in self.parameters:
             parameter.data = self._view(parameter)
-        self.is_placed = True
         self.free()
-        self._answers = answers
         self.hide()
 
     @property
@@ -168,20 +171,23 @@ class Residency:
     def _view(self, parameter: Parameter) -> Tensor:
         dtype = self.on_host(parameter).dtype
         offset = self._offsets[id(parameter)] // dtype.itemsize
-        view = torch.empty(0, dtype=dtype, device=parameter.device)
+        view = torch.empty(0, dtype=dtype, device=self._storage.device)
         return view.set_(self._storage, offset, parameter.shape, parameter.stride())
 
     # --- the end --------------------------------------------------------------------------------------------
 
-    def resident_copies(self) -> list[Tensor]:
-        """A tensor with its value for each parameter, on its device; those that shared memory do so again."""
+    def resident_copies(self, *, where_made: bool = False) -> list[Tensor]:
+        """A tensor with its value for each parameter; those that shared memory do so again.
+
+        They are on the device, or where the user made them.
+        """
         copies = {}
-        for begin, stretch in self._stretches:
+        for begin, stretch, origin in self._stretches:
             ends = [self._offsets[id(p)] + p.numel() * p.element_size() for p in stretch]
-            memory = _bytes(max(ends) - begin, stretch[0].device)
+            memory = _bytes(max(ends) - begin, origin if where_made else self._storage.device)
             for parameter in stretch:
                 offset = (self._offsets[id(parameter)] - begin) // parameter.element_size()
-                copy = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+                copy = torch.empty(0, dtype=parameter.dtype, device=memory.device)
                 copy.set_(memory.untyped_storage(), offset, parameter.shape, parameter.stride())
                 copies[id(parameter)] = copy.copy_(self.on_host(parameter))
         return [copies[id(parameter)] for parameter in self.parameters]
@@ -193,6 +199,32 @@ class Residency:
         self.is_placed = False
         self._flat = None
         del self._storage
+
+    def return_home(self) -> None:
+        """Undoes `place`: the parameters are where the user made them, and the host bytes are given up. Cannot fail."""
+        try:
+            copies = self.resident_copies(where_made=True)
+        except (RuntimeError, MemoryError):  # there is no memory for them: the parameters keep the host bytes
+            copies = [self.on_host(parameter) for parameter in self.parameters]
+        self.leave(copies)
+        self._buffer = None
+
+
+def host_runs(
+    residencies: Sequence[Residency], more_bytes: int, budget_bytes: int
+) -> Iterator[tuple[list[Residency], int]]:
+    """Residencies in runs, with the host bytes to obtain for each at once; the last one has `more_bytes` with it."""
+    total = sum(residency.nbytes for residency in residencies) + more_bytes
+    # All of it is over the budget: that is refused before anything has moved.
+    least = _RUN_BYTES if total <= budget_bytes else total
+    run, nbytes = list[Residency](), 0
+    for residency in residencies:
+        run.append(residency)
+        nbytes += residency.nbytes
+        if nbytes >= least:
+            yield run, nbytes
+            run, nbytes = [], 0
+    yield run, nbytes + more_bytes
 
 
 def group_by_units(units: Sequence[Unit]) -> list[list[Parameter]]:

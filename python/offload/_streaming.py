@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._cuda_graphs import refuse_capture
-from ._errors import StateError
-from ._residency import Residency, group_by_units
+from ._errors import OffloadError, StateError
+from ._residency import Residency, group_by_units, host_runs
 from ._touch_order import TouchOrder
 from ._units import Unit
 from ._weight_window import WeightStore, WeightWindow
@@ -36,8 +36,11 @@ __all__ = ["Streaming"]
 class Streaming:
     """See the module's text. One compute thread at a time, as autograd gives it. `units` may be none."""
 
-    def __init__(self, units: Sequence[Unit], store: WeightStore, *, prefetch: int, poison: bool) -> None:
+    def __init__(
+        self, units: Sequence[Unit], store: WeightStore, device: torch.device, *, prefetch: int, poison: bool
+    ) -> None:
         self._store = store
+        self.device = device
         self._prefetch = prefetch
         self.window = WeightWindow(store, poison=poison)
         self.residencies = [Residency(parameters) for parameters in group_by_units(units)]
@@ -60,37 +63,45 @@ class Streaming:
     def __contains__(self, parameter: object) -> bool:
         return id(parameter) in self._residency_of
 
-    @property
-    def device(self) -> torch.device:
-        return self.residencies[0].parameters[0].device
-
-    @property
-    def host_bytes(self) -> int:
-        return sum(residency.nbytes for residency in self.residencies)
-
     # --- begin and end --------------------------------------------------------------------------------------
 
     def host_weight(self, parameter: Parameter) -> Tensor:
         """The host bytes of a streamed parameter, as a tensor like it."""
+        return self._residency_of[id(parameter)].on_host(parameter)
+
+    def present_value(self, parameter: Parameter) -> Tensor:
+        """The same, with what was written to the parameter while it is on the device."""
         residency = self._residency_of[id(parameter)]
-        if not residency.has_host_bytes:
-            residency.take_host_bytes(self._store.acquire_weights(residency.nbytes))
+        if self.window.is_ready(residency):
+            # All parameters: writes through `.data` show in no version.
+            self.window.write_back(residency, residency.parameters)
         return residency.on_host(parameter)
 
-    def place(self) -> None:
-        """The last part of `wrap`: values go to the host, the parameters leave. All of it happens, or nothing."""
-        placed = []
+    def place(self, more_host_bytes: int) -> None:
+        """Values go from where they are to the host, one residency after another, and the parameters leave.
+
+        Each gives up its memory before the next one's is taken: beside the weights there is one residency more, or a
+        run of small ones. more_host_bytes: to be obtained with theirs. After an error `give_back()` undoes it.
+        """
         itself = weakref.ref(self)  # the parameters must not keep the engine
-        try:
-            for residency in self.residencies:
-                with torch.no_grad():
-                    for parameter in residency.parameters:
-                        self.host_weight(parameter).copy_(parameter)
-                placed.append(residency)
-                residency.place([_Away(itself, weakref.ref(parameter)) for parameter in residency.parameters])
-        except BaseException:
-            self.leave([(residency, residency.resident_copies()) for residency in placed])
-            raise
+        for run, nbytes in host_runs(self.residencies, more_host_bytes, self._store.host_budget_bytes):
+            self._store.reserve_host_bytes(nbytes)
+            for residency in run:
+                residency.take_host_bytes(self._store.acquire_weights(residency.nbytes))
+                answers = [_Away(itself, weakref.ref(parameter)) for parameter in residency.parameters]
+                residency.place(answers, self.device)
+
+    def give_back(self) -> None:
+        """Undoes `place`, or what happened of it: the parameters are plain and where the user made them."""
+        for residency in self.residencies:
+            if residency.is_placed:
+                with contextlib.suppress(OffloadError):  # nobody asks for the weights on the device any more
+                    for upload in self.uploads_of(residency.parameters[0]):
+                        upload.wait()
+                self.window.forget(residency)
+                residency.return_home()
+                self._store.return_free_pages()
+        self._residency_of = {}
 
     def resident_copies(self) -> list[tuple[Residency, list[Tensor]]]:
         """What `leave` gives back; the values as they are on the host. Nothing is changed."""

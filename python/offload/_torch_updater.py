@@ -26,6 +26,7 @@ from ._engine import Engine
 from ._errors import InvalidArgument
 from ._grad_factors import scaled
 from ._parameter_state import ParameterState
+from ._pending import noted_on
 
 # How deep attributes of an optimizer are searched for parameters: a list of groups that hold lists.
 _SEARCH_DEPTH = 3
@@ -42,6 +43,12 @@ class TorchUpdater:
         self._masters: dict[int, Parameter] = {}
         for group in original.param_groups:
             self.check_group(group)
+            for parameter in group["params"]:
+                if parameter.requires_grad or original.state.get(parameter):
+                    engine.check_trainable(parameter)
+
+    def begin(self) -> None:
+        original = self._original
         parameters = [p for group in original.param_groups for p in group["params"]]
         for parameter in parameters:
             if parameter.requires_grad:
@@ -49,14 +56,14 @@ class TorchUpdater:
         known = {id(parameter) for parameter in parameters}
         others = {key: value for key, value in original.state.items() if id(key) not in known}
         self._take_states([(parameter, original.state.get(parameter)) for parameter in parameters], others)
-        engine.torch_optimizers.append(self._twin)
+        self.engine.torch_optimizers.append(self._twin)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         name = type(self._original).__name__
         for flag in ("differentiable", "capturable"):
             if group.get(flag):
                 raise InvalidArgument(f"{name} has {flag}=True, which is not supported: pass {flag}=False")
-        away = self.engine.plan.optimizer == "host" and any(p.device.type != "cpu" for p in group["params"])
+        away = self.engine.plan.optimizer == "host" and self.engine.plan.device_kind != "cpu"
         if group.get("fused") and away:
             raise InvalidArgument(
                 f"{name} has fused=True and its states are on the host, where that kernel is another one: pass "
@@ -68,7 +75,7 @@ class TorchUpdater:
             return
         state = self.engine.adopt(parameter, ParameterState)
         master = Parameter(state.master_value().detach(), requires_grad=parameter.requires_grad)
-        master.__dict__.update(parameter.__dict__)  # what users note on parameters, for the class to read
+        master.__dict__.update(noted_on(parameter))  # for the class to read
         self._masters[id(parameter)] = master
 
     @property

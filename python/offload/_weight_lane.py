@@ -23,6 +23,17 @@ class WeightLane:
     def name_of(self, parameter: Tensor) -> str:
         return self._engine.name_of(parameter)
 
+    def reserve_host_bytes(self, nbytes: int) -> None:
+        self._engine.pool.reserve(nbytes)
+
+    @property
+    def host_budget_bytes(self) -> int:
+        budget: int = self._engine.pool.stats()["budget_bytes"]
+        return budget
+
+    def return_free_pages(self) -> None:
+        self._engine.pool.trim()
+
     def acquire_weights(self, nbytes: int) -> Any:
         return self._engine.pool.acquire(nbytes, "weights")
 

@@ -23,6 +23,15 @@ __all__ = ["WeightStore", "WeightWindow"]
 class WeightStore(Protocol):
     """What moves the bytes and knows the updates: the engine."""
 
+    @property
+    def host_budget_bytes(self) -> int: ...
+
+    def reserve_host_bytes(self, nbytes: int) -> None:
+        """Obtains pages for `nbytes`, beside those that are free."""
+
+    def return_free_pages(self) -> None:
+        """Gives pages that hold nothing back to the system."""
+
     def acquire_weights(self, nbytes: int) -> Any:
         """Host bytes for the weights of a residency."""
 

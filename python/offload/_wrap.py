@@ -26,6 +26,7 @@ from ._parameter_state import ParameterState
 from ._plan import ParameterSize, Plan, make_plan
 from ._probe import probe_device, probe_host
 from ._residency import can_be_streamed
+from ._resident_move import ResidentMove
 from ._torch_updater import TorchUpdater, check_torch_optimizer
 from ._units import Unit, find_units
 
@@ -55,7 +56,11 @@ def wrap(
     """Lets `model` train with optimizer states, gradients and weights off the device; the loop stays as it is.
 
     Args:
-        model: any module whose trainable parameters are dense fp32, bf16 or fp16. It is returned, with hooks.
+        model: any module whose trainable parameters are dense fp32, bf16 or fp16. It is returned, with hooks. It
+            computes where it is, or on `device`: parameters and buffers that are on the CPU then go there, without any
+            that are on the device already, and keep their identity. With `params="host"` their values go straight to
+            the host pool, unit by unit, and never lie on the device or twice on the host as a whole, so the model may
+            be larger than the device. Gradients that it has on the CPU are refused.
         optim: a torch optimizer over its parameters, or several. Fresh, or with states to go on from. Of torch's,
             `Adam`, `AdamW` and `Adagrad` run in native code, and so does `offload.Lion`; any other class runs as itself
             over fp32 masters, at its own speed.
@@ -67,7 +72,8 @@ def wrap(
     Raises:
         InvalidArgument: an option, model or optimizer that is not legal, or a budget that is too small.
         OutOfHostMemory: the host budget cannot hold what the plan puts there.
-        StateError: the model or optimizer is wrapped already. In every case nothing was changed.
+        StateError: the model or optimizer is wrapped already.
+        In every case the model and `optim` are as they were: weights that had left have come back, in new memory.
     """
     several = not isinstance(optim, torch.optim.Optimizer)
     optimizers: list[torch.optim.Optimizer] = list(optim) if several else [optim]  # type: ignore[arg-type,list-item]
@@ -82,22 +88,29 @@ def wrap(
 
     engine = Engine(device, plan, settings, units)
     kinds = [(optimizer, _updater_of(optimizer)) for optimizer in optimizers]
-    engine.reserve(
-        [
-            (parameter, updater.state_kind_of(optimizer))
-            for optimizer, updater in kinds
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.requires_grad or optimizer.state.get(parameter)
-        ]
-    )
-    updaters = [updater(optimizer, engine) for optimizer, updater in kinds]
+    trained = [
+        (parameter, kind.state_kind_of(optimizer))
+        for optimizer, kind in kinds
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if parameter.requires_grad or optimizer.state.get(parameter)
+    ]
+    updaters = [kind(optimizer, engine) for optimizer, kind in kinds]
+    move = ResidentMove(model, device, engine.streaming)
     hooks = Hooks(model, units, engine)
     try:
         wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
-        engine.streaming.place()
+        move.commit()
+        engine.settle_in(trained)
+        for updater in updaters:
+            updater.begin()
     except BaseException:
-        hooks.remove()
+        with Uninterrupted():
+            hooks.remove()
+            updaters.clear()  # what they and the states hold may be needed for the weights that come back
+            engine.drop_states()
+            engine.streaming.give_back()
+            move.undo()
         raise
     with Uninterrupted():
         for one in wrapped:
@@ -280,33 +293,32 @@ def _updater_of(optimizer: torch.optim.Optimizer) -> type[NativeUpdater] | type[
 
 
 def _device_of(model: nn.Module, settings: Config) -> torch.device:
-    """The one device that all parameters are on, which must be the one asked for."""
-    first_name, first = next(iter(model.named_parameters()))
-    for name, parameter in model.named_parameters():
-        if parameter.device != first.device:
+    """The device asked for, to which parameters may come from the CPU; else the one that all of them are on."""
+    asked = None if settings.device is None else _parse_device(settings.device)
+    places = {parameter.device: name for name, parameter in reversed(list(model.named_parameters()))}
+    for device, name in places.items():
+        if device.type not in ("cpu", "cuda"):
+            raise InvalidArgument(f"{name} is on {device}: legal are 'cpu' and 'cuda' devices; call model.to() first")
+        if asked is not None and device not in (asked, torch.device("cpu")):
             raise InvalidArgument(
-                f"{name} is on {parameter.device} and {first_name} on {first.device}: one device computes in this "
-                f"release; call model.to({str(first.device)!r}) first"
+                f"device={settings.device!r}, but {name} is on {device}: call model.to({str(asked)!r}) first, or pass "
+                f"device={str(device)!r}"
             )
-    if first.device.type not in ("cpu", "cuda"):
+    if asked is not None:
+        return asked
+    if len(places) > 1:
+        where = " and ".join(f"{name} on {device}" for device, name in places.items())
         raise InvalidArgument(
-            f"{first_name} is on {first.device}: legal are 'cpu' and 'cuda' devices; call model.to() first"
+            f"there are {where}: one device computes; pass device= to name it, and what is on the CPU goes there"
         )
-    if settings.device is None:
-        if first.device.type == "cpu" and torch.cuda.is_available():
-            warnings.warn(
-                "the model is on the CPU although there is an accelerator, so it trains on the CPU: call "
-                "model.to('cuda') before offload.wrap, or pass device='cpu' to say that it is meant",
-                stacklevel=3,
-            )
-        return first.device
-    asked = _parse_device(settings.device)
-    if asked != first.device:
-        raise InvalidArgument(
-            f"device={settings.device!r}, but {first_name} is on {first.device}: call model.to({str(asked)!r}) first, "
-            f"or pass device={str(first.device)!r}"
+    only = next(iter(places))
+    if only.type == "cpu" and torch.cuda.is_available():
+        warnings.warn(
+            "the model is on the CPU although there is an accelerator, so it trains on the CPU: pass device='cuda' to "
+            "train there, or device='cpu' to say that it is meant",
+            stacklevel=3,
         )
-    return asked
+    return only
 
 
 def _parse_device(name: str | torch.device) -> torch.device:
@@ -345,8 +357,10 @@ def _plan(
     if device.type == "cpu":
         device_bytes = host_bytes
     else:
-        # The weights are there already, and are part of what the plan places.
-        device_bytes = probe_device(str(device)).free_bytes + sum(size.numel * size.itemsize for size in sizes)
+        # The weights are part of what the plan places, and take memory of one of the two until then.
+        there = sum(p.numel() * p.element_size() for p in model.parameters() if p.device == device)
+        device_bytes = probe_device(str(device)).free_bytes + there
+        host_bytes += sum(size.numel * size.itemsize for size in sizes) - there
     others = sorted({type(o).__name__ for o in optimizers if _updater_of(o) is TorchUpdater})
     return make_plan(
         sizes,

@@ -51,7 +51,7 @@ PYTHON_FLOORS = (
     ("_copy_lanes", "_gradient_lanes"),
     ("_weight_lane", "_engine", "_engine_stats"),
     ("_checkpoint",),
-    ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater"),
+    ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater", "_resident_move"),
     ("_wrap",),
     ("_snapshot", "_saving", "_loading", "_export"),
 )  # fmt: skip

@@ -22,7 +22,7 @@ from offload.deepspeed._engine_settings import INSTEAD_OF
 from offload.deepspeed.ops.adagrad import DeepSpeedCPUAdagrad
 from offload.deepspeed.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from offload.deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
-from training import batches, loss_of, make_model, same_bits
+from training import TinyLM, batches, loss_of, make_model, same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -191,6 +191,31 @@ def test_init_takes_a_model_that_is_there() -> None:
     assert model.weight.dtype == torch.float16 and model.weight.device.type == "cpu"
     with pytest.raises(offload.InvalidArgument, match="remote_device='nvme'"):
         deepspeed.zero.Init(remote_device="nvme")
+
+
+def test_a_model_of_init_goes_to_the_host_pool_and_not_to_the_device(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    def moved(*_: Any) -> Any:
+        raise AssertionError("the whole model was moved")
+
+    def run(built: nn.Module) -> list[Any]:
+        engine, *_ = deepspeed.initialize(model=built, config=config_of(zero=ON_HOST))
+        losses = []
+        for tokens in batches(3):
+            losses.append(loss_of(engine, tokens))
+            engine.backward(losses[-1])
+            engine.step()
+        assert {p.device for p in built.parameters()} == {device}
+        return [loss.item() for loss in losses]
+
+    expected = run(make_model())
+    with deepspeed.zero.Init():
+        model = TinyLM()
+    model.load_state_dict(make_model().state_dict())
+    monkeypatch.setattr(nn.Module, "to", moved)
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert run(model) == expected
 
 
 @pytest.mark.parametrize("choose", ["parameter", "list", "module"])

@@ -165,7 +165,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
-    add("all", on_device, "all of these but checkpoint and disk, which write gigabytes, and train, which takes its time")
+    add("all", on_device, "all of these but checkpoint, disk and train, which take their time")
 
 
 def _add_bench_disk(disk: argparse.ArgumentParser) -> None:

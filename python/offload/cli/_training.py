@@ -180,10 +180,11 @@ def _prepare(
     options: argparse.Namespace, placement: str | None, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Optimizer, offload.OffloadOptimizer | None]:
     """Model and optimizer of a run; the third is the optimizer again when it is an offloading one."""
-    model = build_model(options).to(device)
+    model = build_model(options)  # on the CPU: wrap takes each weight to where it will be
     settings: dict[str, Any] = {"lr": options.lr, "betas": _BETAS, "weight_decay": _WEIGHT_DECAY}
     if placement is None:
         kind = torch.optim.AdamW if options.dtype == "float32" else MasterAdamW
+        model.to(device)
         return model, kind(list(model.parameters()), **settings), None
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
     where: dict[str, Any] = {"optimizer": "device", "params": "device"}

@@ -49,7 +49,8 @@ def initialize(
 
     Args:
         args: a namespace whose `deepspeed_config` is the config, where `config` is not given.
-        model: the module to train. It is cast as `fp16` and `bf16` say, and moved to the accelerator.
+        model: the module to train, on the CPU or the accelerator. It is cast as `fp16` and `bf16` say. It goes to the
+            accelerator; weights that `offload_param` puts on the host go there straight, and never whole to the device.
         optimizer: a torch optimizer over the model's parameters, or a callable that takes parameters and returns one;
             it goes before the one that the config names. Without either, the engine only runs forward.
         model_parameters: parameters or groups for the config's optimizer; None takes all that require gradients.
@@ -104,8 +105,10 @@ def initialize(
             drop_last=settings.dataloader_drop_last,
             on_accelerator=device.type != "cpu",
         )
-    model = _prepared(model, settings, device)
-    placed = Placed(model, plain, wrap_options(settings.placement))
+    model = _cast(model, settings)
+    if plain is None or settings.placement.params != "host":
+        model.to(device)
+    placed = Placed(model, plain, {**wrap_options(settings.placement), "device": str(device)})
     try:
         wrapped = None
         if placed.wrapped is not None:
@@ -141,13 +144,11 @@ def _config_of(args: Any, config: Any, config_params: Any) -> Any:
     return next(iter(given.values()))
 
 
-def _prepared(model: nn.Module, settings: Settings, device: torch.device) -> nn.Module:
+def _cast(model: nn.Module, settings: Settings) -> nn.Module:
     dtype = settings.precision.dtype
     if dtype == "bf16":
-        model = model.bfloat16()
-    elif dtype == "fp16":
-        model = model.half()
-    return model.to(device)
+        return model.bfloat16()
+    return model.half() if dtype == "fp16" else model
 
 
 def _optimizer(optimizer: Any, model: nn.Module, parameters: Any, settings: Settings) -> torch.optim.Optimizer | None:

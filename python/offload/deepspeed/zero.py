@@ -31,7 +31,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Init:
-    """Inside the context modules are built in host memory, in the dtype of the config: never on the device.
+    """Inside the context modules are built in host memory, in the dtype of the config.
+
+    `initialize` takes weights that `offload_param` puts on the host from there to the pool, unit by unit: they are
+    never whole on the device, and the model may be larger than it.
 
     config_dict_or_path, config: the DeepSpeed config, whose `fp16` or `bf16` says the dtype. dtype: goes before it.
     enabled: False does nothing. module: an existing model, which is moved to host memory at once. The other arguments
