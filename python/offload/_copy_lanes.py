@@ -7,8 +7,10 @@ which order, is decided by who uses it.
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -133,8 +135,21 @@ class CopyLanes:
             self._drop_oldest()
 
 
-# Copies that have not ended by then were held or lost their device: the end goes on without them.
-_DRAIN_SECONDS = 5.0
+# At exit, work that has not ended by then was held or lost its device: the exit goes on without it.
+_EXIT_SECONDS = 5.0
+
+
+def wait_to_end(tickets: Iterable[_native.Ticket]) -> bool:
+    """Waits for work in flight on memory that is about to go; False when that was given up, at exit.
+
+    Before, it takes as long as it takes: what a copy still writes to would be somebody else's memory by then.
+    """
+    limit = None if threading.main_thread().is_alive() else _EXIT_SECONDS
+    for ticket in tickets:
+        with contextlib.suppress(OffloadError):  # nobody is left to be told
+            if not ticket.wait(limit):
+                return False
+    return True
 
 
 def open_lanes(device: torch.device, native: _native.Device, *, budget: int, pin: bool, poison: bool) -> CopyLanes:
@@ -145,7 +160,4 @@ def open_lanes(device: torch.device, native: _native.Device, *, budget: int, pin
 
 def _drain(transfers: _native.TransferQueue, ring: deque[_Copy]) -> None:
     """Ends the copies in flight on memory that is about to go. `transfers` is kept until then."""
-    for copy in ring:
-        with contextlib.suppress(OffloadError):  # nobody is left to be told
-            if not copy.ticket.wait(_DRAIN_SECONDS):
-                return
+    wait_to_end(copy.ticket for copy in ring)

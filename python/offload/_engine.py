@@ -24,7 +24,7 @@ from . import _native
 from ._activations import DEFAULT_KEEP, Activations
 from ._adamw import FORMATS, check_gradient
 from ._config import Config
-from ._copy_lanes import CopyLanes
+from ._copy_lanes import CopyLanes, wait_to_end
 from ._errors import InvalidArgument, OffloadError, StateError
 from ._grad_factors import scaled, with_scale
 from ._gradient_lanes import GradientLanes, StepGradient
@@ -577,10 +577,6 @@ def _has_failed(ticket: _native.Ticket) -> bool:
     return False
 
 
-# A step that has not ended by then was held or lost its device: exit goes on without it.
-_DRAIN_SECONDS = 5.0
-
-
 def _drain(
     pipeline: _native.StepPipeline,
     tickets: Mapping[int, _native.Ticket],
@@ -588,9 +584,6 @@ def _drain(
     uploads: Mapping[Residency, _native.Ticket],
 ) -> None:
     """Ends the work in flight on memory that is about to go. `pipeline` is kept until then: it must die first."""
-    for ticket in (*tickets.values(), *lanes.in_flight(), *uploads.values()):
-        with contextlib.suppress(OffloadError):  # nobody is left to be told
-            if not ticket.wait(_DRAIN_SECONDS):
-                return
-    if not list(_engines):  # len() may count engines that are being finalized
+    ended = wait_to_end((*tickets.values(), *lanes.in_flight(), *uploads.values()))
+    if ended and not list(_engines):  # len() may count engines that are being finalized
         _native.end_shared_threads()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 import offload
+from offload import _copy_lanes
 from training import HOST, batches, loss_of, make_model, same_bits
 
 # --- dropping -----------------------------------------------------------------------------------------------
@@ -157,6 +159,27 @@ def test_a_traceback_that_keeps_everything_alive() -> None:
     del error
     gc.collect()
     assert threads() == before
+
+
+def test_a_drop_waits_for_copies_that_write_to_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_copy_lanes, "_EXIT_SECONDS", 0.0)  # there is no limit before the exit
+    model, optimizer = stepped()
+    optimizer.synchronize()
+    device = optimizer._engine.device
+    device.hold("to_device")
+    optimizer.step()
+    released = threading.Event()
+
+    def release() -> None:
+        released.set()
+        device.release("to_device")
+
+    late = threading.Timer(0.2, release)
+    late.start()
+    del model, optimizer
+    gc.collect()
+    assert released.is_set()
+    late.join()
 
 
 # --- forks --------------------------------------------------------------------------------------------------
