@@ -7,7 +7,7 @@ JOBS ?= $(shell nproc)
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: demo test lint sanitize soak bench install gpu-build gpu-test gpu-acceptance clean
+.PHONY: demo test compat lint sanitize soak bench install gpu-build gpu-test gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -15,6 +15,25 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	OFFLOAD_POISON=1 $(PY) -m pytest tests
+
+# Beside DeepSpeed itself, which brings packages of its own: in an environment of its own.
+COMPAT_VENV ?= .venv-compat
+DEEPSPEED ?= deepspeed==0.19.8
+
+compat: $(COMPAT_VENV)/.installed
+	$(COMPAT_VENV)/bin/python -m pytest tests/compat
+
+$(COMPAT_VENV)/.tools:
+	$(PYTHON) -m venv $(COMPAT_VENV)
+	$(COMPAT_VENV)/bin/python -m pip install -q --upgrade pip
+	$(COMPAT_VENV)/bin/python -m pip install -q $(TORCH) numpy
+	$(COMPAT_VENV)/bin/python -m pip install -q '$(DEEPSPEED)' 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja \
+	  'cmake>=3.22' 'pytest>=8' 'pytest-timeout>=2.3'
+	touch $@
+
+$(COMPAT_VENV)/.installed: $(COMPAT_VENV)/.tools $(SOURCES)
+	$(COMPAT_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	touch $@
 
 lint: $(VENV)/.tools
 	$(VENV)/bin/ruff check python tests examples benches
@@ -76,4 +95,4 @@ $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) $(COMPAT_VENV) build dist
