@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +133,7 @@ def test_without_an_optimizer_the_engine_runs_forward() -> None:
         engine.backward(expected.sum())
 
 
+@pytest.mark.cpu_only  # samplers draw on the CPU, whatever the default device
 def test_a_loader_gives_micro_batches_in_a_fixed_order() -> None:
     data = [torch.tensor([float(number)]) for number in range(10)]
 
@@ -288,6 +291,15 @@ def test_destroy_leaves_a_plain_model() -> None:
     assert all(same_bits(p.detach(), expected[name]) for name, p in engine.module.named_parameters())
     with pytest.raises(offload.StateError, match="destroy"):
         engine.step()
+
+
+def test_a_dropped_engine_frees_its_model() -> None:
+    engine = make_engine(zero=STAGES["stage 3, all on the host"])
+    train_step(engine)
+    module = weakref.ref(engine.module)
+    del engine
+    gc.collect()
+    assert module() is None
 
 
 # --- what it tells --------------------------------------------------------------------------------------------

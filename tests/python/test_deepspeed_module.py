@@ -237,3 +237,16 @@ def test_checkpointing_computes_again_with_the_same_bits(in_cpu: bool | None, mo
     finally:
         checkpointing.configure()
     checkpointing.reset()
+
+
+def test_checkpointing_is_configured_by_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpointing = deepspeed.checkpointing
+    monkeypatch.setattr(checkpointing, "_state", checkpointing._State())
+    deepspeed.initialize(model=make_model(), config=config_of())
+    assert not checkpointing.is_configured()
+    config = config_of(activation_checkpointing={"cpu_checkpointing": True})
+    deepspeed.initialize(model=make_model(), config=config)
+    # The engine's model sends its inputs away itself.
+    assert checkpointing.is_configured() and checkpointing._state.region is None
+    checkpointing.configure(None, deepspeed_config=config)
+    assert checkpointing._state.region is not None

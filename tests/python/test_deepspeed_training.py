@@ -66,6 +66,15 @@ def test_what_the_config_places_on_the_host_is_there(name: str) -> None:
         assert stats.peak_weight_bytes < sum(p.numel() * 4 for p in engine.module.parameters())
 
 
+@pytest.mark.parametrize(("ratio", "tier"), [(1.0, "host"), (0.5, "host"), (0.0, "device")])
+def test_the_ratio_of_states_that_leave(ratio: float, tier: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "offload.deepspeed")
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": ratio}}
+    _, optimizer, *_ = offload.initialize(model=make_model(), config=config_of(zero=zero))
+    assert optimizer.plan.optimizer == tier
+    assert ("all of the optimizer states leave the" in caplog.text) == (ratio == 0.5)
+
+
 @pytest.mark.cpu_only
 def test_a_clients_optimizer_and_scheduler() -> None:
     def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -91,6 +100,15 @@ def test_a_clients_optimizer_and_scheduler() -> None:
     model = make_model()
     optimizer = sgd(model.parameters())
     assert_same(engine_run(config, model=model, optimizer=optimizer, lr_scheduler=schedule(optimizer)), expected)
+
+
+def test_a_clients_optimizer_follows_the_model_to_bf16() -> None:
+    runs = []
+    for is_clients in (False, True):
+        model = make_model()
+        adamw = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0) if is_clients else None
+        runs.append(engine_run(config_of(bf16={"enabled": True}, zero={"stage": 2}), model=model, optimizer=adamw))
+    assert_same(runs[1], runs[0])
 
 
 @pytest.mark.cpu_only

@@ -108,7 +108,9 @@ def _check_value(section: Section, key: Key, value: Any, values: dict[str, Any],
         _report_auto(section, key, report, where)
         return
     try:
-        typed = coerce(value, key, any_case=not section.strict)
+        # Where DeepSpeed does not look at types, null is as good as false.
+        unset_flag = value is None and key.kind == "bool" and not section.strict
+        typed = coerce(False if unset_flag else value, key, any_case=not section.strict)
     except ValueError as error:
         # DeepSpeed reads a lenient section without looking at types; where it has no effect that may go on.
         lenient = not (section.strict or section.arguments) and key.standing == "accepted"
@@ -117,7 +119,7 @@ def _check_value(section: Section, key: Key, value: Any, values: dict[str, Any],
         return
     values[key.name] = typed
     if key.standing == "refused":
-        if typed in key.harmless or not switched_on(typed):
+        if typed in key.harmless or (isinstance(typed, Mapping) and not switched_on(typed)):
             report.entries.append(Entry(where, value, "accepted", "Asks for nothing."))
             return
         report.errors.append(f"{where}={_shown(value)}: not available. {key.text}")
@@ -171,6 +173,8 @@ def _in_new_spelling(section: Section, given: Mapping[str, Any], report: Report,
         if key.now is None or key.name not in spelt:
             continue
         value = spelt.pop(key.name)
+        if value == "auto" and section.strict:  # as if it were not there
+            continue
         old, new = joined(path, key.name), joined(path, key.now)
         now = section.find(key.now)
         assert now is not None

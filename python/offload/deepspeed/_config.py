@@ -151,9 +151,8 @@ def _batch_sizes(values: Mapping[str, Any], report: Report) -> BatchSizes:
 
 def _precision(values: Mapping[str, Any], report: Report) -> Precision:
     fp16, bf16, cast = values["fp16"], values["bf16"], values["torch_autocast"]
-    enabled = [name for name in ("fp16", "bf16", "torch_autocast") if values[name]["enabled"]]
-    if len(enabled) > 1:
-        report.errors.append(f"{' and '.join(f'{name}.enabled' for name in enabled)}: both are true: keep one")
+    if fp16["enabled"] and bf16["enabled"]:
+        report.errors.append("fp16.enabled and bf16.enabled: both are true: keep one")
     autocast = None
     if cast["enabled"]:
         modules = cast["lower_precision_safe_modules"]
@@ -205,8 +204,11 @@ def _placement(values: Mapping[str, Any], report: Report) -> Placement:
         )
     if optimizer["device"] != "none" and stage == 0:
         report.notices.append("zero_optimization.stage=0: offload_optimizer is honoured at this stage too")
-    if optimizer["ratio"] < 1.0 and stage < 3:
-        report.notices.append("zero_optimization.offload_optimizer.ratio is honoured below stage 3 too")
+    if optimizer["device"] != "none" and 0.0 < optimizer["ratio"] < 1.0:
+        report.notices.append(
+            f"zero_optimization.offload_optimizer.ratio={optimizer['ratio']}: all of the optimizer states leave the "
+            "device; their update is hidden behind forward and backward"
+        )
     sections = [section for section in (optimizer, params) if section["device"] != "none"]
     tier = _TIERS[optimizer["device"]]
     return Placement(

@@ -87,6 +87,12 @@ def resolve_scheduler(section: Mapping[str, Any], report: Report) -> Scheduler |
     values = check(own, params, report, "scheduler.params")
     for key in missing(own, params, report, "scheduler.params"):
         report.errors.append(f"scheduler.params.{key} is missing: {name} needs it")
+    if values.get("warmup_type", "log") not in ("log", "linear"):
+        report.doubts.append(
+            f"scheduler.params.warmup_type={values['warmup_type']!r}: must be 'log' or 'linear'; 'log' is used, as "
+            "DeepSpeed does"
+        )
+        values["warmup_type"] = "log"
     return Scheduler(name, _constructor_arguments(values, values))
 
 

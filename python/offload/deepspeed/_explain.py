@@ -25,9 +25,7 @@ def placement_rows(settings: Settings, report: Report) -> list[tuple[str, str]]:
     """What the config resolves to, under a header."""
     batch, precision, place = settings.batch, settings.precision, settings.placement
     waiting = any(path.startswith("zero_optimization.offload_") for path in report.unfilled)
-    optimizer = place.optimizer
-    if optimizer == "host" and place.optimizer_ratio < 1.0:
-        optimizer = f"{place.optimizer_ratio:.0%} host, the rest device"  # type: ignore[assignment]
+    optimizer = place.optimizer if place.optimizer_ratio else "device"
     batch_text = f"{batch.train} = {batch.micro} a micro-batch x {batch.accumulation}"
     if any("batch_size" in path or "accumulation" in path for path in report.unfilled):
         batch_text = "filled in by the Trainer"

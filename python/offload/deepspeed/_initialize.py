@@ -12,7 +12,7 @@ from torch import nn
 
 import offload
 
-from . import _config
+from . import _config, checkpointing
 from ._data import EngineLoader
 from ._engine import Engine
 from ._engine_optimizer import EngineOptimizer
@@ -75,6 +75,9 @@ def initialize(
         logger.info("%s", notice)
     if settings.logging.dump_state:
         logger.info("%s", settings)
+
+    if settings.activation_checkpointing.configured and not checkpointing.is_configured():
+        checkpointing.configure()
 
     device = get_accelerator().device
     model = _prepared(model, settings, device)

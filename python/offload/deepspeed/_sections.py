@@ -19,6 +19,10 @@ SECTIONS: dict[str, Section] = {
 def nearest(name: str, section: Section) -> str | None:
     """What an unknown key of this section was probably meant to be: a near spelling, or the same key elsewhere."""
     known = [spelling for key in section.keys for spelling in (key.name, key.also) if spelling]
+    words = set(name.split("_"))
+    same_words = [spelling for spelling in known if words <= set(spelling.split("_"))]
+    if len(same_words) == 1:  # warmup_steps, for warmup_num_steps
+        return same_words[0]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
     if near:
         return near[0]

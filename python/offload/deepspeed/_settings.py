@@ -105,7 +105,8 @@ class Placement:
     stage: `zero_optimization.stage`. It places nothing by itself, as there is one process; some rules read it.
     gradients: with the optimizer, as in DeepSpeed.
     activations: host with `activation_checkpointing.cpu_checkpointing`.
-    optimizer_ratio: `offload_optimizer.ratio`: the share of optimizer states that leaves the device, 0.0 to 1.0.
+    optimizer_ratio: `offload_optimizer.ratio`: 0.0 keeps optimizer states on the device, whatever `optimizer` says;
+        any other share, up to 1.0, moves all of them.
     sub_group_size: elements. buffer_count: of `offload_param`. max_in_cpu: elements, of `offload_param`.
     pin_memory: page-lock host memory; that of `offload_optimizer` or `offload_param`, whichever asks for it.
     nvme_path: the folder of the disk tier; None where no tier is the disk.

@@ -78,8 +78,11 @@ def accepted(name: str, kind: Kind, default: Any, text: str, **more: Any) -> Key
 
 
 def refused(name: str, kind: Kind, default: Any, text: str, **more: Any) -> Key:
-    """A key that would change what is trained, and cannot be served; its default, null, false, 0 and {} pass."""
-    harmless = (*more.pop("harmless", ()), default, None, False, 0, {}, [])
+    """A key that would change what is trained, and cannot be served.
+
+    Its default, null, false and 0 pass, unless `harmless` says otherwise, and an object that switches nothing on.
+    """
+    harmless = more.pop("harmless", (default, None, False, 0))
     return Key(name, kind, default, "refused", text, harmless=harmless, **more)
 
 

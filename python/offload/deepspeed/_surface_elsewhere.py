@@ -67,7 +67,7 @@ SECTIONS = (
         "tensor_parallel",
         "",
         (
-            refused("autotp_size", "int", 0, f"{_ALONE} Leave it out.", harmless=(1,)),
+            refused("autotp_size", "int", 0, f"{_ALONE} Leave it out.", harmless=(0, 1)),
             *inert(
                 _ALONE,
                 [

@@ -43,7 +43,7 @@ _ACTIVATIONS = (
 )
 
 _CHECKPOINT = (
-    honoured("tag_validation", ("ignore", "warn", "fail"), "warn", "One process always agrees with itself on the tag."),
+    accepted("tag_validation", ("ignore", "warn", "fail"), "warn", "One process always agrees with itself on the tag."),
     honoured("writer", OBJECT, None, "A section of its own."),
     refused("load_universal", "bool", False, "Leave it out: checkpoints load under any placement as they are."),
     accepted("use_node_local_storage", "bool", False, "One process has one node."),
@@ -70,10 +70,10 @@ _FLOPS = (
     honoured("enabled", "bool", False, "Counts the operations of one step and prints them by module."),
     honoured("profile_step", "int", 1, "The optimizer step to profile.", low=0),
     honoured("module_depth", "int", -1, "Depth of modules to print; -1 means all."),
-    honoured("top_modules", "int", 1, "How many modules to print at each depth.", low=0),
+    accepted("top_modules", "int", 1, "Every module is printed.", low=0),
     honoured("detailed", "bool", True, "Prints the tree of modules."),
     honoured("output_file", "str?", None, "The file to write to; null means the log."),
-    honoured("recompute_fwd_factor", "float", 0.0, "Share of forward that checkpointing repeats.", low=0),
+    accepted("recompute_fwd_factor", "float", 0.0, "Forward alone is counted, as it runs.", low=0),
 )
 
 SECTIONS = (

@@ -52,18 +52,17 @@ _TOP = (
     accepted("disable_allgather", "bool", False, _ALONE),
     accepted("sparse_gradients", "bool", False, _ALONE),
     accepted("allgather_size", "int", 500_000_000, f"{_ALONE} Goes with the old `zero_optimization: true`."),
-    honoured("zero_allow_untested_optimizer", "bool", False, "Lets optimizers outside DeepSpeed's list pass."),
-    honoured(
+    accepted("zero_allow_untested_optimizer", "bool", False, "Optimizers of any class pass."),
+    accepted(
         "zero_force_ds_cpu_optimizer",
         "bool",
         True,
-        "With `offload_optimizer`, an optimizer object of another kind than the host optimizers is refused; "
-        "`false` lets it pass.",
+        "Optimizers of any class pass: Adam, AdamW, Lion and Adagrad get the host's own update, others run their code.",
     ),
     honoured("steps_per_print", "int?", None, "Optimizer steps between two lines of the log."),
     honoured("wall_clock_breakdown", "bool", False, "Logs the time of forward, backward and step."),
     honoured("dump_state", "bool", False, "Logs the settings when training starts."),
-    honoured("memory_breakdown", "bool", False, "Logs the memory in use, by kind of tensor."),
+    accepted("memory_breakdown", "bool", False, "`stats` of the wrapped optimizer has the bytes by kind of tensor."),
     honoured("dataloader_drop_last", "bool", False, "The loader made from `training_data` drops a short last batch."),
     accepted("log_level", "str?", None, "Set the level of the logger `offload` in Python's `logging`."),
     accepted("vocabulary_size", "int?", None, "DeepSpeed only prints advice with it."),
@@ -89,8 +88,8 @@ _TOP = (
     accepted("datastates_ckpt", OBJECT, None, "Checkpoints are written by offload.", aloud=True),
     accepted("weight_quantization", OBJECT, None, "Read for inference only."),
     accepted("use_data_before_expert_parallelism", "bool", False, _ALONE),
-    refused("sequence_parallel_size", "int?", None, _ONE_PROCESS, harmless=(1,)),
-    refused("data_parallel_size", "int?", None, _ONE_PROCESS, harmless=(1,)),
+    refused("sequence_parallel_size", "int?", None, _ONE_PROCESS, harmless=(None, 0, 1)),
+    refused("data_parallel_size", "int?", None, _ONE_PROCESS, harmless=(None, 0, 1)),
     refused("curriculum_learning", OBJECT, None, "Shorten the sequences in the data loader."),
     refused("progressive_layer_drop", OBJECT, None, "Drop layers in the model itself."),
     refused("quantize_training", OBJECT, None, "Quantize in the model itself, or leave the section out."),
@@ -136,10 +135,10 @@ _WARMUP = (
         low=0,
         trainer="get_warmup_steps()",
     ),
-    honoured("warmup_type", ("log", "linear"), "log", "The shape of the warm-up."),
+    honoured("warmup_type", "str", "log", "The shape of the warm-up: log or linear."),
     honoured("last_batch_iteration", "int", -1, "The step to go on from; -1 starts anew."),
 )
-_TOTAL = honoured("total_num_steps", "int", REQUIRED, "Steps of the whole schedule.", low=0, trainer="max_steps")
+_TOTAL = honoured("total_num_steps", "int", REQUIRED, "Steps of the whole schedule.", low=1, trainer="max_steps")
 _MAX_GRAD_NORM = refused("max_grad_norm", "float", None, "Write `gradient_clipping` at the top level.")
 _ADAM = (
     honoured("lr", "float", 1e-3, "Learning rate.", low=0, trainer="learning_rate"),
@@ -262,8 +261,8 @@ SCHEDULERS = (
         "scheduler.OneCycle",
         "",
         (
-            honoured("cycle_min_lr", "float", REQUIRED, "The rate at both ends of the cycle."),
-            honoured("cycle_max_lr", "float", REQUIRED, "The rate at its top."),
+            honoured("cycle_min_lr", "float|list", REQUIRED, "The rate at both ends of the cycle."),
+            honoured("cycle_max_lr", "float|list", REQUIRED, "The rate at its top."),
             honoured("decay_lr_rate", "float", 0.0, "How fast the rate decays after the cycle."),
             honoured("cycle_first_step_size", "int", 2000, "Steps up.", low=1),
             honoured("cycle_second_step_size", "int?", None, "Steps down; null takes the same number.", low=0),
@@ -271,8 +270,8 @@ SCHEDULERS = (
             honoured("cycle_second_stair_count", "int?", None, "Stairs on the way down."),
             honoured("decay_step_size", "int", 0, "Steps between two decays; 0 decays nothing."),
             honoured("cycle_momentum", "bool", True, "The momentum cycles too, against the rate."),
-            honoured("cycle_min_mom", "float", 0.8, "The momentum at the top of the cycle."),
-            honoured("cycle_max_mom", "float", 0.9, "The momentum at both ends."),
+            honoured("cycle_min_mom", "float|list", 0.8, "The momentum at the top of the cycle."),
+            honoured("cycle_max_mom", "float|list", 0.9, "The momentum at both ends."),
             honoured("decay_mom_rate", "float", 0.0, "How fast the momentum decays after the cycle."),
             honoured("last_batch_iteration", "int", -1, "The step to go on from; -1 starts anew."),
         ),
@@ -325,11 +324,11 @@ SECTIONS = (
     ),
     Section(
         "torch_autocast",
-        "Forward runs under `torch.autocast`; the model keeps its dtype. Not together with `fp16` or `bf16`.",
+        "Forward runs under `torch.autocast`; the model keeps its dtype, unless `fp16` or `bf16` cast it too.",
         (
             honoured("enabled", "bool", False, "Switches it on."),
             honoured("dtype", _AUTOCAST_DTYPES, None, "The dtype to compute in; null means bf16."),
-            honoured("lower_precision_safe_modules", "list?", None, "Classes of modules that compute in it."),
+            accepted("lower_precision_safe_modules", "list?", None, "Torch chooses by operation.", aloud=True),
         ),
     ),
     Section(

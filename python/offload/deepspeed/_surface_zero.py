@@ -41,7 +41,7 @@ _ZERO = (
         "`gradient_accumulation_steps` stays as written.",
         aloud=True,
     ),
-    accepted("leaf_module", "object", {}, "Which modules travel as one is found from the model."),
+    accepted("leaf_module", OBJECT, None, "Which modules travel as one is found from the model."),
     accepted("sub_group_size", "int", 1_000_000_000, "The host update picks its own tiles.", low=0),
     *(
         accepted(name, "int", 500_000_000, f"{_ALONE} There are no buckets.", low=0, trainer=trainer)
@@ -113,7 +113,7 @@ _OFFLOAD_OPTIMIZER = (
     ),
     accepted("nvme_path", "path?", None, _DISK, trainer="Accelerate's offload_optimizer_nvme_path"),
     honoured("pin_memory", "bool", True, "Host memory is page-locked, exactly the bytes in use."),
-    honoured("ratio", "float", 1.0, "The share of optimizer states that leaves the device.", low=0, high=1),
+    honoured("ratio", "float", 1.0, "0 keeps optimizer states on the device; else all leave it.", low=0, high=1),
     accepted("buffer_count", "int", 4, _DISK, low=0),
     accepted("pipeline_read", "bool", False, _DISK),
     accepted("pipeline_write", "bool", False, _DISK),
@@ -145,18 +145,18 @@ _OFFLOAD_PARAM = (
 )
 
 _ZENFLOW = (
+    accepted("topk_ratio", "float", 0.1, "See `zenflow`.", low=0, high=1),
+    accepted("auto_ratio", "float", 0.99, "See `zenflow`.", low=0, high=1),
+    accepted("pt_reserved_cores_perc", "float", 0.5, "See `zenflow`.", low=0, high=1),
     *inert(
         "See `zenflow`.",
         [
-            ("topk_ratio", "float", 0.1),
             ("select_strategy", ("auto", "step", "epoch"), "auto"),
             ("select_interval", "int|str", "auto"),
             ("update_interval", "int|str", "auto"),
             ("overlap_step", "bool", False),
             ("offload", "bool", False),
-            ("auto_ratio", "float", 0.99),
             ("full_warm_up_rounds", "int", 0),
-            ("pt_reserved_cores_perc", "float", 0.5),
             ("steps_per_epoch", "int?", None),
         ],
     ),

@@ -11,6 +11,8 @@ from torch.utils import checkpoint as torch_checkpoint
 
 import offload
 
+from . import _config
+
 __all__ = [
     "checkpoint", "configure", "is_configured", "model_parallel_cuda_manual_seed", "non_reentrant_checkpoint", "reset",
     "set_num_layers",
@@ -38,9 +40,11 @@ def configure(
 ) -> None:
     """Sets up `checkpoint()`. Calling it is not needed; `checkpoint_in_cpu` sends saved inputs to the host.
 
-    A config with `cpu_checkpointing` does that for the whole model, without this call. The other arguments are
-    accepted: one process has nothing to partition, and the host memory has no use for them.
+    deepspeed_config: its `cpu_checkpointing` says so too. The engine does that for its whole model, without this call.
+    The other arguments are accepted: one process has nothing to partition, and the host memory has no use for them.
     """
+    if checkpoint_in_cpu is None and deepspeed_config is not None:
+        checkpoint_in_cpu = _config.load(deepspeed_config).activation_checkpointing.cpu_checkpointing
     _state.configured = True
     _state.region = offload.offload_activations() if checkpoint_in_cpu else None
 
