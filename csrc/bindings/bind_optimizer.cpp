@@ -10,8 +10,8 @@
 #include "base/worker_pool.h"
 #include "bindings/bindings.h"
 #include "bindings/blocking.h"
-#include "optimizer/adamw.h"
 #include "optimizer/streaming_ceiling.h"
+#include "optimizer/update.h"
 
 namespace py = pybind11;
 
@@ -68,28 +68,27 @@ void with_pool(size_t threads, const Body& body) {
 
 void update(uintptr_t gradient, int gradient_format, uintptr_t master, int master_format, uintptr_t weight,
             int weight_format, uintptr_t exp_avg, uintptr_t exp_avg_sq, size_t count,
-            const AdamWScalars& scalars, const std::vector<std::pair<int, double>>& factors,
+            const UpdateScalars& scalars, const std::vector<std::pair<int, double>>& factors,
             const std::optional<std::string>& isa, size_t threads) {
-  const AdamWSpan span = {.gradient = pointer(gradient),
-                          .master = pointer(master),
-                          .weight = pointer(weight),
-                          .exp_avg = static_cast<float*>(pointer(exp_avg)),
-                          .exp_avg_sq = static_cast<float*>(pointer(exp_avg_sq)),
-                          .count = count,
-                          .gradient_format = float_format(gradient_format, "gradient_format"),
-                          .weight_format = float_format(weight_format, "weight_format"),
-                          .master_format = format_of<MasterFormat>(master_format, 2, "master_format")};
+  const UpdateSpan span = {.gradient = pointer(gradient),
+                           .master = pointer(master),
+                           .weight = pointer(weight),
+                           .exp_avg = static_cast<float*>(pointer(exp_avg)),
+                           .exp_avg_sq = static_cast<float*>(pointer(exp_avg_sq)),
+                           .count = count,
+                           .gradient_format = float_format(gradient_format, "gradient_format"),
+                           .weight_format = float_format(weight_format, "weight_format"),
+                           .master_format = format_of<MasterFormat>(master_format, 2, "master_format")};
   std::vector<Factor> plain_factors;
   for (const auto& [kind, value] : factors) {
     plain_factors.push_back({format_of<FactorKind>(kind, 4, "factor kind"), static_cast<float>(value)});
   }
   const Isa chosen = isa_of(isa);
-  const AdamWScalars step = scalars;  // Python may drop its object once the GIL is gone
   const bool flush_denormals = flush_denormals_enabled();
   GilReleased released;
   with_pool(threads, [&](WorkerPool& pool) {
-    adamw_update_parallel(pool, span, step, plain_factors.data(), plain_factors.size(), flush_denormals,
-                          chosen);
+    update_states_parallel(pool, span, scalars, plain_factors.data(), plain_factors.size(), flush_denormals,
+                           chosen);
   });
 }
 
@@ -125,9 +124,30 @@ void bind_scalars(py::module_& module) {
            py::kw_only(), py::arg("weight_scale"), py::arg("l2"), py::arg("one_minus_beta1"),
            py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("step_size"), py::arg("eps"),
            py::arg("maximize") = false);
+  py::class_<LionScalars>(module, "LionScalars")
+      .def(py::init([](double weight_scale, double beta1, double one_minus_beta1, double beta2,
+                       double one_minus_beta2, double step_size, bool maximize) {
+             return LionScalars{.weight_scale = static_cast<float>(weight_scale),
+                                .beta1 = static_cast<float>(beta1),
+                                .one_minus_beta1 = static_cast<float>(one_minus_beta1),
+                                .beta2 = static_cast<float>(beta2),
+                                .one_minus_beta2 = static_cast<float>(one_minus_beta2),
+                                .step_size = static_cast<float>(step_size),
+                                .maximize = maximize};
+           }),
+           py::kw_only(), py::arg("weight_scale"), py::arg("beta1"), py::arg("one_minus_beta1"),
+           py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("step_size"), py::arg("maximize") = false);
+  py::class_<AdagradScalars>(module, "AdagradScalars")
+      .def(py::init([](double l2, double step_size, double eps, bool maximize) {
+             return AdagradScalars{.l2 = static_cast<float>(l2),
+                                   .step_size = static_cast<float>(step_size),
+                                   .eps = static_cast<float>(eps),
+                                   .maximize = maximize};
+           }),
+           py::kw_only(), py::arg("l2"), py::arg("step_size"), py::arg("eps"), py::arg("maximize") = false);
 }
 
-void bind_adamw(py::module_& module) {
+void bind_update(py::module_& module) {
   module.attr("FLOAT32") = static_cast<int>(FloatFormat::kFloat32);
   module.attr("BFLOAT16") = static_cast<int>(FloatFormat::kBFloat16);
   module.attr("FLOAT16") = static_cast<int>(FloatFormat::kFloat16);
@@ -142,7 +162,7 @@ void bind_adamw(py::module_& module) {
   module.def("available_isas", &available_isas);
   module.def("flush_denormals_enabled", &flush_denormals_enabled);
 
-  module.def("adamw_update", &update, py::kw_only(), py::arg("gradient"), py::arg("gradient_format"),
+  module.def("update_states", &update, py::kw_only(), py::arg("gradient"), py::arg("gradient_format"),
              py::arg("master"), py::arg("master_format"), py::arg("weight"), py::arg("weight_format"),
              py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("count"), py::arg("scalars"),
              py::arg("factors") = py::tuple(), py::arg("isa") = py::none(), py::arg("threads") = 0);
@@ -193,7 +213,7 @@ void bind_streaming_ceiling(py::module_& module) {
 void bind_optimizer(py::module_& module) {
   bind_worker_pool(module);
   bind_scalars(module);
-  bind_adamw(module);
+  bind_update(module);
   bind_streaming_ceiling(module);
 }
 

@@ -1,3 +1,4 @@
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -44,6 +45,25 @@ const T& read_object(PyObject* value, size_t job, const char* name) {
   return py::detail::cast_op<const T&>(caster);  // lives in the Python object
 }
 
+// Adds the scalars to `found` when `value` is of their class.
+template <typename Scalars>
+bool read_scalars_of(PyObject* value, std::optional<UpdateScalars>& found) {
+  py::detail::make_caster<Scalars> caster;
+  if (value == Py_None || !caster.load(value, false)) return false;
+  found = py::detail::cast_op<const Scalars&>(caster);
+  return true;
+}
+
+UpdateScalars read_scalars(PyObject* value, size_t job) {
+  std::optional<UpdateScalars> found;
+  if (read_scalars_of<AdamWScalars>(value, found) || read_scalars_of<LionScalars>(value, found) ||
+      read_scalars_of<AdagradScalars>(value, found)) {
+    return *found;
+  }
+  refuse(job, std::string("AdamWScalars, LionScalars or AdagradScalars are needed, got ") +
+                  Py_TYPE(value)->tp_name);
+}
+
 py::object read_sequence(PyObject* value) {
   auto items = py::reinterpret_steal<py::object>(PySequence_Fast(value, "a sequence is needed"));
   if (!items) throw py::error_already_set();
@@ -87,7 +107,7 @@ StepJob read_job(PyObject* value, size_t index, bool flush_denormals) {
               .gradient_format =
                   read_code(PyTuple_GET_ITEM(value, 2), FloatFormat::kFloat16, index, "gradient_format"),
               .tickets = read_tickets(PyTuple_GET_ITEM(value, 3)),
-              .scalars = read_object<AdamWScalars>(PyTuple_GET_ITEM(value, 4), index, "AdamWScalars"),
+              .scalars = read_scalars(PyTuple_GET_ITEM(value, 4), index),
               .factors = {},
               .flush_denormals = flush_denormals};
   const py::object factors = read_sequence(PyTuple_GET_ITEM(value, 5));

@@ -12,7 +12,7 @@ void bind_errors(pybind11::module_& module);
 void bind_device(pybind11::module_& module);     // Ticket, clocks, HostDevice, TransferQueue
 void bind_cuda(pybind11::module_& module);       // CudaDevice
 void bind_memory(pybind11::module_& module);     // HostPool, HostBuffer
-void bind_optimizer(pybind11::module_& module);  // AdamW over spans, instruction sets
+void bind_optimizer(pybind11::module_& module);  // optimizers over spans, instruction sets
 void bind_pipeline(pybind11::module_& module);   // StepPipeline
 
 }  // namespace offload::bindings

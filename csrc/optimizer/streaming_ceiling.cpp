@@ -13,7 +13,7 @@
 namespace offload {
 namespace {
 
-constexpr size_t kBlockElements = size_t{32} << 10;  // as adamw_update_parallel
+constexpr size_t kBlockElements = size_t{32} << 10;  // as update_states_parallel
 constexpr size_t kStride = 32;                       // elements of one array before the next array's turn
 constexpr size_t kPrefetchAheadBytes = 1536;
 constexpr size_t kCacheLineBytes = 64;

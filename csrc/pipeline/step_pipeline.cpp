@@ -33,23 +33,6 @@ int64_t steady_now_ns() {
       .count();
 }
 
-size_t format_bytes(FloatFormat format) { return format == FloatFormat::kFloat32 ? 4 : 2; }
-
-// The elements [begin, begin + count) of a span.
-AdamWSpan slice(const AdamWSpan& span, size_t begin, size_t count) {
-  AdamWSpan part = span;
-  part.gradient = static_cast<const char*>(span.gradient) + begin * format_bytes(span.gradient_format);
-  part.master =
-      static_cast<char*>(span.master) + begin * (span.master_format == MasterFormat::kSplit ? 2 : 4);
-  if (span.weight != nullptr) {
-    part.weight = static_cast<char*>(span.weight) + begin * format_bytes(span.weight_format);
-  }
-  part.exp_avg = span.exp_avg + begin;
-  part.exp_avg_sq = span.exp_avg_sq + begin;
-  part.count = count;
-  return part;
-}
-
 // The same error, of the same kind, with the parameter and what it was doing in front.
 std::exception_ptr with_slot(const std::string& slot, const char* stage, const std::exception_ptr& error) {
   const std::string prefix = "parameter '" + slot + "': " + stage + ": ";
@@ -63,13 +46,13 @@ std::exception_ptr with_slot(const std::string& slot, const char* stage, const s
 }
 
 void check_slot(const ParameterSlot& slot) {
-  const AdamWSpan& span = slot.span;
+  const UpdateSpan& span = slot.span;
   auto refuse = [&](const std::string& what) {
     throw Error(ErrorKind::kInvalidArgument, "slot '" + slot.name + "': " + what);
   };
   if (span.count == 0) return;
-  if (span.master == nullptr || span.exp_avg == nullptr || span.exp_avg_sq == nullptr) {
-    refuse("master, exp_avg and exp_avg_sq must be addresses of host memory, got null");
+  if (span.master == nullptr || (span.exp_avg == nullptr && span.exp_avg_sq == nullptr)) {
+    refuse("master, and exp_avg, exp_avg_sq or both, must be addresses of host memory, got null");
   }
   if (span.master_format == MasterFormat::kSplit &&
       (span.weight == nullptr || span.weight_format != FloatFormat::kBFloat16)) {
@@ -123,7 +106,7 @@ class StepPipeline::Sequencer {
   void run_job(const QueuedJob& queued, std::stop_token stop);
   void wait_ended(const Ticket& ticket, std::stop_token stop);
   void update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end);
-  void update_span(const AdamWSpan& span, const StepJob& job, const std::vector<Factor>& factors);
+  void update_span(const UpdateSpan& span, const StepJob& job, const std::vector<Factor>& factors);
   void upload(const ParameterSlot& slot, size_t begin, size_t count, const std::shared_ptr<JobEnd>& end);
   int64_t drain_remaining_ns();
 
@@ -166,9 +149,15 @@ void StepPipeline::Sequencer::check_job(const StepJob& job) const {
                     std::to_string(slots_.size()) + "; add_slot gives the number");
   }
   const ParameterSlot& slot = slots_[static_cast<size_t>(job.slot)].parameter;
-  if (job.gradient == nullptr && slot.span.count > 0) {
+  if (slot.span.count == 0) return;
+  if (job.gradient == nullptr) {
     throw Error(ErrorKind::kInvalidArgument,
                 "slot '" + slot.name + "': the gradient's address is null; leave out parameters without one");
+  }
+  try {
+    require_states(slot.span, job.scalars);
+  } catch (const Error& error) {
+    throw Error(error.kind(), "slot '" + slot.name + "': " + error.what() + ", and this optimizer keeps one");
   }
 }
 
@@ -285,7 +274,7 @@ void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_
   for (const PendingFactor& factor : queued.job.factors) {
     factors.push_back({factor.kind, factor.address != nullptr ? *factor.address : factor.value});
   }
-  AdamWSpan span = slot.span;
+  UpdateSpan span = slot.span;
   span.gradient = queued.job.gradient;
   span.gradient_format = queued.job.gradient_format;
   if (slot.device_weight != nullptr) last_uploading_job_ = queued.ticket;
@@ -296,14 +285,14 @@ void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_
   }
 }
 
-void StepPipeline::Sequencer::update_span(const AdamWSpan& span, const StepJob& job,
+void StepPipeline::Sequencer::update_span(const UpdateSpan& span, const StepJob& job,
                                           const std::vector<Factor>& factors) {
   const int64_t start_ns = steady_now_ns();
   if (span.count <= kInlineElements) {
-    adamw_update(span, job.scalars, factors.data(), factors.size(), job.flush_denormals, active_isa());
+    update_states(span, job.scalars, factors.data(), factors.size(), job.flush_denormals, active_isa());
   } else {
-    adamw_update_parallel(WorkerPool::shared(), span, job.scalars, factors.data(), factors.size(),
-                          job.flush_denormals, active_isa());
+    update_states_parallel(WorkerPool::shared(), span, job.scalars, factors.data(), factors.size(),
+                           job.flush_denormals, active_isa());
   }
   update_ns_.fetch_add(static_cast<uint64_t>(steady_now_ns() - start_ns), std::memory_order_relaxed);
 }

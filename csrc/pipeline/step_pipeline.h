@@ -19,7 +19,7 @@
 #include <vector>
 
 #include "base/ticket.h"
-#include "optimizer/adamw.h"
+#include "optimizer/update.h"
 #include "transfer/transfer_queue.h"
 
 namespace offload {
@@ -29,7 +29,7 @@ constexpr size_t kDefaultChunkElements = size_t{4} << 20;
 // One parameter: where its states are on the host and where its weight is on the device.
 struct ParameterSlot {
   std::string name;           // for errors: "unit/parameter"
-  AdamWSpan span;             // gradient and gradient_format are given per job
+  UpdateSpan span;            // gradient and gradient_format are given per job
   const void* upload_source;  // the working weight on the host
   void* device_weight;        // null: nothing is uploaded
   size_t weight_bytes;
@@ -47,7 +47,7 @@ struct StepJob {
   const void* gradient;
   FloatFormat gradient_format;
   std::vector<Ticket> tickets;  // of the gradient and of the factors: all must have landed
-  AdamWScalars scalars;
+  UpdateScalars scalars;
   std::vector<PendingFactor> factors;
   bool flush_denormals;
 };

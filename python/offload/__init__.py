@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         StateError,
         StorageError,
     )
+    from ._lion import Lion
     from ._loading import Checkpoint, load_checkpoint
     from ._optimizer import OffloadOptimizer
     from ._plan import Plan
@@ -39,6 +40,7 @@ __all__ = [
     "DeviceError",
     "InternalError",
     "InvalidArgument",
+    "Lion",
     "OffloadError",
     "OffloadOptimizer",
     "OutOfHostMemory",
@@ -66,6 +68,7 @@ _HOMES = {
     "DeviceError": "_errors",
     "InternalError": "_errors",
     "InvalidArgument": "_errors",
+    "Lion": "_lion",
     "OffloadError": "_errors",
     "OffloadOptimizer": "_optimizer",
     "OutOfHostMemory": "_errors",

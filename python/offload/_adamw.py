@@ -1,7 +1,7 @@
 """Adam and AdamW: the scalars of a step, the sequence in torch operations, and a standalone host optimizer.
 
-The order and rounding of every operation is fixed in csrc/optimizer/adamw.h, [Note: the AdamW sequence]. The native
-core runs it over host memory; `adamw_step_` runs the same one in torch operations where the states stay on the
+The order and rounding of every operation is fixed in csrc/optimizer/update_rules.h, [Note: the AdamW sequence]. The
+native core runs it over host memory; `adamw_step_` runs the same one in torch operations where the states stay on the
 device. Both give the same bits.
 
 Sources: Adam, arXiv 1412.6980; AdamW (decoupled weight decay), arXiv 1711.05101.
@@ -75,6 +75,9 @@ class AdamWHyper:
             "eps": self.eps * correction2_sqrt,
             "maximize": self.maximize,
         }
+
+    def native_scalars(self, step: int) -> _native.AdamWScalars:
+        return _native.AdamWScalars(**self.scalars(step))
 
 
 @torch.no_grad()
@@ -239,7 +242,7 @@ class AdamW(torch.optim.Optimizer):
             gradient = parameter.grad  # type: ignore[assignment]
         else:  # elements must lie in the parameter's own order
             gradient.copy_(parameter.grad)  # type: ignore[arg-type]
-        _native.adamw_update(
+        _native.update_states(
             gradient=gradient.data_ptr(),
             gradient_format=FORMATS[gradient.dtype],
             master=master.data_ptr(),
@@ -249,7 +252,7 @@ class AdamW(torch.optim.Optimizer):
             exp_avg=state["exp_avg"].data_ptr(),
             exp_avg_sq=state["exp_avg_sq"].data_ptr(),
             count=parameter.numel(),
-            scalars=_native.AdamWScalars(**hyper.scalars(int(state["step"]))),
+            scalars=hyper.native_scalars(int(state["step"])),
         )
         torch.autograd.graph.increment_version(parameter)
 

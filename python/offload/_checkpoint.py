@@ -1,51 +1,42 @@
 """Optimizer states in torch's own layout: what is saved, and what is checked before any of it is loaded.
 
-A state of Adam and AdamW holds `step`, fp32 `exp_avg` and `exp_avg_sq` and, for a 16-bit parameter, its fp32 `master`.
+A native state holds `step`, its moments in fp32 and, for a 16-bit parameter, its fp32 `master`.
 Stock torch loads that too (it casts the moments and has no use for the master), and what stock torch saved loads here.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._adamw import AdamWHyper
 from ._errors import InvalidArgument
-from ._parameter_state import AdamWState
+from ._native_state import NativeState
 
 Groups = Sequence[dict[str, Any]]
 SavedState = Mapping[str, Any]
 
-_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 # How torch is to run the update says nothing about the training: a loaded group keeps its own.
 _IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 
 
-def dump(state: AdamWState, *, joined: bool = True) -> dict[str, Any]:
+def dump(state: NativeState, *, joined: bool = True) -> dict[str, Any]:
     """The state as `optimizer.state` shows it: the live tensors, and for a split master a new one, if `joined`."""
-    dumped: dict[str, Any] = {
-        "step": torch.tensor(float(state.step), device="cpu"),
-        "exp_avg": state.exp_avg,
-        "exp_avg_sq": state.exp_avg_sq,
-    }
+    dumped: dict[str, Any] = {"step": torch.tensor(float(state.step), device="cpu"), **state.moments}
     if state.parameter.dtype != torch.float32:
         dumped["master"] = state.master_value() if joined else state.live_master()
     return dumped
 
 
-def plain(state: AdamWState) -> dict[str, Any]:
+def plain(state: NativeState) -> dict[str, Any]:
     """What stock torch would hold: moments in the parameter's dtype on its device."""
     device, dtype = state.parameter.device, state.parameter.dtype
-    return {
-        "step": torch.tensor(float(state.step), device="cpu"),
-        "exp_avg": state.exp_avg.detach().to(device, dtype, copy=True),
-        "exp_avg_sq": state.exp_avg_sq.detach().to(device, dtype, copy=True),
-    }
+    moments = {key: moment.detach().to(device, dtype, copy=True) for key, moment in state.moments.items()}
+    return {"step": torch.tensor(float(state.step), device="cpu"), **moments}
 
 
 def pair(
@@ -72,36 +63,38 @@ def pair(
     return pairs, {key: value for key, value in saved_states.items() if key not in known}
 
 
-def check_groups(groups: Groups, saved_groups: Groups, *, decoupled: bool) -> None:
-    """Raises `InvalidArgument` unless the saved groups have the hyperparameters of Adam or AdamW."""
+def check_groups(
+    groups: Groups, saved_groups: Groups, kind: type[NativeState], read: Callable[[Mapping[str, Any]], Any]
+) -> None:
+    """Raises `InvalidArgument` unless the saved groups have this optimizer's hyperparameters, which `read` reads."""
     for number, (group, saved_group) in enumerate(zip(groups, saved_groups, strict=True)):
-        missing = [key for key in _HYPERPARAMETERS if key not in saved_group]
+        missing = [key for key in kind.hyperparameters if key not in saved_group]
         if missing:
             raise InvalidArgument(
-                f"group {number} of the loaded state has no {missing[0]!r}; Adam and AdamW states can be loaded"
+                f"group {number} of the loaded state has no {missing[0]!r}; {kind.optimizers} states can be loaded"
             )
         try:
-            AdamWHyper.of_group({**group, **saved_group}, decoupled=decoupled)
+            read({**group, **saved_group})
         except (TypeError, ValueError) as error:
             raise InvalidArgument(f"group {number} of the loaded state: {error}") from error
 
 
-def check_state(name: str, parameter: Tensor, saved: SavedState) -> None:
-    """Raises `InvalidArgument` unless `saved` is an Adam state of this parameter, of which nothing is NaN."""
+def check_state(name: str, parameter: Tensor, saved: SavedState, kind: type[NativeState]) -> None:
+    """Raises `InvalidArgument` unless `saved` is a state of that kind of this parameter, of which nothing is NaN."""
     if "max_exp_avg_sq" in saved:
         raise InvalidArgument(
             f"{name}: the state comes from amsgrad=True and this optimizer has amsgrad=False: build it with "
             "amsgrad=True before offload.wrap"
         )
-    for key in ("step", "exp_avg", "exp_avg_sq"):
+    for key in ("step", *kind.moment_arguments):
         if saved.get(key) is None:
-            raise InvalidArgument(f"{name}: the loaded state has no {key!r}; Adam and AdamW states can be loaded")
+            raise InvalidArgument(f"{name}: the loaded state has no {key!r}; {kind.optimizers} states can be loaded")
     step = saved["step"]
     if isinstance(step, Tensor) and step.numel() == 1:
         step = step.item()
     if not isinstance(step, (int, float)) or not step >= 0 or not float(step).is_integer():
         raise InvalidArgument(f"{name}: step is {step!r}; it must be a whole number, 0 or more")
-    for key in ("exp_avg", "exp_avg_sq", "master"):
+    for key in (*kind.moment_arguments, "master"):
         value = saved.get(key)
         if value is None and key == "master":
             continue
@@ -126,11 +119,11 @@ def load_group(group: dict[str, Any], saved_group: Mapping[str, Any]) -> None:
 
 
 @torch.no_grad()
-def load(state: AdamWState, saved: SavedState) -> None:
+def load(state: NativeState, saved: SavedState) -> None:
     """Writes a checked state in place: no tensor of ours changes its storage, its dtype or its tier."""
     state.step = int(saved["step"])
-    state.exp_avg.copy_(saved["exp_avg"])
-    state.exp_avg_sq.copy_(saved["exp_avg_sq"])
+    for key, moment in state.moments.items():
+        moment.copy_(saved[key])
     master = saved.get("master")
     if master is not None:
         state.set_master(master)
@@ -139,9 +132,8 @@ def load(state: AdamWState, saved: SavedState) -> None:
 
 
 @torch.no_grad()
-def reset(state: AdamWState) -> None:
+def reset(state: NativeState) -> None:
     """The saved run had no state of this parameter: it starts anew from its weight."""
     state.step = 0
-    state.exp_avg.zero_()
-    state.exp_avg_sq.zero_()
+    state.reset_moments()
     state.seed_master()

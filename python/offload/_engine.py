@@ -22,14 +22,15 @@ from torch.nn import Parameter
 
 from . import _native
 from ._activations import DEFAULT_KEEP, Activations
-from ._adamw import FORMATS, AdamWHyper, check_gradient
+from ._adamw import FORMATS, check_gradient
 from ._config import Config
 from ._copy_lanes import CopyLanes
 from ._errors import InvalidArgument, OffloadError, StateError
 from ._grad_factors import scaled, with_scale
 from ._gradient_lanes import GradientLanes, StepGradient
 from ._interrupts import Uninterrupted
-from ._parameter_state import AdamWState, ParameterState
+from ._native_state import Hyper, NativeState
+from ._parameter_state import ParameterState
 from ._pending import can_be_pending, make_pending, restore
 from ._plan import Plan
 from ._residency import Residency
@@ -69,7 +70,7 @@ class Update:
     """One parameter's share of `optim.step()`: the hyperparameters as they were at the call."""
 
     parameter: Parameter
-    hyper: AdamWHyper
+    hyper: Hyper
     grad_scale: float = 1.0
 
 
@@ -154,8 +155,8 @@ class Engine:
     def _host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
         sizes: list[int] = []
         if self.plan.optimizer == "host":
-            if kind is AdamWState:
-                sizes += [4, 4]
+            if issubclass(kind, NativeState):
+                sizes += [4] * len(kind.moment_arguments)
             streamed = parameter in self.streaming  # its working weight is counted there
             if parameter.dtype == torch.float32:
                 sizes += [] if streamed else [4]
@@ -205,14 +206,14 @@ class Engine:
         with self.streaming.present([parameter]):
             state = kind(name, parameter, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
         with Uninterrupted():
-            if on_host and isinstance(state, AdamWState):
+            if on_host and isinstance(state, NativeState):
                 self._slots[id(parameter)] = self._add_slot(state)
             for unit in self._units_of.get(id(parameter), ()):
                 unit.states.append(state)
             self.states[id(parameter)] = state
         return state
 
-    def _add_slot(self, state: AdamWState) -> int:
+    def _add_slot(self, state: NativeState) -> int:
         parameter = state.parameter
         weight = state.working_weight()
         master = state.remainder if state.remainder is not None else state.master
@@ -223,8 +224,7 @@ class Engine:
             master_format=_native.MASTER_FLOAT32 if state.remainder is None else _native.MASTER_SPLIT,
             weight=0 if weight is state.master else weight.data_ptr(),
             weight_format=FORMATS[parameter.dtype],
-            exp_avg=state.exp_avg.data_ptr(),
-            exp_avg_sq=state.exp_avg_sq.data_ptr(),
+            **state.moment_addresses(),
             count=parameter.numel(),
             upload_source=weight.data_ptr(),
             # The next touch of a streamed one uploads the weight.
@@ -234,7 +234,7 @@ class Engine:
 
     # --- the step -------------------------------------------------------------------------------------------
 
-    def submit_step(self, updates: Sequence[Update]) -> None:
+    def submit_step(self, updates: Sequence[Update], kind: type[NativeState]) -> None:
         """Submits the updates in the order in which the next forward needs them, and returns.
 
         Parameters are pending from here until their unit's next forward, or any other access, waits for them.
@@ -244,7 +244,7 @@ class Engine:
         self._refuse_after_failure()
         self.check_gradients([update.parameter for update in updates])
         self.streaming.begin_step()
-        states = [self.adopt(update.parameter, AdamWState) for update in updates]
+        states = [self.adopt(update.parameter, kind) for update in updates]
         work = list(zip(states, updates, strict=True))
         if self.plan.optimizer == "device":
             self._reseed_written([state for state in states if not state.streamed])
@@ -257,7 +257,7 @@ class Engine:
         self._submit_to_host([pair for pair in work if pair[0].parameter.numel() > 0])
         self.streaming.rest()
 
-    def _update_on_device(self, work: Sequence[tuple[AdamWState, Update]]) -> None:
+    def _update_on_device(self, work: Sequence[tuple[NativeState, Update]]) -> None:
         begun = False
         try:
             with Uninterrupted():
@@ -366,21 +366,21 @@ class Engine:
             return
         if state.streamed:
             self.streaming.open_for_writing([state.parameter])
-        elif state.has_moved() and state.on_host and isinstance(state, AdamWState):
+        elif state.has_moved() and state.on_host and isinstance(state, NativeState):
             self._slots[id(state.parameter)] = self._add_slot(state)
         state.adopt_parameter()
 
     def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
         return min((order.get(u, len(order)) for u in self._units_of.get(id(state.parameter), ())), default=0)
 
-    def _submit_to_host(self, work: Sequence[tuple[AdamWState, Update]]) -> None:
+    def _submit_to_host(self, work: Sequence[tuple[NativeState, Update]]) -> None:
         jobs = []
         read = []  # the host bytes that each job reads
-        scalars: dict[tuple[AdamWHyper, int], _native.AdamWScalars] = {}
+        scalars: dict[tuple[Hyper, int], Any] = {}
         for state, update in work:
             key = (update.hyper, state.step + 1)
             if key not in scalars:
-                scalars[key] = _native.AdamWScalars(**update.hyper.scalars(state.step + 1))
+                scalars[key] = update.hyper.native_scalars(state.step + 1)
             taken = self.lanes.for_step(state.parameter)
             tickets = [*taken.tickets, *self.streaming.uploads_of(state.parameter)]
             jobs.append(

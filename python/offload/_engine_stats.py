@@ -10,7 +10,7 @@ from torch import Tensor
 from ._config import format_size
 from ._engine import Engine
 from ._host_grad import HostGrad
-from ._parameter_state import AdamWState
+from ._native_state import NativeState
 from ._pending import can_be_pending
 from ._stats import Stats
 
@@ -38,7 +38,8 @@ def engine_stats(engine: Engine, parameters: Sequence[Tensor]) -> Stats:
     on_device = [state for state in engine.states.values() if not state.on_host]
     if on_device:
         device["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
-        device["moments"] = sum(s.exp_avg.nbytes + s.exp_avg_sq.nbytes for s in on_device if isinstance(s, AdamWState))
+        native = [state for state in on_device if isinstance(state, NativeState)]
+        device["moments"] = sum(moment.nbytes for state in native for moment in state.moments.values())
     host = {tag: sum(pool["tag_bytes"][tag] for pool in pools) for tag in pools[0]["tag_bytes"]}
     if engine.torch_optimizers:
         tier = host if engine.plan.optimizer == "host" else device

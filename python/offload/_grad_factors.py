@@ -22,7 +22,7 @@ __all__ = [
     "make_factor", "scaled", "with_scale",
 ]  # fmt: skip
 
-# FactorKind of csrc/optimizer/adamw.h.
+# FactorKind of csrc/optimizer/update_rules.h.
 MULTIPLY, DIVIDE, MULTIPLY_RECIPROCAL, MULTIPLY_WIDE = 0, 1, 2, 3
 
 _aten = torch.ops.aten

@@ -172,7 +172,27 @@ class AdamWScalars:
         maximize: bool = False,
     ) -> None: ...
 
-def adamw_update(
+class LionScalars:
+    """The scalars of one step; doubles are rounded to fp32. See [Note: the Lion sequence]."""
+
+    def __init__(
+        self,
+        *,
+        weight_scale: float,
+        beta1: float,
+        one_minus_beta1: float,
+        beta2: float,
+        one_minus_beta2: float,
+        step_size: float,
+        maximize: bool = False,
+    ) -> None: ...
+
+class AdagradScalars:
+    """The scalars of one step; doubles are rounded to fp32. See [Note: the Adagrad sequence]."""
+
+    def __init__(self, *, l2: float, step_size: float, eps: float, maximize: bool = False) -> None: ...
+
+def update_states(
     *,
     gradient: int,
     gradient_format: int,
@@ -183,12 +203,15 @@ def adamw_update(
     exp_avg: int,
     exp_avg_sq: int,
     count: int,
-    scalars: AdamWScalars,
+    scalars: AdamWScalars | LionScalars | AdagradScalars,
     factors: Sequence[tuple[int, float]] = (),
     isa: str | None = None,
     threads: int = 0,
 ) -> None:
-    """One step over host memory. `threads`: 0 = the shared pool, n = a pool of n made for the call (tests)."""
+    """One step of the optimizer whose scalars are given, over host memory; a state that it has not may be 0.
+
+    `threads`: 0 = the shared pool, n = a pool of n made for the call (tests).
+    """
 
 def split_master(master: int, weight: int, remainder: int, count: int) -> None: ...
 def join_master(weight: int, remainder: int, master: int, count: int) -> None: ...
@@ -205,7 +228,7 @@ def streaming_pass(
     prefetch: bool = False,
     threads: int = 0,
 ) -> None:
-    """Streams `count` elements of each array (address, bytes an element, access): the ceiling for adamw_update.
+    """Streams `count` elements of each array (address, bytes an element, access): the ceiling for update_states.
 
     Arrays that are read or updated keep their bytes; written ones are filled with zeros.
     """
@@ -232,7 +255,16 @@ class StepPipeline:
     ) -> int: ...
     def submit(
         self,
-        jobs: Sequence[tuple[int, int, int, Sequence[Ticket], AdamWScalars, Sequence[tuple[int, int, float]]]],
+        jobs: Sequence[
+            tuple[
+                int,
+                int,
+                int,
+                Sequence[Ticket],
+                AdamWScalars | LionScalars | AdagradScalars,
+                Sequence[tuple[int, int, float]],
+            ]
+        ],
         compute_stream: int = 0,
     ) -> list[Ticket]:
         """Jobs are (slot, gradient address, gradient format, tickets, scalars, factors).

@@ -1,4 +1,7 @@
-"""NativeUpdater: torch's Adam and AdamW, run by the native core or, on the device, in its sequence of operations."""
+"""NativeUpdater: torch's Adam, AdamW and Adagrad, and Lion, run by the native core.
+
+Where states stay on the device it is torch operations in the native core's sequence.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,30 @@ import torch
 from torch.nn import Parameter
 
 from . import _checkpoint
+from ._adagrad import AdagradHyper
 from ._adamw import AdamWHyper
 from ._checkpoint import Groups, SavedState
 from ._engine import Engine, Update
 from ._errors import InvalidArgument
-from ._parameter_state import AdamWState
+from ._lion import Lion, LionHyper
+from ._native_state import AdagradState, AdamWState, Hyper, LionState, NativeState
+
+# Exact types only: a subclass may do anything in its step.
+_KINDS: dict[type[torch.optim.Optimizer], type[NativeState]] = {
+    torch.optim.Adam: AdamWState,
+    torch.optim.AdamW: AdamWState,
+    torch.optim.Adagrad: AdagradState,
+    Lion: LionState,
+}
 
 
 class NativeUpdater:
     """Updates through the engine's states; see `_optimizer.Updater`."""
 
-    state_kind = AdamWState
-
     def __init__(self, original: torch.optim.Optimizer, engine: Engine) -> None:
         self.engine = engine
         self._original = original
+        self._kind = self.state_kind_of(original)
         self._decoupled = type(original) is torch.optim.AdamW
         for group in original.param_groups:
             self.check_group(group)
@@ -38,28 +50,44 @@ class NativeUpdater:
 
     @staticmethod
     def takes(optimizer: torch.optim.Optimizer) -> bool:
-        """Exact types only: a subclass may do anything in its step. `amsgrad` has a third moment."""
-        exact = type(optimizer) in (torch.optim.Adam, torch.optim.AdamW)
-        return exact and not any(group.get("amsgrad") for group in optimizer.param_groups)
+        """`amsgrad` has a third moment."""
+        return type(optimizer) in _KINDS and not any(group.get("amsgrad") for group in optimizer.param_groups)
+
+    @staticmethod
+    def state_kind_of(optimizer: torch.optim.Optimizer) -> type[NativeState]:
+        return _KINDS[type(optimizer)]
+
+    def _hyper_of(self, group: Mapping[str, Any]) -> Hyper:
+        if self._kind is LionState:
+            return LionHyper.of_group(group)
+        if self._kind is AdagradState:
+            return AdagradHyper.of_group(group)
+        return AdamWHyper.of_group(group, decoupled=self._decoupled)
 
     def check_group(self, group: Mapping[str, Any]) -> None:
-        AdamWHyper.of_group(group, decoupled=self._decoupled)
+        self._hyper_of(group)
 
     def adopt(self, parameter: Parameter) -> None:
-        self.engine.adopt(parameter, AdamWState)
+        self._adopted(parameter)
+
+    def _adopted(self, parameter: Parameter) -> NativeState:
+        known = id(parameter) in self.engine.states
+        state = self.engine.adopt(parameter, self._kind)
+        if not known and self._kind is AdagradState:
+            state.begin_moments(self._original.defaults["initial_accumulator_value"])
+        return state
 
     def step(self, groups: Groups, grad_scale: float) -> None:
         updates = []
         for group in groups:
-            hyper = AdamWHyper.of_group(group, decoupled=self._decoupled)
+            hyper = self._hyper_of(group)
             updates += [Update(p, hyper, grad_scale) for p in group["params"] if p.grad is not None]
-        self.engine.submit_step(updates)
+        self.engine.submit_step(updates, self._kind)
 
     # --- states ---------------------------------------------------------------------------------------------
 
     def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
-        states = self._states(groups)
-        return {state.parameter: _checkpoint.dump(state, joined=joined) for state in states if state.step > 0}
+        return {state.parameter: _checkpoint.dump(state, joined=joined) for state in self._states(groups)}
 
     def check(
         self,
@@ -68,7 +96,7 @@ class NativeUpdater:
         pairs: Iterable[tuple[Parameter, SavedState | None]],
         others: Mapping[Any, Any],
     ) -> None:
-        _checkpoint.check_groups(groups, saved_groups, decoupled=self._decoupled)
+        _checkpoint.check_groups(groups, saved_groups, self._kind, self._hyper_of)
         if others:
             raise InvalidArgument(f"the loaded state has an entry {next(iter(others))!r} that is in none of its groups")
         for parameter, saved in pairs:
@@ -76,7 +104,7 @@ class NativeUpdater:
 
     def _check_state(self, parameter: Parameter, saved: SavedState | None) -> None:
         if saved:
-            _checkpoint.check_state(self.engine.name_of(parameter), parameter, saved)
+            _checkpoint.check_state(self.engine.name_of(parameter), parameter, saved, self._kind)
 
     def load(
         self, groups: Groups, pairs: Iterable[tuple[Parameter, SavedState | None]], others: Mapping[Any, Any]
@@ -90,7 +118,7 @@ class NativeUpdater:
         for parameter, saved in pairs:
             if not saved and id(parameter) not in self.engine.states:
                 continue
-            state = self.engine.adopt(parameter, AdamWState)
+            state = self._adopted(parameter)
             # A state on the device takes the weight from there.
             with contextlib.nullcontext() if state.on_host else self.engine.streaming.present([parameter]):
                 if saved:
@@ -100,14 +128,15 @@ class NativeUpdater:
 
     def plain_states(self) -> dict[Any, Any]:
         states = self._states(self._original.param_groups)
-        return {state.parameter: _checkpoint.plain(state) for state in states if state.step > 0}
+        return {state.parameter: _checkpoint.plain(state) for state in states}
 
     def release(self, states: Mapping[Any, Any]) -> None:
         self._original.state.update(states)
 
-    def _states(self, groups: Iterable[Mapping[str, Any]]) -> Iterator[AdamWState]:
+    def _states(self, groups: Iterable[Mapping[str, Any]]) -> Iterator[NativeState]:
+        """The states that torch's own class would have by now."""
         for group in groups:
             for parameter in group["params"]:
                 state = self.engine.states.get(id(parameter))
-                if isinstance(state, AdamWState):
+                if isinstance(state, NativeState) and (state.step > 0 or state.from_the_start):
                     yield state

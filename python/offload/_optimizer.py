@@ -76,7 +76,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     """Returned by `offload.wrap` in the place of a torch optimizer.
 
     `param_groups` is the wrapped optimizer's own list, so schedulers made before or after `wrap` act on both.
-    `step()` submits the update of Adam and AdamW and returns; another class has updated its masters by then. Parameters
+    `step()` submits the update of a native class and returns; another class has updated its masters by then. Parameters
     become current when they are next used.
     """
 

@@ -9,20 +9,19 @@ A state holds an exact fp32 master of the weight, in one of three forms:
 On the device the working weight is the parameter; on the host it is a buffer that the parameter is refilled from.
 A split master needs that buffer: it tells which elements of a parameter the user has overwritten.
 
-An `AdamWState` holds the first and second moments (fp32) too; other optimizers keep theirs themselves.
+A `NativeState` (_native_state.py) holds the optimizer's moments too; classes that are not native keep their own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._adamw import adamw_step_, join_master, round_to_weight, split_master, write_weight
+from ._adamw import join_master, round_to_weight, split_master, write_weight
 from ._errors import StateError
 
 # No parameter has it: the next step compares the parameter with its working weight.
@@ -50,6 +49,8 @@ class ParameterState:
 
     # Whether the master may be split: only the native update reads and writes one.
     may_split = False
+    # What the plan charges for the optimizer's moments, an element: what a class of its own keeps is not known.
+    planned_moment_bytes = 8
 
     def __init__(
         self, name: str, parameter: Parameter, *, on_host: bool, split: bool, streamed: bool, allocate: Allocate
@@ -193,24 +194,3 @@ class ParameterState:
         """The fp32 master was written: the working weight becomes its rounded value."""
         if self.parameter.dtype != torch.float32:
             write_weight(self.working_weight(), self.master_value())
-
-
-class AdamWState(ParameterState):
-    """Master and moments of `parameter`."""
-
-    may_split = True
-
-    def __init__(
-        self, name: str, parameter: Parameter, *, on_host: bool, split: bool, streamed: bool, allocate: Allocate
-    ) -> None:
-        super().__init__(name, parameter, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
-        self.exp_avg = allocate(torch.float32, "moments").zero_()
-        self.exp_avg_sq = allocate(torch.float32, "moments").zero_()
-
-    @torch.no_grad()
-    def update_on_device(self, gradient: Tensor, scalars: dict[str, Any]) -> None:
-        """One step in torch operations where the states are: for states that stay on the device."""
-        master = self.master_value()
-        adamw_step_(master, self.exp_avg, self.exp_avg_sq, gradient, scalars)
-        if self.parameter.dtype != torch.float32:
-            self.working_weight().copy_(round_to_weight(master, self.parameter.dtype))

@@ -15,8 +15,7 @@ Placement = Literal["device", "host"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
 MasterForm = Literal["none", "fp32", "split", "mixed"]
 
-# Two fp32 moments; see [Note: bytes a parameter].
-_MOMENT_BYTES = 8
+# See [Note: bytes a parameter].
 _SPLIT_MASTER_BYTES = 2
 _FP32_MASTER_BYTES = 4
 # Of a measured device, what is left to activations and workspace: their size is not known before the
@@ -33,7 +32,8 @@ class ParameterSize:
     """One parameter as the plan sees it; a tied parameter appears once.
 
     numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`). may_split: its
-    optimizer can use a split master. unit: what it is streamed with; stays: it is on the device all the same.
+    optimizer can use a split master. moment_bytes: what that keeps beside a master, an element. unit: what it is
+    streamed with; stays: it is on the device all the same.
     """
 
     name: str
@@ -43,6 +43,7 @@ class ParameterSize:
     trainable: bool = True
     unit: str = ""
     may_split: bool = True
+    moment_bytes: int = 8
     stays: bool = False
 
 
@@ -98,8 +99,9 @@ class Plan:
 # [Note: bytes a parameter] By tier, for weights of 2 bytes (bf16, fp16) and of 4 (fp32):
 #   device   weight 2 | 4; of weights on the host only those that stay, and the window: the largest unit, times one
 #            more than are sent for ahead
-#   states on the device   moments 4 + 4; master 4 for 16-bit weights; an fp32 weight is its own master
-#   states on the host     moments 4 + 4; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
+#   states on the device   moments 4 + 4 (Lion, Adagrad: 4); master 4 for 16-bit weights; an fp32 weight is its
+#            own master
+#   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
 #   weights on the host    a working copy of 2 | 4, where no state on the host has it already
 #   gradient 2 | 4, where gradients live; a host update of device gradients needs them on the host too
@@ -189,7 +191,7 @@ class _Sizes:
         # fp32 masters on the host are what their weights are uploaded from.
         self.upload_masters = sum(p.numel * p.itemsize for p in trainable if p.itemsize == 4)
         self.gradients = sum(p.numel * (gradient_itemsize or p.itemsize) for p in trainable)
-        self.moments = sum(p.numel for p in trainable) * _MOMENT_BYTES
+        self.moments = sum(p.numel * p.moment_bytes for p in trainable)
         self.working = sum(p.numel * p.itemsize for p in trainable if p.itemsize == 2)
         self.device_master = sum(p.numel * _FP32_MASTER_BYTES for p in trainable if p.itemsize == 2)
         self.host_master = sum(p.numel * _host_master_bytes(p, config) for p in trainable)

@@ -34,8 +34,6 @@ _SEARCH_DEPTH = 3
 class TorchUpdater:
     """Steps a twin of `original`; see the module's text and `_optimizer.Updater`."""
 
-    state_kind = ParameterState
-
     def __init__(self, original: Optimizer, engine: Engine) -> None:
         self.engine = engine
         self._original = original
@@ -77,6 +75,10 @@ class TorchUpdater:
     def _fused(self) -> bool:
         """A fused kernel has its step counters where the parameters are."""
         return any(group.get("fused") for group in self._original.param_groups)
+
+    @staticmethod
+    def state_kind_of(optimizer: Optimizer) -> type[ParameterState]:
+        return ParameterState
 
     # --- the step -------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, overload
 
@@ -19,8 +19,10 @@ from ._errors import InvalidArgument, StateError
 from ._hooks import Hooks
 from ._host_grad import HostGrad
 from ._interrupts import Uninterrupted
+from ._native_state import AdamWState
 from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
+from ._parameter_state import ParameterState
 from ._plan import ParameterSize, Plan, make_plan
 from ._probe import probe_device, probe_host
 from ._residency import can_be_streamed
@@ -55,7 +57,8 @@ def wrap(
     Args:
         model: any module whose trainable parameters are dense fp32, bf16 or fp16. It is returned, with hooks.
         optim: a torch optimizer over its parameters, or several. Fresh, or with states to go on from. Of torch's,
-            `Adam` and `AdamW` run in native code; any other class runs as itself over fp32 masters, at its own speed.
+            `Adam`, `AdamW` and `Adagrad` run in native code, and so does `offload.Lion`; any other class runs as itself
+            over fp32 masters, at its own speed.
         config: a `Config`, or a dict of its fields. `options` are the same fields and win over it.
 
     Returns:
@@ -81,7 +84,7 @@ def wrap(
     kinds = [(optimizer, _updater_of(optimizer)) for optimizer in optimizers]
     engine.reserve(
         [
-            (parameter, updater.state_kind)
+            (parameter, updater.state_kind_of(optimizer))
             for optimizer, updater in kinds
             for group in optimizer.param_groups
             for parameter in group["params"]
@@ -176,7 +179,7 @@ def estimate(
     config, options: as of `wrap`; budgets are left out, so that "auto" offloads nothing. Raises `InvalidArgument`.
     """
     settings = Config.resolve(config, {**options, "device_budget": _UNLIMITED, "host_budget": _UNLIMITED})
-    trained = {id(p): True for p in model.parameters() if p.requires_grad}
+    trained = {id(p): AdamWState for p in model.parameters() if p.requires_grad}
     sizes = _parameter_sizes(model, find_units(model, settings.units), trained)
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
@@ -324,7 +327,7 @@ def _plan(
     device: torch.device,
 ) -> Plan:
     trained = {
-        id(p): _updater_of(o).state_kind.may_split
+        id(p): _updater_of(o).state_kind_of(o)
         for o in optimizers
         for g in o.param_groups
         for p in g["params"]
@@ -348,8 +351,10 @@ def _plan(
     )
 
 
-def _parameter_sizes(model: nn.Module, units: Sequence[Unit], trained: dict[int, bool]) -> list[ParameterSize]:
-    """The model's parameters as the plan sees them; `trained`: id -> whether its master may be split."""
+def _parameter_sizes(
+    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]]
+) -> list[ParameterSize]:
+    """The model's parameters as the plan sees them; `trained`: id -> the kind of its state."""
     unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
     # Its forward is open while any other's is.
     root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
@@ -361,7 +366,8 @@ def _parameter_sizes(model: nn.Module, units: Sequence[Unit], trained: dict[int,
             dtype_name=str(parameter.dtype).removeprefix("torch."),
             trainable=id(parameter) in trained,
             unit=unit_of[id(parameter)].name,
-            may_split=trained.get(id(parameter), False),
+            may_split=id(parameter) in trained and trained[id(parameter)].may_split,
+            moment_bytes=trained[id(parameter)].planned_moment_bytes if id(parameter) in trained else 0,
             stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
         )
         for name, parameter in model.named_parameters()

@@ -34,7 +34,7 @@ struct Parameter {
     }
   }
 
-  AdamWSpan span() {
+  UpdateSpan span() {
     return {.gradient = gradient.data(),
             .master = master.data(),
             .weight = nullptr,
@@ -56,7 +56,7 @@ struct Parameter {
 
   // The same step in one call, without a pipeline.
   void update(const std::vector<Factor>& factors = {}) {
-    adamw_update(span(), kScalars, factors.data(), factors.size(), false, active_isa());
+    update_states(span(), kScalars, factors.data(), factors.size(), false, active_isa());
   }
 
   bool same_states(const Parameter& other) const {

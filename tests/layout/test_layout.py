@@ -39,11 +39,14 @@ CSRC_FLOORS = {
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
     ("_errors", "_config", "_plan", "_stats"),
-    ("_units", "_pending", "_interrupts", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace"),
+    (
+        "_units", "_pending", "_interrupts", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_disk", "_probe",
+        "_trace",
+    ),
     ("_durable_files", "_safetensors", "_checkpoint_directory"),
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_streaming",
-        "_activations", "_saved_ranges", "_parameter_state",
+        "_activations", "_saved_ranges", "_parameter_state", "_native_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
     ("_weight_lane", "_engine", "_engine_stats"),
@@ -56,7 +59,8 @@ DOORS = ("__init__", "__main__")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
 # _copy_lanes and _gradient_lanes are the engine's own way of copying and store of gradients, in files of their own.
 MAY_IMPORT_NATIVE = (
-    "_engine", "_copy_lanes", "_gradient_lanes", "_adamw", "_kernels", "_unified", "_disk", "_probe", "_trace",
+    "_engine", "_copy_lanes", "_gradient_lanes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_disk",
+    "_probe", "_trace",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")

@@ -102,7 +102,7 @@ def cell_of(gradient: Tensor | None) -> GradCell:
 
 
 def as_the_optimizer_reads(step: StepGradient, shape: torch.Size) -> Tensor:
-    """Applies the factors as csrc/optimizer/adamw.h does: each in fp32, rounded to the gradient's dtype."""
+    """Applies the factors as csrc/optimizer/update_rules.h does: each in fp32, rounded to the gradient's dtype."""
     for ticket in step.tickets:
         ticket.wait()
     flat = step.bytes.memory.clone().view(step.dtype)

@@ -112,7 +112,7 @@ class States:
         threads: int = 1,
     ) -> States:
         held = self.remainder if self.remainder is not None else self.master
-        _native.adamw_update(
+        _native.update_states(
             gradient=self.gradient.data_ptr(),
             gradient_format=FORMATS[self.gradient.dtype],
             master=held.data_ptr(),
@@ -385,8 +385,8 @@ def test_bad_arguments_are_refused(changes: dict[str, Any], message: str) -> Non
     arguments: dict[str, Any] = {name: memory[i].data_ptr() for i, name in enumerate(addresses)}
     arguments |= {"gradient_format": _native.FLOAT32, "master_format": _native.MASTER_FLOAT32}
     arguments |= {"weight_format": _native.BFLOAT16, "count": 64, "scalars": _native.AdamWScalars(**SCALARS)}
-    _native.adamw_update(**arguments)
+    _native.update_states(**arguments)
     before = memory.clone()
     with pytest.raises(InvalidArgument, match=message):
-        _native.adamw_update(**{**arguments, **changes})
+        _native.update_states(**{**arguments, **changes})
     assert torch.equal(memory, before)

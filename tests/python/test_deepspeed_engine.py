@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import logging
 import subprocess
 import sys
+import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,7 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"model": None}, "model is a NoneType"),
         ({"optimizer": 3}, "optimizer is a int"),
+        ({"mesh_param": (2, 4)}, r"mesh_param=\(2, 4\)"),
         ({"optimizer": lambda parameters: None}, "optimizer is a function"),
         ({"config": config_of(optimizer={"type": "SGD", "params": {"lr": -1.0}})}, "learning rate"),
     ],
@@ -194,6 +197,39 @@ def test_learning_rates_are_read_and_set() -> None:
     before = weights_of(engine)
     train_step(engine)
     assert all(same_bits(weight, before[name]) for name, weight in weights_of(engine).items())
+
+
+def test_a_scheduler_over_the_returned_optimizer() -> None:
+    engine, optimizer, *_ = offload.initialize(model=make_model(), config=config_of())
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns where it sees no step before the scheduler's
+        for expected in (5e-3, 0.0):
+            train_step(engine)
+            scheduler.step()
+            assert engine.get_lr() == [pytest.approx(expected)]
+    before = weights_of(engine)
+    train_step(engine)
+    assert all(same_bits(weight, before[name]) for name, weight in weights_of(engine).items())
+
+
+def test_the_returned_optimizer_is_the_wrapped_one_with_a_loss_scale() -> None:
+    engine, optimizer, *_ = offload.initialize(model=make_model(), config=config_of(zero=STAGES["stage 1"]))
+    train_step(engine)
+    assert optimizer.param_groups is optimizer.optimizer.param_groups
+    weight = engine.module.norm.weight
+    assert set(optimizer.state[weight]) >= {"exp_avg", "exp_avg_sq", "step"}
+    saved = copy.deepcopy(optimizer.state_dict())
+    train_step(engine)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[weight]["exp_avg"], saved["state"][_index_of(optimizer, weight)]["exp_avg"])
+    assert optimizer.loss_scale == 1.0 and not optimizer.overflow and optimizer.stats().transfers is not None
+    with pytest.raises(offload.InvalidArgument, match="closure"):
+        optimizer.step(lambda: None)
+
+
+def _index_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> int:
+    return [id(p) for p in optimizer.param_groups[0]["params"]].index(id(parameter))
 
 
 def test_batch_sizes_change_while_training() -> None:
@@ -313,6 +349,16 @@ def test_progress_and_a_breakdown_of_time_are_logged(caplog: pytest.LogCaptureFi
     assert [line.split(",")[0] for line in lines if line.startswith("step=")] == ["step=2", "step=4"]
     breakdown = [line for line in lines if line.startswith("step 1:")]
     assert len(breakdown) == 1 and all(part in breakdown[0] for part in ("forward", "backward", "step"))
+
+
+def test_the_state_and_what_differs_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "offload.deepspeed")
+    config = {"train_batch_size": 4, "dump_state": True, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
+    offload.initialize(model=make_model(), config=config)
+    lines = [record.getMessage() for record in caplog.records]
+    assert any(line.startswith("gradient_clipping is not in the config") for line in lines)
+    assert any(line.startswith("Settings(batch=BatchSizes(train=4") for line in lines)
+    assert any("optimizer on the device" in line for line in lines)
 
 
 def test_the_csv_monitor_writes_a_file_a_scalar(tmp_path: Path) -> None:

@@ -188,6 +188,19 @@ def test_cpu_checkpointing_works_from_the_config_alone(monkeypatch: pytest.Monke
     assert all(same_bits(weights[1][name], weight) for name, weight in weights[0].items())
 
 
+@pytest.mark.cpu_only  # SGD runs as torch's own class, whose bits are those of the tier
+@pytest.mark.parametrize(
+    ("kind", "params"), [("Lion", {"lr": 1e-3}), ("Adagrad", {"lr": 1e-2}), ("SGD", {"lr": 0.1, "momentum": 0.9})]
+)
+def test_other_optimizers_by_name(kind: str, params: dict[str, Any]) -> None:
+    runs = [
+        engine_run(config_of(zero=STAGES[stage], optimizer={"type": kind, "params": params}))
+        for stage in ("stage 0", "stage 3, all on the host")
+    ]
+    assert_same(runs[1], runs[0])
+    assert runs[0].losses[-1] != runs[0].losses[0]
+
+
 @pytest.mark.cpu_only
 def test_adam_is_adamw_unless_told_otherwise() -> None:
     decay = {"lr": 1e-2, "weight_decay": 0.1}

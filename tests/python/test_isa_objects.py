@@ -21,8 +21,9 @@ ALLOWED_INCLUDES = {
     "immintrin.h",
     "emmintrin.h",
     "arm_neon.h",
-    "optimizer/adamw_kernels.h",
-    "optimizer/adamw_body.inl",
+    "optimizer/update_kernels.h",
+    "optimizer/update_body.inl",
+    "optimizer/update_rules.inl",
     "optimizer/float_formats.inl",
 }
 
@@ -33,7 +34,7 @@ def test_one_strong_symbol_and_no_weak_one(isa: str, level: str, tmp_path: Path)
     """The linker keeps any one copy of a weak function, for every CPU: it may be the one with AVX-512."""
     built = tmp_path / "kernel.o"
     options = ["-std=c++20", level, "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", *FLAGS[isa]]
-    source = OPTIMIZER / f"adamw_{isa}.cpp"
+    source = OPTIMIZER / f"kernels_{isa}.cpp"
     subprocess.run(
         ["c++", *options, f"-I{ROOT / 'csrc'}", "-w", "-c", str(source), "-o", str(built)],
         check=True,
@@ -42,7 +43,7 @@ def test_one_strong_symbol_and_no_weak_one(isa: str, level: str, tmp_path: Path)
     listing = subprocess.run(["nm", "-C", str(built)], capture_output=True, text=True, check=True).stdout
     symbols = re.findall(r"^[0-9a-f]*\s+([A-Za-z]) (.+)$", listing, flags=re.MULTILINE)
     defined = [name.partition("(")[0] for kind, name in symbols if kind.isupper() and kind not in "UVW"]
-    assert defined == [f"offload::adamw_{isa}"]
+    assert defined == [f"offload::kernels_{isa}"]
     assert [name for kind, name in symbols if kind in "VWvwu"] == []
     needed = {name for kind, name in symbols if kind == "U"}
     assert needed <= {"memcpy", "memset", "_GLOBAL_OFFSET_TABLE_"}
@@ -50,8 +51,8 @@ def test_one_strong_symbol_and_no_weak_one(isa: str, level: str, tmp_path: Path)
 
 @pytest.mark.parametrize("isa", FLAGS)
 def test_includes_nothing_that_could_emit_shared_functions(isa: str) -> None:
-    included = re.findall(r'#include [<"](.+?)[>"]', (OPTIMIZER / f"adamw_{isa}.cpp").read_text())
+    included = re.findall(r'#include [<"](.+?)[>"]', (OPTIMIZER / f"kernels_{isa}.cpp").read_text())
     assert set(included) <= ALLOWED_INCLUDES
-    for header in ("adamw_kernels.h", "adamw.h", "adamw_body.inl", "float_formats.inl"):
+    for header in ("update_kernels.h", "update_rules.h", "update_body.inl", "update_rules.inl", "float_formats.inl"):
         nested = re.findall(r"#include <(.+?)>", (OPTIMIZER / header).read_text())
         assert set(nested) <= {"cstddef", "cstdint"}

@@ -71,7 +71,7 @@ class Parameter:
 
     @property
     def addresses(self) -> dict[str, int]:
-        """What add_slot and adamw_update both take."""
+        """What add_slot and update_states both take."""
         return {
             "master": self.master.data_ptr(),
             "master_format": _native.MASTER_SPLIT if self.master.dtype == torch.int16 else _native.MASTER_FLOAT32,
@@ -102,7 +102,7 @@ class Parameter:
 
     def update(self, factors: tuple[tuple[int, float], ...] = ()) -> None:
         """The same step in one call, without a pipeline."""
-        _native.adamw_update(
+        _native.update_states(
             gradient=self.gradient.data_ptr(),
             gradient_format=FORMATS[self.gradient.dtype],
             scalars=SCALARS,
@@ -245,6 +245,9 @@ def test_bad_jobs_are_refused_before_anything_runs() -> None:
     parameter, before = Parameter.make(10), Parameter.make(10)
     slot = parameter.slot(machine.pipeline)
     good = parameter.job(slot)
+    one_moment = machine.pipeline.add_slot(
+        name="w", upload_source=0, device_weight=0, weight_bytes=0, **{**parameter.addresses, "exp_avg_sq": 0}
+    )
     bad_jobs: list[object] = [
         (7, *good[1:]),
         (slot, 0, *good[2:]),
@@ -255,6 +258,7 @@ def test_bad_jobs_are_refused_before_anything_runs() -> None:
         (*good[:5], [(5, 0, 1.0)]),
         (*good[:5], [(0, 0)]),
         good[:3],
+        (one_moment, *good[1:]),  # AdamW needs both
     ]
     for bad in bad_jobs:
         with pytest.raises(InvalidArgument):
@@ -262,7 +266,8 @@ def test_bad_jobs_are_refused_before_anything_runs() -> None:
     wrong_slots = [
         ("a split master needs", {"master_format": _native.MASTER_SPLIT}),
         ("beside a fp32 master", {"weight": parameter.master.data_ptr()}),
-        ("got null", {"exp_avg": 0}),
+        ("got null", {"master": 0}),
+        ("got null", {"exp_avg": 0, "exp_avg_sq": 0}),
         ("must be a MASTER_ code", {"master_format": 2}),
     ]
     for message, change in wrong_slots:

@@ -75,7 +75,7 @@ class _Buffers:
         return self.gradient.element_size() + 2 * own + weight
 
     def update(self, isa: str) -> None:
-        _native.adamw_update(
+        _native.update_states(
             gradient=self.gradient.data_ptr(),
             gradient_format=FORMATS[self.gradient.dtype],
             master=self.master.data_ptr(),

@@ -39,6 +39,7 @@ def initialize(
     dist_init_required: bool | None = None,
     collate_fn: Callable[[list[Any]], Any] | None = None,
     config: dict[str, Any] | str | Path | None = None,
+    mesh_param: tuple[int, ...] | None = None,
     config_params: dict[str, Any] | str | Path | None = None,
 ) -> tuple[Engine, EngineOptimizer | None, EngineLoader | None, Any]:
     """Makes a training engine of a model, as `deepspeed.initialize` does.
@@ -54,7 +55,8 @@ def initialize(
         collate_fn: makes a micro-batch of a list of samples.
         config: a DeepSpeed config: a dict, the path of a JSON or HJSON file, or its text in base64. `config_params`
             is its old name.
-        mpu, distributed_port, dist_init_required: accepted; one process has nothing to set up.
+        mpu, mesh_param: accepted where they describe one process. distributed_port, dist_init_required: accepted; there
+            is nothing to set up.
 
     Returns:
         The engine, its optimizer, the loader and the scheduler; None for what there is not.
@@ -68,6 +70,8 @@ def initialize(
         raise offload.InvalidArgument(f"model is a {type(model).__name__}: give a torch.nn.Module")
     if mpu is not None and mpu.get_model_parallel_world_size() != 1:
         raise offload.InvalidArgument("mpu= splits the model over processes: one process is supported; leave it out")
+    if mesh_param is not None and any(size != 1 for size in mesh_param):
+        raise offload.InvalidArgument(f"mesh_param={mesh_param}: one process is supported; leave it out")
     given = _config_of(args, config, config_params)
     settings = _config.load(given)
     show_log()

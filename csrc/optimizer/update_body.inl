@@ -1,4 +1,5 @@
-// The arithmetic of AdamW, once: [Note: the AdamW sequence] in adamw.h over vectors of kLanes elements.
+// The loop over the elements, once: [Note: one step] in update_rules.h over vectors of kLanes elements. What
+// is the optimizer's own is a `Rule` of update_rules.inl.
 //
 // Before it is included inside an anonymous namespace, the ISA's file includes float_formats.inl and defines
 //   kLanes, and Floats and Words: vectors of kLanes float and uint32_t
@@ -88,23 +89,23 @@ template <typename Gradient, typename Master>
 struct Arrays {
   const typename Gradient::Element* gradient;
   typename Master::Element* master;
-  uint16_t* weight;  // unused unless Master::kHasWeight
-  float* exp_avg;
-  float* exp_avg_sq;
-};
-
-struct Step {
-  Floats weight_scale, l2, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
-  Words gradient_sign;  // flips the sign when the objective is maximized
-  bool has_l2;
-  const Factor* factors;
-  size_t factor_count;
+  uint16_t* weight;   // unused unless Master::kHasWeight
+  float* exp_avg;     // unused unless Rule::kHasExpAvg
+  float* exp_avg_sq;  // unused unless Rule::kHasExpAvgSq
 };
 
 inline Floats broadcast(float value) { return Floats{} + value; }
 
-template <typename Gradient>
-inline Floats scaled_gradient(Floats gradient, const Step& step) {
+template <typename Rule>
+struct Step {
+  Rule rule;
+  Words gradient_sign;  // flips the sign when the objective is maximized
+  const Factor* factors;
+  size_t factor_count;
+};
+
+template <typename Gradient, typename Rule>
+inline Floats scaled_gradient(Floats gradient, const Step<Rule>& step) {
   for (size_t i = 0; i < step.factor_count; ++i) {
     const Floats value = broadcast(step.factors[i].value);
     const FactorKind kind = step.factors[i].kind;
@@ -114,27 +115,17 @@ inline Floats scaled_gradient(Floats gradient, const Step& step) {
   return gradient;
 }
 
-template <typename Gradient, typename Master>
-inline Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, const Step& step) {
+template <typename Gradient, typename Master, typename Rule>
+inline Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step) {
   Floats gradient = scaled_gradient<Gradient>(Gradient::load(arrays.gradient + at), step);
   gradient = floats_of(bits_of(gradient) ^ step.gradient_sign);
-  Floats weight = Master::load(arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));
-  if (step.has_l2) {
-    gradient = gradient + step.l2 * weight;
-  } else {
-    weight = weight * step.weight_scale;
-  }
-  Floats exp_avg = load(arrays.exp_avg + at);
-  exp_avg = exp_avg + (gradient - exp_avg) * step.one_minus_beta1;
-  store(exp_avg, arrays.exp_avg + at);
-  Floats exp_avg_sq = load(arrays.exp_avg_sq + at);
-  exp_avg_sq = exp_avg_sq * step.beta2 + (step.one_minus_beta2 * gradient) * gradient;
-  store(exp_avg_sq, arrays.exp_avg_sq + at);
-  return weight - (step.step_size * exp_avg) / (square_root(exp_avg_sq) + step.eps);
+  const Floats weight = Master::load(arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));
+  return step.rule.update(gradient, weight, arrays.exp_avg + (Rule::kHasExpAvg ? at : 0),
+                          arrays.exp_avg_sq + (Rule::kHasExpAvgSq ? at : 0));
 }
 
-template <typename Gradient, typename Master>
-inline void update_pair(const Arrays<Gradient, Master>& arrays, size_t at, const Step& step) {
+template <typename Gradient, typename Master, typename Rule>
+inline void update_pair(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step) {
   const Floats low = update_lanes(arrays, at, step);
   const Floats high = update_lanes(arrays, at + kLanes, step);
   Master::store_pair(low, high, arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));
@@ -150,8 +141,8 @@ inline void prefetch_stride(const Element* array, size_t at) {
 }
 
 // The last elements: through copies of full length, so that they meet the same instructions.
-template <typename Gradient, typename Master>
-void update_tail(const Arrays<Gradient, Master>& arrays, size_t at, size_t count, const Step& step) {
+template <typename Gradient, typename Master, typename Rule>
+void update_tail(const Arrays<Gradient, Master>& arrays, size_t at, size_t count, const Step<Rule>& step) {
   typename Gradient::Element gradient[kPairLanes] = {};
   typename Master::Element master[kPairLanes] = {};
   uint16_t weight[kPairLanes] = {};
@@ -160,20 +151,20 @@ void update_tail(const Arrays<Gradient, Master>& arrays, size_t at, size_t count
     gradient[i] = arrays.gradient[at + i];
     master[i] = arrays.master[at + i];
     if (Master::kHasWeight) weight[i] = arrays.weight[at + i];
-    exp_avg[i] = arrays.exp_avg[at + i];
-    exp_avg_sq[i] = arrays.exp_avg_sq[at + i];
+    if (Rule::kHasExpAvg) exp_avg[i] = arrays.exp_avg[at + i];
+    if (Rule::kHasExpAvgSq) exp_avg_sq[i] = arrays.exp_avg_sq[at + i];
   }
   update_pair(Arrays<Gradient, Master>{gradient, master, weight, exp_avg, exp_avg_sq}, 0, step);
   for (size_t i = 0; i < count; ++i) {
     arrays.master[at + i] = master[i];
     if (Master::kHasWeight) arrays.weight[at + i] = weight[i];
-    arrays.exp_avg[at + i] = exp_avg[i];
-    arrays.exp_avg_sq[at + i] = exp_avg_sq[i];
+    if (Rule::kHasExpAvg) arrays.exp_avg[at + i] = exp_avg[i];
+    if (Rule::kHasExpAvgSq) arrays.exp_avg_sq[at + i] = exp_avg_sq[i];
   }
 }
 
-template <typename Gradient, typename Master>
-void update_span(const AdamWSpan& span, const Step& step) {
+template <typename Gradient, typename Master, typename Rule>
+void update_span(const UpdateSpan& span, const Step<Rule>& step) {
   const Arrays<Gradient, Master> arrays = {static_cast<const typename Gradient::Element*>(span.gradient),
                                            static_cast<typename Master::Element*>(span.master),
                                            static_cast<uint16_t*>(span.weight), span.exp_avg,
@@ -183,16 +174,16 @@ void update_span(const AdamWSpan& span, const Step& step) {
     prefetch_stride(arrays.gradient, at);
     prefetch_stride(arrays.master, at);
     if (Master::kHasWeight) prefetch_stride(arrays.weight, at);
-    prefetch_stride(arrays.exp_avg, at);
-    prefetch_stride(arrays.exp_avg_sq, at);
+    if (Rule::kHasExpAvg) prefetch_stride(arrays.exp_avg, at);
+    if (Rule::kHasExpAvgSq) prefetch_stride(arrays.exp_avg_sq, at);
     for (size_t pair = 0; pair < kStride; pair += kPairLanes) update_pair(arrays, at + pair, step);
   }
   for (; at + kPairLanes <= span.count; at += kPairLanes) update_pair(arrays, at, step);
   if (at < span.count) update_tail(arrays, at, span.count - at, step);
 }
 
-template <typename Gradient>
-void update_by_master(const AdamWSpan& span, const Step& step) {
+template <typename Gradient, typename Rule>
+void update_by_master(const UpdateSpan& span, const Step<Rule>& step) {
   if (span.master_format == MasterFormat::kSplit) {
     update_span<Gradient, SplitMaster>(span, step);
   } else if (span.weight == nullptr) {
@@ -204,19 +195,11 @@ void update_by_master(const AdamWSpan& span, const Step& step) {
   }
 }
 
-inline void update(const AdamWSpan& span, const AdamWScalars& scalars, const Factor* factors,
-                   size_t factor_count) {
-  const Step step = {broadcast(scalars.weight_scale),
-                     broadcast(scalars.l2),
-                     broadcast(scalars.one_minus_beta1),
-                     broadcast(scalars.beta2),
-                     broadcast(scalars.one_minus_beta2),
-                     broadcast(scalars.step_size),
-                     broadcast(scalars.eps),
-                     Words{} + (scalars.maximize ? 0x80000000u : 0u),
-                     scalars.l2 != 0,
-                     factors,
-                     factor_count};
+template <typename Rule>
+void update(const UpdateSpan& span, const typename Rule::Scalars& scalars, const Factor* factors,
+            size_t factor_count) {
+  const Step<Rule> step = {Rule(scalars), Words{} + (scalars.maximize ? 0x80000000u : 0u), factors,
+                           factor_count};
   switch (span.gradient_format) {
     case FloatFormat::kFloat32: return update_by_master<Float32Gradient>(span, step);
     case FloatFormat::kBFloat16: return update_by_master<BFloat16Gradient>(span, step);

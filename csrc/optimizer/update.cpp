@@ -1,4 +1,4 @@
-#include "optimizer/adamw.h"
+#include "optimizer/update.h"
 
 #include <algorithm>
 #include <cstdlib>
@@ -12,7 +12,7 @@
 #include "base/cpu_features.h"
 #include "base/error.h"
 #include "base/worker_pool.h"
-#include "optimizer/adamw_kernels.h"
+#include "optimizer/update_kernels.h"
 
 namespace offload {
 namespace {
@@ -25,14 +25,25 @@ constexpr size_t kBlockElements = size_t{32} << 10;
 
 constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
 
-AdamWKernel* kernel_for(Isa isa) {
+const UpdateKernels& kernels_for(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
-    case Isa::kAvx2: return adamw_avx2;
-    case Isa::kAvx512: return adamw_avx512;
+    case Isa::kAvx2: return kernels_avx2;
+    case Isa::kAvx512: return kernels_avx512;
 #endif
-    default: return adamw_scalar;
+    default: return kernels_scalar;
   }
+}
+
+void run(const UpdateKernels& kernels, const UpdateSpan& span, const UpdateScalars& scalars,
+         const std::vector<Factor>& factors) {
+  struct {
+    UpdateKernel<AdamWScalars>* operator()(const AdamWScalars&) const { return kernels.adamw; }
+    UpdateKernel<LionScalars>* operator()(const LionScalars&) const { return kernels.lion; }
+    UpdateKernel<AdagradScalars>* operator()(const AdagradScalars&) const { return kernels.adagrad; }
+    const UpdateKernels& kernels;
+  } const kernel_of{kernels};
+  std::visit([&](const auto& own) { kernel_of(own)(span, own, factors.data(), factors.size()); }, scalars);
 }
 
 Isa choose_isa() {
@@ -97,7 +108,8 @@ void require(bool holds, const char* message) {
   if (!holds) throw Error(ErrorKind::kInvalidArgument, message);
 }
 
-void check(const AdamWSpan& span, const Factor* factors, size_t factor_count, Isa isa) {
+void check(const UpdateSpan& span, const UpdateScalars& scalars, const Factor* factors, size_t factor_count,
+           Isa isa) {
   require(isa_available(isa),
           "this CPU or build has not the instruction set asked for: see available_isas()");
   require(factors != nullptr || factor_count == 0, "factors is null but factor_count is not 0");
@@ -117,8 +129,7 @@ void check(const AdamWSpan& span, const Factor* factors, size_t factor_count, Is
   if (span.count == 0) return;
   require(span.gradient != nullptr, "gradient is null");
   require(span.master != nullptr, "master is null");
-  require(span.exp_avg != nullptr, "exp_avg is null");
-  require(span.exp_avg_sq != nullptr, "exp_avg_sq is null");
+  require_states(span, scalars);
 }
 
 // Kernels know multiplication and division only: the reciprocal is the same for every element.
@@ -131,19 +142,6 @@ std::vector<Factor> without_reciprocals(const Factor* factors, size_t factor_cou
 }
 
 size_t element_bytes(FloatFormat format) { return format == FloatFormat::kFloat32 ? 4 : 2; }
-
-AdamWSpan part_of(const AdamWSpan& span, size_t at, size_t count) {
-  const size_t master_bytes = span.master_format == MasterFormat::kSplit ? 2 : 4;
-  AdamWSpan part = span;
-  part.gradient = static_cast<const char*>(span.gradient) + at * element_bytes(span.gradient_format);
-  part.master = static_cast<char*>(span.master) + at * master_bytes;
-  if (span.weight != nullptr)
-    part.weight = static_cast<char*>(span.weight) + at * element_bytes(span.weight_format);
-  part.exp_avg += at;
-  part.exp_avg_sq += at;
-  part.count = count;
-  return part;
-}
 
 uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 
@@ -172,25 +170,42 @@ const char* isa_name(Isa isa) noexcept {
   return "unknown";
 }
 
-void adamw_update(const AdamWSpan& span, const AdamWScalars& scalars, const Factor* factors,
-                  size_t factor_count, bool flush_denormals, Isa isa) {
-  check(span, factors, factor_count, isa);
-  const std::vector<Factor> plain_factors = without_reciprocals(factors, factor_count);
-  FloatingPointMode mode(flush_denormals);
-  kernel_for(isa)(span, scalars, plain_factors.data(), plain_factors.size());
+void require_states(const UpdateSpan& span, const UpdateScalars& scalars) {
+  require(span.exp_avg != nullptr || std::holds_alternative<AdagradScalars>(scalars), "exp_avg is null");
+  require(span.exp_avg_sq != nullptr || std::holds_alternative<LionScalars>(scalars), "exp_avg_sq is null");
 }
 
-void adamw_update_parallel(WorkerPool& pool, const AdamWSpan& span, const AdamWScalars& scalars,
-                           const Factor* factors, size_t factor_count, bool flush_denormals, Isa isa) {
-  check(span, factors, factor_count, isa);
+UpdateSpan slice(const UpdateSpan& span, size_t begin, size_t count) noexcept {
+  UpdateSpan part = span;
+  part.gradient = static_cast<const char*>(span.gradient) + begin * element_bytes(span.gradient_format);
+  part.master =
+      static_cast<char*>(span.master) + begin * (span.master_format == MasterFormat::kSplit ? 2 : 4);
+  if (span.weight != nullptr)
+    part.weight = static_cast<char*>(span.weight) + begin * element_bytes(span.weight_format);
+  if (span.exp_avg != nullptr) part.exp_avg += begin;
+  if (span.exp_avg_sq != nullptr) part.exp_avg_sq += begin;
+  part.count = count;
+  return part;
+}
+
+void update_states(const UpdateSpan& span, const UpdateScalars& scalars, const Factor* factors,
+                   size_t factor_count, bool flush_denormals, Isa isa) {
+  check(span, scalars, factors, factor_count, isa);
   const std::vector<Factor> plain_factors = without_reciprocals(factors, factor_count);
-  AdamWKernel* const kernel = kernel_for(isa);
+  FloatingPointMode mode(flush_denormals);
+  run(kernels_for(isa), span, scalars, plain_factors);
+}
+
+void update_states_parallel(WorkerPool& pool, const UpdateSpan& span, const UpdateScalars& scalars,
+                            const Factor* factors, size_t factor_count, bool flush_denormals, Isa isa) {
+  check(span, scalars, factors, factor_count, isa);
+  const std::vector<Factor> plain_factors = without_reciprocals(factors, factor_count);
+  const UpdateKernels& kernels = kernels_for(isa);
   const size_t block_count = (span.count + kBlockElements - 1) / kBlockElements;
   pool.parallel_for(block_count, [&](size_t block) {
     const size_t at = block * kBlockElements;
     FloatingPointMode mode(flush_denormals);
-    kernel(part_of(span, at, std::min(kBlockElements, span.count - at)), scalars, plain_factors.data(),
-           plain_factors.size());
+    run(kernels, slice(span, at, std::min(kBlockElements, span.count - at)), scalars, plain_factors);
   });
 }
 

@@ -5,7 +5,7 @@
 #endif
 #include <immintrin.h>
 
-#include "optimizer/adamw_kernels.h"
+#include "optimizer/update_kernels.h"
 
 namespace offload {
 namespace {
@@ -42,13 +42,11 @@ inline void store_float16(Floats low, Floats high, uint16_t* to) {
   store_16bit(to_float16(high), to + kLanes);
 }
 
-#include "optimizer/adamw_body.inl"
+#include "optimizer/update_body.inl"
+#include "optimizer/update_rules.inl"
 
 }  // namespace
 
-void adamw_avx512(const AdamWSpan& span, const AdamWScalars& scalars, const Factor* factors,
-                  size_t factor_count) {
-  update(span, scalars, factors, factor_count);
-}
+const UpdateKernels kernels_avx512 = {update<AdamW>, update<Lion>, update<Adagrad>};
 
 }  // namespace offload

@@ -1,8 +1,9 @@
-#include "optimizer/adamw.h"
+#include "optimizer/update.h"
 
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <variant>
 #include <vector>
 
 #include "base/worker_pool.h"
@@ -22,6 +23,15 @@ constexpr AdamWScalars kScalars = {.weight_scale = 0.9999f,
                                    .step_size = 1e-3f,
                                    .eps = 1e-8f,
                                    .maximize = false};
+constexpr LionScalars kLion = {.weight_scale = 0.9999f,
+                               .beta1 = 0.9f,
+                               .one_minus_beta1 = 0.1f,
+                               .beta2 = 0.99f,
+                               .one_minus_beta2 = 0.01f,
+                               .step_size = 1e-3f,
+                               .maximize = false};
+constexpr AdagradScalars kAdagrad = {.l2 = 0.01f, .step_size = 1e-2f, .eps = 1e-10f, .maximize = true};
+const UpdateScalars kAllScalars[] = {kScalars, kLion, kAdagrad};
 constexpr Factor kFactors[] = {{FactorKind::kMultiply, 0.3f},
                                {FactorKind::kDivide, 7.0f},
                                {FactorKind::kMultiplyReciprocal, 0.7f},
@@ -116,7 +126,7 @@ struct States {
     }
   }
 
-  AdamWSpan span() const {
+  UpdateSpan span() const {
     return {.gradient = gradient.as<void>(),
             .master = master.as<void>(),
             .weight = layout_.has_weight ? weight.as<void>() : nullptr,
@@ -126,6 +136,14 @@ struct States {
             .gradient_format = layout_.gradient,
             .weight_format = layout_.weight,
             .master_format = layout_.master};
+  }
+
+  // Without the states that the optimizer of `scalars` does not keep.
+  UpdateSpan span_for(const UpdateScalars& scalars) const {
+    UpdateSpan own = span();
+    if (std::holds_alternative<AdagradScalars>(scalars)) own.exp_avg = nullptr;
+    if (std::holds_alternative<LionScalars>(scalars)) own.exp_avg_sq = nullptr;
+    return own;
   }
 
   bool operator==(const States& other) const {
@@ -139,17 +157,19 @@ struct States {
 };
 
 void every_isa_and_alignment_gives_the_same_bits_on_every_tail() {
-  for (const Layout& layout : all_layouts()) {
-    for (size_t count = 0; count < 100; ++count) {
-      States expected(layout, count, 0);
-      const States start(layout, count, 0);
-      adamw_update(expected.span(), kScalars, kFactors, 4, false, Isa::kScalar);
-      CHECK(count == 0 || !(expected == start));
-      for (Isa isa : kAllIsas) {
-        if (!isa_available(isa)) continue;
-        States seen(layout, count, count % 5);
-        adamw_update(seen.span(), kScalars, kFactors, 4, false, isa);
-        CHECK(seen == expected);
+  for (const UpdateScalars& scalars : kAllScalars) {
+    for (const Layout& layout : all_layouts()) {
+      for (size_t count = 0; count < 100; ++count) {
+        States expected(layout, count, 0);
+        const States start(layout, count, 0);
+        update_states(expected.span_for(scalars), scalars, kFactors, 4, false, Isa::kScalar);
+        CHECK(count == 0 || !(expected == start));
+        for (Isa isa : kAllIsas) {
+          if (!isa_available(isa)) continue;
+          States seen(layout, count, count % 5);
+          update_states(seen.span_for(scalars), scalars, kFactors, 4, false, isa);
+          CHECK(seen == expected);
+        }
       }
     }
   }
@@ -157,26 +177,28 @@ void every_isa_and_alignment_gives_the_same_bits_on_every_tail() {
 
 void threads_do_not_change_the_bits() {
   WorkerPool pool(4);
-  for (const Layout& layout : all_layouts()) {
-    constexpr size_t kCount = 100'003;  // several blocks and a tail
-    States expected(layout, kCount, 0), seen(layout, kCount, 1);
-    adamw_update(expected.span(), kScalars, kFactors, 4, false, active_isa());
-    adamw_update_parallel(pool, seen.span(), kScalars, kFactors, 4, false, active_isa());
-    CHECK(seen == expected);
+  for (const UpdateScalars& scalars : kAllScalars) {
+    for (const Layout& layout : all_layouts()) {
+      constexpr size_t kCount = 100'003;  // several blocks and a tail
+      States expected(layout, kCount, 0), seen(layout, kCount, 1);
+      update_states(expected.span_for(scalars), scalars, kFactors, 4, false, active_isa());
+      update_states_parallel(pool, seen.span_for(scalars), scalars, kFactors, 4, false, active_isa());
+      CHECK(seen == expected);
+    }
   }
 }
 
-void one_step_by_hand() {
+void one_step_of_adamw_by_hand() {
   float gradient = 2, master = 1, exp_avg = 0, exp_avg_sq = 0;
-  const AdamWSpan span = {&gradient,
-                          &master,
-                          nullptr,
-                          &exp_avg,
-                          &exp_avg_sq,
-                          1,
-                          FloatFormat::kFloat32,
-                          FloatFormat::kFloat32,
-                          MasterFormat::kFloat32};
+  const UpdateSpan span = {&gradient,
+                           &master,
+                           nullptr,
+                           &exp_avg,
+                           &exp_avg_sq,
+                           1,
+                           FloatFormat::kFloat32,
+                           FloatFormat::kFloat32,
+                           MasterFormat::kFloat32};
   const AdamWScalars scalars = {.weight_scale = 0.5f,
                                 .l2 = 0,
                                 .one_minus_beta1 = 0.25f,
@@ -185,10 +207,55 @@ void one_step_by_hand() {
                                 .step_size = 0.5f,
                                 .eps = 1,
                                 .maximize = false};
-  adamw_update(span, scalars, nullptr, 0, false, active_isa());
+  update_states(span, scalars, nullptr, 0, false, active_isa());
   CHECK_EQ(exp_avg, 0.5f);
   CHECK_EQ(exp_avg_sq, 1.0f);
   CHECK_EQ(master, 0.375f);  // 1 * 0.5 - 0.5 * 0.5 / (1 + 1)
+}
+
+void one_step_of_lion_by_hand() {
+  const LionScalars scalars = {.weight_scale = 0.5f,
+                               .beta1 = 0.5f,
+                               .one_minus_beta1 = 0.5f,
+                               .beta2 = 0.25f,
+                               .one_minus_beta2 = 0.75f,
+                               .step_size = 0.125f,
+                               .maximize = false};
+  // Down, up, and neither where the two cancel, or where both are zeros of either sign; NaN shows in the
+  // moment.
+  float gradient[] = {2, -2, 4, -0.0f, __builtin_nanf("")};
+  float master[] = {1, 1, 1, 1, 1}, exp_avg[] = {4, 1, -4, 0, 1};
+  const UpdateSpan span = {.gradient = gradient,
+                           .master = master,
+                           .weight = nullptr,
+                           .exp_avg = exp_avg,
+                           .exp_avg_sq = nullptr,
+                           .count = 5,
+                           .gradient_format = FloatFormat::kFloat32,
+                           .weight_format = FloatFormat::kFloat32,
+                           .master_format = MasterFormat::kFloat32};
+  update_states(span, scalars, nullptr, 0, false, active_isa());
+  const float masters[] = {0.375f, 0.625f, 0.5f, 0.5f, 0.5f}, moments[] = {2.5f, -1.25f, 2, 0};
+  for (int i = 0; i < 5; ++i) CHECK_EQ(master[i], masters[i]);
+  for (int i = 0; i < 4; ++i) CHECK_EQ(exp_avg[i], moments[i]);
+  CHECK(exp_avg[4] != exp_avg[4]);
+}
+
+void one_step_of_adagrad_by_hand() {
+  float gradient = 2, master = 4, sum = 7;
+  const UpdateSpan span = {.gradient = &gradient,
+                           .master = &master,
+                           .weight = nullptr,
+                           .exp_avg = nullptr,
+                           .exp_avg_sq = &sum,
+                           .count = 1,
+                           .gradient_format = FloatFormat::kFloat32,
+                           .weight_format = FloatFormat::kFloat32,
+                           .master_format = MasterFormat::kFloat32};
+  const AdagradScalars scalars = {.l2 = 0.25f, .step_size = 0.5f, .eps = 2, .maximize = false};
+  update_states(span, scalars, nullptr, 0, false, active_isa());  // the gradient is 2 + 0.25 * 4
+  CHECK_EQ(sum, 16.0f);
+  CHECK_EQ(master, 3.75f);  // 4 - 0.5 * 3 / (4 + 2)
 }
 
 void denormals_are_flushed_only_on_request_and_the_mode_comes_back() {
@@ -197,16 +264,16 @@ void denormals_are_flushed_only_on_request_and_the_mode_comes_back() {
     for (Isa isa : kAllIsas) {
       if (!isa_available(isa)) continue;
       float gradient = 0, master = 1, exp_avg = 1e-40f, exp_avg_sq = 1;
-      const AdamWSpan span = {&gradient,
-                              &master,
-                              nullptr,
-                              &exp_avg,
-                              &exp_avg_sq,
-                              1,
-                              FloatFormat::kFloat32,
-                              FloatFormat::kFloat32,
-                              MasterFormat::kFloat32};
-      adamw_update(span, kScalars, nullptr, 0, flush, isa);
+      const UpdateSpan span = {&gradient,
+                               &master,
+                               nullptr,
+                               &exp_avg,
+                               &exp_avg_sq,
+                               1,
+                               FloatFormat::kFloat32,
+                               FloatFormat::kFloat32,
+                               MasterFormat::kFloat32};
+      update_states(span, kScalars, nullptr, 0, flush, isa);
       uint32_t bits;
       std::memcpy(&bits, &exp_avg, sizeof(bits));
       CHECK_EQ(bits == 0, flush);
@@ -217,19 +284,31 @@ void denormals_are_flushed_only_on_request_and_the_mode_comes_back() {
 
 void spans_that_are_not_legal_are_refused() {
   float memory[4] = {};
-  const AdamWSpan good = {memory,
-                          memory + 1,
-                          nullptr,
-                          memory + 2,
-                          memory + 3,
-                          1,
-                          FloatFormat::kFloat32,
-                          FloatFormat::kFloat32,
-                          MasterFormat::kFloat32};
-  auto update = [](const AdamWSpan& span) { adamw_update(span, kScalars, nullptr, 0, false, Isa::kScalar); };
-  AdamWSpan bad = good;
+  const UpdateSpan good = {memory,
+                           memory + 1,
+                           nullptr,
+                           memory + 2,
+                           memory + 3,
+                           1,
+                           FloatFormat::kFloat32,
+                           FloatFormat::kFloat32,
+                           MasterFormat::kFloat32};
+  auto update = [](const UpdateSpan& span) {
+    update_states(span, kScalars, nullptr, 0, false, Isa::kScalar);
+  };
+  UpdateSpan bad = good;
   bad.gradient = nullptr;
   CHECK_THROWS(ErrorKind::kInvalidArgument, "gradient", update(bad));
+  bad = good;
+  bad.exp_avg = nullptr;
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "exp_avg is null", update(bad));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "exp_avg is null",
+               update_states(bad, kLion, nullptr, 0, false, Isa::kScalar));
+  bad = good;
+  bad.exp_avg_sq = nullptr;
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "exp_avg_sq is null", update(bad));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "exp_avg_sq is null",
+               update_states(bad, kAdagrad, nullptr, 0, false, Isa::kScalar));
   bad = good;
   bad.weight = memory;
   CHECK_THROWS(ErrorKind::kInvalidArgument, "weight", update(bad));
@@ -240,9 +319,9 @@ void spans_that_are_not_legal_are_refused() {
   bad.gradient_format = static_cast<FloatFormat>(9);
   CHECK_THROWS(ErrorKind::kInvalidArgument, "gradient_format", update(bad));
   CHECK_THROWS(ErrorKind::kInvalidArgument, "factors",
-               adamw_update(good, kScalars, nullptr, 1, false, Isa::kScalar));
+               update_states(good, kScalars, nullptr, 1, false, Isa::kScalar));
   CHECK_THROWS(ErrorKind::kInvalidArgument, "instruction set",
-               adamw_update(good, kScalars, nullptr, 0, false, static_cast<Isa>(9)));
+               update_states(good, kScalars, nullptr, 0, false, static_cast<Isa>(9)));
 }
 
 void split_and_join_are_exact() {
@@ -295,7 +374,9 @@ int main() {
   using namespace offload;
   every_isa_and_alignment_gives_the_same_bits_on_every_tail();
   threads_do_not_change_the_bits();
-  one_step_by_hand();
+  one_step_of_adamw_by_hand();
+  one_step_of_lion_by_hand();
+  one_step_of_adagrad_by_hand();
   denormals_are_flushed_only_on_request_and_the_mode_comes_back();
   spans_that_are_not_legal_are_refused();
   split_and_join_are_exact();

@@ -1,11 +1,11 @@
-// The kernel for the baseline of the architecture: SSE2 on x86-64, Advanced SIMD on aarch64.
+// The kernels for the baseline of the architecture: SSE2 on x86-64, Advanced SIMD on aarch64.
 #if defined(__x86_64__)
 #include <emmintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #endif
 
-#include "optimizer/adamw_kernels.h"
+#include "optimizer/update_kernels.h"
 
 namespace offload {
 namespace {
@@ -58,13 +58,11 @@ inline void store_float16(Floats low, Floats high, uint16_t* to) {
   narrow(to_float16(low), to_float16(high), to);
 }
 
-#include "optimizer/adamw_body.inl"
+#include "optimizer/update_body.inl"
+#include "optimizer/update_rules.inl"
 
 }  // namespace
 
-void adamw_scalar(const AdamWSpan& span, const AdamWScalars& scalars, const Factor* factors,
-                  size_t factor_count) {
-  update(span, scalars, factors, factor_count);
-}
+const UpdateKernels kernels_scalar = {update<AdamW>, update<Lion>, update<Adagrad>};
 
 }  // namespace offload

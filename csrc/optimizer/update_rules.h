@@ -1,0 +1,92 @@
+// What a step reads and writes, and the arithmetic of each optimizer.
+//
+// Ownership: an UpdateSpan borrows its memory.
+// Units: element counts. All arrays of an UpdateSpan have `count` elements.
+// Invariants: includes nothing but <cstddef> and <cstdint>: the files compiled for an ISA see it, see
+//             update_kernels.h.
+// Sources: Adam, arXiv 1412.6980; AdamW, arXiv 1711.05101; Lion, arXiv 2302.06675; Adagrad, JMLR 12 (2011).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace offload {
+
+enum class FloatFormat : uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// kFloat32: `master` holds fp32. kSplit: the fp32 master is the bf16 working weight plus the signed
+// 16-bit remainder in `master`; bits(master) = (weight << 16) + remainder.
+enum class MasterFormat : uint8_t { kFloat32 = 0, kSplit = 1 };
+
+// A pending scale of the gradient, applied as torch would have: in fp32, then rounded to nearest even
+// in the gradient's dtype. kMultiplyReciprocal multiplies by 1/value rounded to fp32; kMultiplyWide leaves
+// the product in fp32: what a loss scale kept above zero in fp16 would be lost again in fp16.
+enum class FactorKind : uint8_t { kMultiply = 0, kDivide = 1, kMultiplyReciprocal = 2, kMultiplyWide = 3 };
+struct Factor {
+  FactorKind kind;
+  float value;
+};
+
+struct UpdateSpan {
+  const void* gradient;  // in gradient_format
+  void* master;          // float[count], or int16_t[count] when master_format is kSplit
+  void* weight;          // working weight in weight_format; null when the fp32 master is the weight itself
+  float* exp_avg;        // first moment; not read by Adagrad
+  float* exp_avg_sq;     // second moment, and Adagrad's sum of squares; not read by Lion
+  size_t count;
+  FloatFormat gradient_format;
+  FloatFormat weight_format;
+  MasterFormat master_format;
+};
+
+// [Note: one step] What every sequence below begins and ends with, every operation rounded to fp32, none
+// fused:
+//   g = float(gradient); for each factor: g = round_to_gradient_format(g * value), a wide one not rounded
+//   if maximize: g = -g
+//   ... the optimizer's own lines, which leave the new master in p ...
+// and the working weight is p rounded half up in magnitude for bf16 (bits + 0x8000 >> 16; NaN becomes
+// the canonical quiet NaN of its sign, remainder 0), to nearest even for fp16.
+// The scalars of one step are rounded to fp32 from the double expressions in parentheses.
+
+// [Note: the AdamW sequence]
+//   if l2 != 0:  g = g + l2 * p            else: p = p * weight_scale
+//   m = m + (g - m) * one_minus_beta1
+//   v = v * beta2 + (one_minus_beta2 * g) * g
+//   p = p - (step_size * m) / (sqrt(v) + eps)
+struct AdamWScalars {
+  float weight_scale;     // (1 - lr * weight_decay) for AdamW, 1 for Adam
+  float l2;               // (weight_decay) for Adam, 0 for AdamW; not applied when 0
+  float one_minus_beta1;  // (1 - beta1)
+  float beta2;            // (beta2)
+  float one_minus_beta2;  // (1 - beta2)
+  float step_size;        // (lr * sqrt(1 - beta2^t) / (1 - beta1^t))
+  float eps;              // (eps * sqrt(1 - beta2^t))
+  bool maximize;
+};
+
+// [Note: the Lion sequence]
+//   p = p * weight_scale
+//   p = p - step_size * sign(m * beta1 + g * one_minus_beta1)     sign is 0 of zeros and of NaN, as in torch
+//   m = m * beta2 + g * one_minus_beta2
+struct LionScalars {
+  float weight_scale;     // (1 - lr * weight_decay)
+  float beta1;            // (beta1)
+  float one_minus_beta1;  // (1 - beta1)
+  float beta2;            // (beta2)
+  float one_minus_beta2;  // (1 - beta2)
+  float step_size;        // (lr)
+  bool maximize;
+};
+
+// [Note: the Adagrad sequence]
+//   if l2 != 0:  g = g + l2 * p
+//   v = v + g * g
+//   p = p - (step_size * g) / (sqrt(v) + eps)
+struct AdagradScalars {
+  float l2;         // (weight_decay); not applied when 0
+  float step_size;  // (lr / (1 + (t - 1) * lr_decay))
+  float eps;        // (eps)
+  bool maximize;
+};
+
+}  // namespace offload
