@@ -1,0 +1,200 @@
+"""Loading what DeepSpeed saves from one rank: files of its layout, written here from a run of our own."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.deepspeed._zero_checkpoint import is_zero_checkpoint, load_zero_checkpoint
+from test_checkpoints import assert_bits, bits_of, steps
+from training import HOST, TinyLM, make_model
+
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+
+
+def pair(dtype: torch.dtype, seed: int) -> tuple[TinyLM, offload.OffloadOptimizer]:
+    model = make_model(dtype, seed=seed, tied=True)
+    model.norm.requires_grad_(False)
+    return offload.wrap(model, torch.optim.AdamW(groups_of(model), lr=1e-2), **HOST)
+
+
+@pytest.fixture
+def their_classes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Classes under DeepSpeed's names, there while files are written."""
+    classes = {}
+    for path, base in (
+        ("deepspeed.runtime.fp16.loss_scaler.LossScaler", object),
+        ("deepspeed.utils.tensor_fragment.fragment_address", object),
+        ("deepspeed.runtime.zero.config.ZeroStageEnum", int),
+    ):
+        module, _, name = path.rpartition(".")
+        classes[name] = type(name, (base,), {"__module__": module})
+        for end in range(1, len(module.split(".")) + 1):
+            part = ".".join(module.split(".")[:end])
+            monkeypatch.setitem(sys.modules, part, sys.modules.get(part, types.ModuleType(part)))
+        monkeypatch.setattr(sys.modules[module], name, classes[name], raising=False)
+    return classes
+
+
+def write(
+    directory: Path, model: TinyLM, optimizer: offload.OffloadOptimizer, stage: int, classes: dict[str, Any]
+) -> None:
+    """The files of one rank at `stage`; stage 1 has gaps between parameters, stage 3 groups in two parts."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    weights = OrderedDict((name, value.cpu().clone()) for name, value in model.state_dict().items())
+    state = {names[id(p)]: entries for p, entries in optimizer.state.items()}
+    own = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+    def master(name: str) -> torch.Tensor:
+        return state[name].get("master", weights[name]).cpu()
+
+    parts = own if stage < 3 else [half for group in own for half in (group[:2], group[2:])]
+    indices = [[0], [1]] if stage < 3 else [[0, 1], [2, 3]]
+    gap = 3 if stage == 1 else 0
+
+    def flat(part: list[str], key: str) -> torch.Tensor:
+        values = [master(name) if key == "master" else state[name][key].cpu() for name in part]
+        return torch.cat([nn.functional.pad(value.flatten(), (0, gap)) for value in values])
+
+    base = {
+        "state": {
+            index: {"step": state[part[0]]["step"], **{key: flat(part, key) for key in ("exp_avg", "exp_avg_sq")}}
+            for index, part in enumerate(parts)
+        },
+        "param_groups": [{**group, "params": those} for group, those in zip(settings, indices, strict=True)],
+    }
+    masters = [flat(part, "master") for part in parts]
+    scaler = classes["LossScaler"]()
+    scaler.cur_scale = 1.0
+    states: dict[str, Any] = {"zero_stage": classes["ZeroStageEnum"](stage), "loss_scaler": scaler}
+    if stage == 3:
+        states |= {"optimizer_state_dict": base, "fp32_flat_groups": masters}
+    else:
+        states |= {"base_optimizer_state": base, "single_partition_of_fp32_groups": masters}
+        states["param_slice_mappings"] = slices = []
+        for part in parts:
+            start = 0
+            slices.append(OrderedDict())
+            for name in part:
+                slices[-1][name] = classes["fragment_address"]()
+                slices[-1][name].__dict__.update(start=start, numel=weights[name].numel())
+                start += weights[name].numel() + gap
+    saved: dict[str, Any] = {
+        "module": weights,
+        "optimizer": None,
+        "param_shapes": [OrderedDict((name, weights[name].shape) for name in part) for part in parts],
+        "shared_params": {"head.weight": "embedding.weight"},
+        "frozen_param_shapes": None,
+        "global_steps": 3,
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "ds_config": {},
+        "epoch": 7,
+    }
+    if stage == 3:
+        frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
+        saved["frozen_param_shapes"] = {name: weights[name].shape for name in frozen}
+        saved["frozen_param_fragments"] = {name: weights[name].flatten() for name in frozen}
+        saved["module"] = OrderedDict((name, torch.empty(0, dtype=value.dtype)) for name, value in weights.items())
+    if stage == 0:
+        whole = [name for group in own for name in group]
+        position = {name: index for index, name in enumerate(whole)}
+        saved["optimizer"] = inner = {
+            "state": {position[name]: {k: v for k, v in state[name].items() if k != "master"} for name in whole},
+            "param_groups": [
+                {**group, "params": [position[name] for name in those]}
+                for group, those in zip(settings, own, strict=True)
+            ],
+        }
+        if weights["embedding.weight"].dtype != torch.float32:
+            saved["optimizer"] = {
+                "optimizer_state_dict": inner,
+                "fp32_groups": [[master(name) for name in those] for those in own],
+            }
+        saved["param_shapes"] = saved["shared_params"] = None
+    folder = directory / "global_step3"
+    folder.mkdir(parents=True)
+    (directory / "latest").write_text("global_step3")
+    torch.save(saved, folder / ("zero_pp_rank_0_" * (stage == 3) + "mp_rank_00_model_states.pt"))
+    if stage > 0:
+        torch.save({"optimizer_state_dict": states}, folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_stage_loads_with_its_bits(
+    stage: int, dtype: torch.dtype, their_classes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer = pair(dtype, 0)
+    steps(model, optimizer)
+    optimizer.param_groups[1]["lr"] = 0.5
+    write(tmp_path, model, optimizer, stage, their_classes)
+    monkeypatch.undo()  # no class of theirs is there when the files are read
+    other, resumed = pair(dtype, 5)
+    steps(other, resumed, count=1, seed=2)
+    assert is_zero_checkpoint(tmp_path, "global_step3") and not is_zero_checkpoint(tmp_path, "other")
+    loaded = load_zero_checkpoint(tmp_path, other, resumed)
+    assert (loaded.tag, loaded.client_state) == ("global_step3", {"global_steps": 3, "epoch": 7})
+    assert_bits(bits_of(other, resumed), bits_of(model, optimizer))
+    assert [group["lr"] for group in resumed.param_groups] == [1e-2, 0.5]
+    optimizer.param_groups[1]["lr"] = resumed.param_groups[1]["lr"] = 1e-2
+    steps(model, optimizer, seed=3)
+    steps(other, resumed, seed=3)
+    assert_bits(bits_of(other, resumed), bits_of(model, optimizer))
+
+
+class Hostile:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self._path),)
+
+
+def test_what_is_refused_changes_nothing(their_classes: dict[str, Any], tmp_path: Path) -> None:
+    model, optimizer = pair(torch.bfloat16, 0)
+    steps(model, optimizer)
+    write(tmp_path, model, optimizer, 1, their_classes)
+    other, resumed = pair(torch.bfloat16, 5)
+    steps(other, resumed, count=1)
+    before = bits_of(other, resumed)
+    folder = tmp_path / "global_step3"
+    path = folder / "mp_rank_00_model_states.pt"
+    good = path.read_bytes()
+    saved = torch.load(path, weights_only=False)
+
+    def refused(error: type[Exception], message: str, **change: Any) -> None:
+        if change:
+            torch.save({**saved, **change}, path)
+        with pytest.raises(error, match=message):
+            load_zero_checkpoint(tmp_path, other, resumed)
+        path.write_bytes(good)
+        assert_bits(bits_of(other, resumed), before)
+
+    refused(offload.StorageError, "nothing of it was run", epoch=Hostile(tmp_path / "ran"))
+    assert not (tmp_path / "ran").exists()
+    refused(offload.InvalidArgument, "saved by 2 data-parallel", dp_world_size=2)
+    refused(offload.InvalidArgument, "of another model", module={"x": torch.zeros(1)})
+    refused(offload.InvalidArgument, "not the same by name", param_shapes=saved["param_shapes"][::-1])
+    path.write_bytes(good[: len(good) // 2])
+    refused(offload.StorageError, "damaged")
+    path.unlink()
+    refused(offload.StorageError, "no DeepSpeed checkpoint")
