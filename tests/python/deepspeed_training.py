@@ -46,7 +46,7 @@ class Trained:
 
     weights: dict[str, Tensor]
     losses: list[float] = field(default_factory=list)
-    norms: list[float | None] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     scales: list[float] = field(default_factory=list)
     applied: list[bool] = field(default_factory=list)
@@ -137,7 +137,7 @@ def plain_run(
                 for p, master in zip(parameters, masters, strict=True):
                     p.copy_(round_to_weight(master, dtype))
         else:
-            run.norms.append(run.norms[-1] if run.norms else None)
+            run.norms.append(float("inf"))
         for p in parameters:
             p.grad = None
         if scale is not None:

@@ -172,6 +172,7 @@ def _precision(values: Mapping[str, Any], report: Report) -> Precision:
         cast_inputs=fp16["enabled"] and fp16["auto_cast"],
         skip_bad_steps=scaled or (dtype == "bf16" and bf16["check_grad_overflow"]),
         autocast=autocast,
+        buffer_dtype=values["data_types"]["buffer_dtype"],
     )
 
 

@@ -20,9 +20,9 @@ from ._placement import Placed
 from ._reporting import Report
 from ._settings import Settings
 
-__all__ = ["Engine"]
+__all__ = ["TORCH_DTYPES", "Engine", "cast"]
 
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine(EngineSettings, EngineCheckpoint, nn.Module):
@@ -80,10 +80,10 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         """The model's forward, under autocast where the config asks for it."""
         precision = self.settings.precision
         if precision.cast_inputs:
-            inputs, kwargs = _cast((inputs, kwargs), _TORCH_DTYPES[precision.dtype])
+            inputs, kwargs = cast((inputs, kwargs), TORCH_DTYPES[precision.dtype])
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if precision.autocast is not None:
-            autocast = torch.autocast(self.device.type, _TORCH_DTYPES[precision.autocast.dtype])
+            autocast = torch.autocast(self.device.type, TORCH_DTYPES[precision.autocast.dtype])
         with self._report.timed("forward"), self._report.profiled(self.module, self.global_steps + 1), autocast:
             return self.module(*inputs, **kwargs)
 
@@ -191,7 +191,7 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         return [group.get("betas", group.get("momentum")) for group in groups]
 
     def get_global_grad_norm(self) -> float | None:
-        """L2 norm of the gradients of the last step that was not skipped, unscaled, before clipping."""
+        """L2 norm of the gradients of the last step, unscaled, before clipping; inf where it was skipped."""
         return None if self.optimizer is None else self.optimizer.global_grad_norm
 
     @property
@@ -242,13 +242,13 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
             placed.unwrap()
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast(value: Any, dtype: torch.dtype) -> Any:
     """Floating-point tensors in nested tuples, lists and dicts, in `dtype`."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
     if isinstance(value, (tuple, list)):
-        items = [_cast(item, dtype) for item in value]
+        items = [cast(item, dtype) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {name: _cast(item, dtype) for name, item in value.items()}
+        return {name: cast(item, dtype) for name, item in value.items()}
     return value

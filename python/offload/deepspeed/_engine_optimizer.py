@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -78,7 +79,9 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     @property
     def global_grad_norm(self) -> float | None:
-        """L2 norm of the last step's gradients, unscaled, before clipping; None before the first step."""
+        """L2 norm of the last step's gradients, unscaled, before clipping: None before the first step, inf after one
+        that was skipped.
+        """
         if isinstance(self._norm, Tensor):
             self._norm = self._norm.item()
         return self._norm
@@ -104,8 +107,8 @@ class EngineOptimizer(torch.optim.Optimizer):
             return
         coefficient = torch.clamp(self._clip_norm / (norm + _CLIP_EPS), max=1.0) if self._clip_norm > 0 else None
         self.overflow = self._skip_bad_steps and not bool(torch.isfinite(norm))
+        self._norm = math.inf if self.overflow else norm
         if not self.overflow:
-            self._norm = norm
             self.optimizer.step(grad_scale=(1.0 if coefficient is None else coefficient.item()) / scale)
         self.loss_scaler.update(self.overflow)
 

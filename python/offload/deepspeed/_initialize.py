@@ -14,7 +14,7 @@ import offload
 
 from . import _config, checkpointing
 from ._data import EngineLoader
-from ._engine import Engine
+from ._engine import TORCH_DTYPES, Engine, cast
 from ._engine_optimizer import EngineOptimizer
 from ._log import logger, show_log
 from ._loss_scale import make_loss_scale
@@ -105,7 +105,7 @@ def initialize(
             drop_last=settings.dataloader_drop_last,
             on_accelerator=device.type != "cpu",
         )
-    model = _cast(model, settings)
+    _cast(model, settings)
     if plain is None or settings.placement.params != "host":
         model.to(device)
     placed = Placed(model, plain, {**wrap_options(settings.placement), "device": str(device)})
@@ -144,11 +144,22 @@ def _config_of(args: Any, config: Any, config_params: Any) -> Any:
     return next(iter(given.values()))
 
 
-def _cast(model: nn.Module, settings: Settings) -> nn.Module:
-    dtype = settings.precision.dtype
-    if dtype == "bf16":
-        return model.bfloat16()
-    return model.half() if dtype == "fp16" else model
+def _cast(model: nn.Module, settings: Settings) -> None:
+    """Cast as DeepSpeed casts: parameters by `fp16` and `bf16`, buffers (rotary frequencies, say) only if asked to.
+
+    Torch wants running statistics in the dtype of their weights, so those of norms follow theirs.
+    """
+    precision = settings.precision
+    if precision.dtype != "fp32":
+        for parameter in model.parameters():
+            parameter.data = cast(parameter.data, TORCH_DTYPES[precision.dtype])
+    for module in model.modules():
+        dtype = precision.buffer_dtype
+        if dtype is None and precision.dtype != "fp32" and isinstance(module, nn.modules.batchnorm._NormBase):
+            dtype = precision.dtype
+        if dtype is not None:
+            for buffer in module.buffers(recurse=False):
+                buffer.data = cast(buffer.data, TORCH_DTYPES[dtype])
 
 
 def _optimizer(optimizer: Any, model: nn.Module, parameters: Any, settings: Settings) -> torch.optim.Optimizer | None:

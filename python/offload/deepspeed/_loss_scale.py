@@ -1,8 +1,8 @@
 """The loss scale of fp16, step by step as DeepSpeed moves it.
 
 [Note: two rules of the dynamic scale] Under ZeRO (stages 1 to 3) overflows are first taken from a hysteresis, only
-then halve the scale, and are an error once it is at its minimum; a window ends with its last good step. Without ZeRO
-(stage 0) every overflow halves the scale, down to its minimum, and the scale doubles one step after the window.
+then halve the scale, and are an error once it is at its minimum. Without ZeRO (stage 0) every overflow halves the
+scale, down to its minimum. In both the good step after an overflow, and the very first, do not count for the window.
 """
 
 from __future__ import annotations
@@ -39,10 +39,12 @@ class DynamicLossScale:
 
     dynamic = True
 
-    def __init__(self, settings: LossScale, *, under_zero: bool) -> None:
+    def __init__(self, settings: LossScale, *, under_zero: bool, uncounted: int = 1) -> None:
+        """uncounted: good steps after an overflow that do not count for the window."""
         self.scale = settings.initial
         self._settings = settings
         self._under_zero = under_zero
+        self._uncounted = uncounted
         self._step = 0
         self._last_overflow = -1
         self._hysteresis = settings.hysteresis
@@ -72,7 +74,7 @@ class DynamicLossScale:
         settings = self._settings
         if settings.consecutive_hysteresis:
             self._hysteresis = settings.hysteresis
-        good = self._step - self._last_overflow - (0 if self._under_zero else 1)
+        good = self._step - self._last_overflow - self._uncounted
         if good > 0 and good % settings.window == 0:
             self._hysteresis = settings.hysteresis
             self.scale *= _FACTOR
@@ -106,7 +108,7 @@ def make_loss_scale(settings: Settings) -> StaticLossScale | DynamicLossScale:
     if precision.loss_scale is None:
         return StaticLossScale()
     if precision.dtype != "fp16":
-        return DynamicLossScale(_GRAD_SCALER, under_zero=True)
+        return DynamicLossScale(_GRAD_SCALER, under_zero=True, uncounted=0)
     if precision.loss_scale.static is not None:
         return StaticLossScale(precision.loss_scale.static)
     return DynamicLossScale(precision.loss_scale, under_zero=settings.placement.stage > 0)

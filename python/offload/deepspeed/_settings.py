@@ -83,6 +83,7 @@ class Precision:
 
     loss_scale: given exactly when dtype is fp16.
     cast_inputs: `fp16.auto_cast`: floating-point inputs of forward are cast to fp16.
+    buffer_dtype: `data_types.buffer_dtype`: what buffers are cast to; None leaves them as they are.
     skip_bad_steps: a step whose gradients hold inf or NaN is skipped: fp16 always, bf16 by `bf16.check_grad_overflow`.
     """
 
@@ -91,6 +92,7 @@ class Precision:
     cast_inputs: bool = False
     skip_bad_steps: bool = False
     autocast: Autocast | None = None
+    buffer_dtype: Dtype | None = None
 
 
 @dataclass(frozen=True)

@@ -343,7 +343,12 @@ SECTIONS = (
                 "error of `offload config check`.",
             ),
             accepted("param_dtype", _DTYPES, None, "Must agree with `fp16` and `bf16`, which decide."),
-            accepted("buffer_dtype", _DTYPES, None, "Buffers are cast with the model."),
+            honoured(
+                "buffer_dtype",
+                _DTYPES,
+                None,
+                "What buffers are cast to; null leaves them, except that running statistics follow their weights.",
+            ),
         ),
     ),
     *OPTIMIZERS,
