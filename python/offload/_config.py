@@ -72,7 +72,7 @@ class Config:
         torch.utils.checkpoint saves leaves, the inputs of its blocks), a share (a float, 0.0 to 1.0: so much of it
         may leave, the first that was saved) or host bytes (`"8GiB"`, an int: no more may leave). `"auto"` keeps them
         on the device, as their size is not known before they run.
-    device: the compute device, as torch names it, where the model's parameters are; None takes theirs.
+    device: the compute device, as torch names it: what is on the CPU is taken there; None: where the parameters are.
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.
     host_budget: what offload may take on the host; None measures.
