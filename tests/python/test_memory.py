@@ -21,6 +21,7 @@ class Allocations:
     """What torch's own CPU allocator handed out and got back inside the context; the host pool does not use it."""
 
     def __enter__(self) -> Allocations:
+        gc.collect()  # what earlier tests left must not be freed inside and counted as ours
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self
