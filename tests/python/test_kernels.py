@@ -356,6 +356,21 @@ def test_states_saved_under_the_kernel_load_without_it(counted: Counted) -> None
     assert_same_bits(run(True), run(False))
 
 
+def test_a_launch_that_fails_ends_training(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(torch.bfloat16, depth=1)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **RESIDENT)
+    train(model, optimizer, steps=1)
+
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(counted, "_launch", refuse)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        train(model, optimizer, steps=1)
+    with pytest.raises(offload.StateError, match=r"an earlier update failed.*CUDA_ERROR_ILLEGAL_ADDRESS"):
+        optimizer.step()
+
+
 def test_stats_say_what_updates_the_states(counted: Counted) -> None:
     def fallbacks() -> tuple[str, ...]:
         model = make_model(depth=1)
