@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
 from offload import _native, _native_state
@@ -309,6 +310,30 @@ def test_a_scale_given_to_the_step_and_weights_written_between(counted: Counted)
 
     assert_same_bits(run(), without_kernels(run))
     assert counted.count > 0
+
+
+class Operations(TorchDispatchMode):
+    """The torch operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_is_nothing_but_the_kernel(counted: Counted) -> None:
+    """A scale included: no torch operation, so no memory for what lies in between."""
+    model = make_model(torch.bfloat16, depth=1)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **RESIDENT)
+    loss_of(model, next(batches(1))).backward()
+    with Operations() as operations:
+        optimizer.step(grad_scale=0.5)
+    ours = {name for name in operations.names if not name.startswith("profiler.")}  # torch marks every step()
+    assert ours <= {"aten.detach.default"}
+    assert counted.count == len(list(model.parameters()))
 
 
 def test_weights_and_gradients_of_any_strides(counted: Counted) -> None:
