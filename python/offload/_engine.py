@@ -12,7 +12,8 @@ import itertools
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,10 +25,10 @@ from . import _native
 from ._activations import DEFAULT_KEEP, Activations
 from ._adamw import FORMATS, check_gradient
 from ._config import Config
-from ._copy_lanes import CopyLanes, wait_to_end
+from ._copy_lanes import CopyLanes, ticket_of, wait_to_end
 from ._errors import InvalidArgument, OffloadError, StateError
 from ._grad_factors import scaled, with_scale
-from ._gradient_lanes import GradientLanes, StepGradient
+from ._gradient_lanes import GradientLanes, StepGradient, landed
 from ._interrupts import Uninterrupted
 from ._native_state import Hyper, NativeState
 from ._parameter_state import ParameterState
@@ -76,6 +77,9 @@ class Update:
 
 _Work = tuple[NativeState, Update]
 
+# Asked before the update of a state, with what it changes: when it may, or None for at once. It does not fail.
+BeforeUpdate = Callable[[Iterable[Tensor]], "Future[None] | None"]
+
 
 class Engine:
     """See the module's text."""
@@ -103,6 +107,7 @@ class Engine:
                 checkpoints_only=plan.activations == "checkpoints",
                 poison=config.poison_enabled,
             )
+        self.before_update: BeforeUpdate | None = None
         self.isa = _native.active_isa()
         self.step_count = 0
         self._process = os.getpid()
@@ -276,21 +281,13 @@ class Engine:
         if self.plan.optimizer == "device":
             return [self.lanes.on_device(parameter).to(torch.float32) for parameter in parameters]
         taken = [self.lanes.for_step(parameter) if parameter.numel() > 0 else None for parameter in parameters]
-        with contextlib.suppress(OffloadError):  # _landed() raises it with the name
+        with contextlib.suppress(OffloadError):  # landed() raises it with the name
             self.lanes.wait_for_plain_gradients()
-        gradients = [self._landed(parameter, gradient) for parameter, gradient in zip(parameters, taken, strict=True)]
+        gradients = [landed(p, self.name_of(p), gradient) for p, gradient in zip(parameters, taken, strict=True)]
         for ticket in self.lanes.in_flight():  # an upload may still read the bytes
             with contextlib.suppress(OffloadError):  # whoever asked for it is told
                 ticket.wait()
         return gradients
-
-    def _landed(self, parameter: Parameter, gradient: StepGradient | None) -> Tensor:
-        if gradient is None:
-            return torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.float32, device="cpu")
-        try:
-            return gradient.float32(parameter)
-        except OffloadError as error:
-            raise type(error)(f"{self.name_of(parameter)}: its gradient did not arrive: {error}") from error
 
     def settle(self, states: Sequence[ParameterState]) -> None:
         """Masters and parameters agree afterwards: every upload has ended, and what the user wrote is the master."""
@@ -346,6 +343,8 @@ class Engine:
         Raises `StateError` when it has another layout than its state.
         """
         self._finish([state])
+        for ticket in self._readers_of(state):
+            ticket.wait()
         if state.streamed and state.on_host:
             state.adopt_host_weight()
             return
@@ -374,6 +373,8 @@ class Engine:
                     taken.release_after(ticket)
                     self._await(state, ticket)
                 for state, update in of_device:
+                    for reader in self._readers_of(state):
+                        reader.wait()
                     gradient = scaled(self.lanes.on_device(state.parameter), update.grad_scale)
                     if state.streamed:  # written back when the next one comes that travels with others
                         self.streaming.open_for_writing([state.parameter])
@@ -400,7 +401,7 @@ class Engine:
             if key not in scalars:
                 scalars[key] = update.hyper.native_scalars(state.step + 1)
             taken = self.lanes.for_step(state.parameter)
-            tickets = [*taken.tickets, *self.streaming.uploads_of(state.parameter)]
+            tickets = [*taken.tickets, *self.streaming.uploads_of(state.parameter), *self._readers_of(state)]
             jobs.append(
                 (self._slots[id(state.parameter)], taken.address, FORMATS[taken.dtype], tickets, scalars[key],
                  with_scale(taken.factors, update.grad_scale))
@@ -409,6 +410,11 @@ class Engine:
         # A plain gradient is still the user's own tensor: it must have left before the user can write to it.
         self.lanes.wait_for_plain_gradients()
         return jobs, read
+
+    def _readers_of(self, state: ParameterState) -> list[_native.Ticket]:
+        """What still reads the state's tensors for somebody else."""
+        reader = self.before_update(state.tensors()) if self.before_update is not None else None
+        return [] if reader is None or reader.done() else [ticket_of(reader)]
 
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:
         if self.config.poison_enabled:

@@ -12,7 +12,7 @@ version: str
 
 @final
 class Ticket:
-    """The promise that asynchronous work ended. `Ticket()` is done; `Ticket.pending()` is for tests."""
+    """The promise that asynchronous work ended. `Ticket()` is done; of `Ticket.pending()` Python says when."""
 
     def __init__(self) -> None: ...
     @staticmethod

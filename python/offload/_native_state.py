@@ -64,6 +64,9 @@ class NativeState(ParameterState):
         for moment in self.moments.values():
             moment.fill_(self.initial_moment)
 
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *self.moments.values()]
+
     def moment_addresses(self) -> dict[str, int]:
         """The moments as arguments of the native core; 0 for one that this optimizer does not keep."""
         addresses = {argument: self.moments[key].data_ptr() for key, argument in self.moment_arguments.items()}

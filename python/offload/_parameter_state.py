@@ -119,6 +119,11 @@ class ParameterState:
         assert self.master is not None
         return self.master
 
+    def tensors(self) -> list[Tensor]:
+        """What an update changes, on the tier of the state."""
+        parts = (self.remainder, self.master, self.working_weight())
+        return [part for part in parts if part is not None]
+
     def master_value(self) -> Tensor:
         """The fp32 master: the live tensor where one exists, a new one for a split master."""
         if self._loaded is not None:

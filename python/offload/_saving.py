@@ -23,7 +23,8 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from ._errors import InvalidArgument
 from ._optimizer import OffloadOptimizer
 from ._parameter_state import SplitMaster
 from ._probe import probe_host
-from ._snapshot import TensorFile, Value, copied, copy_before_changes, shared_names
+from ._snapshot import CopyBeforeChange, TensorFile, Value, copied, shared_names
 from ._wrap import engine_of
 
 __all__ = ["CheckpointSave", "finish_saves", "save_checkpoint"]
@@ -137,8 +138,8 @@ def save_checkpoint(
         client_state: what else the run needs: numbers, text, tensors and containers of them, such as a scheduler's
             state_dict. What `torch.load(weights_only=True)` would refuse is refused here.
         async_save: returns while the files are written; the bits are those of this call. States that a step changes
-            meanwhile are copied first, so up to the bytes that are still to be written; where that is more than half of
-            the memory available, the step waits for the writer instead.
+            meanwhile are copied first, so up to the bytes that are still to be written: its updates wait for that, and
+            not the call. Where it is more than half of the memory available, the step waits for the writer instead.
         save_latest: makes this the checkpoint that `load_checkpoint` takes without a tag.
         keep: leaves that many of the newest checkpoints, and that of `latest`; None removes nothing.
 
@@ -175,14 +176,10 @@ def save_checkpoint(
         save()
         return running
 
-    def before_change() -> None:
-        if running.is_done:
-            return
-        copy_before_changes(
-            (optimizer_file, model_file), lambda: probe_host().available_bytes, lambda: _wait_for(running)
-        )
-
-    running.start(save, _watch(optimizers, before_change))
+    guard = CopyBeforeChange(
+        (optimizer_file, model_file), lambda: probe_host().available_bytes, lambda: _wait_for(running)
+    )
+    running.start(save, _watch(optimizers, guard, running))
     _running = running
     return running
 
@@ -199,12 +196,22 @@ def as_list(optim: Optimizers) -> list[torch.optim.Optimizer]:
     return [optim] if isinstance(optim, torch.optim.Optimizer) else list(optim)
 
 
-def _watch(optimizers: Sequence[torch.optim.Optimizer], before_change: Callable[[], None]) -> Callable[[], None]:
-    """Has `before_change` called before the optimizers write to their states; returns what ends that."""
+def _watch(
+    optimizers: Sequence[torch.optim.Optimizer], guard: CopyBeforeChange, save: CheckpointSave
+) -> Callable[[], None]:
+    """Has `guard` asked before the optimizers write to their states; returns what ends that."""
+
+    def before_change() -> None:
+        if not save.is_done:
+            guard.before_change()
+
+    def before_update(tensors: Iterable[Tensor]) -> Future[None] | None:
+        return None if save.is_done else guard.before_update(tensors)
+
     handles = []
     for optimizer in optimizers:
         if isinstance(optimizer, OffloadOptimizer):
-            optimizer.watch_states(before_change)
+            optimizer.watch_states(before_change, before_update)
         else:
             handles.append(optimizer.register_step_pre_hook(lambda *_: before_change()))
             handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: before_change()))
@@ -214,7 +221,8 @@ def _watch(optimizers: Sequence[torch.optim.Optimizer], before_change: Callable[
             handle.remove()
         for optimizer in optimizers:
             if isinstance(optimizer, OffloadOptimizer):
-                optimizer.watch_states(None)
+                optimizer.watch_states(None, None)
+        guard.end()
 
     return end
 
