@@ -19,7 +19,7 @@ from ._engine_optimizer import EngineOptimizer
 from ._log import logger, show_log
 from ._loss_scale import make_loss_scale
 from ._optimizers import make_optimizer, make_scheduler
-from ._placement import Placed, wrap_options, wrapped_models
+from ._placement import Placed, check_values, wrap_options, wrapped_models
 from ._settings import Settings
 from .accelerator import get_accelerator
 from .comm import require_one_process
@@ -52,7 +52,8 @@ def initialize(
         model: the module to train, on the CPU or the accelerator. It is cast as `fp16` and `bf16` say. It goes to the
             accelerator; weights that `offload_param` puts on the host go there straight, and never whole to the device.
         optimizer: a torch optimizer over the model's parameters, or a callable that takes parameters and returns one;
-            it goes before the one that the config names. Without either, the engine only runs forward.
+            it goes before the one that the config names. Without either, the engine only runs forward, with weights on
+            the host where `offload_param` puts them.
         model_parameters: parameters or groups for the config's optimizer; None takes all that require gradients.
         training_data: a data set; the third result is then a loader of micro-batches of it.
         lr_scheduler: a scheduler, or a callable that takes the optimizer and returns one; it goes before the config's.
@@ -76,6 +77,7 @@ def initialize(
     require_one_process()
     if not isinstance(model, nn.Module):
         raise offload.InvalidArgument(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    check_values(model)
     if mpu is not None and mpu.get_model_parallel_world_size() != 1:
         raise offload.InvalidArgument("mpu= splits the model over processes: one process is supported; leave it out")
     if mesh_param is not None and any(size != 1 for size in mesh_param):
@@ -106,7 +108,7 @@ def initialize(
             on_accelerator=device.type != "cpu",
         )
     _cast(model, settings)
-    if plain is None or settings.placement.params != "host":
+    if settings.placement.params != "host":
         model.to(device)
     placed = Placed(model, plain, {**wrap_options(settings.placement), "device": str(device)})
     try:
