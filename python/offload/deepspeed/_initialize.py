@@ -13,12 +13,13 @@ from torch import nn
 import offload
 
 from . import _config, checkpointing
+from ._casting import cast_model
 from ._data import EngineLoader
-from ._engine import TORCH_DTYPES, Engine, cast
+from ._engine import Engine
 from ._engine_optimizer import EngineOptimizer
 from ._log import logger, show_log
 from ._loss_scale import make_loss_scale
-from ._optimizers import make_optimizer, make_scheduler
+from ._optimizers import check_share, make_optimizer, make_scheduler
 from ._placement import Placed, check_values, wrap_options, wrapped_models
 from ._settings import Settings
 from .accelerator import get_accelerator
@@ -98,6 +99,8 @@ def initialize(
     device = get_accelerator().device
     # What can be refused comes before the cast, which is not undone: that would take a second copy of the weights.
     plain = _optimizer(optimizer, model, model_parameters, settings)
+    if plain is not None and settings.placement.optimizer == "host":
+        check_share(settings.placement.optimizer_ratio, plain)
     loader = None
     if training_data is not None:
         loader = EngineLoader(
@@ -107,7 +110,7 @@ def initialize(
             drop_last=settings.dataloader_drop_last,
             on_accelerator=device.type != "cpu",
         )
-    _cast(model, settings)
+    cast_model(model, settings.precision)
     if settings.placement.params != "host":
         model.to(device)
     placed = Placed(model, plain, {**wrap_options(settings.placement), "device": str(device)})
@@ -144,24 +147,6 @@ def _config_of(args: Any, config: Any, config_params: Any) -> Any:
             else "no config: pass config= to initialize, or --deepspeed_config on the command line"
         )
     return next(iter(given.values()))
-
-
-def _cast(model: nn.Module, settings: Settings) -> None:
-    """Cast as DeepSpeed casts: parameters by `fp16` and `bf16`, buffers (rotary frequencies, say) only if asked to.
-
-    Torch wants running statistics in the dtype of their weights, so those of norms follow theirs.
-    """
-    precision = settings.precision
-    if precision.dtype != "fp32":
-        for parameter in model.parameters():
-            parameter.data = cast(parameter.data, TORCH_DTYPES[precision.dtype])
-    for module in model.modules():
-        dtype = precision.buffer_dtype
-        if dtype is None and precision.dtype != "fp32" and isinstance(module, nn.modules.batchnorm._NormBase):
-            dtype = precision.dtype
-        if dtype is not None:
-            for buffer in module.buffers(recurse=False):
-                buffer.data = cast(buffer.data, TORCH_DTYPES[dtype])
 
 
 def _optimizer(optimizer: Any, model: nn.Module, parameters: Any, settings: Settings) -> torch.optim.Optimizer | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import offload
 
 from . import _config, _placement
+from ._casting import TORCH_DTYPES
 from ._log import logger, show_log
 from ._read import read
 
@@ -27,8 +28,6 @@ __all__ = [
     "register_external_parameter",
     "unregister_external_parameter",
 ]
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Init:
@@ -78,9 +77,9 @@ class Init:
             raise offload.InvalidArgument("zero.Init(param_swapper=...): the disk tier has not landed; leave it out")
         if config is not None and config_dict_or_path is not None:
             raise offload.InvalidArgument("zero.Init: config_dict_or_path and config are both given: keep the first")
-        if dtype is not None and dtype not in _DTYPES.values():
+        if dtype is not None and dtype not in TORCH_DTYPES.values():
             raise offload.InvalidArgument(
-                f"zero.Init(dtype={dtype}): legal are {', '.join(map(str, _DTYPES.values()))}"
+                f"zero.Init(dtype={dtype}): legal are {', '.join(map(str, TORCH_DTYPES.values()))}"
             )
         given = config_dict_or_path if config_dict_or_path is not None else config
         if given is not None:
@@ -88,7 +87,7 @@ class Init:
             settings, report = _config.resolve(read(given), for_trainer=True)
             report.raise_refusals(strict=False)
             named = settings.precision.dtype
-            dtype = dtype or (None if named == "fp32" else _DTYPES[named])
+            dtype = dtype or (None if named == "fp32" else TORCH_DTYPES[named])
         self._dtype = dtype
         self._enabled = enabled
         self._entered: contextlib.ExitStack | None = None
