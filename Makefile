@@ -5,7 +5,9 @@ PY := $(VENV)/bin/python
 JOBS ?= $(shell nproc)
 # Without an NVIDIA GPU a plain `torch` would bring gigabytes of CUDA packages.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.py' -o -name '*.pyi')
+# Compiles kernels/*.cu for every card, without one; 73 MB. A torch for CUDA has all but cuda-core.
+NVRTC := 'cuda-core>=1.0' 'cuda-bindings>=12.9' 'nvidia-cuda-nvrtc>=12.9'
+SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi')
 
 .PHONY: demo test compat lint sanitize soak bench install gpu-build gpu-test gpu-acceptance clean
 .DELETE_ON_ERROR:
@@ -39,7 +41,7 @@ lint: $(VENV)/.tools
 	$(VENV)/bin/ruff check python tests examples benches
 	$(VENV)/bin/ruff format --check python tests examples benches
 	$(VENV)/bin/mypy
-	find csrc tests/csrc tests/driver_double -name '*.cpp' -o -name '*.h' -o -name '*.inl' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc kernels tests/csrc tests/driver_double tests/host_kernels -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m pytest -q -p no:cacheprovider tests/layout
 
 # The native tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer.
@@ -87,7 +89,7 @@ $(VENV)/.base:
 
 $(VENV)/.tools: $(VENV)/.base pyproject.toml
 	$(PY) -m pip install -q 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.22' 'pytest>=8' 'pytest-timeout>=2.3' \
-	  'hypothesis>=6.100' 'transformers>=4.45' 'hjson>=3.1' 'ruff>=0.15' 'mypy>=1.11' 'clang-format>=18'
+	  'hypothesis>=6.100' 'transformers>=4.45' 'hjson>=3.1' 'ruff>=0.15' 'mypy>=1.11' 'clang-format>=18' $(NVRTC)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)

@@ -6,9 +6,11 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 from driver_double import DriverDouble, compile_double
+from host_kernels import HostLaunch, compile_for_host
 
 # cuBLAS gives the same bits in every run only with it; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -54,6 +56,43 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_default_device(None)
+
+
+def _skip_or_fail(reason: str) -> NoReturn:
+    if _REQUIRE_GPU:
+        pytest.fail(f"OFFLOAD_REQUIRE_GPU=1, and {reason}")
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def host_kernels_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """kernels/*.cu, compiled for the CPU."""
+    return compile_for_host(tmp_path_factory.mktemp("host_kernels"))
+
+
+@pytest.fixture
+def kernels(device: torch.device, host_kernels_library: Path) -> Any:
+    """The `Kernels` of `device`; on the CPU the same source, compiled as C++."""
+    from offload._kernels import Kernels, find_kernels  # here: the layout is checked where nothing is installed
+
+    if device.type == "cpu":
+        return Kernels(HostLaunch(host_kernels_library))
+    found = find_kernels(device)
+    if found.kernels is None:
+        _skip_or_fail(f"there are no kernels: {found.refusal}")
+    return found.kernels
+
+
+@pytest.fixture(scope="session")
+def nvrtc() -> None:
+    """NVRTC and cuda.core, which compile for any card without one."""
+    try:
+        import cuda.core  # noqa: F401
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()
+    except Exception as error:  # each of the three packages has its own
+        _skip_or_fail(f"no kernel can be compiled, pip install cuda-core cuda-bindings nvidia-cuda-nvrtc: {error}")
 
 
 @pytest.fixture(scope="session")

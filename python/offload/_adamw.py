@@ -1,8 +1,8 @@
 """Adam and AdamW: the scalars of a step, the sequence in torch operations, and a standalone host optimizer.
 
 The order and rounding of every operation is fixed in csrc/optimizer/update_rules.h, [Note: the AdamW sequence]. The
-native core runs it over host memory; `adamw_step_` runs the same one in torch operations where the states stay on the
-device. Both give the same bits.
+native core runs it over host memory, kernels/update.cu over states that stay on a CUDA device; where that is refused,
+`adamw_step_` runs it in torch operations. All give the same bits.
 
 Sources: Adam, arXiv 1412.6980; AdamW (decoupled weight decay), arXiv 1711.05101.
 """

@@ -27,7 +27,7 @@ from ._adamw import FORMATS, check_gradient
 from ._config import Config
 from ._copy_lanes import CopyLanes, ticket_of, wait_to_end
 from ._errors import InvalidArgument, OffloadError, StateError
-from ._grad_factors import scaled, with_scale
+from ._grad_factors import with_scale
 from ._gradient_lanes import GradientLanes, StepGradient, landed
 from ._interrupts import Uninterrupted
 from ._native_state import Hyper, NativeState
@@ -375,12 +375,12 @@ class Engine:
                 for state, update in of_device:
                     for reader in self._readers_of(state):
                         reader.wait()
-                    gradient = scaled(self.lanes.on_device(state.parameter), update.grad_scale)
+                    gradient = self.lanes.on_device(state.parameter)
                     if state.streamed:  # written back when the next one comes that travels with others
                         self.streaming.open_for_writing([state.parameter])
                         self._reseed_written([state])
                     begun = True
-                    state.update_on_device(gradient, update.hyper.scalars(state.step + 1))
+                    state.update_on_device(gradient, update.hyper.scalars(state.step + 1), update.grad_scale)
                     state.step += 1
                     self._wrote(state)
                 self.step_count += 1

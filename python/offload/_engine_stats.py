@@ -60,8 +60,8 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         fallbacks.append(
             f"{format_size(activations['refused_bytes'])} of activations stayed on the device: host_budget is full"
         )
-    if engine.plan.optimizer != "host":
-        fallbacks.append("optimizer on the device runs as separate torch operations")
+    refusals = {state.kernel_refusal: None for state in on_device if isinstance(state, NativeState)}
+    fallbacks += [f"states on the device are updated by separate torch operations: {why}" for why in refusals if why]
     fallbacks += [
         f"{type(optimizer).__name__} has no native update: its own torch operations run on the "
         f"{engine.plan.optimizer} inside step()"

@@ -11,6 +11,8 @@ from torch.nn import Parameter
 
 from ._adagrad import adagrad_step_
 from ._adamw import adamw_step_, round_to_weight
+from ._grad_factors import scaled
+from ._kernels import Found, find_kernels
 from ._lion import lion_step_
 from ._parameter_state import Allocate, ParameterState
 
@@ -34,6 +36,8 @@ class NativeState(ParameterState):
     hyperparameters: ClassVar[tuple[str, ...]]
     # Names of the moments, each with its argument of the native core.
     moment_arguments: ClassVar[Mapping[str, str]]
+    # The kernel that runs the step on a CUDA device.
+    kernel: ClassVar[str]
     # The step in torch operations: of master, the moments in their order, gradient and scalars.
     torch_step: ClassVar[Callable[..., None]]
     # Whether torch's class makes the state with the optimizer, and not with the first step.
@@ -53,6 +57,8 @@ class NativeState(ParameterState):
         super().__init__(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
         self.moments = {key: allocate(torch.float32, "moments").zero_() for key in self.moment_arguments}
         self.initial_moment = 0.0
+        # Of states on the device: what updates them, or why torch operations do.
+        self.kernels, self.kernel_refusal = Found(None, None) if on_host else find_kernels(parameter.device)
 
     def begin_moments(self, value: float) -> None:
         """Makes `value` what the moments of a state without a step are."""
@@ -73,10 +79,18 @@ class NativeState(ParameterState):
         return {"exp_avg": 0, "exp_avg_sq": 0, **addresses}
 
     @torch.no_grad()
-    def update_on_device(self, gradient: Tensor, scalars: dict[str, Any]) -> None:
-        """One step in torch operations where the states are: for states that stay on the device."""
+    def update_on_device(self, gradient: Tensor, scalars: dict[str, Any], grad_scale: float) -> None:
+        """One step where the states are: for states that stay on the device.
+
+        gradient: there, with the parameter's strides; grad_scale multiplies it in fp32.
+        """
         master = self.master_value()
-        type(self).torch_step(master, *self.moments.values(), gradient, scalars)
+        if self.kernels is not None:
+            weight = None if self.master is None else self.working_weight()
+            moments = self.moment_addresses()
+            self.kernels.update_(self.kernel, master, weight, moments, gradient, scalars, grad_scale)
+            return
+        type(self).torch_step(master, *self.moments.values(), scaled(gradient, grad_scale), scalars)
         if self.parameter.dtype != torch.float32:
             self.working_weight().copy_(round_to_weight(master, self.parameter.dtype))
 
@@ -86,6 +100,7 @@ class AdamWState(NativeState):
     hyperparameters = ("lr", "betas", "eps", "weight_decay")
     moment_arguments = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # noqa: RUF012
     planned_moment_bytes = 8
+    kernel = "adamw"
     torch_step = staticmethod(adamw_step_)
 
 
@@ -94,6 +109,7 @@ class LionState(NativeState):
     hyperparameters = ("lr", "betas", "weight_decay")
     moment_arguments = {"exp_avg": "exp_avg"}  # noqa: RUF012
     planned_moment_bytes = 4
+    kernel = "lion"
     torch_step = staticmethod(lion_step_)
 
 
@@ -102,5 +118,6 @@ class AdagradState(NativeState):
     hyperparameters = ("lr", "lr_decay", "eps", "weight_decay")
     moment_arguments = {"sum": "exp_avg_sq"}  # noqa: RUF012
     planned_moment_bytes = 4
+    kernel = "adagrad"
     torch_step = staticmethod(adagrad_step_)
     from_the_start = True

@@ -94,15 +94,21 @@ def probe_device(name: str | None = None) -> DeviceFacts:
 def environment(disk_paths: Iterable[str | os.PathLike[str]] = ()) -> dict[str, Any]:
     """What offload finds on this machine, ready for JSON: `host`, `device`, `isa` and, by path, `disks`.
 
+    kernel_refusal: why states on the device are updated by separate torch operations; None where kernels do it.
     A directory of `disk_paths` is opened as training would open it: raises StorageError for one that cannot be used.
     """
+    import torch
+
     from . import _native
     from ._disk import probe_disk
+    from ._kernels import find_kernels
 
+    device = probe_device()
     return {
         "host": dataclasses.asdict(probe_host()),
-        "device": dataclasses.asdict(probe_device()),
+        "device": dataclasses.asdict(device),
         "isa": _native.active_isa(),
+        "kernel_refusal": find_kernels(torch.device(device.name)).refusal,
         "disks": [dataclasses.asdict(probe_disk(path)) for path in disk_paths],
     }
 

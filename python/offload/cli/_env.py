@@ -21,11 +21,12 @@ def run_env(arguments: argparse.Namespace) -> int:
 
 
 def _text(facts: dict[str, Any]) -> str:
-    host, device = facts["host"], facts["device"]
+    host, device, refusal = facts["host"], facts["device"], facts["kernel_refusal"]
     lines = [
         f"host    {format_bytes(host['available_bytes'])} of {format_bytes(host['total_bytes'])} available, "
         f"{host['cpu_count']} CPUs, instruction set {facts['isa']}",
         f"device  {device['name']}, {format_bytes(device['free_bytes'])} of {format_bytes(device['total_bytes'])} free",
+        f"kernels {'compiled for this device' if refusal is None else f'none: {refusal}'}",
     ]
     if facts["disks"]:
         rows = [("disk", "file system", "free", "back-end", "O_DIRECT")]

@@ -1,0 +1,182 @@
+"""Kernels of our own for what stays on a CUDA device: compiled for it at first use, launched on torch's current stream.
+
+`kernels/*.cu` is CUDA C++ that includes nothing. NVRTC, which torch's CUDA packages bring, compiles it through
+`cuda.core`; the result is kept on disk. Where one of these is missing or too old, `find_kernels` says why, and the same
+arithmetic runs as separate torch operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._adamw import FORMATS
+
+__all__ = ["Found", "Kernels", "Launch", "compile_kernel", "compile_options", "find_kernels", "kernel_source"]
+
+# (kernel, blocks, threads a block, arguments): an int is an address or a 64-bit number, others are ctypes scalars.
+Launch = Callable[[str, int, int, Sequence[Any]], None]
+
+# Every operation rounds by itself to fp32, denormals included, as on the host.
+_ARITHMETIC = {"fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
+# kThreads and kElementsPerThread of kernels/update.cu.
+_THREADS = 256
+_ELEMENTS_PER_BLOCK = 4 * _THREADS
+# What the kernel of each optimizer takes after the arguments that all have.
+_SCALARS = {
+    "adamw": ("weight_scale", "l2", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "eps"),
+    "lion": ("weight_scale", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size"),
+    "adagrad": ("l2", "step_size", "eps"),
+}
+
+
+class Kernels:
+    """What runs on one device; `launch` puts a kernel behind what that device's current stream has."""
+
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+
+    def update_(
+        self,
+        rule: str,
+        master: Tensor,
+        weight: Tensor | None,
+        moments: Mapping[str, int],
+        gradient: Tensor,
+        scalars: Mapping[str, Any],
+        grad_scale: float = 1.0,
+    ) -> None:
+        """One step of the optimizer `rule` ("adamw", "lion" or "adagrad"), in place, with the bits of the native core.
+
+        All are dense, of one shape and strides, on the device of these kernels: `master` fp32, `gradient` fp32, bf16
+        or fp16, `weight` the bf16 or fp16 working weight, or None where the master is the weight. moments: addresses
+        of fp32 `exp_avg` and `exp_avg_sq`, 0 for one that the optimizer does not keep. scalars: what `scalars()` of
+        its hyperparameters gives. grad_scale multiplies the gradient in fp32.
+        """
+        count = master.numel()
+        if count == 0:
+            return
+        arguments = (
+            gradient.data_ptr(),
+            ctypes.c_int(FORMATS[gradient.dtype]),
+            master.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            ctypes.c_int(FORMATS[torch.float32 if weight is None else weight.dtype]),
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            count,
+            ctypes.c_float(grad_scale),
+            ctypes.c_bool(scalars["maximize"]),
+            *(ctypes.c_float(scalars[name]) for name in _SCALARS[rule]),
+        )
+        self._launch(rule, -(-count // _ELEMENTS_PER_BLOCK), _THREADS, arguments)
+
+
+class Found(NamedTuple):
+    """The kernels of a device, or why there are none."""
+
+    kernels: Kernels | None
+    refusal: str | None
+
+
+@functools.cache
+def find_kernels(device: torch.device) -> Found:
+    """Compiles and loads the kernels for `device`, once a process; warns when a CUDA device has to do without."""
+    if device.type != "cuda":
+        return Found(None, f"kernels are for CUDA devices, this is {device}")
+    try:
+        return Found(Kernels(_cuda_launch(device)), None)
+    except ModuleNotFoundError as error:
+        refusal = f"{error}: pip install 'offload[cuda]'"
+    except Exception as error:  # the compiler's, the driver's and cuda.core's own: whichever, torch's operations remain
+        refusal = f"{type(error).__name__}: {error}"
+    warnings.warn(f"what stays on {device} is updated by separate torch operations: {refusal}", stacklevel=2)
+    return Found(None, refusal)
+
+
+def _cuda_launch(device: torch.device) -> Launch:
+    from cuda.core import LaunchConfig, ObjectCode, Stream, launch
+
+    major, minor = torch.cuda.get_device_capability(device)
+    with torch.cuda.device(device):
+        loaded = ObjectCode.from_cubin(_cubin("update", f"sm_{major}{minor}"))
+        kernels = {name: loaded.get_kernel(name) for name in _SCALARS}
+
+    def launch_on_current_stream(name: str, grid: int, block: int, arguments: Sequence[Any]) -> None:
+        with torch.cuda.device(device):
+            stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
+            launch(stream, LaunchConfig(grid=grid, block=block), kernels[name], *arguments)
+
+    return launch_on_current_stream
+
+
+# --- from source to binary --------------------------------------------------------------------------------------
+
+
+def kernel_source(name: str) -> Path:
+    """The file `name`.cu: in the installed package, or in the source tree that this module is run from."""
+    package = Path(__file__).resolve().parent
+    installed = package / "kernels" / f"{name}.cu"
+    return installed if installed.exists() else package.parents[1] / "kernels" / f"{name}.cu"
+
+
+def compile_options(arch: str) -> Any:
+    """cuda.core's options for every kernel; `arch` is such as "sm_90"."""
+    from cuda.core import ProgramOptions
+
+    return ProgramOptions(arch=arch, std="c++17", **_ARITHMETIC)
+
+
+def compile_kernel(name: str, arch: str) -> bytes:
+    """The binary of `name`.cu; needs neither a device nor a driver. Raises what cuda.core does."""
+    from cuda.core import Program
+
+    program = Program(kernel_source(name).read_text(), "c++", compile_options(arch))
+    return bytes(program.compile("cubin").code)
+
+
+def _cubin(name: str, arch: str) -> bytes:
+    """What `compile_kernel` gives, from the disk if it was compiled before by the same compiler."""
+    from cuda.bindings import nvrtc
+
+    recipe = (kernel_source(name).read_text(), arch, sorted(_ARITHMETIC.items()), nvrtc.nvrtcVersion())
+    digest = hashlib.sha256(repr(recipe).encode()).hexdigest()
+    path = _cache_folder() / f"{name}-{arch}-{digest[:32]}.cubin"
+    with contextlib.suppress(OSError):
+        stored = path.read_bytes()
+        checksum, cubin = stored[:32], stored[32:]
+        if hashlib.sha256(cubin).digest() == checksum:  # a power cut may leave a file without its bytes
+            return cubin
+    cubin = compile_kernel(name, arch)
+    with contextlib.suppress(OSError):  # a home that cannot be written to costs a fifth of a second a process
+        _write_whole(path, hashlib.sha256(cubin).digest() + cubin)
+    return cubin
+
+
+def _cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(root) / "offload" / "kernels"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Other processes see all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

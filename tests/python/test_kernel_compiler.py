@@ -1,0 +1,159 @@
+"""From kernels/*.cu to a binary: every architecture without a card, the arithmetic in it, the cache, and refusals."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import offload
+from offload import _kernels
+from offload._kernels import Found, compile_kernel, compile_options, find_kernels, kernel_source
+
+SOURCES = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.cu"))
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+KERNELS = {"update": {"adamw", "lion", "adagrad"}}
+
+
+def test_there_are_kernels_and_they_include_nothing() -> None:
+    assert {path.stem for path in SOURCES} == set(KERNELS)
+    for path in SOURCES:
+        assert kernel_source(path.stem).read_text() == path.read_text()
+        assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_architecture_compiles(name: str, arch: str) -> None:
+    binary = compile_kernel(name, arch)
+    assert binary.startswith(b"\x7fELF")
+    assert set(re.findall(rb"\.text\.(\w+)", binary)) == {kernel.encode() for kernel in KERNELS[name]}
+
+
+@pytest.mark.usefixtures("nvrtc")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_each_operation_rounds_by_itself(arch: str) -> None:
+    """No fused multiply-add, no approximation, no flushed subnormal in what NVRTC gives to the assembler."""
+    pattern = r"\b((?:fma|mad|add|sub|mul|div|rcp|sqrt|rsqrt|neg)\.\S*f(?:32|64))\b"
+    operations = Counter(re.findall(pattern, ptx_of("update", arch)))
+    allowed = {f"{operation}.rn.f32" for operation in ("add", "sub", "mul", "div", "sqrt")} | {"neg.f32"}
+    assert set(operations) <= allowed
+    assert operations["div.rn.f32"] > 0 and operations["sqrt.rn.f32"] > 0 and operations["mul.rn.f32"] > 0
+
+
+def ptx_of(name: str, arch: str) -> str:
+    """Through NVRTC itself, with the options of `compile_kernel`: cuda.core asks the driver before it gives PTX."""
+    from cuda.bindings import nvrtc
+
+    def checked(result: Any, *values: Any) -> Any:
+        assert result == nvrtc.nvrtcResult.NVRTC_SUCCESS
+        return values[0] if values else None
+
+    options = compile_options(arch).as_bytes("nvrtc")
+    program = checked(*nvrtc.nvrtcCreateProgram(kernel_source(name).read_bytes(), b"kernel.cu", 0, [], []))
+    checked(*nvrtc.nvrtcCompileProgram(program, len(options), options))
+    text = b" " * checked(*nvrtc.nvrtcGetPTXSize(program))
+    checked(*nvrtc.nvrtcGetPTX(program, text))  # writes into it
+    checked(*nvrtc.nvrtcDestroyProgram(program))
+    return text.decode()
+
+
+# --- the cache ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvrtc: None) -> list[str]:
+    """A cache of its own, and the architectures that were compiled for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    architectures: list[str] = []
+
+    def compile_and_count(name: str, arch: str) -> bytes:
+        architectures.append(arch)
+        return compile_kernel(name, arch)
+
+    monkeypatch.setattr(_kernels, "compile_kernel", compile_and_count)
+    return architectures
+
+
+def test_a_binary_is_compiled_once(compiled: list[str], tmp_path: Path) -> None:
+    first = _kernels._cubin("update", "sm_90")
+    assert _kernels._cubin("update", "sm_90") == first == compile_kernel("update", "sm_90")
+    assert _kernels._cubin("update", "sm_80") != first
+    assert compiled == ["sm_90", "sm_80"]
+    names = [path.name for path in (tmp_path / "offload" / "kernels").iterdir()]
+    assert sorted(name[:13] for name in names) == ["update-sm_80-", "update-sm_90-"]
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 20, 5000, -1])
+def test_a_torn_or_changed_entry_is_compiled_again(compiled: list[str], tmp_path: Path, kept_bytes: int) -> None:
+    first = _kernels._cubin("update", "sm_90")
+    (path,) = (tmp_path / "offload" / "kernels").iterdir()
+    content = path.read_bytes()
+    path.write_bytes(content[:kept_bytes] if kept_bytes >= 0 else content[:-1] + bytes([content[-1] ^ 1]))
+    assert _kernels._cubin("update", "sm_90") == first
+    assert _kernels._cubin("update", "sm_90") == first
+    assert compiled == ["sm_90"] * 2
+
+
+def test_another_source_is_another_entry(compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _kernels._cubin("update", "sm_90")
+    changed = tmp_path / "update.cu"
+    changed.write_text(kernel_source("update").read_text() + "// changed\n")
+    monkeypatch.setattr(_kernels, "kernel_source", lambda name: changed)
+    _kernels._cubin("update", "sm_90")
+    assert compiled == ["sm_90"] * 2
+
+
+def test_a_cache_that_cannot_be_written_to(compiled: list[str], tmp_path: Path) -> None:
+    (tmp_path / "offload").write_text("a file where the folder should be")
+    assert _kernels._cubin("update", "sm_90").startswith(b"\x7fELF")
+    assert [path.name for path in tmp_path.iterdir()] == ["offload"]
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+
+
+def found_on_cuda() -> Found:
+    return find_kernels.__wrapped__(torch.device("cuda", 0))
+
+
+def test_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.warns(UserWarning, match=r"cuda:0 is updated by separate torch operations: .*offload\[cuda\]"):
+        found = found_on_cuda()
+    assert found.kernels is None and "pip install 'offload[cuda]'" in str(found.refusal)
+
+
+def test_a_compiler_or_a_driver_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(device: torch.device) -> None:
+        raise RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+
+    monkeypatch.setattr(_kernels, "_cuda_launch", refuse)
+    with pytest.warns(UserWarning, match="CUDA_ERROR_UNSUPPORTED_PTX_VERSION"):
+        found = found_on_cuda()
+    assert found == Found(None, "RuntimeError: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+
+
+def test_the_cpu_has_no_kernels_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    find_kernels.cache_clear()
+    assert find_kernels(torch.device("cpu")) == Found(None, "kernels are for CUDA devices, this is cpu")
+    assert not recwarn.list
+
+
+def test_the_environment_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from offload.cli import main
+
+    monkeypatch.setattr(_kernels, "find_kernels", lambda device: Found(None, f"no compiler for {device}"))
+    assert "no compiler for" in offload.environment()["kernel_refusal"]
+    assert main(["env"]) == 0
+    assert "kernels none: no compiler for" in capsys.readouterr().out
+    monkeypatch.setattr(_kernels, "find_kernels", lambda device: Found(None, None))
+    assert main(["env"]) == 0
+    assert "kernels compiled for this device" in capsys.readouterr().out
