@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._env import run_env
 
             return run_env(arguments)
+        if arguments.part == "report":
+            from ._bench_report import run_report
+
+            return run_report(arguments)
         from ._bench import run_bench
 
         return run_bench(arguments)
@@ -166,6 +170,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
     _add_bench_largest(add("largest", on_device, "the largest model that the device and its host can train"))
+    _add_bench_report(parts)
     add("all", on_device, "all of these but checkpoint, disk, train and largest, which take their time")
 
 
@@ -217,6 +222,20 @@ def _add_bench_largest(largest: argparse.ArgumentParser) -> None:
             help=f"of the {tier}'s memory, as '24GiB' (default: measured)",
         )
     largest.add_argument("--derive-only", action="store_true", help="plan it and do not train it")
+
+
+def _add_bench_report(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = parts.add_parser(
+        "report",
+        help="tables and plots of what was measured",
+        description="Turns JSON files of benches, or of make gpu-acceptance, into Markdown tables and plots.",
+        epilog=_EPILOG,
+    )
+    report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON, as --json wrote it")
+    report.add_argument("--out", type=Path, default=None, metavar="FILE", help="for the Markdown (default: stdout)")
+    report.add_argument(
+        "--plots", type=Path, default=None, metavar="DIR", help="for PNG files; needs matplotlib (the extra 'plot')"
+    )
 
 
 def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
