@@ -129,7 +129,7 @@ def test_sections_are_chosen_by_name_and_by_group() -> None:
 
     assert chosen("train-8b,link") == ["link", "train-8b", "train-8b-hybrid", "train-8b-streamed"]
     assert chosen("peers-1b") == [f"peers-1b-{peer}" for peer in ("fsdp2", "torchao", "deepspeed")]
-    assert chosen(None) == [section.name for section in available] and chosen(None)[0] == "tests"
+    assert chosen(None) == [section.name for section in available]
     with pytest.raises(ValueError, match="--sections trains"):
         chosen("link,trains")
 
@@ -140,7 +140,8 @@ def test_every_section_is_a_command_and_fits_a_call(kind: str, quick: bool) -> N
     limit_s = acceptance.QUICK_CALL_LIMIT_S if quick else acceptance.CALL_LIMIT_S
     for section in acceptance.sections(kind, quick=quick, host_budget="110GiB"):
         assert section.limit_s + acceptance.GRACE_S < limit_s - 5, f"{section.name} would never begin"
-        if section.name == "tests":
+        if section.key == "tests":
+            assert ("OFFLOAD_REQUIRE_GPU=1" in section.command) == (kind == "cuda")
             continue
         assert section.command[:3] == (sys.executable, "-m", "offload")
         options = _parser().parse_args(section.command[3:])  # ends the test where it is no command
@@ -149,6 +150,16 @@ def test_every_section_is_a_command_and_fits_a_call(kind: str, quick: bool) -> N
             size = _bench_train._size(options)
             assert all(_bench_train.parse_places(text) for text in options.offload)
             assert kind == "cpu" or (size.shape.vocabulary == 32768 and 4096 <= size.micro_batch <= 8192)
+
+
+def test_the_parts_hold_every_test_once() -> None:
+    run = [
+        word for section in acceptance.tests("cuda", quick=False) for word in section.command if word.endswith(".py")
+    ]
+    there = [str(path) for folder in ("python", "layout") for path in (ROOT / "tests" / folder).glob("test_*.py")]
+    assert sorted(run) == sorted(there) and len(run) > 50
+    (quick,) = acceptance.tests("cpu", quick=True)
+    assert sum(word.endswith(".py") for word in quick.command) == len(acceptance._QUICK_TESTS)
 
 
 def test_outcomes_of_tests_are_counted(tmp_path: Path) -> None:

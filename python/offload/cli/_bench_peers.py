@@ -82,7 +82,7 @@ class Fsdp2(_Peer):
         fsdp = _imported("torch.distributed.fsdp")
         if not hasattr(fsdp, "fully_shard"):
             raise Unavailable(f"torch {torch.__version__} has no FSDP2")
-        _require_host_bytes(16 * size.count)  # weight, gradient, two moments
+        _require_host_bytes(18 * size.count)  # weight, gradient and two moments; pinned ones in powers of two
         _join_group_of_one(device)
         model = size.build(torch.device("cpu"), device).float()
         for buffer in model.buffers():
@@ -107,7 +107,7 @@ class TorchAo(_Peer):
         optim = _imported("torchao.optim")
         if device.type == "cpu":
             raise Unavailable("torchao's CPUOffloadOptimizer needs streams of an accelerator; there are none on a CPU")
-        _require_host_bytes(2 * 8 * size.count)  # weight, gradient, two moments; pinned in powers of two
+        _require_host_bytes(9 * size.count)  # weight, gradient and two moments; pinned ones in powers of two
         model = size.build(device, device)
         optimizer = optim.CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, lr=LEARNING_RATE, fused=True)
         super().__init__(model, optimizer)
@@ -120,7 +120,7 @@ class DeepSpeed(_Peer):
 
     def __init__(self, size: Size, device: torch.device) -> None:
         # What its launcher sets for one process.
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
+        os.environ.update(RANK="0", LOCAL_RANK=str(device.index or 0), WORLD_SIZE="1")
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
@@ -134,7 +134,7 @@ class DeepSpeed(_Peer):
             self._engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=model.parameters(), config=self._config(size, device)
             )
-        super().__init__(self._engine, self._engine.optimizer)
+        super().__init__(self._engine, None)
 
     @staticmethod
     def _config(size: Size, device: torch.device) -> dict[str, Any]:

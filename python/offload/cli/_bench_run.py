@@ -76,18 +76,21 @@ class Training:
 
     single_micro_batch = False  # whether its steps have only one
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+        self._model, self._optimizer = model, optimizer
 
     def backward(self, tokens: Tensor, micro_batches: int, *, last: bool) -> Tensor:
         """Forward and backward of one of so many micro-batches of a step; returns its part of the loss."""
-        loss: Tensor = self.model(input_ids=tokens, labels=tokens).loss / micro_batches
+        loss: Tensor = self._model(input_ids=tokens, labels=tokens).loss / micro_batches
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def step(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        if self._optimizer is None:
+            self._model.zero_grad()
+            return
+        self._optimizer.step()
+        self._optimizer.zero_grad()
 
     def rest(self) -> None:
         """Returns when nothing of it goes on, so that something else can be measured."""
@@ -107,10 +110,7 @@ class Compute(Training):
     single_micro_batch = True
 
     def __init__(self, size: Size, device: torch.device) -> None:
-        super().__init__(size.build(device, device), torch.optim.SGD([torch.zeros(())]))
-
-    def step(self) -> None:
-        self.model.zero_grad()
+        super().__init__(size.build(device, device), None)
 
 
 class Offloaded(Training):
