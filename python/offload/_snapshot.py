@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._moments import Int8Moment
 from ._parameter_state import SplitMaster
 from ._safetensors import lay_out
 
@@ -35,7 +36,7 @@ class Cast:
         return self.value.to(self.dtype)
 
 
-Value = Tensor | SplitMaster | Cast
+Value = Tensor | SplitMaster | Cast | Int8Moment
 
 
 class TensorFile:
@@ -145,6 +146,8 @@ def copied(value: Tensor) -> Tensor:
 def _part_of(value: Value) -> Tensor:
     if isinstance(value, SplitMaster):
         return value.weight
+    if isinstance(value, Int8Moment):
+        return value.codes
     return value.value if isinstance(value, Cast) else value
 
 
