@@ -161,18 +161,18 @@ class Engine:
             )
 
     def _host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
-        sizes: list[int] = []
+        numel, sizes = parameter.numel(), list[int]()
         if self._puts_on_host(parameter):
             if issubclass(kind, NativeState):
-                sizes += [4] * len(kind.moment_arguments)
+                sizes += kind.moment_sizes(self.config.moments, numel)
             streamed = parameter in self.streaming  # its working weight is counted there
             if parameter.dtype == torch.float32:
-                sizes += [] if streamed else [4]
+                sizes += [] if streamed else [4 * numel]
             else:
-                sizes += [0 if streamed else 2, 2 if self._splits(parameter, kind) else 4]
+                sizes += [0 if streamed else 2 * numel, (2 if self._splits(parameter, kind) else 4) * numel]
         if self._puts_on_host(parameter) or self.plan.gradient_leaves(self.name_of(parameter)):
-            sizes.append(parameter.element_size())
-        return sum(-(-size * parameter.numel() // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
+            sizes.append(parameter.element_size() * numel)
+        return sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
 
     def _puts_on_host(self, parameter: Parameter) -> bool:
         return not self.plan.keeps_state(self.name_of(parameter))
@@ -208,17 +208,23 @@ class Engine:
         streamed = parameter in self.streaming
         value = self.streaming.present_value(parameter) if streamed else parameter
 
-        def allocate(dtype: torch.dtype, tag: Any) -> Tensor:
+        def allocate(dtype: torch.dtype, tag: Any, count: int | None = None) -> Tensor:
             if streamed and on_host and dtype == parameter.dtype and tag != "moments":
                 return self.streaming.host_weight(parameter)
             if not on_host or parameter.numel() == 0:
                 tier = torch.device("cpu") if on_host else parameter.device
+                if count is not None:
+                    return torch.empty(count, dtype=dtype, device=tier)
                 return torch.empty_like(value, dtype=dtype, device=tier, requires_grad=False)
-            buffer = self.pool.acquire(parameter.numel() * dtype.itemsize, tag)
-            return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
+            buffer = self.pool.acquire((count or parameter.numel()) * dtype.itemsize, tag)
+            row = torch.frombuffer(buffer, dtype=dtype)
+            return row if count is not None else row.as_strided(parameter.shape, parameter.stride())
 
         name, split = self.name_of(parameter), self._splits(parameter, kind)
-        state = kind(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
+        form: dict[str, Any] = {"on_host": on_host, "split": split, "streamed": streamed, "allocate": allocate}
+        if issubclass(kind, NativeState):
+            form |= {"moments": self.config.moments, "rounding_seed": self.config.rounding_seed}
+        state = kind(name, parameter, value, **form)
         with Uninterrupted():
             if on_host and isinstance(state, NativeState):
                 self._slots[id(parameter)] = self._add_slot(state)
@@ -238,7 +244,7 @@ class Engine:
             master_format=_native.MASTER_FLOAT32 if state.remainder is None else _native.MASTER_SPLIT,
             weight=0 if weight is state.master else weight.data_ptr(),
             weight_format=FORMATS[parameter.dtype],
-            **state.moment_addresses(),
+            **state.native_moments(),
             count=parameter.numel(),
             upload_source=weight.data_ptr(),
             # The next touch of a streamed one uploads the weight.

@@ -219,7 +219,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         Current values: reading it waits for the submitted update. Tensors lie where the states do, and as in torch
         they are the live ones, which the next `step()` writes to: save them, or deep-copy them, before it. A split
-        master is joined into a new tensor; use `load_state_dict` to write one.
+        master is joined into a new tensor, and `moments` in bf16 or int8 are given as new ones in fp32; use
+        `load_state_dict` to write them.
         """
         if not self._adopting:
             return defaultdict(dict)
@@ -246,6 +247,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the layout of the optimizer's class, in place: groups stay the same objects, states fp32 on their tier.
+
+        Moments in a small format take the nearest values that it has; what the same format gave is loaded exactly.
 
         With a `master` the fp32 value is restored exactly, wherever the model's weight at the next step is its rounded
         value (model and optimizer may be loaded in any order); elsewhere, and without one, the weight is the master.

@@ -37,6 +37,7 @@ from ._checkpoint_directory import check_tag, commit
 from ._directory_lock import DirectoryLock
 from ._durable_files import WrittenFile
 from ._errors import InvalidArgument
+from ._moments import Int8Moment
 from ._optimizer import OffloadOptimizer
 from ._parameter_state import SplitMaster
 from ._probe import probe_host
@@ -270,15 +271,18 @@ def _contents(
         if name not in tied
     }
     if staged:
-        states = {
-            name: copied(value) if isinstance(value, Tensor) and value.device.type != "cpu" else value
-            for name, value in states.items()
-        }
+        states = {name: _staged(value) for name, value in states.items()}
     return state_bytes, TensorFile(states, _METADATA), TensorFile(values, _METADATA)
 
 
 def _frozen_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _staged(value: Value) -> Value:
+    if not isinstance(value, (Tensor, Int8Moment)) or value.device.type == "cpu":
+        return value
+    return copied(value if isinstance(value, Tensor) else value.join())
 
 
 def model_values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -348,7 +352,7 @@ def _describe(packed: Mapping[str, Any], names: list[list[str]], states: dict[st
         rest[index], keys[index] = {}, []
         for key, value in entries.items():
             name = f"{name_of[index]}.{key}"
-            if isinstance(value, (Tensor, SplitMaster)) and name not in states:
+            if isinstance(value, (Tensor, SplitMaster, Int8Moment)) and name not in states:
                 states[name] = value
                 keys[index].append(key)
             else:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._moments import Int8Moment
 from ._parameter_state import SplitMaster
 from ._safetensors import lay_out
 
@@ -37,7 +38,7 @@ class Cast:
         return self.value.to(self.dtype)
 
 
-Value = Tensor | SplitMaster | Cast
+Value = Tensor | SplitMaster | Cast | Int8Moment
 
 
 class TensorFile:
@@ -142,7 +143,10 @@ class _Source:
         value = self._value
         if value is None:
             return []
-        parts = (value.weight, value.remainder) if isinstance(value, SplitMaster) else (_part_of(value),)
+        if isinstance(value, SplitMaster):
+            parts: Sequence[Tensor] = (value.weight, value.remainder)
+        else:
+            parts = value.tensors() if isinstance(value, Int8Moment) else (_part_of(value),)
         return [part.data_ptr() for part in parts if part.numel() > 0]
 
     def read(self, out: Tensor, begin: int) -> None:
@@ -182,6 +186,8 @@ def copied(value: Tensor) -> Tensor:
 def _part_of(value: Value) -> Tensor:
     if isinstance(value, SplitMaster):
         return value.weight
+    if isinstance(value, Int8Moment):
+        return value.codes
     return value.value if isinstance(value, Cast) else value
 
 

@@ -19,7 +19,7 @@ from ._errors import InvalidArgument, StateError
 from ._hooks import Hooks
 from ._host_grad import HostGrad
 from ._interrupts import Uninterrupted
-from ._native_state import AdamWState
+from ._native_state import AdagradState, AdamWState
 from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
 from ._parameter_state import ParameterState
@@ -85,6 +85,7 @@ def wrap(
     _check_model(model)
     if optim is not None:
         _check_optimizers(model, optimizers)
+        _check_moments(settings, optimizers)
     device = _device_of(model, settings)
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
@@ -196,7 +197,7 @@ def estimate(
     """
     settings = Config.resolve(config, {**options, "device_budget": _UNLIMITED, "host_budget": _UNLIMITED})
     trained = {id(p): AdamWState for p in model.parameters() if p.requires_grad}
-    sizes = _parameter_sizes(model, find_units(model, settings.units), trained)
+    sizes = _parameter_sizes(model, find_units(model, settings.units), trained, settings.moments)
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         sizes = [dataclasses.replace(size, itemsize=dtype.itemsize, dtype_name=name) for size in sizes]
@@ -289,6 +290,22 @@ def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer])
                     )
 
 
+def _check_moments(settings: Config, optimizers: list[torch.optim.Optimizer]) -> None:
+    if settings.moments == "fp32":
+        return
+    for optimizer in optimizers:
+        if _updater_of(optimizer) is TorchUpdater:
+            why = "runs as itself, with states of its own"
+        elif _updater_of(optimizer).state_kind_of(optimizer) is AdagradState:
+            why = "never forgets: the rounding errors of its sum would add up for ever"
+        else:
+            continue
+        raise InvalidArgument(
+            f"moments={settings.moments!r}: {type(optimizer).__name__} {why}; small moments are for Adam, AdamW and "
+            "offload.Lion, pass moments='fp32'"
+        )
+
+
 def _check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
         if _updater_of(optimizer) is not TorchUpdater:
@@ -369,7 +386,7 @@ def _plan(
         for p in g["params"]
         if p.requires_grad
     }
-    sizes = _parameter_sizes(model, units, trained)
+    sizes = _parameter_sizes(model, units, trained, settings.moments)
     host_bytes = probe_host().available_bytes
     if device.type == "cpu":
         device_bytes = host_bytes
@@ -390,12 +407,13 @@ def _plan(
 
 
 def _parameter_sizes(
-    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]]
+    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]], moments: str
 ) -> list[ParameterSize]:
     """The model's parameters as the plan sees them; `trained`: id -> the kind of its state."""
     unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
     # Its forward is open while any other's is.
     root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
+    charged = {id(p): trained[id(p)].moment_bytes(moments) for p in model.parameters() if id(p) in trained}
     return [
         ParameterSize(
             name=name,
@@ -405,7 +423,8 @@ def _parameter_sizes(
             trainable=id(parameter) in trained,
             unit=unit_of[id(parameter)].name,
             may_split=id(parameter) in trained and trained[id(parameter)].may_split,
-            moment_bytes=trained[id(parameter)].planned_moment_bytes if id(parameter) in trained else 0,
+            moment_bytes=charged.get(id(parameter), (0, 0))[0],
+            moment_block_bytes=charged.get(id(parameter), (0, 0))[1],
             stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
         )
         for name, parameter in model.named_parameters()

@@ -46,7 +46,7 @@ PYTHON_FLOORS = (
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_weight_window",
-        "_streaming", "_activations", "_saved_ranges", "_weight_casts", "_parameter_state", "_native_state",
+        "_streaming", "_activations", "_saved_ranges", "_weight_casts", "_parameter_state", "_moments", "_native_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
     ("_weight_lane", "_engine", "_engine_stats"),
