@@ -78,8 +78,9 @@ gpu-test: gpu-build
 	PYTHONPATH=$(GPU_SITE) OFFLOAD_POISON=1 $(if $(filter 0,$(REQUIRE_GPU)),,OFFLOAD_REQUIRE_GPU=1) \
 	  timeout --foreground --signal=INT --kill-after=15 480 $(PYTHON) -m pytest tests
 
+# The tests and every bench into one JSON; FLAGS="--quick --sections train,peers". Call again until it says that all is done.
 gpu-acceptance: gpu-build
-	PYTHONPATH=$(GPU_SITE) PYTHON=$(PYTHON) benches/gpu_acceptance.sh
+	PYTHONPATH=$(GPU_SITE) $(PYTHON) benches/gpu_acceptance.py --device $(if $(filter 0,$(REQUIRE_GPU)),cpu,cuda) $(FLAGS)
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)

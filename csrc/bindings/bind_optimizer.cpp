@@ -69,16 +69,23 @@ void with_pool(size_t threads, const Body& body) {
 void update(uintptr_t gradient, int gradient_format, uintptr_t master, int master_format, uintptr_t weight,
             int weight_format, uintptr_t exp_avg, uintptr_t exp_avg_sq, size_t count,
             const UpdateScalars& scalars, const std::vector<std::pair<int, double>>& factors,
-            const std::optional<std::string>& isa, size_t threads) {
+            const std::optional<std::string>& isa, size_t threads, int moment_format,
+            uintptr_t exp_avg_scales, uintptr_t exp_avg_sq_scales, uint32_t rounding_seed,
+            size_t first_element) {
   const UpdateSpan span = {.gradient = pointer(gradient),
                            .master = pointer(master),
                            .weight = pointer(weight),
-                           .exp_avg = static_cast<float*>(pointer(exp_avg)),
-                           .exp_avg_sq = static_cast<float*>(pointer(exp_avg_sq)),
+                           .exp_avg = pointer(exp_avg),
+                           .exp_avg_sq = pointer(exp_avg_sq),
                            .count = count,
                            .gradient_format = float_format(gradient_format, "gradient_format"),
                            .weight_format = float_format(weight_format, "weight_format"),
-                           .master_format = format_of<MasterFormat>(master_format, 2, "master_format")};
+                           .master_format = format_of<MasterFormat>(master_format, 2, "master_format"),
+                           .moment_format = format_of<MomentFormat>(moment_format, 3, "moment_format"),
+                           .exp_avg_scales = static_cast<float*>(pointer(exp_avg_scales)),
+                           .exp_avg_sq_scales = static_cast<float*>(pointer(exp_avg_sq_scales)),
+                           .rounding_seed = rounding_seed,
+                           .first_element = first_element};
   std::vector<Factor> plain_factors;
   for (const auto& [kind, value] : factors) {
     plain_factors.push_back({format_of<FactorKind>(kind, 4, "factor kind"), static_cast<float>(value)});
@@ -111,7 +118,7 @@ void bind_worker_pool(py::module_& module) {
 void bind_scalars(py::module_& module) {
   py::class_<AdamWScalars>(module, "AdamWScalars")
       .def(py::init([](double weight_scale, double l2, double one_minus_beta1, double beta2,
-                       double one_minus_beta2, double step_size, double eps, bool maximize) {
+                       double one_minus_beta2, double step_size, double eps, bool maximize, uint32_t step) {
              return AdamWScalars{.weight_scale = static_cast<float>(weight_scale),
                                  .l2 = static_cast<float>(l2),
                                  .one_minus_beta1 = static_cast<float>(one_minus_beta1),
@@ -119,32 +126,37 @@ void bind_scalars(py::module_& module) {
                                  .one_minus_beta2 = static_cast<float>(one_minus_beta2),
                                  .step_size = static_cast<float>(step_size),
                                  .eps = static_cast<float>(eps),
-                                 .maximize = maximize};
+                                 .maximize = maximize,
+                                 .step = step};
            }),
            py::kw_only(), py::arg("weight_scale"), py::arg("l2"), py::arg("one_minus_beta1"),
            py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("step_size"), py::arg("eps"),
-           py::arg("maximize") = false);
+           py::arg("maximize") = false, py::arg("step") = 0);
   py::class_<LionScalars>(module, "LionScalars")
       .def(py::init([](double weight_scale, double beta1, double one_minus_beta1, double beta2,
-                       double one_minus_beta2, double step_size, bool maximize) {
+                       double one_minus_beta2, double step_size, bool maximize, uint32_t step) {
              return LionScalars{.weight_scale = static_cast<float>(weight_scale),
                                 .beta1 = static_cast<float>(beta1),
                                 .one_minus_beta1 = static_cast<float>(one_minus_beta1),
                                 .beta2 = static_cast<float>(beta2),
                                 .one_minus_beta2 = static_cast<float>(one_minus_beta2),
                                 .step_size = static_cast<float>(step_size),
-                                .maximize = maximize};
+                                .maximize = maximize,
+                                .step = step};
            }),
            py::kw_only(), py::arg("weight_scale"), py::arg("beta1"), py::arg("one_minus_beta1"),
-           py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("step_size"), py::arg("maximize") = false);
+           py::arg("beta2"), py::arg("one_minus_beta2"), py::arg("step_size"), py::arg("maximize") = false,
+           py::arg("step") = 0);
   py::class_<AdagradScalars>(module, "AdagradScalars")
-      .def(py::init([](double l2, double step_size, double eps, bool maximize) {
+      .def(py::init([](double l2, double step_size, double eps, bool maximize, uint32_t step) {
              return AdagradScalars{.l2 = static_cast<float>(l2),
                                    .step_size = static_cast<float>(step_size),
                                    .eps = static_cast<float>(eps),
-                                   .maximize = maximize};
+                                   .maximize = maximize,
+                                   .step = step};
            }),
-           py::kw_only(), py::arg("l2"), py::arg("step_size"), py::arg("eps"), py::arg("maximize") = false);
+           py::kw_only(), py::arg("l2"), py::arg("step_size"), py::arg("eps"), py::arg("maximize") = false,
+           py::arg("step") = 0);
 }
 
 void bind_update(py::module_& module) {
@@ -153,6 +165,10 @@ void bind_update(py::module_& module) {
   module.attr("FLOAT16") = static_cast<int>(FloatFormat::kFloat16);
   module.attr("MASTER_FLOAT32") = static_cast<int>(MasterFormat::kFloat32);
   module.attr("MASTER_SPLIT") = static_cast<int>(MasterFormat::kSplit);
+  module.attr("MOMENTS_FLOAT32") = static_cast<int>(MomentFormat::kFloat32);
+  module.attr("MOMENTS_BFLOAT16") = static_cast<int>(MomentFormat::kBFloat16);
+  module.attr("MOMENTS_INT8") = static_cast<int>(MomentFormat::kInt8);
+  module.attr("MOMENT_BLOCK") = kMomentBlock;
   module.attr("FACTOR_MULTIPLY") = static_cast<int>(FactorKind::kMultiply);
   module.attr("FACTOR_DIVIDE") = static_cast<int>(FactorKind::kDivide);
   module.attr("FACTOR_MULTIPLY_RECIPROCAL") = static_cast<int>(FactorKind::kMultiplyReciprocal);
@@ -165,7 +181,9 @@ void bind_update(py::module_& module) {
   module.def("update_states", &update, py::kw_only(), py::arg("gradient"), py::arg("gradient_format"),
              py::arg("master"), py::arg("master_format"), py::arg("weight"), py::arg("weight_format"),
              py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("count"), py::arg("scalars"),
-             py::arg("factors") = py::tuple(), py::arg("isa") = py::none(), py::arg("threads") = 0);
+             py::arg("factors") = py::tuple(), py::arg("isa") = py::none(), py::arg("threads") = 0,
+             py::arg("moment_format") = 0, py::arg("exp_avg_scales") = 0, py::arg("exp_avg_sq_scales") = 0,
+             py::arg("rounding_seed") = 0, py::arg("first_element") = 0);
   module.def(
       "split_master",
       [](uintptr_t master, uintptr_t weight, uintptr_t remainder, size_t count) {

@@ -144,7 +144,13 @@ py::list submit(StepPipeline& self, const py::object& sequence, uintptr_t comput
 
 int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int master_format, uintptr_t weight,
                  int weight_format, uintptr_t exp_avg, uintptr_t exp_avg_sq, size_t count,
-                 uintptr_t upload_source, uintptr_t device_weight, size_t weight_bytes) {
+                 uintptr_t upload_source, uintptr_t device_weight, size_t weight_bytes, int moment_format,
+                 uintptr_t exp_avg_scales, uintptr_t exp_avg_sq_scales, uint32_t rounding_seed) {
+  if (moment_format < 0 || moment_format > static_cast<int>(MomentFormat::kInt8)) {
+    throw Error(
+        ErrorKind::kInvalidArgument,
+        "slot '" + name + "': moment_format must be a MOMENTS_ code, got " + std::to_string(moment_format));
+  }
   if (master_format < 0 || master_format > static_cast<int>(MasterFormat::kSplit) || weight_format < 0 ||
       weight_format > static_cast<int>(FloatFormat::kFloat16)) {
     throw Error(ErrorKind::kInvalidArgument,
@@ -156,12 +162,16 @@ int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int mas
                         .span = {.gradient = nullptr,
                                  .master = reinterpret_cast<void*>(master),
                                  .weight = reinterpret_cast<void*>(weight),
-                                 .exp_avg = reinterpret_cast<float*>(exp_avg),
-                                 .exp_avg_sq = reinterpret_cast<float*>(exp_avg_sq),
+                                 .exp_avg = reinterpret_cast<void*>(exp_avg),
+                                 .exp_avg_sq = reinterpret_cast<void*>(exp_avg_sq),
                                  .count = count,
                                  .gradient_format = FloatFormat::kFloat32,
                                  .weight_format = static_cast<FloatFormat>(weight_format),
-                                 .master_format = static_cast<MasterFormat>(master_format)},
+                                 .master_format = static_cast<MasterFormat>(master_format),
+                                 .moment_format = static_cast<MomentFormat>(moment_format),
+                                 .exp_avg_scales = reinterpret_cast<float*>(exp_avg_scales),
+                                 .exp_avg_sq_scales = reinterpret_cast<float*>(exp_avg_sq_scales),
+                                 .rounding_seed = rounding_seed},
                         .upload_source = reinterpret_cast<const void*>(upload_source),
                         .device_weight = reinterpret_cast<void*>(device_weight),
                         .weight_bytes = weight_bytes});
@@ -177,7 +187,9 @@ void bind_pipeline(py::module_& module) {
            py::arg("transfers"), py::kw_only(), py::arg("chunk_elements") = kDefaultChunkElements)
       .def("add_slot", &add_slot, py::kw_only(), py::arg("name"), py::arg("master"), py::arg("master_format"),
            py::arg("weight"), py::arg("weight_format"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
-           py::arg("count"), py::arg("upload_source"), py::arg("device_weight"), py::arg("weight_bytes"))
+           py::arg("count"), py::arg("upload_source"), py::arg("device_weight"), py::arg("weight_bytes"),
+           py::arg("moment_format") = 0, py::arg("exp_avg_scales") = 0, py::arg("exp_avg_sq_scales") = 0,
+           py::arg("rounding_seed") = 0)
       .def("submit", &submit, py::arg("jobs"), py::arg("compute_stream") = 0)
       .def(
           "wait",

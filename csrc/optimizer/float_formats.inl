@@ -23,6 +23,21 @@ inline Words round_to_bfloat16(Words bits) {
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
 }
 
+// Canonical fp32 bits -> bf16 in the low half, rounded up in magnitude where `random`, below 2^16, says so.
+template <typename Words>
+inline Words to_bfloat16_stochastic(Words bits, Words random) {
+  return (bits + random) >> 16;
+}
+
+// A bijection on words whose every bit depends on every bit of the word: two rounds of multiplication and
+// shift, with constants found by search (C. Wellons, "Prospecting for hash functions", 2018).
+template <typename Words>
+inline Words scrambled(Words word) {
+  word = (word ^ (word >> 16)) * 0x7feb352du;
+  word = (word ^ (word >> 15)) * 0x846ca68bu;
+  return word ^ (word >> 16);
+}
+
 // fp16 -> fp32 bits, exact; NaNs are quieted, as the instruction does.
 [[maybe_unused]] inline uint32_t float16_to_float32(uint32_t half) {
   const uint32_t sign = (half & 0x8000u) << 16;

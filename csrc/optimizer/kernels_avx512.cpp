@@ -29,9 +29,21 @@ inline Words widen(const uint16_t* from) {
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(load_16bit(from)));
 }
 
+inline Words widen(const uint8_t* from) {
+  return reinterpret_cast<Words>(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+
 inline void narrow(Words low, Words high, uint16_t* to) {
   store_16bit(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(low)), to);
   store_16bit(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(high)), to + kLanes);
+}
+
+inline void narrow(Words low, Words high, uint8_t* to) {
+  const __m128i low_bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(low));
+  const __m128i high_bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(high));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), low_bytes);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kLanes), high_bytes);
 }
 
 inline __m256i to_float16(Floats value) { return _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT); }
@@ -42,6 +54,8 @@ inline void store_float16(Floats low, Floats high, uint16_t* to) {
   store_16bit(to_float16(high), to + kLanes);
 }
 
+#include "optimizer/lanes.inl"
+#include "optimizer/moment_formats.inl"
 #include "optimizer/update_body.inl"
 #include "optimizer/update_rules.inl"
 

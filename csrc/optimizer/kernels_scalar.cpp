@@ -27,12 +27,16 @@ inline Floats square_root(Floats value) {
 #endif
 }
 
-inline Words widen(const uint16_t* from) { return Words{from[0], from[1], from[2], from[3]}; }
+template <typename Element>
+inline Words widen(const Element* from) {
+  return Words{from[0], from[1], from[2], from[3]};
+}
 
-inline void narrow(Words low, Words high, uint16_t* to) {
+template <typename Element>
+inline void narrow(Words low, Words high, Element* to) {
   for (size_t i = 0; i < kLanes; ++i) {
-    to[i] = static_cast<uint16_t>(low[i]);
-    to[kLanes + i] = static_cast<uint16_t>(high[i]);
+    to[i] = static_cast<Element>(low[i]);
+    to[kLanes + i] = static_cast<Element>(high[i]);
   }
 }
 
@@ -58,6 +62,8 @@ inline void store_float16(Floats low, Floats high, uint16_t* to) {
   narrow(to_float16(low), to_float16(high), to);
 }
 
+#include "optimizer/lanes.inl"
+#include "optimizer/moment_formats.inl"
 #include "optimizer/update_body.inl"
 #include "optimizer/update_rules.inl"
 

@@ -40,9 +40,11 @@ STREAMING_TARGET void stream_block(const StreamedArray* arrays, size_t array_cou
     for (size_t i = 0; i < array_count; ++i) {
       const StreamedArray& array = arrays[i];
       char* const start = static_cast<char*>(array.address) + at * array.element_bytes;
-      seen = array.element_bytes == 4
-                 ? stream_stride<kNonTemporal, kPrefetch, 4>(start, array.access, seen, zero)
-                 : stream_stride<kNonTemporal, kPrefetch, 2>(start, array.access, seen, zero);
+      switch (array.element_bytes) {
+        case 4: seen = stream_stride<kNonTemporal, kPrefetch, 4>(start, array.access, seen, zero); break;
+        case 2: seen = stream_stride<kNonTemporal, kPrefetch, 2>(start, array.access, seen, zero); break;
+        default: seen = stream_stride<kNonTemporal, kPrefetch, 1>(start, array.access, seen, zero);
+      }
     }
   }
   asm volatile("" ::"m"(seen));  // the reads have a use

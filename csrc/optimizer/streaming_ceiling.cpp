@@ -14,7 +14,7 @@ namespace offload {
 namespace {
 
 constexpr size_t kBlockElements = size_t{32} << 10;  // as update_states_parallel
-constexpr size_t kStride = 32;                       // elements of one array before the next array's turn
+constexpr size_t kStride = 64;                       // elements of one array before the next array's turn
 constexpr size_t kPrefetchAheadBytes = 1536;
 constexpr size_t kCacheLineBytes = 64;
 
@@ -69,12 +69,12 @@ StreamBlock* block_for(StreamingMode mode) {
 void streaming_pass(WorkerPool& pool, const std::vector<StreamedArray>& arrays, size_t count,
                     StreamingMode mode) {
   for (const StreamedArray& array : arrays) {
-    const bool known_size = array.element_bytes == 2 || array.element_bytes == 4;
+    const bool known_size = array.element_bytes == 1 || array.element_bytes == 2 || array.element_bytes == 4;
     const bool aligned = reinterpret_cast<uintptr_t>(array.address) % kCacheLineBytes == 0;
     if (array.address == nullptr || !known_size || !aligned || count % kStride != 0) {
       throw Error(ErrorKind::kInvalidArgument,
-                  "streaming_pass: elements have 2 or 4 bytes, addresses are multiples of 64 and not 0, and "
-                  "count is a multiple of 32");
+                  "streaming_pass: elements have 1, 2 or 4 bytes, addresses are multiples of 64 and not 0, "
+                  "and count is a multiple of 64");
     }
   }
   StreamBlock* const stream = block_for(mode);

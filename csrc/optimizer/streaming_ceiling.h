@@ -2,7 +2,7 @@
 //
 // Ownership: borrows the arrays for the call.
 // Threads: cuts the arrays into blocks for a WorkerPool, as update_states_parallel does.
-// Units: elements of 2 or 4 bytes.
+// Units: elements of 1, 2 or 4 bytes.
 // Invariants: kRead and kUpdate arrays keep their bytes; kWrite arrays are filled with zeros.
 #pragma once
 

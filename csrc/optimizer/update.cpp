@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -22,6 +23,7 @@ namespace {
 // Elements a worker takes at a time: 128 KiB of each fp32 array. Large against the cost of handing it
 // out, small against the imbalance at the end.
 constexpr size_t kBlockElements = size_t{32} << 10;
+static_assert(kBlockElements % kMomentBlock == 0);
 
 constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
 
@@ -126,6 +128,10 @@ void check(const UpdateSpan& span, const UpdateScalars& scalars, const Factor* f
                 span.weight_format == FloatFormat::kFloat16,
             "beside a fp32 master the weight must be BFLOAT16 or FLOAT16, or null: the master is the weight");
   }
+  require(span.moment_format <= MomentFormat::kInt8,
+          "moment_format must be MOMENTS_FLOAT32, MOMENTS_BFLOAT16 or MOMENTS_INT8");
+  require(span.moment_format != MomentFormat::kInt8 || span.first_element % kMomentBlock == 0,
+          "int8 moments: first_element must be a multiple of 256, where a block begins");
   if (span.count == 0) return;
   require(span.gradient != nullptr, "gradient is null");
   require(span.master != nullptr, "master is null");
@@ -142,6 +148,22 @@ std::vector<Factor> without_reciprocals(const Factor* factors, size_t factor_cou
 }
 
 size_t element_bytes(FloatFormat format) { return format == FloatFormat::kFloat32 ? 4 : 2; }
+
+size_t element_bytes(MomentFormat format) {
+  switch (format) {
+    case MomentFormat::kFloat32: return 4;
+    case MomentFormat::kBFloat16: return 2;
+    case MomentFormat::kInt8: return 1;
+  }
+  return 0;
+}
+
+// The address `bytes` further on; null stays null: a state that is not kept.
+template <typename Element>
+Element* advanced(Element* address, size_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<Element>, const char, char>;
+  return address == nullptr ? nullptr : reinterpret_cast<Element*>(reinterpret_cast<Byte*>(address) + bytes);
+}
 
 uint32_t bits_of(float value) { return __builtin_bit_cast(uint32_t, value); }
 
@@ -171,19 +193,29 @@ const char* isa_name(Isa isa) noexcept {
 }
 
 void require_states(const UpdateSpan& span, const UpdateScalars& scalars) {
-  require(span.exp_avg != nullptr || std::holds_alternative<AdagradScalars>(scalars), "exp_avg is null");
-  require(span.exp_avg_sq != nullptr || std::holds_alternative<LionScalars>(scalars), "exp_avg_sq is null");
+  const bool has_scales = span.moment_format == MomentFormat::kInt8;
+  if (!std::holds_alternative<AdagradScalars>(scalars)) {
+    require(span.exp_avg != nullptr, "exp_avg is null");
+    require(!has_scales || span.exp_avg_scales != nullptr, "exp_avg_scales is null");
+  }
+  if (!std::holds_alternative<LionScalars>(scalars)) {
+    require(span.exp_avg_sq != nullptr, "exp_avg_sq is null");
+    require(!has_scales || span.exp_avg_sq_scales != nullptr, "exp_avg_sq_scales is null");
+  }
 }
 
 UpdateSpan slice(const UpdateSpan& span, size_t begin, size_t count) noexcept {
+  const size_t moment_bytes = begin * element_bytes(span.moment_format);
+  const size_t scale_bytes = begin / kMomentBlock * sizeof(float);
   UpdateSpan part = span;
-  part.gradient = static_cast<const char*>(span.gradient) + begin * element_bytes(span.gradient_format);
-  part.master =
-      static_cast<char*>(span.master) + begin * (span.master_format == MasterFormat::kSplit ? 2 : 4);
-  if (span.weight != nullptr)
-    part.weight = static_cast<char*>(span.weight) + begin * element_bytes(span.weight_format);
-  if (span.exp_avg != nullptr) part.exp_avg += begin;
-  if (span.exp_avg_sq != nullptr) part.exp_avg_sq += begin;
+  part.gradient = advanced(span.gradient, begin * element_bytes(span.gradient_format));
+  part.master = advanced(span.master, begin * (span.master_format == MasterFormat::kSplit ? 2 : 4));
+  part.weight = advanced(span.weight, begin * element_bytes(span.weight_format));
+  part.exp_avg = advanced(span.exp_avg, moment_bytes);
+  part.exp_avg_sq = advanced(span.exp_avg_sq, moment_bytes);
+  part.exp_avg_scales = advanced(span.exp_avg_scales, scale_bytes);
+  part.exp_avg_sq_scales = advanced(span.exp_avg_sq_scales, scale_bytes);
+  part.first_element += begin;
   part.count = count;
   return part;
 }

@@ -4,7 +4,9 @@
 // Threads: update_states is a pure function of its span; disjoint spans may be updated at once.
 //          update_states_parallel cuts a span into blocks for a WorkerPool.
 // Units: element counts.
-// Invariants: the bits do not depend on the ISA, on the thread count or on where a span is cut.
+// Invariants: the bits do not depend on the ISA, on the thread count or on where a span is cut (with int8
+// moments at
+//             multiples of kMomentBlock).
 #pragma once
 
 #include <cstddef>
@@ -36,7 +38,7 @@ void update_states_parallel(WorkerPool& pool, const UpdateSpan& span, const Upda
 // Throws kInvalidArgument when the span lacks a state that the optimizer of these scalars keeps.
 void require_states(const UpdateSpan& span, const UpdateScalars& scalars);
 
-// The elements [begin, begin + count) of a span.
+// The elements [begin, begin + count) of a span; with int8 moments `begin` is a multiple of kMomentBlock.
 UpdateSpan slice(const UpdateSpan& span, size_t begin, size_t count) noexcept;
 
 // True when this thread flushes denormals (torch.set_flush_denormal).

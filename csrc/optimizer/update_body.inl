@@ -1,35 +1,7 @@
 // The loop over the elements, once: [Note: one step] in update_rules.h over vectors of kLanes elements. What
 // is the optimizer's own is a `Rule` of update_rules.inl.
 //
-// Before it is included inside an anonymous namespace, the ISA's file includes float_formats.inl and defines
-//   kLanes, and Floats and Words: vectors of kLanes float and uint32_t
-//   Floats square_root(Floats)                               IEEE
-//   Words  widen(const uint16_t*)                            kLanes 16-bit patterns, zero-extended
-//   void   narrow(Words low, Words high, uint16_t*)          the other way, 2 * kLanes words below 2^16
-//   Floats load_float16(const uint16_t*)
-//   Floats round_to_float16(Floats)                          to nearest even, and back
-//   void   store_float16(Floats low, Floats high, uint16_t*) to nearest even
-
-// For what runs once a vector: gcc's budget of inlining for one file does not reach for three optimizers.
-#define ALWAYS_INLINE __attribute__((always_inline)) inline
-
-// Elements between two rounds of prefetch: two cache lines of fp32, one of 16 bits. Larger bursts were
-// slower.
-constexpr size_t kStride = 32;
-// How far ahead, in elements: 1-2 KiB of each array hides the latency of DRAM behind the square root
-// and the division; the hardware's prefetcher alone costs up to 15 % in the narrow formats, nothing in fp32.
-constexpr size_t kPrefetchAhead = 512;
-constexpr size_t kCacheLineBytes = 64;
-constexpr size_t kPairLanes = 2 * kLanes;  // 16-bit arrays are stored a full pair of vectors at a time
-static_assert(kStride % kPairLanes == 0);
-
-typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
-
-inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
-inline void store(Floats value, float* to) { *reinterpret_cast<UnalignedFloats*>(to) = value; }
-inline Words bits_of(Floats value) { return reinterpret_cast<Words>(value); }
-inline Words canonical_bits(Floats value) { return canonical_bits(value, bits_of(value)); }
-inline Floats floats_of(Words bits) { return reinterpret_cast<Floats>(bits); }
+// Include after lanes.inl and moment_formats.inl.
 
 struct Float32Gradient {
   using Element = float;
@@ -92,12 +64,13 @@ template <typename Gradient, typename Master>
 struct Arrays {
   const typename Gradient::Element* gradient;
   typename Master::Element* master;
-  uint16_t* weight;   // unused unless Master::kHasWeight
-  float* exp_avg;     // unused unless Rule::kHasExpAvg
-  float* exp_avg_sq;  // unused unless Rule::kHasExpAvgSq
-};
+  uint16_t* weight;  // unused unless Master::kHasWeight
 
-inline Floats broadcast(float value) { return Floats{} + value; }
+  explicit Arrays(const UpdateSpan& span)
+      : gradient(static_cast<const typename Gradient::Element*>(span.gradient)),
+        master(static_cast<typename Master::Element*>(span.master)),
+        weight(static_cast<uint16_t*>(span.weight)) {}
+};
 
 template <typename Rule>
 struct Step {
@@ -105,6 +78,7 @@ struct Step {
   Words gradient_sign;  // flips the sign when the objective is maximized
   const Factor* factors;
   size_t factor_count;
+  uint32_t key;  // of the random words
 };
 
 template <typename Gradient, typename Rule>
@@ -118,83 +92,112 @@ ALWAYS_INLINE Floats scaled_gradient(Floats gradient, const Step<Rule>& step) {
   return gradient;
 }
 
+// Returns the new master.
 template <typename Gradient, typename Master, typename Rule>
-ALWAYS_INLINE Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step) {
+ALWAYS_INLINE Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step,
+                                  Moments& moments) {
   Floats gradient = scaled_gradient<Gradient>(Gradient::load(arrays.gradient + at), step);
   gradient = floats_of(bits_of(gradient) ^ step.gradient_sign);
   const Floats weight = Master::load(arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));
-  return step.rule.update(gradient, weight, arrays.exp_avg + (Rule::kHasExpAvg ? at : 0),
-                          arrays.exp_avg_sq + (Rule::kHasExpAvgSq ? at : 0));
+  return step.rule.update(gradient, weight, moments);
 }
 
-template <typename Gradient, typename Master, typename Rule>
-ALWAYS_INLINE void update_pair(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step) {
-  const Floats low = update_lanes(arrays, at, step);
-  const Floats high = update_lanes(arrays, at + kLanes, step);
-  Master::store_pair(low, high, arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));
+template <typename Gradient, typename Master, typename Rule, typename Kept>
+ALWAYS_INLINE void update_pair(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step,
+                               Kept& kept) {
+  Moments low = kept.load(at), high = kept.load(at + kLanes);
+  const Floats low_master = update_lanes(arrays, at, step, low);
+  const Floats high_master = update_lanes(arrays, at + kLanes, step, high);
+  Master::store_pair(low_master, high_master, arrays.master + at,
+                     arrays.weight + (Master::kHasWeight ? at : 0));
+  kept.store_pair(at, low, high);
 }
 
-// Addresses beyond the end are fine: a prefetch never faults.
+// The first elements of a span, as far as they fill groups; returns their number.
+template <typename Gradient, typename Master, typename Kept, typename Rule>
+ALWAYS_INLINE size_t update_groups(const UpdateSpan& span, const Step<Rule>& step) {
+  const Arrays<Gradient, Master> arrays(span);
+  size_t begin = 0;
+  for (; begin + Kept::kGroup <= span.count; begin += Kept::kGroup) {
+    Kept kept(span, begin, step.key);
+    for (size_t at = begin; at < begin + Kept::kGroup; at += kStride) {
+      prefetch_stride(arrays.gradient, at);
+      prefetch_stride(arrays.master, at);
+      if (Master::kHasWeight) prefetch_stride(arrays.weight, at);
+      if (Rule::kHasExpAvg) prefetch_stride(kept.first, at);
+      if (Rule::kHasExpAvgSq) prefetch_stride(kept.second, at);
+      for (size_t pair = 0; pair < kStride; pair += kPairLanes) update_pair(arrays, at + pair, step, kept);
+    }
+    kept.finish();
+  }
+  return begin;
+}
+
 template <typename Element>
-inline void prefetch_stride(const Element* array, size_t at) {
-  const uintptr_t from = reinterpret_cast<uintptr_t>(array) + (at + kPrefetchAhead) * sizeof(Element);
-  for (size_t byte = 0; byte < kStride * sizeof(Element); byte += kCacheLineBytes) {
-    __builtin_prefetch(reinterpret_cast<const void*>(from + byte));
+inline void copy(const void* from, size_t from_index, void* to, size_t to_index, size_t count) {
+  for (size_t i = 0; i < count; ++i) {
+    static_cast<Element*>(to)[to_index + i] = static_cast<const Element*>(from)[from_index + i];
   }
 }
 
-// The last elements: through copies of full length, so that they meet the same instructions.
-template <typename Gradient, typename Master, typename Rule>
-void update_tail(const Arrays<Gradient, Master>& arrays, size_t at, size_t count, const Step<Rule>& step) {
-  typename Gradient::Element gradient[kPairLanes] = {};
-  typename Master::Element master[kPairLanes] = {};
-  uint16_t weight[kPairLanes] = {};
-  float exp_avg[kPairLanes] = {}, exp_avg_sq[kPairLanes] = {};
-  for (size_t i = 0; i < count; ++i) {
-    gradient[i] = arrays.gradient[at + i];
-    master[i] = arrays.master[at + i];
-    if (Master::kHasWeight) weight[i] = arrays.weight[at + i];
-    if (Rule::kHasExpAvg) exp_avg[i] = arrays.exp_avg[at + i];
-    if (Rule::kHasExpAvgSq) exp_avg_sq[i] = arrays.exp_avg_sq[at + i];
-  }
-  update_pair(Arrays<Gradient, Master>{gradient, master, weight, exp_avg, exp_avg_sq}, 0, step);
-  for (size_t i = 0; i < count; ++i) {
-    arrays.master[at + i] = master[i];
-    if (Master::kHasWeight) arrays.weight[at + i] = weight[i];
-    if (Rule::kHasExpAvg) arrays.exp_avg[at + i] = exp_avg[i];
-    if (Rule::kHasExpAvgSq) arrays.exp_avg_sq[at + i] = exp_avg_sq[i];
-  }
+// The elements from `at` on, less than a group: through copies of full length, so that they meet the same
+// instructions. Zeros beyond the end stay zeros and change no scale.
+template <typename Gradient, typename Master, typename Kept, typename Rule>
+void update_tail(const UpdateSpan& span, size_t at, const Step<Rule>& step) {
+  typename Gradient::Element gradient[Kept::kGroup] = {};
+  typename Master::Element master[Kept::kGroup] = {};
+  uint16_t weight[Kept::kGroup] = {};
+  typename Kept::Element exp_avg[Kept::kGroup] = {}, exp_avg_sq[Kept::kGroup] = {};
+  const size_t count = span.count - at;
+  copy<typename Gradient::Element>(span.gradient, at, gradient, 0, count);
+  copy<typename Master::Element>(span.master, at, master, 0, count);
+  if (Master::kHasWeight) copy<uint16_t>(span.weight, at, weight, 0, count);
+  if (Rule::kHasExpAvg) copy<typename Kept::Element>(span.exp_avg, at, exp_avg, 0, count);
+  if (Rule::kHasExpAvgSq) copy<typename Kept::Element>(span.exp_avg_sq, at, exp_avg_sq, 0, count);
+
+  UpdateSpan whole = span;
+  whole.gradient = gradient;
+  whole.master = master;
+  whole.weight = weight;
+  whole.exp_avg = exp_avg;
+  whole.exp_avg_sq = exp_avg_sq;
+  whole.exp_avg_scales += at / kMomentBlock;
+  whole.exp_avg_sq_scales += at / kMomentBlock;
+  whole.count = Kept::kGroup;
+  whole.first_element += at;
+  update_groups<Gradient, Master, Kept>(whole, step);
+
+  copy<typename Master::Element>(master, 0, span.master, at, count);
+  if (Master::kHasWeight) copy<uint16_t>(weight, 0, span.weight, at, count);
+  if (Rule::kHasExpAvg) copy<typename Kept::Element>(exp_avg, 0, span.exp_avg, at, count);
+  if (Rule::kHasExpAvgSq) copy<typename Kept::Element>(exp_avg_sq, 0, span.exp_avg_sq, at, count);
 }
 
-template <typename Gradient, typename Master, typename Rule>
+template <typename Gradient, typename Master, typename Kept, typename Rule>
 void update_span(const UpdateSpan& span, const Step<Rule>& step) {
-  const Arrays<Gradient, Master> arrays = {static_cast<const typename Gradient::Element*>(span.gradient),
-                                           static_cast<typename Master::Element*>(span.master),
-                                           static_cast<uint16_t*>(span.weight), span.exp_avg,
-                                           span.exp_avg_sq};
-  size_t at = 0;
-  for (; at + kStride <= span.count; at += kStride) {
-    prefetch_stride(arrays.gradient, at);
-    prefetch_stride(arrays.master, at);
-    if (Master::kHasWeight) prefetch_stride(arrays.weight, at);
-    if (Rule::kHasExpAvg) prefetch_stride(arrays.exp_avg, at);
-    if (Rule::kHasExpAvgSq) prefetch_stride(arrays.exp_avg_sq, at);
-    for (size_t pair = 0; pair < kStride; pair += kPairLanes) update_pair(arrays, at + pair, step);
+  const size_t done = update_groups<Gradient, Master, Kept>(span, step);
+  if (done < span.count) update_tail<Gradient, Master, Kept>(span, done, step);
+}
+
+template <typename Gradient, typename Master, typename Rule>
+void update_by_moments(const UpdateSpan& span, const Step<Rule>& step) {
+  switch (span.moment_format) {
+    case MomentFormat::kFloat32: return update_span<Gradient, Master, Float32Moments<Rule>>(span, step);
+    case MomentFormat::kBFloat16: return update_span<Gradient, Master, BFloat16Moments<Rule>>(span, step);
+    case MomentFormat::kInt8: return update_span<Gradient, Master, Int8Moments<Rule>>(span, step);
   }
-  for (; at + kPairLanes <= span.count; at += kPairLanes) update_pair(arrays, at, step);
-  if (at < span.count) update_tail(arrays, at, span.count - at, step);
 }
 
 template <typename Gradient, typename Rule>
 void update_by_master(const UpdateSpan& span, const Step<Rule>& step) {
   if (span.master_format == MasterFormat::kSplit) {
-    update_span<Gradient, SplitMaster>(span, step);
+    update_by_moments<Gradient, SplitMaster>(span, step);
   } else if (span.weight == nullptr) {
-    update_span<Gradient, Float32Master>(span, step);
+    update_by_moments<Gradient, Float32Master>(span, step);
   } else if (span.weight_format == FloatFormat::kBFloat16) {
-    update_span<Gradient, BFloat16WeightMaster>(span, step);
+    update_by_moments<Gradient, BFloat16WeightMaster>(span, step);
   } else {
-    update_span<Gradient, Float16WeightMaster>(span, step);
+    update_by_moments<Gradient, Float16WeightMaster>(span, step);
   }
 }
 
@@ -202,7 +205,7 @@ template <typename Rule>
 void update(const UpdateSpan& span, const typename Rule::Scalars& scalars, const Factor* factors,
             size_t factor_count) {
   const Step<Rule> step = {Rule(scalars), Words{} + (scalars.maximize ? 0x80000000u : 0u), factors,
-                           factor_count};
+                           factor_count, rounding_key(span.rounding_seed, scalars.step)};
   switch (span.gradient_format) {
     case FloatFormat::kFloat32: return update_by_master<Float32Gradient>(span, step);
     case FloatFormat::kBFloat16: return update_by_master<BFloat16Gradient>(span, step);

@@ -1,7 +1,7 @@
 // The lines of each optimizer, over vectors of kLanes elements: the sequences of update_rules.h.
 //
-// Include after update_body.inl. update(gradient, weight, exp_avg, exp_avg_sq) writes the states at those
-// addresses and returns the new master; it may use the addresses that its kHas constants name.
+// Include after update_body.inl. update(gradient, weight, moments) changes the moments that its kHas
+// constants name, with the square root of a second one, and returns the new master.
 
 struct AdamW {
   using Scalars = AdamWScalars;
@@ -17,19 +17,16 @@ struct AdamW {
         eps(broadcast(scalars.eps)),
         has_l2(scalars.l2 != 0) {}
 
-  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, float* first, float* second) const {
+  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, Moments& moments) const {
     if (has_l2) {
       gradient = gradient + l2 * weight;
     } else {
       weight = weight * weight_scale;
     }
-    Floats exp_avg = load(first);
-    exp_avg = exp_avg + (gradient - exp_avg) * one_minus_beta1;
-    store(exp_avg, first);
-    Floats exp_avg_sq = load(second);
-    exp_avg_sq = exp_avg_sq * beta2 + (one_minus_beta2 * gradient) * gradient;
-    store(exp_avg_sq, second);
-    return weight - (step_size * exp_avg) / (square_root(exp_avg_sq) + eps);
+    moments.first = moments.first + (gradient - moments.first) * one_minus_beta1;
+    moments.second = moments.second * beta2 + (one_minus_beta2 * gradient) * gradient;
+    moments.root = square_root(moments.second);
+    return weight - (step_size * moments.first) / (moments.root + eps);
   }
 
   Floats weight_scale, l2, one_minus_beta1, beta2, one_minus_beta2, step_size, eps;
@@ -48,11 +45,10 @@ struct Lion {
         one_minus_beta2(broadcast(scalars.one_minus_beta2)),
         step_size(broadcast(scalars.step_size)) {}
 
-  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, float* first, float*) const {
+  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, Moments& moments) const {
     const Floats zero = {};
-    const Floats exp_avg = load(first);
-    const Floats direction = exp_avg * beta1 + gradient * one_minus_beta1;
-    store(exp_avg * beta2 + gradient * one_minus_beta2, first);
+    const Floats direction = moments.first * beta1 + gradient * one_minus_beta1;
+    moments.first = moments.first * beta2 + gradient * one_minus_beta2;
     const Floats step = direction > zero ? step_size : direction < zero ? -step_size : zero;
     return weight * weight_scale - step;
   }
@@ -70,11 +66,11 @@ struct Adagrad {
         eps(broadcast(scalars.eps)),
         has_l2(scalars.l2 != 0) {}
 
-  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, float*, float* second) const {
+  ALWAYS_INLINE Floats update(Floats gradient, Floats weight, Moments& moments) const {
     if (has_l2) gradient = gradient + l2 * weight;
-    const Floats sum = load(second) + gradient * gradient;
-    store(sum, second);
-    return weight - (step_size * gradient) / (square_root(sum) + eps);
+    moments.second = moments.second + gradient * gradient;
+    moments.root = square_root(moments.second);
+    return weight - (step_size * gradient) / (moments.root + eps);
   }
 
   Floats l2, step_size, eps;

@@ -137,6 +137,12 @@ class StepPipeline::Sequencer {
 int64_t StepPipeline::Sequencer::add_slot(ParameterSlot slot) {
   owner_.require_owner("this StepPipeline");
   check_slot(slot);
+  if (slot.span.moment_format == MomentFormat::kInt8 && chunk_elements_ % kMomentBlock != 0) {
+    throw Error(ErrorKind::kInvalidArgument,
+                "slot '" + slot.name +
+                    "': int8 moments need chunk_elements that are a multiple of 256, not " +
+                    std::to_string(chunk_elements_));
+  }
   std::lock_guard lock(mutex_);
   slots_.push_back({std::move(slot), Ticket()});
   return static_cast<int64_t>(slots_.size()) - 1;

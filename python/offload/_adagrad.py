@@ -46,6 +46,7 @@ class AdagradHyper:
             "step_size": self.lr / (1.0 + (step - 1) * self.lr_decay),
             "eps": self.eps,
             "maximize": self.maximize,
+            "step": step,
         }
 
     def native_scalars(self, step: int) -> _native.AdagradScalars:

@@ -26,6 +26,11 @@ FORMATS: dict[torch.dtype, int] = {
     torch.bfloat16: _native.BFLOAT16,
     torch.float16: _native.FLOAT16,
 }
+MOMENT_FORMATS = {
+    "fp32": _native.MOMENTS_FLOAT32,
+    "bf16": _native.MOMENTS_BFLOAT16,
+    "int8": _native.MOMENTS_INT8,
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class AdamWHyper:
             "step_size": self.lr / correction1 * correction2_sqrt,
             "eps": self.eps * correction2_sqrt,
             "maximize": self.maximize,
+            "step": step,
         }
 
     def native_scalars(self, step: int) -> _native.AdamWScalars:

@@ -1,6 +1,7 @@
 """Optimizer states in torch's own layout: what is saved, and what is checked before any of it is loaded.
 
-A native state holds `step`, its moments in fp32 and, for a 16-bit parameter, its fp32 `master`.
+A native state holds `step`, its moments in fp32 (of smaller formats: their values) and, for a 16-bit parameter, its
+fp32 `master`.
 Stock torch loads that too (it casts the moments and has no use for the master), and what stock torch saved loads here.
 """
 
@@ -25,8 +26,12 @@ _IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 
 
 def dump(state: NativeState, *, joined: bool = True) -> dict[str, Any]:
-    """The state as `optimizer.state` shows it: the live tensors, and for a split master a new one, if `joined`."""
-    dumped: dict[str, Any] = {"step": torch.tensor(float(state.step), device="cpu"), **state.moments}
+    """The state as `optimizer.state` shows it: fp32 tensors, new ones of a split master and of small moments.
+
+    With `joined` False nothing is made: the tensors as they lie, and what makes the values from them.
+    """
+    dumped: dict[str, Any] = {"step": torch.tensor(float(state.step), device="cpu")}
+    dumped |= {key: moment.value() if joined else moment.live() for key, moment in state.moments.items()}
     if state.parameter.dtype != torch.float32:
         dumped["master"] = state.master_value() if joined else state.live_master()
     return dumped
@@ -35,7 +40,7 @@ def dump(state: NativeState, *, joined: bool = True) -> dict[str, Any]:
 def plain(state: NativeState) -> dict[str, Any]:
     """What stock torch would hold: moments in the parameter's dtype on its device."""
     device, dtype = state.parameter.device, state.parameter.dtype
-    moments = {key: moment.detach().to(device, dtype, copy=True) for key, moment in state.moments.items()}
+    moments = {key: moment.value().detach().to(device, dtype, copy=True) for key, moment in state.moments.items()}
     return {"step": torch.tensor(float(state.step), device="cpu"), **moments}
 
 
@@ -123,7 +128,7 @@ def load(state: NativeState, saved: SavedState) -> None:
     """Writes a checked state in place: no tensor of ours changes its storage, its dtype or its tier."""
     state.step = int(saved["step"])
     for key, moment in state.moments.items():
-        moment.copy_(saved[key])
+        moment.load(saved[key])
     master = saved.get("master")
     if master is not None:
         state.set_master(master)

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from . import _durable_files as durable
+from ._directory_lock import DirectoryLock
 from ._durable_files import WrittenFile
 from ._errors import InvalidArgument, StorageError
 
@@ -56,7 +57,7 @@ def check_tag(tag: str) -> str:
 
 
 def commit(
-    directory: Path,
+    lock: DirectoryLock,
     tag: str,
     nbytes: int,
     write: Callable[[Path], Mapping[str, WrittenFile]],
@@ -64,17 +65,17 @@ def commit(
     set_latest: bool,
     keep: int | None,
 ) -> None:
-    """Makes what `write` puts into the folder it is given the checkpoint `tag`; see [Note: the commit].
+    """Makes what `write` puts into the folder it is given the checkpoint `tag` of the locked directory.
 
+    See [Note: the commit].
     `nbytes` is what `write` will write. `keep` leaves that many of the newest checkpoints, this one among them.
     Raises `StorageError` with the bytes needed and free when the disk refuses; everything is as it was then.
     """
-    existed = directory.is_dir()
+    directory = lock.directory
     home, pointer = directory / tag, directory / f".{LATEST}.unfinished"
     unfinished, replaced = _aside(directory, tag, "unfinished"), _aside(directory, tag, "replaced")
     named = False
     try:
-        directory.mkdir(parents=True, exist_ok=True)
         _tidy(directory)
         free = _free_bytes(directory)
         if nbytes + _SPARE_BYTES > free:
@@ -91,7 +92,7 @@ def commit(
         durable.sync_directory(unfinished)
         if set_latest:  # before the renames, after which nothing needs room any more
             durable.write_bytes(pointer, tag.encode())
-        if not existed:
+        if lock.made:
             durable.sync_directory(directory.parent)
         if home.exists():
             durable.rename(home, replaced)
@@ -102,8 +103,6 @@ def commit(
             if named and not unfinished.exists():
                 os.replace(home, unfinished)
             _tidy(directory)
-            if not existed:
-                directory.rmdir()
         if isinstance(error, OSError) and not isinstance(error, StorageError):
             raise StorageError(_refused(directory, tag, nbytes, error)) from error
         raise

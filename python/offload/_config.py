@@ -14,10 +14,11 @@ from ._errors import InvalidArgument
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Config", "Master", "Tier", "format_size", "parse_size"]
+__all__ = ["Config", "Master", "Moments", "Tier", "format_size", "parse_size"]
 
 Tier = Literal["device", "host", "disk", "auto"]
 Master = Literal["auto", "fp32", "split"]
+Moments = Literal["fp32", "bf16", "int8"]
 
 _TIERS = ("device", "host", "disk", "auto")
 # What this release can do; the rest of _TIERS is refused as "not yet".
@@ -82,6 +83,10 @@ class Config:
         lets the plan choose.
     master: the fp32 master of a 16-bit weight: `"split"` stores it as the bf16 weight plus a 16-bit remainder
         (bf16 only, exact), `"fp32"` beside the weight, `"auto"` splits where it can. fp32 weights need none.
+    moments: how Adam, AdamW and Lion store their moments: `"fp32"`, and lossy `"bf16"` (half the bytes) and `"int8"`
+        (a quarter, with a scale for every 256 elements). The step computes in fp32 and then rounds what it keeps,
+        stochastically: the losses differ from those of fp32, and not between placements, devices and thread counts.
+    rounding_seed: which random bits `moments` are rounded with.
     lazy: `step()` returns while the update still runs; every read waits for it. False waits in `step()`.
     pin: page-lock host memory; `"auto"` does so when the device is an accelerator.
     poison: fill memory that must not be read with NaN (for tests); None reads `OFFLOAD_POISON`.
@@ -100,6 +105,8 @@ class Config:
     prefetch: int | None = None
     units: Any = None
     master: Master = "auto"
+    moments: Moments = "fp32"
+    rounding_seed: int = 0
     lazy: bool = True
     pin: bool | Literal["auto"] = "auto"
     poison: bool | None = None
@@ -123,6 +130,9 @@ class Config:
             )
         object.__setattr__(self, "units", _check_units(self.units))
         _check_choice("master", self.master, ("auto", "fp32", "split"))
+        _check_choice("moments", self.moments, ("fp32", "bf16", "int8"))
+        if isinstance(self.rounding_seed, bool) or not isinstance(self.rounding_seed, int):
+            raise InvalidArgument(f"rounding_seed={self.rounding_seed!r}: give an integer")
         _check_choice("lazy", self.lazy, (True, False))
         _check_choice("pin", self.pin, ("auto", True, False))
         _check_choice("poison", self.poison, (None, True, False))

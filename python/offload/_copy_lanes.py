@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,6 +151,13 @@ def wait_to_end(tickets: Iterable[_native.Ticket]) -> bool:
             if not ticket.wait(limit):
                 return False
     return True
+
+
+def ticket_of(work: Future[None]) -> _native.Ticket:
+    """For native work to wait for; `work` does not fail."""
+    ticket = _native.Ticket.pending()
+    work.add_done_callback(lambda _: ticket.complete())
+    return ticket
 
 
 def open_lanes(device: torch.device, native: _native.Device, *, budget: int, pin: bool, poison: bool) -> CopyLanes:

@@ -12,7 +12,8 @@ import itertools
 import os
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -24,10 +25,10 @@ from . import _native
 from ._activations import DEFAULT_KEEP, Activations
 from ._adamw import FORMATS, check_gradient
 from ._config import Config
-from ._copy_lanes import CopyLanes, wait_to_end
+from ._copy_lanes import CopyLanes, ticket_of, wait_to_end
 from ._errors import InvalidArgument, OffloadError, StateError
 from ._grad_factors import with_scale
-from ._gradient_lanes import GradientLanes, StepGradient
+from ._gradient_lanes import GradientLanes, StepGradient, landed
 from ._interrupts import Uninterrupted
 from ._native_state import Hyper, NativeState
 from ._parameter_state import ParameterState
@@ -76,6 +77,9 @@ class Update:
 
 _Work = tuple[NativeState, Update]
 
+# Asked before the update of a state, with what it changes: when it may, or None for at once. It does not fail.
+BeforeUpdate = Callable[[Iterable[Tensor]], "Future[None] | None"]
+
 
 class Engine:
     """See the module's text."""
@@ -103,6 +107,7 @@ class Engine:
                 checkpoints_only=plan.activations == "checkpoints",
                 poison=config.poison_enabled,
             )
+        self.before_update: BeforeUpdate | None = None
         self.isa = _native.active_isa()
         self.step_count = 0
         self._process = os.getpid()
@@ -156,18 +161,18 @@ class Engine:
             )
 
     def _host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
-        sizes: list[int] = []
+        numel, sizes = parameter.numel(), list[int]()
         if self._puts_on_host(parameter):
             if issubclass(kind, NativeState):
-                sizes += [4] * len(kind.moment_arguments)
+                sizes += kind.moment_sizes(self.config.moments, numel)
             streamed = parameter in self.streaming  # its working weight is counted there
             if parameter.dtype == torch.float32:
-                sizes += [] if streamed else [4]
+                sizes += [] if streamed else [4 * numel]
             else:
-                sizes += [0 if streamed else 2, 2 if self._splits(parameter, kind) else 4]
+                sizes += [0 if streamed else 2 * numel, (2 if self._splits(parameter, kind) else 4) * numel]
         if self._puts_on_host(parameter) or self.plan.gradient_leaves(self.name_of(parameter)):
-            sizes.append(parameter.element_size())
-        return sum(-(-size * parameter.numel() // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
+            sizes.append(parameter.element_size() * numel)
+        return sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
 
     def _puts_on_host(self, parameter: Parameter) -> bool:
         return not self.plan.keeps_state(self.name_of(parameter))
@@ -203,17 +208,23 @@ class Engine:
         streamed = parameter in self.streaming
         value = self.streaming.present_value(parameter) if streamed else parameter
 
-        def allocate(dtype: torch.dtype, tag: Any) -> Tensor:
+        def allocate(dtype: torch.dtype, tag: Any, count: int | None = None) -> Tensor:
             if streamed and on_host and dtype == parameter.dtype and tag != "moments":
                 return self.streaming.host_weight(parameter)
             if not on_host or parameter.numel() == 0:
                 tier = torch.device("cpu") if on_host else parameter.device
+                if count is not None:
+                    return torch.empty(count, dtype=dtype, device=tier)
                 return torch.empty_like(value, dtype=dtype, device=tier, requires_grad=False)
-            buffer = self.pool.acquire(parameter.numel() * dtype.itemsize, tag)
-            return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
+            buffer = self.pool.acquire((count or parameter.numel()) * dtype.itemsize, tag)
+            row = torch.frombuffer(buffer, dtype=dtype)
+            return row if count is not None else row.as_strided(parameter.shape, parameter.stride())
 
         name, split = self.name_of(parameter), self._splits(parameter, kind)
-        state = kind(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
+        form: dict[str, Any] = {"on_host": on_host, "split": split, "streamed": streamed, "allocate": allocate}
+        if issubclass(kind, NativeState):
+            form |= {"moments": self.config.moments, "rounding_seed": self.config.rounding_seed}
+        state = kind(name, parameter, value, **form)
         with Uninterrupted():
             if on_host and isinstance(state, NativeState):
                 self._slots[id(parameter)] = self._add_slot(state)
@@ -233,7 +244,7 @@ class Engine:
             master_format=_native.MASTER_FLOAT32 if state.remainder is None else _native.MASTER_SPLIT,
             weight=0 if weight is state.master else weight.data_ptr(),
             weight_format=FORMATS[parameter.dtype],
-            **state.moment_addresses(),
+            **state.native_moments(),
             count=parameter.numel(),
             upload_source=weight.data_ptr(),
             # The next touch of a streamed one uploads the weight.
@@ -276,21 +287,13 @@ class Engine:
         if self.plan.optimizer == "device":
             return [self.lanes.on_device(parameter).to(torch.float32) for parameter in parameters]
         taken = [self.lanes.for_step(parameter) if parameter.numel() > 0 else None for parameter in parameters]
-        with contextlib.suppress(OffloadError):  # _landed() raises it with the name
+        with contextlib.suppress(OffloadError):  # landed() raises it with the name
             self.lanes.wait_for_plain_gradients()
-        gradients = [self._landed(parameter, gradient) for parameter, gradient in zip(parameters, taken, strict=True)]
+        gradients = [landed(p, self.name_of(p), gradient) for p, gradient in zip(parameters, taken, strict=True)]
         for ticket in self.lanes.in_flight():  # an upload may still read the bytes
             with contextlib.suppress(OffloadError):  # whoever asked for it is told
                 ticket.wait()
         return gradients
-
-    def _landed(self, parameter: Parameter, gradient: StepGradient | None) -> Tensor:
-        if gradient is None:
-            return torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.float32, device="cpu")
-        try:
-            return gradient.float32(parameter)
-        except OffloadError as error:
-            raise type(error)(f"{self.name_of(parameter)}: its gradient did not arrive: {error}") from error
 
     def settle(self, states: Sequence[ParameterState]) -> None:
         """Masters and parameters agree afterwards: every upload has ended, and what the user wrote is the master."""
@@ -346,6 +349,8 @@ class Engine:
         Raises `StateError` when it has another layout than its state.
         """
         self._finish([state])
+        for ticket in self._readers_of(state):
+            ticket.wait()
         if state.streamed and state.on_host:
             state.adopt_host_weight()
             return
@@ -374,6 +379,8 @@ class Engine:
                     taken.release_after(ticket)
                     self._await(state, ticket)
                 for state, update in of_device:
+                    for reader in self._readers_of(state):
+                        reader.wait()
                     gradient = self.lanes.on_device(state.parameter)
                     if state.streamed:  # written back when the next one comes that travels with others
                         self.streaming.open_for_writing([state.parameter])
@@ -400,7 +407,7 @@ class Engine:
             if key not in scalars:
                 scalars[key] = update.hyper.native_scalars(state.step + 1)
             taken = self.lanes.for_step(state.parameter)
-            tickets = [*taken.tickets, *self.streaming.uploads_of(state.parameter)]
+            tickets = [*taken.tickets, *self.streaming.uploads_of(state.parameter), *self._readers_of(state)]
             jobs.append(
                 (self._slots[id(state.parameter)], taken.address, FORMATS[taken.dtype], tickets, scalars[key],
                  with_scale(taken.factors, update.grad_scale))
@@ -409,6 +416,11 @@ class Engine:
         # A plain gradient is still the user's own tensor: it must have left before the user can write to it.
         self.lanes.wait_for_plain_gradients()
         return jobs, read
+
+    def _readers_of(self, state: ParameterState) -> list[_native.Ticket]:
+        """What still reads the state's tensors for somebody else."""
+        reader = self.before_update(state.tensors()) if self.before_update is not None else None
+        return [] if reader is None or reader.done() else [ticket_of(reader)]
 
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:
         if self.config.poison_enabled:

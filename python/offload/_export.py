@@ -37,6 +37,7 @@ def describe_checkpoint(directory: str | os.PathLike[str], *, tag: str | None = 
         "weights": len(contents.model),
         "elements_by_dtype": dtypes,
         "tied": dict(contents.state["tied"]),
+        "excluded": sorted(contents.excluded),
         "optimizers": [
             {"groups": len(one["param_groups"]), "parameters": len(one["names"]), "with_state": len(one["state"])}
             for one in contents.state["optimizers"]

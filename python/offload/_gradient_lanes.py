@@ -18,6 +18,7 @@ from torch.nn import Parameter
 
 from . import _native
 from ._copy_lanes import CopyLanes, LandedBytes
+from ._errors import OffloadError
 from ._grad_factors import apply_factor
 from ._host_grad import HostBytes, HostGrad, hold
 
@@ -53,6 +54,16 @@ class StepGradient:
         """The bytes may be reused only once the job is done, even if every gradient is dropped now."""
         for landed in self._read:
             landed.buffer.release_after(ticket)
+
+
+def landed(parameter: Parameter, name: str, gradient: StepGradient | None) -> Tensor:
+    """The gradient in fp32 on the host, None for one without elements. Raises what kept it from arriving."""
+    if gradient is None:
+        return torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.float32, device="cpu")
+    try:
+        return gradient.float32(parameter)
+    except OffloadError as error:
+        raise type(error)(f"{name}: its gradient did not arrive: {error}") from error
 
 
 class GradientLanes(CopyLanes):

@@ -42,7 +42,7 @@ class LionHyper:
         )
 
     def scalars(self, step: int) -> dict[str, Any]:
-        """The scalars of any step, as doubles."""
+        """The scalars of step `step` (1 for the first), as doubles."""
         return {
             "weight_scale": 1.0 - self.lr * self.weight_decay,
             "beta1": self.beta1,
@@ -51,6 +51,7 @@ class LionHyper:
             "one_minus_beta2": 1.0 - self.beta2,
             "step_size": self.lr,
             "maximize": self.maximize,
+            "step": step,
         }
 
     def native_scalars(self, step: int) -> _native.LionScalars:

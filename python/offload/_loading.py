@@ -22,11 +22,11 @@ from ._saving import (
     OPTIMIZER_FILE,
     STATE_FILE,
     Optimizers,
-    as_list,
     finish_saves,
     model_values,
     parameter_names,
 )
+from ._wrap import as_list
 
 __all__ = ["Checkpoint", "load_checkpoint"]
 
@@ -49,6 +49,11 @@ class Contents:
     model: dict[str, Tensor]
     states: dict[str, Tensor]
     state: dict[str, Any]
+
+    @property
+    def excluded(self) -> set[str]:
+        """Names of weights that the save left out; a checkpoint of before that was possible has them all."""
+        return set(self.state.get("excluded", ()))
 
 
 def read_checkpoint(directory: str | os.PathLike[str], tag: str | None) -> Contents:
@@ -84,7 +89,8 @@ def load_checkpoint(
         model: takes the weights and buffers; in its own dtype and on its own device.
         optim: its optimizer or optimizers, as many as were saved; None loads weights alone.
         tag: of the checkpoint; None takes the one that `latest` names.
-        strict: whether weights of other names than the model's are refused.
+        strict: whether weights of other names than the model's are refused. Those that `exclude_frozen` left out may
+            be missing in any case, and stay as the model has them.
 
     Raises:
         StorageError: there is no such checkpoint, or a file of it is missing, short or damaged: the message names it.
@@ -94,14 +100,14 @@ def load_checkpoint(
     contents = read_checkpoint(directory, tag)
     optimizers = as_list(optim)
     weights = model_state_dict(contents)
-    _check_model(model, weights, strict=strict)
+    _check_model(model, weights, contents.excluded, strict=strict)
     states = _optimizer_state_dicts(contents, model, optimizers) if optimizers else []
     for optimizer, state in zip(optimizers, states, strict=True):
         if isinstance(optimizer, OffloadOptimizer):
             optimizer.check_state_dict(state)
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
-    model.load_state_dict(weights, strict=strict)
+    model.load_state_dict(weights, strict=strict and not contents.excluded)
     return Checkpoint(contents.path, contents.tag, contents.state["client_state"])
 
 
@@ -114,10 +120,10 @@ def model_state_dict(contents: Contents) -> OrderedDict[str, Any]:
     return weights
 
 
-def _check_model(model: nn.Module, weights: Mapping[str, Any], *, strict: bool) -> None:
+def _check_model(model: nn.Module, weights: Mapping[str, Any], excluded: set[str], *, strict: bool) -> None:
     """torch copies what fits before it refuses the rest: so that is looked at first."""
     own, extra, _ = model_values(model)
-    missing = sorted((own.keys() | extra.keys()) - weights.keys())
+    missing = sorted((own.keys() | extra.keys()) - weights.keys() - excluded)
     unexpected = sorted(weights.keys() - (own.keys() | extra.keys()))
     if strict and (missing or unexpected):
         raise InvalidArgument(

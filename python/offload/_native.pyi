@@ -12,7 +12,7 @@ version: str
 
 @final
 class Ticket:
-    """The promise that asynchronous work ended. `Ticket()` is done; `Ticket.pending()` is for tests."""
+    """The promise that asynchronous work ended. `Ticket()` is done; of `Ticket.pending()` Python says when."""
 
     def __init__(self) -> None: ...
     @staticmethod
@@ -195,6 +195,10 @@ BFLOAT16: int
 FLOAT16: int
 MASTER_FLOAT32: int
 MASTER_SPLIT: int
+MOMENTS_FLOAT32: int
+MOMENTS_BFLOAT16: int
+MOMENTS_INT8: int
+MOMENT_BLOCK: int
 FACTOR_MULTIPLY: int
 FACTOR_DIVIDE: int
 FACTOR_MULTIPLY_RECIPROCAL: int
@@ -219,6 +223,7 @@ class AdamWScalars:
         step_size: float,
         eps: float,
         maximize: bool = False,
+        step: int = 0,
     ) -> None: ...
 
 class LionScalars:
@@ -234,12 +239,13 @@ class LionScalars:
         one_minus_beta2: float,
         step_size: float,
         maximize: bool = False,
+        step: int = 0,
     ) -> None: ...
 
 class AdagradScalars:
     """The scalars of one step; doubles are rounded to fp32. See [Note: the Adagrad sequence]."""
 
-    def __init__(self, *, l2: float, step_size: float, eps: float, maximize: bool = False) -> None: ...
+    def __init__(self, *, l2: float, step_size: float, eps: float, maximize: bool = False, step: int = 0) -> None: ...
 
 def update_states(
     *,
@@ -256,10 +262,16 @@ def update_states(
     factors: Sequence[tuple[int, float]] = (),
     isa: str | None = None,
     threads: int = 0,
+    moment_format: int = 0,
+    exp_avg_scales: int = 0,
+    exp_avg_sq_scales: int = 0,
+    rounding_seed: int = 0,
+    first_element: int = 0,
 ) -> None:
     """One step of the optimizer whose scalars are given, over host memory; a state that it has not may be 0.
 
-    `threads`: 0 = the shared pool, n = a pool of n made for the call (tests).
+    `threads`: 0 = the shared pool, n = a pool of n made for the call (tests). Scales are of MOMENTS_INT8, one fp32 for
+    every MOMENT_BLOCK elements; `first_element` is the index of the first in its parameter.
     """
 
 def split_master(master: int, weight: int, remainder: int, count: int) -> None: ...
@@ -301,6 +313,10 @@ class StepPipeline:
         upload_source: int,
         device_weight: int,
         weight_bytes: int,
+        moment_format: int = 0,
+        exp_avg_scales: int = 0,
+        exp_avg_sq_scales: int = 0,
+        rounding_seed: int = 0,
     ) -> int: ...
     def submit(
         self,

@@ -1,4 +1,4 @@
-"""What the native optimizers keep of a parameter: its master and, in fp32, their moments."""
+"""What the native optimizers keep of a parameter: its master and their moments."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from ._adamw import adamw_step_, round_to_weight
 from ._grad_factors import scaled
 from ._kernels import Found, find_kernels
 from ._lion import lion_step_
+from ._moments import MOMENTS, RandomWords, moment_bytes, seed_of
+from ._parameter_size import MOMENT_BLOCK
 from ._parameter_state import Allocate, ParameterState
 
 
@@ -53,12 +55,31 @@ class NativeState(ParameterState):
         split: bool,
         streamed: bool,
         allocate: Allocate,
+        moments: str,
+        rounding_seed: int,
     ) -> None:
         super().__init__(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
-        self.moments = {key: allocate(torch.float32, "moments").zero_() for key in self.moment_arguments}
+        kept_as = MOMENTS[moments]
+        self.moments = {key: kept_as(allocate, argument) for key, argument in self.moment_arguments.items()}
+        self.rounding_seed = seed_of(name, rounding_seed)
         self.initial_moment = 0.0
         # Of states on the device: what updates them, or why torch operations do.
-        self.kernels, self.kernel_refusal = Found(None, None) if on_host else find_kernels(parameter.device)
+        found = Found(None, None)
+        if not on_host:
+            small = Found(None, f"moments={moments!r}: kernels are for fp32 moments")
+            found = find_kernels(parameter.device) if moments == "fp32" else small
+        self.kernels, self.kernel_refusal = found
+
+    @classmethod
+    def moment_bytes(cls, form: str) -> tuple[int, int]:
+        count, (each, block) = len(cls.moment_arguments), moment_bytes(form)
+        return count * each, count * block
+
+    @classmethod
+    def moment_sizes(cls, form: str, numel: int) -> list[int]:
+        """Bytes of each array of the moments of so many elements."""
+        each, block = moment_bytes(form)
+        return [each * numel, block * -(-numel // MOMENT_BLOCK)] * len(cls.moment_arguments)
 
     def begin_moments(self, value: float) -> None:
         """Makes `value` what the moments of a state without a step are."""
@@ -68,12 +89,17 @@ class NativeState(ParameterState):
     @torch.no_grad()
     def reset_moments(self) -> None:
         for moment in self.moments.values():
-            moment.fill_(self.initial_moment)
+            moment.fill(self.initial_moment)
 
-    def moment_addresses(self) -> dict[str, int]:
+    def tensors(self) -> list[Tensor]:
+        return [*super().tensors(), *(part for moment in self.moments.values() for part in moment.tensors())]
+
+    def native_moments(self) -> dict[str, int]:
         """The moments as arguments of the native core; 0 for one that this optimizer does not keep."""
-        addresses = {argument: self.moments[key].data_ptr() for key, argument in self.moment_arguments.items()}
-        return {"exp_avg": 0, "exp_avg_sq": 0, **addresses}
+        arguments = {"exp_avg": 0, "exp_avg_sq": 0, "rounding_seed": self.rounding_seed}
+        for moment in self.moments.values():
+            arguments |= moment.native()
+        return arguments
 
     @torch.no_grad()
     def update_on_device(self, gradient: Tensor, scalars: dict[str, Any], grad_scale: float) -> None:
@@ -84,10 +110,13 @@ class NativeState(ParameterState):
         master = self.master_value()
         if self.kernels is not None:
             weight = None if self.master is None else self.working_weight()
-            moments = self.moment_addresses()
-            self.kernels.update_(self.kernel, master, weight, moments, gradient, scalars, grad_scale)
+            self.kernels.update_(self.kernel, master, weight, self.native_moments(), gradient, scalars, grad_scale)
             return
-        type(self).torch_step(master, *self.moments.values(), scaled(gradient, grad_scale), scalars)
+        moments = [moment.value() for moment in self.moments.values()]
+        type(self).torch_step(master, *moments, scaled(gradient, grad_scale), scalars)
+        words = RandomWords(self.rounding_seed, scalars["step"])
+        for kept, value in zip(self.moments.values(), moments, strict=True):
+            kept.keep(value, words)
         if self.parameter.dtype != torch.float32:
             self.working_weight().copy_(round_to_weight(master, self.parameter.dtype))
 
@@ -96,7 +125,6 @@ class AdamWState(NativeState):
     optimizers = "Adam and AdamW"
     hyperparameters = ("lr", "betas", "eps", "weight_decay")
     moment_arguments = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # noqa: RUF012
-    planned_moment_bytes = 8
     kernel = "adamw"
     torch_step = staticmethod(adamw_step_)
 
@@ -105,7 +133,6 @@ class LionState(NativeState):
     optimizers = "Lion"
     hyperparameters = ("lr", "betas", "weight_decay")
     moment_arguments = {"exp_avg": "exp_avg"}  # noqa: RUF012
-    planned_moment_bytes = 4
     kernel = "lion"
     torch_step = staticmethod(lion_step_)
 
@@ -114,7 +141,6 @@ class AdagradState(NativeState):
     optimizers = "Adagrad"
     hyperparameters = ("lr", "lr_decay", "eps", "weight_decay")
     moment_arguments = {"sum": "exp_avg_sq"}  # noqa: RUF012
-    planned_moment_bytes = 4
     kernel = "adagrad"
     torch_step = staticmethod(adagrad_step_)
     from_the_start = True

@@ -33,6 +33,8 @@ _KINDS: dict[type[torch.optim.Optimizer], type[NativeState]] = {
 class NativeUpdater:
     """Updates through the engine's states; see `_optimizer.Updater`."""
 
+    announces_updates = True
+
     def __init__(self, original: torch.optim.Optimizer, engine: Engine) -> None:
         self.engine = engine
         self._original = original

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 
 from . import _checkpoint
 from ._checkpoint import Groups, SavedState
-from ._engine import Engine
+from ._engine import BeforeUpdate, Engine
 from ._engine_stats import engine_stats
 from ._errors import StateError
 from ._hooks import Hooks
@@ -30,6 +30,8 @@ class Updater(Protocol):
     """
 
     engine: Engine
+    # Whether the engine asks before each update of a step (`Engine.before_update`).
+    announces_updates: bool
 
     def begin(self) -> None:
         """Makes the states of its parameters, which are where they will be, and takes copies of those it has."""
@@ -158,7 +160,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._announce_change()
+        if not self._updater.announces_updates:
+            self._announce_change()
         self._updater.step(self.param_groups, float(grad_scale))
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
@@ -179,11 +182,15 @@ class OffloadOptimizer(torch.optim.Optimizer):
         for state in self._own_states():
             self._engine.reseed(state)
 
-    def watch_states(self, before_change: Callable[[], None] | None) -> None:
-        """Has `before_change` called before states, or weights on the host, are written to; None ends that."""
+    def watch_states(self, before_change: Callable[[], None] | None, before_update: BeforeUpdate | None) -> None:
+        """Has them called before states, or weights on the host, are written to; None ends that.
+
+        `before_update` is asked for each parameter of a step, `before_change` stands before everything else.
+        """
         self._before_change = before_change
         if self._running is not None:
             self._running.engine.streaming.window.before_write_back = before_change
+            self._running.engine.before_update = before_update
 
     def _announce_change(self) -> None:
         if self._before_change is not None:
@@ -212,7 +219,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         Current values: reading it waits for the submitted update. Tensors lie where the states do, and as in torch
         they are the live ones, which the next `step()` writes to: save them, or deep-copy them, before it. A split
-        master is joined into a new tensor; use `load_state_dict` to write one.
+        master is joined into a new tensor, and `moments` in bf16 or int8 are given as new ones in fp32; use
+        `load_state_dict` to write them.
         """
         if not self._adopting:
             return defaultdict(dict)
@@ -239,6 +247,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the layout of the optimizer's class, in place: groups stay the same objects, states fp32 on their tier.
+
+        Moments in a small format take the nearest values that it has; what the same format gave is loaded exactly.
 
         With a `master` the fp32 value is restored exactly, wherever the model's weight at the next step is its rounded
         value (model and optimizer may be loaded in any order); elsewhere, and without one, the weight is the master.

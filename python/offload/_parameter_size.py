@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["FP32_MASTER_BYTES", "ParameterSize", "largest_unit", "states_that_stay"]
+__all__ = ["FP32_MASTER_BYTES", "MOMENT_BLOCK", "ParameterSize", "largest_unit", "states_that_stay"]
 
 FP32_MASTER_BYTES = 4
+# Elements that share a scale where moments are int8.
+MOMENT_BLOCK = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +17,8 @@ class ParameterSize:
     """One parameter as the plan sees it; a tied parameter appears once.
 
     numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`). may_split: its
-    optimizer can use a split master. moment_bytes: what that keeps beside a master, an element. unit: what it is
-    streamed with; stays: it is on the device all the same.
+    optimizer can use a split master. moment_bytes: what that keeps beside a master, an element, and moment_block_bytes
+    for each MOMENT_BLOCK elements. unit: what it is streamed with; stays: it is on the device all the same.
     """
 
     name: str
@@ -27,12 +29,18 @@ class ParameterSize:
     unit: str = ""
     may_split: bool = True
     moment_bytes: int = 8
+    moment_block_bytes: int = 0
     stays: bool = False
+
+    @property
+    def moments(self) -> int:
+        """Bytes of the moments."""
+        return self.numel * self.moment_bytes + -(-self.numel // MOMENT_BLOCK) * self.moment_block_bytes
 
     @property
     def state_bytes(self) -> int:
         """What its optimizer state takes on the device: moments, and the fp32 master of a 16-bit weight."""
-        return self.numel * (self.moment_bytes + (FP32_MASTER_BYTES if self.itemsize == 2 else 0))
+        return self.moments + (self.numel * FP32_MASTER_BYTES if self.itemsize == 2 else 0)
 
 
 def largest_unit(parameters: Sequence[ParameterSize]) -> int:

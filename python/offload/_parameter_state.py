@@ -27,7 +27,8 @@ from ._errors import StateError
 # No parameter has it: the next step compares the parameter with its working weight.
 _UNKNOWN_VERSION = -1
 
-Allocate = Callable[[torch.dtype, str], Tensor]
+# allocate(dtype, tag) has the parameter's shape and strides, allocate(dtype, tag, count) that many elements in a row.
+Allocate = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,14 @@ class ParameterState:
 
     # Whether the master may be split: only the native update reads and writes one.
     may_split = False
-    # What the plan charges for the optimizer's moments, an element: what a class of its own keeps is not known.
-    planned_moment_bytes = 8
+
+    @classmethod
+    def moment_bytes(cls, form: str) -> tuple[int, int]:
+        """What the plan charges for the optimizer's moments stored as `form`: an element, and more for each block.
+
+        What a class of its own keeps is not known.
+        """
+        return 8, 0
 
     def __init__(
         self,
@@ -118,6 +125,11 @@ class ParameterState:
             return self._host_weight
         assert self.master is not None
         return self.master
+
+    def tensors(self) -> list[Tensor]:
+        """What an update changes, on the tier of the state."""
+        parts = (self.remainder, self.master, self.working_weight())
+        return [part for part in parts if part is not None]
 
     def master_value(self) -> Tensor:
         """The fp32 master: the live tensor where one exists, a new one for a split master."""

@@ -96,8 +96,8 @@ class Plan:
 # [Note: bytes a parameter] By tier, for weights of 2 bytes (bf16, fp16) and of 4 (fp32):
 #   device   weight 2 | 4; of weights on the host only those that stay, and the window: the largest unit, times one
 #            more than are sent for ahead
-#   states on the device   moments 4 + 4 (Lion, Adagrad: 4); master 4 for 16-bit weights; an fp32 weight is its
-#            own master
+#   states on the device   moments 4 + 4 (Lion, Adagrad: 4), in bf16 half of it, in int8 a quarter and 4 for each scale;
+#            master 4 for 16-bit weights; an fp32 weight is its own master
 #   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
 #   weights on the host    a working copy of 2 | 4, where no state on the host has it already
@@ -168,6 +168,8 @@ def make_plan(
     else:
         what = "what checkpoints save leaves" if activations == "checkpoints" else "activations leave"
         reason.append(f"{what} in forward and may take {format_size(activation_host_bytes)} on the host")
+    if config.moments != "fp32":
+        reason.append(f"moments are rounded to {config.moments}: lossy, training differs from fp32 moments")
     reason += notes
     if device_kind == "cpu":
         reason.append("the compute device is the CPU: both tiers are one memory, and offloading saves none")
@@ -245,13 +247,13 @@ class _Sizes:
         device = TierBytes(
             weights=self.weights if params == "device" else min(self.weights, window),
             master=sum(p.numel * FP32_MASTER_BYTES for p in staying if p.itemsize == 2),
-            moments=sum(p.numel * p.moment_bytes for p in staying),
+            moments=sum(p.moments for p in staying),
             gradients=self._gradient_bytes(self.trainable) - self._gradient_bytes(gone),
         )
         host = TierBytes(
             working=working,
             master=sum(p.numel * _host_master_bytes(p, self.config) for p in leaving),
-            moments=sum(p.numel * p.moment_bytes for p in leaving),
+            moments=sum(p.moments for p in leaving),
             gradients=self._gradient_bytes(leaving or gone),
         )
         return device, host

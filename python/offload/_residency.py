@@ -7,6 +7,7 @@ copy brings them all. Versions of the parameters do not change by any of this.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +20,10 @@ from ._errors import StateError
 from ._pending import Away, can_be_pending, make_pending, restore
 from ._units import Unit, is_dense
 
-__all__ = ["Residency", "can_be_streamed", "group_by_units", "host_runs", "why_resident"]
+__all__ = ["Residency", "can_be_streamed", "group_by_units", "host_runs", "trim_heap", "why_resident"]
+
+# Of glibc; other allocators have none.
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 # Copy engines and vector code want it; blocks of the pool and of torch's allocators are multiples of it or of more.
 _ALIGNMENT = 256
@@ -225,6 +229,16 @@ def host_runs(
             yield run, nbytes
             run, nbytes = [], 0
     yield run, nbytes + more_bytes
+
+
+def trim_heap() -> None:
+    """Memory that was freed goes back to the system.
+
+    Once a large block has been freed, glibc's malloc takes blocks of up to 32 MiB from its heap, and keeps what is
+    freed there below others: a model's weights would stay, beside their copies, until the last of them has left.
+    """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 def group_by_units(units: Sequence[Unit]) -> list[list[Parameter]]:

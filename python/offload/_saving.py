@@ -9,9 +9,10 @@ A checkpoint is a directory of four files. Plain torch and safetensors read them
     model.safetensors      the weights and buffers by their names in `model.state_dict()`; tied ones once
     optimizer.safetensors  optimizer states as `NAME.KEY`, such as `layers.0.weight.exp_avg`
     state.pt               `torch.load(..., weights_only=True)`: "client_state", "tied" (name -> name of the same
-                           weight), "model_extra", "model_metadata", and "optimizers": for each its "param_groups" as
-                           torch packs them, "names" (index -> NAME), "keys" (index -> the KEYs of its tensors) and
-                           "state" (index -> what is no tensor)
+                           weight), "excluded" (names of weights that were left out), "model_extra",
+                           "model_metadata", and "optimizers": for each its "param_groups" as torch packs them,
+                           "names" (index -> NAME), "keys" (index -> the KEYs of its tensors) and "state" (index ->
+                           what is no tensor)
     manifest.json          bytes and CRC-32 of each file
 """
 
@@ -23,7 +24,8 @@ import io
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,15 @@ from torch import Tensor, nn
 
 from . import _durable_files as durable
 from ._checkpoint_directory import check_tag, commit
+from ._directory_lock import DirectoryLock
 from ._durable_files import WrittenFile
 from ._errors import InvalidArgument
+from ._moments import Int8Moment
 from ._optimizer import OffloadOptimizer
 from ._parameter_state import SplitMaster
 from ._probe import probe_host
-from ._snapshot import TensorFile, Value, copied, copy_before_changes, shared_names
-from ._wrap import engine_of
+from ._snapshot import CopyBeforeChange, TensorFile, Value, copied, shared_names
+from ._wrap import as_list, engine_of
 
 __all__ = ["CheckpointSave", "finish_saves", "save_checkpoint"]
 
@@ -126,6 +130,7 @@ def save_checkpoint(
     async_save: bool = False,
     save_latest: bool = True,
     keep: int | None = None,
+    exclude_frozen: bool = False,
 ) -> CheckpointSave:
     """Saves a checkpoint as `directory/tag`; a kill at any instant leaves the last good one.
 
@@ -137,10 +142,11 @@ def save_checkpoint(
         client_state: what else the run needs: numbers, text, tensors and containers of them, such as a scheduler's
             state_dict. What `torch.load(weights_only=True)` would refuse is refused here.
         async_save: returns while the files are written; the bits are those of this call. States that a step changes
-            meanwhile are copied first, so up to the bytes that are still to be written; where that is more than half of
-            the memory available, the step waits for the writer instead.
+            meanwhile are copied first, so up to the bytes that are still to be written: its updates wait for that, and
+            not the call. Where it is more than half of the memory available, the step waits for the writer instead.
         save_latest: makes this the checkpoint that `load_checkpoint` takes without a tag.
         keep: leaves that many of the newest checkpoints, and that of `latest`; None removes nothing.
+        exclude_frozen: leaves out parameters that do not require gradients; loading leaves those as the model has them.
 
     Returns:
         The save; `wait()` returns when it is on disk. Another save, and the end of the program, wait too.
@@ -149,15 +155,17 @@ def save_checkpoint(
         InvalidArgument: a tag, state or dtype that cannot be saved. Nothing is written.
         StorageError: the disk refused, with the bytes needed and free. Nothing is left of this checkpoint. Of an
             asynchronous save it is raised by its `wait`, or by the next save or load, which then does nothing else.
+        StateError: another process, whose number it has, or another thread is saving into this directory now.
     """
     global _running
     check_tag(tag)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise InvalidArgument(f"keep={keep!r}: give the number of checkpoints to leave, 1 or more, or None for all")
     finish_saves()
-    place = Path(directory)
     optimizers = as_list(optim)
-    state_bytes, optimizer_file, model_file = _contents(model, optimizers, dict(client_state or {}), async_save)
+    state_bytes, optimizer_file, model_file = _contents(
+        model, optimizers, dict(client_state or {}), staged=async_save, exclude_frozen=exclude_frozen
+    )
 
     def write(folder: Path) -> Mapping[str, WrittenFile]:
         written = {STATE_FILE: durable.write_bytes(folder / STATE_FILE, state_bytes)}
@@ -166,23 +174,24 @@ def save_checkpoint(
             written[name] = durable.write_file(folder / name, file.nbytes, file.take)
         return written
 
+    lock = DirectoryLock(Path(directory))
+
     def save() -> None:
         nbytes = len(state_bytes) + optimizer_file.nbytes + model_file.nbytes
-        commit(place, tag, nbytes, write, set_latest=save_latest, keep=keep)
+        try:
+            commit(lock, tag, nbytes, write, set_latest=save_latest, keep=keep)
+        finally:
+            lock.release()
 
-    running = CheckpointSave(place / tag)
+    running = CheckpointSave(lock.directory / tag)
     if not async_save:
         save()
         return running
 
-    def before_change() -> None:
-        if running.is_done:
-            return
-        copy_before_changes(
-            (optimizer_file, model_file), lambda: probe_host().available_bytes, lambda: _wait_for(running)
-        )
-
-    running.start(save, _watch(optimizers, before_change))
+    guard = CopyBeforeChange(
+        (optimizer_file, model_file), lambda: probe_host().available_bytes, lambda: _wait_for(running)
+    )
+    running.start(save, _watch(optimizers, guard, running))
     _running = running
     return running
 
@@ -193,18 +202,22 @@ def _wait_for(save: CheckpointSave) -> None:
         thread.join()
 
 
-def as_list(optim: Optimizers) -> list[torch.optim.Optimizer]:
-    if optim is None:
-        return []
-    return [optim] if isinstance(optim, torch.optim.Optimizer) else list(optim)
+def _watch(
+    optimizers: Sequence[torch.optim.Optimizer], guard: CopyBeforeChange, save: CheckpointSave
+) -> Callable[[], None]:
+    """Has `guard` asked before the optimizers write to their states; returns what ends that."""
 
+    def before_change() -> None:
+        if not save.is_done:
+            guard.before_change()
 
-def _watch(optimizers: Sequence[torch.optim.Optimizer], before_change: Callable[[], None]) -> Callable[[], None]:
-    """Has `before_change` called before the optimizers write to their states; returns what ends that."""
+    def before_update(tensors: Iterable[Tensor]) -> Future[None] | None:
+        return None if save.is_done else guard.before_update(tensors)
+
     handles = []
     for optimizer in optimizers:
         if isinstance(optimizer, OffloadOptimizer):
-            optimizer.watch_states(before_change)
+            optimizer.watch_states(before_change, before_update)
         else:
             handles.append(optimizer.register_step_pre_hook(lambda *_: before_change()))
             handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: before_change()))
@@ -214,7 +227,8 @@ def _watch(optimizers: Sequence[torch.optim.Optimizer], before_change: Callable[
             handle.remove()
         for optimizer in optimizers:
             if isinstance(optimizer, OffloadOptimizer):
-                optimizer.watch_states(None)
+                optimizer.watch_states(None, None)
+        guard.end()
 
     return end
 
@@ -223,10 +237,17 @@ def _watch(optimizers: Sequence[torch.optim.Optimizer], before_change: Callable[
 
 
 def _contents(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], client_state: dict[str, Any], staged: bool
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    client_state: dict[str, Any],
+    *,
+    staged: bool,
+    exclude_frozen: bool,
 ) -> tuple[bytes, TensorFile, TensorFile]:
     """state.pt, and the two files of tensors; `staged` copies what others than the optimizers may change."""
     weights, extra, metadata = model_values(model)
+    excluded = _frozen_names(model) & weights.keys() if exclude_frozen else set()
+    weights = {name: value for name, value in weights.items() if name not in excluded}
     tied = shared_names(weights)
     names = {id(p): name for name, p in model.named_parameters()}
     states: dict[str, Value] = {}
@@ -237,6 +258,7 @@ def _contents(
     state = {
         "client_state": client_state,
         "tied": tied,
+        "excluded": sorted(excluded),
         "model_extra": extra,
         "model_metadata": metadata,
         "optimizers": described,
@@ -249,11 +271,18 @@ def _contents(
         if name not in tied
     }
     if staged:
-        states = {
-            name: copied(value) if isinstance(value, Tensor) and value.device.type != "cpu" else value
-            for name, value in states.items()
-        }
+        states = {name: _staged(value) for name, value in states.items()}
     return state_bytes, TensorFile(states, _METADATA), TensorFile(values, _METADATA)
+
+
+def _frozen_names(model: nn.Module) -> set[str]:
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+
+
+def _staged(value: Value) -> Value:
+    if not isinstance(value, (Tensor, Int8Moment)) or value.device.type == "cpu":
+        return value
+    return copied(value if isinstance(value, Tensor) else value.join())
 
 
 def model_values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
@@ -323,7 +352,7 @@ def _describe(packed: Mapping[str, Any], names: list[list[str]], states: dict[st
         rest[index], keys[index] = {}, []
         for key, value in entries.items():
             name = f"{name_of[index]}.{key}"
-            if isinstance(value, (Tensor, SplitMaster)) and name not in states:
+            if isinstance(value, (Tensor, SplitMaster, Int8Moment)) and name not in states:
                 states[name] = value
                 keys[index].append(key)
             else:

@@ -5,23 +5,26 @@ anybody may write to: weights, buffers, and what is on a device. Optimizer state
 weights, are written to by steps, loads and write-backs alone, which announce themselves (`watch_states`, or the hooks
 of a stock optimizer). The writer reads them where they are, in the order of the file, and at an announcement what it
 has not read yet is copied. So a save that ends before the next step copies no state, and the memory it takes is at most
-the bytes that it still has to write.
+the bytes that it still has to write. A step whose updates run in the background does not wait: each update waits for
+the copies of what it changes, which are made in the order of the updates.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ._moments import Int8Moment
 from ._parameter_state import SplitMaster
 from ._safetensors import lay_out
 
-__all__ = ["Cast", "TensorFile", "Value", "shared_names"]
+__all__ = ["Cast", "CopyBeforeChange", "TensorFile", "Value", "copied", "shared_names"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Cast:
         return self.value.to(self.dtype)
 
 
-Value = Tensor | SplitMaster | Cast
+Value = Tensor | SplitMaster | Cast | Int8Moment
 
 
 class TensorFile:
@@ -45,80 +48,113 @@ class TensorFile:
         described = [(name, _dtype_of(value), tuple(_part_of(value).shape)) for name, value in values.items()]
         layout = lay_out(described, metadata)
         self.nbytes = layout.nbytes
-        self._idle = threading.Condition()
-        self._readers = 0
-        self._copying = False
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
-        self._sources = deque([_Source(header, 0, len(layout.header))])
-        self._sources += [_Source(values[entry.name], entry.begin, entry.end) for entry in layout.entries]
+        self.sources = [_Source(header, 0, len(layout.header))]
+        self.sources += [_Source(values[entry.name], entry.begin, entry.end) for entry in layout.entries]
+        self._changed = threading.Condition()
+        # guarded by _changed, as what the sources say of readers and copies
+        self._first = 0  # the sources before it are taken
         self._taken_bytes = 0
+        self._error: BaseException | None = None
 
     @torch.no_grad()
     def take(self, buffer: Tensor) -> tuple[int, int] | None:
         """Fills `buffer` (bytes on the host) with what comes next: where that begins and its length, None at the end.
 
-        What was taken is let go of.
+        What was taken is let go of. Raises the error of a copy that could not be made.
         """
-        with self._idle:
-            self._idle.wait_for(lambda: not self._copying)
+        with self._changed:
+            self._changed.wait_for(lambda: not any(source.is_copying for source in self._next(buffer.numel())))
+            if self._error is not None:
+                raise self._error
             begin = self._taken_bytes
-            end = min(begin + buffer.numel(), self.nbytes)
-            if begin == end:
+            parts = self._next(buffer.numel())
+            if not parts:
                 return None
-            parts = []
-            while self._sources and self._sources[0].begin < end:
-                parts.append(self._sources[0])
-                if parts[-1].end > end:
-                    break
-                self._sources.popleft()
+            end = min(begin + buffer.numel(), self.nbytes)
+            self._first += len(parts) if parts[-1].end == end else len(parts) - 1
             self._taken_bytes = end
-            self._readers += 1
-        try:  # several threads read at once; what a change is announced for waits for them
+            for source in parts:
+                source.readers += 1
+        try:  # several threads read at once
             for source in parts:
                 first, last = max(begin, source.begin), min(end, source.end)
                 source.read(buffer[first - begin : last - begin], first - source.begin)
         finally:
-            with self._idle:
-                self._readers -= 1
-                self._idle.notify_all()
+            with self._changed:
+                for source in parts:
+                    source.readers -= 1
+                    if source.readers == 0 and source.end <= self._taken_bytes:
+                        source.let_go()
+                self._changed.notify_all()
         return begin, end - begin
+
+    def _next(self, nbytes: int) -> list[_Source]:
+        """The sources of the next bytes."""
+        end = min(self._taken_bytes + nbytes, self.nbytes)
+        parts = []
+        for source in itertools.islice(self.sources, self._first, None):
+            if source.begin >= end:
+                break
+            parts.append(source)
+        return parts
 
     def left_bytes(self) -> int:
         """The bytes that were not taken and are still those of live tensors."""
-        with self._idle:
-            return sum(source.end - source.begin for source in self._sources if source.is_live)
+        with self._changed:
+            return sum(source.end - source.begin for source in self.sources[self._first :] if source.is_live)
 
-    @torch.no_grad()
-    def copy_rest(self) -> None:
-        """Copies what was not taken: when it returns nothing is read from live tensors any more."""
-        with self._idle:
-            self._copying = True
-            try:
-                self._idle.wait_for(lambda: self._readers == 0)
-                for source in self._sources:
-                    source.copy()
-            finally:
-                self._copying = False
-                self._idle.notify_all()
+    def keep(self, source: _Source) -> None:
+        """Copies what was not taken of it: when this returns, nothing is read from its live tensor any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: not source.is_copying)
+            source.is_copying = True
+            self._changed.wait_for(lambda: source.readers == 0)
+        try:
+            source.copy()
+        finally:
+            with self._changed:
+                source.is_copying = False
+                self._changed.notify_all()
+
+    def give_up(self, error: BaseException) -> None:
+        """No byte is taken any more: `take` raises the error."""
+        with self._changed:
+            self._error = error
+            self._changed.notify_all()
 
 
 class _Source:
-    """The values of one tensor at `begin` to `end` of the file: those of a live tensor, or a copy."""
+    """The values of one tensor at `begin` to `end` of the file: those of a live tensor, a copy, or nothing any more."""
 
-    __slots__ = ("_bytes", "_value", "begin", "end", "is_live")
+    __slots__ = ("_bytes", "_value", "begin", "end", "is_copying", "is_live", "readers")
 
     def __init__(self, value: Value, begin: int, end: int) -> None:
-        self._value: Value = value
+        self._value: Value | None = value
         self._bytes: Tensor | None = None
         self.begin = begin
         self.end = end
         self.is_live = True
+        self.readers = 0
+        self.is_copying = False
+
+    def addresses(self) -> list[int]:
+        """Of the live tensors that are read."""
+        value = self._value
+        if value is None:
+            return []
+        if isinstance(value, SplitMaster):
+            parts: Sequence[Tensor] = (value.weight, value.remainder)
+        else:
+            parts = value.tensors() if isinstance(value, Int8Moment) else (_part_of(value),)
+        return [part.data_ptr() for part in parts if part.numel() > 0]
 
     def read(self, out: Tensor, begin: int) -> None:
         """Writes the bytes from `begin` on, as many as `out` has; for a split master these are whole elements."""
         if out.numel() == 0:
             return
         value = self._value
+        assert value is not None
         if isinstance(value, SplitMaster) and value.weight.is_contiguous():
             first, count = begin // 4, out.numel() // 4
             part = SplitMaster(*(half.view(-1)[first : first + count] for half in (value.weight, value.remainder)))
@@ -129,12 +165,17 @@ class _Source:
             self._bytes = whole.detach().contiguous().view(-1).view(torch.uint8)
         out.copy_(self._bytes[begin : begin + out.numel()])
 
+    @torch.no_grad()
     def copy(self) -> None:
-        if self.is_live:
-            value = self._value
+        value = self._value
+        if self.is_live and value is not None:
             self._value = copied(value) if isinstance(value, Tensor) else value.join()
             self._bytes = None
-            self.is_live = False
+        self.is_live = False
+
+    def let_go(self) -> None:
+        self._value = self._bytes = None
+        self.is_live = False
 
 
 def copied(value: Tensor) -> Tensor:
@@ -145,6 +186,8 @@ def copied(value: Tensor) -> Tensor:
 def _part_of(value: Value) -> Tensor:
     if isinstance(value, SplitMaster):
         return value.weight
+    if isinstance(value, Int8Moment):
+        return value.codes
     return value.value if isinstance(value, Cast) else value
 
 
@@ -167,13 +210,65 @@ def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return shared
 
 
-def copy_before_changes(
-    files: Iterable[TensorFile], available_bytes: Callable[[], int], wait: Callable[[], None]
-) -> None:
-    """Before live tensors change: copies what was not taken, or waits for the writer where memory would be short."""
-    for file in files:
-        left = file.left_bytes()
-        if left > available_bytes() // 2:  # the rest of the process needs some too
-            wait()
+class CopyBeforeChange:
+    """Keeps the bits of a snapshot that is still being written; see [Note: the snapshot].
+
+    `available_bytes` of memory may be half used; where more is left to copy, whoever changes something waits with
+    `wait` for the writer. Threads: one at a time changes tensors; the copies that an update waits for have their own.
+    """
+
+    def __init__(
+        self, files: Sequence[TensorFile], available_bytes: Callable[[], int], wait: Callable[[], None]
+    ) -> None:
+        self._files = files
+        self._available_bytes = available_bytes
+        self._wait = wait
+        self._sources: dict[int, list[tuple[TensorFile, _Source]]] = {}
+        for file in files:
+            for source in file.sources:
+                for address in source.addresses():
+                    self._sources.setdefault(address, []).append((file, source))
+        self._copies: dict[int, Future[None]] = {}
+        self._copier: ThreadPoolExecutor | None = None
+
+    def before_change(self) -> None:
+        """Any of the tensors may change after this."""
+        left = [file.left_bytes() for file in self._files]
+        if sum(left) > self._available_bytes() // 2:  # the rest of the process needs some too
+            self._wait()
             return
-        file.copy_rest()
+        for file in self._files:
+            for source in file.sources:
+                file.keep(source)
+
+    def before_update(self, tensors: Iterable[Tensor]) -> Future[None] | None:
+        """These may change after what is returned; it never fails, an error of copying is the save's."""
+        addresses = [tensor.data_ptr() for tensor in tensors if tensor.numel() > 0]
+        earlier = next((self._copies[address] for address in addresses if address in self._copies), None)
+        sources = [pair for address in addresses for pair in self._sources.pop(address, ())]
+        if earlier is not None or not sources:
+            return earlier
+        if self._copier is None:
+            if sum(file.left_bytes() for file in self._files) > self._available_bytes() // 2:
+                self._wait()
+            self._copier = ThreadPoolExecutor(1, thread_name_prefix="offload-checkpoint-copies")
+        copies = self._copier.submit(_keep, sources)
+        for address in addresses:
+            self._copies[address] = copies
+        return copies
+
+    def end(self) -> None:
+        """The save has ended: nothing is copied any more."""
+        self._sources.clear()
+        if self._copier is not None:
+            self._copier.shutdown()
+
+
+def _keep(sources: Iterable[tuple[TensorFile, _Source]]) -> None:
+    file = None
+    try:
+        for file, source in sources:
+            file.keep(source)
+    except BaseException as error:  # what was not copied changes now: it may not come into the file
+        assert file is not None
+        file.give_up(error)

@@ -25,7 +25,7 @@ from torch.nn import Parameter
 
 from ._cuda_graphs import refuse_capture
 from ._errors import OffloadError, StateError
-from ._residency import Residency, group_by_units, host_runs
+from ._residency import Residency, group_by_units, host_runs, trim_heap
 from ._touch_order import TouchOrder
 from ._units import Unit
 from ._weight_window import WeightStore, WeightWindow
@@ -90,6 +90,7 @@ class Streaming:
                 residency.take_host_bytes(self._store.acquire_weights(residency.nbytes))
                 answers = [_Away(itself, weakref.ref(parameter)) for parameter in residency.parameters]
                 residency.place(answers, self.device)
+            trim_heap()
 
     def give_back(self) -> None:
         """Undoes `place`, or what happened of it: the parameters are plain and where the user made them."""

@@ -35,6 +35,8 @@ _SEARCH_DEPTH = 3
 class TorchUpdater:
     """Steps a twin of `original`; see the module's text and `_optimizer.Updater`."""
 
+    announces_updates = False
+
     def __init__(self, original: Optimizer, engine: Engine) -> None:
         self.engine = engine
         self._original = original

@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ._errors import InvalidArgument, StateError
 from ._hooks import Hooks
 from ._host_grad import HostGrad
 from ._interrupts import Uninterrupted
-from ._native_state import AdamWState
+from ._native_state import AdagradState, AdamWState
 from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
 from ._parameter_state import ParameterState
@@ -32,6 +32,8 @@ from ._units import Unit, find_units
 
 # More bytes than any machine has.
 _UNLIMITED = 2**62
+
+_Optim = TypeVar("_Optim", bound=torch.optim.Optimizer)
 
 # What every wrapped model was given.
 _Parts = tuple[Engine, Hooks, tuple[OffloadOptimizer, ...]]
@@ -46,13 +48,15 @@ def wrap(
 def wrap(
     model: nn.Module, optim: Sequence[torch.optim.Optimizer], *, config: Any = None, **options: Any
 ) -> tuple[nn.Module, tuple[OffloadOptimizer, ...]]: ...
+@overload
+def wrap(model: nn.Module, optim: None, *, config: Any = None, **options: Any) -> tuple[nn.Module, None]: ...
 def wrap(
     model: nn.Module,
-    optim: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+    optim: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
     *,
     config: Config | dict[str, Any] | None = None,
     **options: Any,
-) -> tuple[nn.Module, OffloadOptimizer | tuple[OffloadOptimizer, ...]]:
+) -> tuple[nn.Module, OffloadOptimizer | tuple[OffloadOptimizer, ...] | None]:
     """Lets `model` train with optimizer states, gradients and weights off the device; the loop stays as it is.
 
     Args:
@@ -63,11 +67,11 @@ def wrap(
             be larger than the device. Gradients that it has on the CPU are refused.
         optim: a torch optimizer over its parameters, or several. Fresh, or with states to go on from. Of torch's,
             `Adam`, `AdamW` and `Adagrad` run in native code, and so does `offload.Lion`; any other class runs as itself
-            over fp32 masters, at its own speed.
+            over fp32 masters, at its own speed. None: nothing is trained, weights come and go for evaluation.
         config: a `Config`, or a dict of its fields. `options` are the same fields and win over it.
 
     Returns:
-        The same model, and an `OffloadOptimizer` (a tuple of them for several) to use in the place of `optim`.
+        The same model, and an `OffloadOptimizer` (a tuple of them for several) to use in the place of `optim`, or None.
 
     Raises:
         InvalidArgument: an option, model or optimizer that is not legal, or a budget that is too small.
@@ -75,12 +79,13 @@ def wrap(
         StateError: the model or optimizer is wrapped already.
         In every case the model and `optim` are as they were: weights that had left have come back, in new memory.
     """
-    several = not isinstance(optim, torch.optim.Optimizer)
-    optimizers: list[torch.optim.Optimizer] = list(optim) if several else [optim]  # type: ignore[arg-type,list-item]
+    optimizers = as_list(optim)
     settings = Config.resolve(config, options)
     _check_process()
     _check_model(model)
-    _check_optimizers(model, optimizers)
+    if optim is not None:
+        _check_optimizers(model, optimizers)
+        _check_moments(settings, optimizers)
     device = _device_of(model, settings)
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
@@ -116,12 +121,12 @@ def wrap(
         for one in wrapped:
             one.take_over()
         _wrapped[model] = (engine, hooks, wrapped)
-    return model, wrapped if several else wrapped[0]
+    return model, _given_as(optim, wrapped)
 
 
 def unwrap(
-    model: nn.Module, optim: OffloadOptimizer | Sequence[OffloadOptimizer]
-) -> tuple[nn.Module, torch.optim.Optimizer | tuple[torch.optim.Optimizer, ...]]:
+    model: nn.Module, optim: OffloadOptimizer | Sequence[OffloadOptimizer] | None
+) -> tuple[nn.Module, torch.optim.Optimizer | tuple[torch.optim.Optimizer, ...] | None]:
     """Undoes `wrap`: waits for the update, removes every hook, and returns the plain model and optimizer.
 
     The optimizer holds its states as stock torch does: in each parameter's dtype, on its device. Gradients become
@@ -134,8 +139,7 @@ def unwrap(
     the error of an update in flight; nothing was changed then.
     """
     engine, hooks, known = _parts_of(model)
-    several = not isinstance(optim, OffloadOptimizer)
-    wrapped: list[OffloadOptimizer] = list(optim) if several else [optim]  # type: ignore[arg-type,list-item]
+    wrapped = as_list(optim)
     if {id(one) for one in wrapped} != {id(one) for one in known}:
         raise InvalidArgument(
             f"unwrap was given {len(wrapped)} optimizers: pass all {len(known)} that offload.wrap returned"
@@ -160,7 +164,7 @@ def unwrap(
         originals = tuple(one.release(own) for one, own in zip(wrapped, states, strict=True))
         engine.close()
         del _wrapped[model]
-    return model, originals if several else originals[0]
+    return model, _given_as(optim, originals)
 
 
 @contextmanager
@@ -193,11 +197,25 @@ def estimate(
     """
     settings = Config.resolve(config, {**options, "device_budget": _UNLIMITED, "host_budget": _UNLIMITED})
     trained = {id(p): AdamWState for p in model.parameters() if p.requires_grad}
-    sizes = _parameter_sizes(model, find_units(model, settings.units), trained)
+    sizes = _parameter_sizes(model, find_units(model, settings.units), trained, settings.moments)
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         sizes = [dataclasses.replace(size, itemsize=dtype.itemsize, dtype_name=name) for size in sizes]
     return make_plan(sizes, settings, device_kind="cuda", device_bytes=_UNLIMITED, host_bytes=_UNLIMITED)
+
+
+def as_list(optim: _Optim | Sequence[_Optim] | None) -> list[_Optim]:
+    """One optimizer, several or none, as a list."""
+    if optim is None:
+        return []
+    return [optim] if isinstance(optim, torch.optim.Optimizer) else list(optim)
+
+
+def _given_as(optim: Any, results: tuple[_Optim, ...]) -> Any:
+    """`results` in the form in which optimizers were given: one, several or none."""
+    if optim is None:
+        return None
+    return results[0] if isinstance(optim, torch.optim.Optimizer) else results
 
 
 def _parts_of(model: nn.Module) -> _Parts:
@@ -270,6 +288,22 @@ def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer])
                     raise InvalidArgument(
                         f"parameter {position} of group {number} is in two optimizers: each parameter needs one"
                     )
+
+
+def _check_moments(settings: Config, optimizers: list[torch.optim.Optimizer]) -> None:
+    if settings.moments == "fp32":
+        return
+    for optimizer in optimizers:
+        if _updater_of(optimizer) is TorchUpdater:
+            why = "runs as itself, with states of its own"
+        elif _updater_of(optimizer).state_kind_of(optimizer) is AdagradState:
+            why = "never forgets: the rounding errors of its sum would add up for ever"
+        else:
+            continue
+        raise InvalidArgument(
+            f"moments={settings.moments!r}: {type(optimizer).__name__} {why}; small moments are for Adam, AdamW and "
+            "offload.Lion, pass moments='fp32'"
+        )
 
 
 def _check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None:
@@ -352,7 +386,7 @@ def _plan(
         for p in g["params"]
         if p.requires_grad
     }
-    sizes = _parameter_sizes(model, units, trained)
+    sizes = _parameter_sizes(model, units, trained, settings.moments)
     host_bytes = probe_host().available_bytes
     if device.type == "cpu":
         device_bytes = host_bytes
@@ -373,12 +407,13 @@ def _plan(
 
 
 def _parameter_sizes(
-    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]]
+    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]], moments: str
 ) -> list[ParameterSize]:
     """The model's parameters as the plan sees them; `trained`: id -> the kind of its state."""
     unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
     # Its forward is open while any other's is.
     root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
+    charged = {id(p): trained[id(p)].moment_bytes(moments) for p in model.parameters() if id(p) in trained}
     return [
         ParameterSize(
             name=name,
@@ -388,7 +423,8 @@ def _parameter_sizes(
             trainable=id(parameter) in trained,
             unit=unit_of[id(parameter)].name,
             may_split=id(parameter) in trained and trained[id(parameter)].may_split,
-            moment_bytes=trained[id(parameter)].planned_moment_bytes if id(parameter) in trained else 0,
+            moment_bytes=charged.get(id(parameter), (0, 0))[0],
+            moment_block_bytes=charged.get(id(parameter), (0, 0))[1],
             stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
         )
         for name, parameter in model.named_parameters()

@@ -14,6 +14,7 @@ namespace offload {
 namespace {
 
 constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
+constexpr MomentFormat kAllMoments[] = {MomentFormat::kFloat32, MomentFormat::kBFloat16, MomentFormat::kInt8};
 constexpr FloatFormat kAllFormats[] = {FloatFormat::kFloat32, FloatFormat::kBFloat16, FloatFormat::kFloat16};
 constexpr AdamWScalars kScalars = {.weight_scale = 0.9999f,
                                    .l2 = 0,
@@ -44,15 +45,22 @@ struct Layout {
   MasterFormat master;
   bool has_weight;
   FloatFormat weight;
+  MomentFormat moments = MomentFormat::kFloat32;
 };
+
+size_t bytes_of(MomentFormat format) {
+  return format == MomentFormat::kFloat32 ? 4 : format == MomentFormat::kBFloat16 ? 2 : 1;
+}
 
 std::vector<Layout> all_layouts() {
   std::vector<Layout> layouts;
-  for (FloatFormat gradient : kAllFormats) {
-    layouts.push_back({gradient, MasterFormat::kFloat32, false, FloatFormat::kFloat32});
-    layouts.push_back({gradient, MasterFormat::kFloat32, true, FloatFormat::kBFloat16});
-    layouts.push_back({gradient, MasterFormat::kFloat32, true, FloatFormat::kFloat16});
-    layouts.push_back({gradient, MasterFormat::kSplit, true, FloatFormat::kBFloat16});
+  for (MomentFormat moments : kAllMoments) {
+    for (FloatFormat gradient : kAllFormats) {
+      layouts.push_back({gradient, MasterFormat::kFloat32, false, FloatFormat::kFloat32, moments});
+      layouts.push_back({gradient, MasterFormat::kFloat32, true, FloatFormat::kBFloat16, moments});
+      layouts.push_back({gradient, MasterFormat::kFloat32, true, FloatFormat::kFloat16, moments});
+      layouts.push_back({gradient, MasterFormat::kSplit, true, FloatFormat::kBFloat16, moments});
+    }
   }
   return layouts;
 }
@@ -103,8 +111,10 @@ struct States {
         gradient(count, bytes_of(layout.gradient), offset),
         master(count, layout.master == MasterFormat::kSplit ? 2 : 4, offset),
         weight(count, 2, offset),
-        exp_avg(count, 4, offset),
-        exp_avg_sq(count, 4, offset) {
+        exp_avg(count, bytes_of(layout.moments), offset),
+        exp_avg_sq(count, bytes_of(layout.moments), offset),
+        exp_avg_scales(block_count(), 4, offset),
+        exp_avg_sq_scales(block_count(), 4, offset) {
     Values values;
     for (size_t i = 0; i < count; ++i) {
       const float g = values.next(), p = values.next();
@@ -120,9 +130,12 @@ struct States {
       } else {
         master.as<float>()[i] = p;
       }
-      exp_avg.as<float>()[i] = values.next();
-      const float root = values.next();
-      exp_avg_sq.as<float>()[i] = root * root;
+      const float first = values.next(), root = values.next();
+      set_moments(i, first, root * root);
+    }
+    for (size_t block = 0; block < block_count(); ++block) {
+      exp_avg_scales.as<float>()[block] = values.next();
+      exp_avg_sq_scales.as<float>()[block] = values.next() * values.next();
     }
   }
 
@@ -130,36 +143,59 @@ struct States {
     return {.gradient = gradient.as<void>(),
             .master = master.as<void>(),
             .weight = layout_.has_weight ? weight.as<void>() : nullptr,
-            .exp_avg = exp_avg.as<float>(),
-            .exp_avg_sq = exp_avg_sq.as<float>(),
+            .exp_avg = exp_avg.as<void>(),
+            .exp_avg_sq = exp_avg_sq.as<void>(),
             .count = count_,
             .gradient_format = layout_.gradient,
             .weight_format = layout_.weight,
-            .master_format = layout_.master};
+            .master_format = layout_.master,
+            .moment_format = layout_.moments,
+            .exp_avg_scales = exp_avg_scales.as<float>(),
+            .exp_avg_sq_scales = exp_avg_sq_scales.as<float>(),
+            .rounding_seed = 7};
   }
 
   // Without the states that the optimizer of `scalars` does not keep.
   UpdateSpan span_for(const UpdateScalars& scalars) const {
     UpdateSpan own = span();
-    if (std::holds_alternative<AdagradScalars>(scalars)) own.exp_avg = nullptr;
-    if (std::holds_alternative<LionScalars>(scalars)) own.exp_avg_sq = nullptr;
+    if (std::holds_alternative<AdagradScalars>(scalars)) own.exp_avg = own.exp_avg_scales = nullptr;
+    if (std::holds_alternative<LionScalars>(scalars)) own.exp_avg_sq = own.exp_avg_sq_scales = nullptr;
     return own;
   }
 
   bool operator==(const States& other) const {
     return gradient == other.gradient && master == other.master && weight == other.weight &&
-           exp_avg == other.exp_avg && exp_avg_sq == other.exp_avg_sq;
+           exp_avg == other.exp_avg && exp_avg_sq == other.exp_avg_sq &&
+           exp_avg_scales == other.exp_avg_scales && exp_avg_sq_scales == other.exp_avg_sq_scales;
+  }
+
+  size_t block_count() const { return (count_ + kMomentBlock - 1) / kMomentBlock; }
+
+  void set_moments(size_t i, float first, float second) {
+    if (layout_.moments == MomentFormat::kFloat32) {
+      exp_avg.as<float>()[i] = first;
+      exp_avg_sq.as<float>()[i] = second;
+    } else if (layout_.moments == MomentFormat::kBFloat16) {
+      int16_t remainder;
+      split_master(&first, exp_avg.as<uint16_t>() + i, &remainder, 1);
+      split_master(&second, exp_avg_sq.as<uint16_t>() + i, &remainder, 1);
+    } else {  // any pattern will do
+      exp_avg.as<uint8_t>()[i] = static_cast<uint8_t>(__builtin_bit_cast(uint32_t, first) >> 8);
+      exp_avg_sq.as<uint8_t>()[i] = static_cast<uint8_t>(__builtin_bit_cast(uint32_t, second) >> 8);
+    }
   }
 
   Layout layout_;
   size_t count_;
-  Array gradient, master, weight, exp_avg, exp_avg_sq;
+  Array gradient, master, weight, exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales;
 };
 
 void every_isa_and_alignment_gives_the_same_bits_on_every_tail() {
   for (const UpdateScalars& scalars : kAllScalars) {
     for (const Layout& layout : all_layouts()) {
-      for (size_t count = 0; count < 100; ++count) {
+      // Every tail of a group of 32, or those around the ends of one block and of the next.
+      const bool blocks = layout.moments == MomentFormat::kInt8;
+      for (size_t count = 0; count < (blocks ? 520u : 100u); count += blocks && count % 256 == 34 ? 186 : 1) {
         States expected(layout, count, 0);
         const States start(layout, count, 0);
         update_states(expected.span_for(scalars), scalars, kFactors, 4, false, Isa::kScalar);
@@ -341,7 +377,7 @@ void split_and_join_are_exact() {
 }
 
 void a_streaming_pass_keeps_what_it_updates() {
-  constexpr size_t kCount = 96 * 1024 + 32;
+  constexpr size_t kCount = 96 * 1024 + 64;
   WorkerPool pool(2);
   struct alignas(64) Line {
     unsigned char bytes[64];
@@ -349,22 +385,24 @@ void a_streaming_pass_keeps_what_it_updates() {
   for (bool non_temporal : {false, true}) {
     for (bool prefetch : {false, true}) {
       std::vector<Line> read(kCount / 16, Line{{1}}), update(kCount / 32, Line{{2}}),
-          write(kCount / 32, Line{{3}});
+          write(kCount / 32, Line{{3}}), bytes(kCount / 64, Line{{4}});
       streaming_pass(pool,
                      {{read.data(), 4, Access::kRead},
                       {update.data(), 2, Access::kUpdate},
-                      {write.data(), 2, Access::kWrite}},
+                      {write.data(), 2, Access::kWrite},
+                      {bytes.data(), 1, Access::kUpdate}},
                      kCount, {.non_temporal = non_temporal, .prefetch = prefetch});
       for (const Line& line : read) CHECK(line.bytes[0] == 1 && line.bytes[63] == 0);
       for (const Line& line : update) CHECK(line.bytes[0] == 2 && line.bytes[63] == 0);
       for (const Line& line : write) CHECK(line.bytes[0] == 0);
+      for (const Line& line : bytes) CHECK(line.bytes[0] == 4 && line.bytes[63] == 0);
     }
   }
   Line line = {};
   CHECK_THROWS(ErrorKind::kInvalidArgument, "multiple",
                streaming_pass(pool, {{line.bytes, 2, Access::kRead}}, 31, {}));
   CHECK_THROWS(ErrorKind::kInvalidArgument, "multiples of 64",
-               streaming_pass(pool, {{line.bytes + 2, 2, Access::kRead}}, 32, {}));
+               streaming_pass(pool, {{line.bytes + 2, 2, Access::kRead}}, 64, {}));
 }
 
 }  // namespace

@@ -43,10 +43,10 @@ PYTHON_FLOORS = (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
         "_disk", "_probe", "_trace",
     ),
-    ("_durable_files", "_safetensors", "_checkpoint_directory"),
+    ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_weight_window",
-        "_streaming", "_activations", "_saved_ranges", "_weight_casts", "_parameter_state", "_native_state",
+        "_streaming", "_activations", "_saved_ranges", "_weight_casts", "_parameter_state", "_moments", "_native_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
     ("_weight_lane", "_engine", "_engine_stats"),

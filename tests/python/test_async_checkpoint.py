@@ -19,7 +19,7 @@ import offload
 from offload import _durable_files, _saving, _snapshot
 from test_checkpoints import assert_bits, bits_of, steps
 from test_save_checkpoint import PLACEMENTS, wrapped
-from training import HOST, TinyLM, make_model
+from training import HOST, TinyLM, batches, loss_of, make_model
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -97,9 +97,7 @@ def test_the_bits_are_those_of_the_call(
     held.release()
     save.wait()
     assert save.is_done
-    other, resumed = wrapped(torch.bfloat16, placement, seed=5)
-    offload.load_checkpoint(tmp_path, other, resumed)
-    assert_bits(bits_of(other, resumed), expected)
+    assert_holds(tmp_path, placement, expected)
 
 
 def test_weights_alone_are_copied_at_the_call(held: HeldWriter, tmp_path: Path) -> None:
@@ -164,13 +162,100 @@ def test_where_memory_is_short_the_step_waits(
         return NoMemory
 
     monkeypatch.setattr(_saving, "probe_host", probe)
-    monkeypatch.setattr(_snapshot.TensorFile, "copy_rest", lambda _: pytest.fail("copied"))
+    monkeypatch.setattr(_snapshot._Source, "copy", lambda _: pytest.fail("copied"))
     save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
     steps(model, optimizer, count=1)
     assert save.is_done
     save.wait()
-    other, resumed = wrapped(torch.bfloat16, HOST, seed=5)
-    offload.load_checkpoint(tmp_path, other, resumed)
+    assert_holds(tmp_path, HOST, expected)
+
+
+@pytest.mark.parametrize("name", ["host", "streamed", "host fp32"])
+def test_a_step_waits_for_no_copy_and_its_updates_for_theirs(
+    name: str, held: HeldWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placement = PLACEMENTS["streamed"] if name == "streamed" else HOST
+    dtype = torch.float32 if name == "host fp32" else torch.bfloat16
+    model, optimizer = wrapped(dtype, placement)
+    twin, its_optimizer = wrapped(dtype, placement)
+    for pair in ((model, optimizer), (twin, its_optimizer)):
+        steps(*pair)
+    expected = bits_of(model, optimizer)
+    gate, real = threading.Event(), _snapshot._Source.copy
+
+    def copy_later(source: _snapshot._Source) -> None:
+        assert gate.wait(60)
+        real(source)
+
+    monkeypatch.setattr(_snapshot._Source, "copy", copy_later)
+    save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
+    loss_of(model, next(batches(1))).backward()
+    pipeline = optimizer._engine.pipeline
+    done = pipeline.stats()["job_count"]
+    optimizer.step()  # nobody opened the gate yet
+    assert pipeline.stats()["job_count"] == done
+    gate.set()
+    optimizer.zero_grad()
+    steps(model, optimizer, count=2, seed=3)
+    assert not save.is_done
+    held.release()
+    save.wait()
+    assert_holds(tmp_path, placement, expected, dtype)
+    loss_of(twin, next(batches(1))).backward()
+    its_optimizer.step()
+    its_optimizer.zero_grad()
+    steps(twin, its_optimizer, count=2, seed=3)
+    assert_bits(bits_of(model, optimizer), bits_of(twin, its_optimizer))
+
+
+def test_a_written_weight_is_taken_after_its_copy(
+    held: HeldWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step writes to the master itself then, before any update."""
+    model, optimizer = wrapped(torch.bfloat16, HOST)
+    steps(model, optimizer)
+    expected = bits_of(model, optimizer)
+    save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+    steps(model, optimizer, count=1)
+    assert not save.is_done
+    held.release()
+    save.wait()
+    assert_holds(tmp_path, HOST, expected)
+
+
+def test_a_copy_that_fails_ends_the_save_and_not_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = wrapped(torch.bfloat16, HOST)
+    twin, its_optimizer = wrapped(torch.bfloat16, HOST)
+    for pair in ((model, optimizer), (twin, its_optimizer)):
+        steps(*pair)
+    expected = bits_of(model, optimizer)
+    offload.save_checkpoint(tmp_path, model, optimizer, tag="one")
+
+    def no_memory(_: Any) -> None:
+        raise MemoryError("no memory for a copy")
+
+    held = HeldWriter(monkeypatch)
+    save = offload.save_checkpoint(tmp_path, model, optimizer, tag="two", async_save=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(_snapshot._Source, "copy", no_memory)
+        steps(model, optimizer, seed=3)
+    held.release()
+    with pytest.raises(MemoryError, match="no memory for a copy"):
+        save.wait()
+    steps(twin, its_optimizer, seed=3)
+    assert_bits(bits_of(model, optimizer), bits_of(twin, its_optimizer))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one"]
+    assert_holds(tmp_path, HOST, expected)
+
+
+def assert_holds(
+    directory: Path, placement: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    other, resumed = wrapped(dtype, placement, seed=5)
+    offload.load_checkpoint(directory, other, resumed)
     assert_bits(bits_of(other, resumed), expected)
 
 

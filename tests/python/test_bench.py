@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+import offload
 from offload import _activations
-from offload.cli import _bench_model, _bench_train, main
+from offload.cli import _bench_model, _bench_peers, _bench_train, main
 from offload.cli._bench_link import Copy, Link, Side
 from offload.cli._model_shapes import shapes
 
@@ -161,9 +162,14 @@ def test_copies_stay_inside_their_own_buffers() -> None:
 # --- train --------------------------------------------------------------------------------------------------
 
 
+def train(path: Path, *arguments: str) -> dict[str, Any]:
+    assert main(["bench", "train", "--quick", "--device", "cpu", *arguments, "--json", str(path)]) == 0
+    return report(path)["train"]
+
+
 @pytest.mark.parametrize("name", ["tiny", "1b", "8b"])
 def test_the_model_has_the_shapes_that_the_bound_counts(name: str) -> None:
-    shape, meta = _bench_train._SIZES[name].shape, torch.device("meta")
+    shape, meta = _bench_train._SIZES[name][0], torch.device("meta")
     model = _bench_model.build(shape, 2048, meta, meta, checkpointing=True)
     assert [tuple(parameter.shape) for parameter in model.parameters()] == shapes(shape)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -172,23 +178,28 @@ def test_the_model_has_the_shapes_that_the_bound_counts(name: str) -> None:
 
 @pytest.mark.usefixtures("torch_settings")
 def test_train_compares_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "result.json"
-    assert main(["bench", "train", "--quick", "--steps", "3", "--json", str(path)]) == 0
-    result = report(path)["train"]
-    runs = result["runs"]
-    assert list(runs) == ["offloaded", "resident", "torch", "compute"] and result["interleaved"]
-    # Two steps to warm up, and one more before each of the three blocks of one timed step.
-    assert all(len(one["losses"]) == 8 and len(one["step_s"]["samples"]) == 3 for one in runs.values())
-    assert result["losses_equal_resident"] and runs["offloaded"]["losses"] == runs["resident"]["losses"]
-    assert runs["compute"]["losses"] != runs["resident"]["losses"], "training changes the weights"
+    result = train(tmp_path / "result.json", "--steps", "3", "--tokens", "64", "128", "--micro-batch", "64")
+    runs, name = result["runs"], "optimizer+gradients"
+    assert list(runs) == ["compute", "resident", "torch", name] and result["interleaved"]
+    # Two steps to warm up, and one more before each of the three blocks of one timed step, for each number of tokens.
+    assert all(len(one["losses"]) == 14 for one in runs.values())
+    for one in (runs["resident"], runs["torch"], runs[name]):
+        assert [(row["tokens"], row["micro_batches"]) for row in one["steps"]] == [(64, 1), (128, 2)]
+        assert all(len(row["step_s"]["samples"]) == 3 for row in one["steps"])
+    # A step of compute has one micro-batch, whatever the others have.
+    assert [(row["tokens"], len(row["step_s"]["samples"])) for row in runs["compute"]["steps"]] == [(64, 6)]
+    assert result["losses_equal_resident"] and runs[name]["losses"] == runs["resident"]["losses"]
+    assert runs["torch"]["losses"] != runs["resident"]["losses"], "bf16 moments are another training"
     # The offloaded run was offloaded, the resident one was not.
     count = result["parameters"]
-    offloaded, resident = (runs[name]["stats"] for name in ("offloaded", "resident"))
+    offloaded, resident = (runs[name]["stats"] for name in (name, "resident"))
     assert offloaded["host_bytes"]["moments"] >= 8 * count and "moments" not in offloaded["device_bytes"]
     assert resident["device_bytes"]["moments"] == 8 * count and resident["host_bytes"]["moments"] == 0
-    assert offloaded["transfers"]["to_host_bytes"] >= 8 * 2 * count
-    assert 0 <= result["hidden_share"] <= 1
-    assert set(result["bound"]) == {"compute_s", "to_host_s", "to_device_s", "host_update_s"}
+    one, two = runs[name]["steps"]
+    assert one["moved_bytes"]["to_host"] >= 2 * count and two["moved_bytes"]["to_host"] >= 4 * count
+    assert set(one["bound"]) == {"compute_s", "to_host_s", "to_device_s", "host_update_s"}
+    assert two["bound"]["compute_s"] == 2 * one["bound"]["compute_s"]
+    assert one["share_of_link"]["to_host"] > 0 and one["step_over_resident"] > 0
     assert "equal bit for bit" in capsys.readouterr().err
 
 
@@ -196,77 +207,117 @@ def test_train_compares_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_train_goes_on_when_a_run_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    honest = _bench_train.Run._make_optimizer
+    honest = _bench_train.Offloaded
 
-    def too_large(self: Any, options: Any) -> Any:
-        if self.name == "resident":
+    def too_large(size: Any, device: Any, places: dict[str, str], **options: Any) -> Any:
+        if not places:
             raise torch.OutOfMemoryError("tried to allocate 112 GiB\nand more")
-        return honest(self, options)
+        return honest(size, device, places, **options)
 
-    monkeypatch.setattr(_bench_train.Run, "_make_optimizer", too_large)
-    monkeypatch.setattr(_bench_train, "_free_bytes", lambda device: 0)  # one run after the other
-    path = tmp_path / "result.json"
-    arguments = ["--steps", "1", "--offload", "gradients", "--tokens", "16", "--no-checkpointing", "--json", str(path)]
-    assert main(["bench", "train", "--quick", *arguments]) == 0
-    result = report(path)["train"]
-    assert not result["interleaved"] and result["tokens_a_step"] == result["sequence_tokens"] == 16
+    monkeypatch.setattr(_bench_train, "Offloaded", too_large)
+    monkeypatch.setattr(_bench_train, "free_bytes", lambda device: 0)  # one run after the other
+    arguments = ["--steps", "1", "--offload", "gradients", "--tokens", "16", "--no-checkpointing"]
+    result = train(tmp_path / "result.json", *arguments)
+    assert not result["interleaved"] and result["micro_batch_tokens"] == result["sequence_tokens"] == 16
     assert result["runs"]["resident"] == {"does_not_fit": "tried to allocate 112 GiB"}
     assert len(result["runs"]["torch"]["losses"]) == 4
-    assert "losses_equal_resident" not in result and result["share_of_bound"] > 0
-    assert "host_update_s" not in result["bound"], "the optimizer was on the device"
-    assert result["runs"]["offloaded"]["stats"]["device_bytes"]["moments"] == 8 * result["parameters"]
+    (row,) = result["runs"]["gradients"]["steps"]
+    assert "losses_equal_resident" not in result and row["share_of_bound"] > 0
+    assert "host_update_s" not in row["bound"], "the optimizer was on the device"
+    assert result["runs"]["gradients"]["stats"]["device_bytes"]["moments"] == 8 * result["parameters"]
     assert "does not fit" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("torch_settings")
-def test_train_with_everything_on_the_host_and_micro_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_with_several_placements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_activations, "MIN_BYTES", 1)  # the model is small
-    path = tmp_path / "result.json"
-    kinds = ["optimizer", "gradients", "params", "activations"]
-    arguments = ["--steps", "1", "--tokens", "64", "--micro-batch", "32", "--vocabulary", "128", "--no-checkpointing"]
-    assert main(["bench", "train", "--quick", *arguments, "--offload", *kinds, "--json", str(path)]) == 0
-    result = report(path)["train"]
-    assert result["losses_equal_resident"]
-    stats = result["runs"]["offloaded"]["stats"]
-    assert stats["host_bytes"]["weights"] > 1.9 * result["parameters"] and stats["activations"]["offloaded_bytes"] > 0
-    rates, moved = result["rates_bytes_per_s"], 2 * result["parameters"]
-    assert result["bound"]["to_host_s"] == pytest.approx(2 * moved / rates["to_host"])
-    assert result["bound"]["to_device_s"] == pytest.approx(4 * moved / rates["to_device"])
+    names = ["optimizer+gradients+params+activations", "optimizer:0.5+gradients"]
+    sizes = ["--steps", "1", "--tokens", "64", "--micro-batch", "32", "--vocabulary", "128", "--no-checkpointing"]
+    result = train(tmp_path / "result.json", *sizes, "--beside", "compute", "resident", "--offload", *names)
+    everything, half = (result["runs"][name] for name in names)
+    assert result["losses_equal_resident"] and everything["losses_equal_resident"] and half["losses_equal_resident"]
+    assert everything["stats"]["host_bytes"]["weights"] > 1.9 * result["parameters"]
+    assert everything["stats"]["activations"]["offloaded_bytes"] > 0
+    moments = 8 * result["parameters"]
+    assert 0.4 * moments < half["stats"]["device_bytes"]["moments"] <= 0.5 * moments
+    rates, moved = result["ceilings_bytes_per_s"], 2 * result["parameters"]
+    bound = everything["steps"][0]["bound"]
+    assert bound["to_host_s"] == pytest.approx(2 * moved / rates["to_host"])
+    assert bound["to_device_s"] == pytest.approx(4 * moved / rates["to_device"])
+    halved = half["steps"][0]["bound"]
+    assert halved["host_update_s"] == pytest.approx(bound["host_update_s"] / 2)
+    assert halved["to_host_s"] == pytest.approx(bound["to_host_s"] / 2)
+    assert halved["to_device_s"] == pytest.approx(moved / 2 / rates["to_device"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--tokens", "33"], "--tokens 33"),
+        (["--tokens", "32", "80"], "--tokens 80"),
         (["--micro-batch", "48"], "--micro-batch 48"),
+        (["--offload", "optimizer", "weights"], "--offload weights"),
+        (["--offload", "optimizer:half"], "--offload optimizer:half"),
+        (["--offload", "optimizer:1.5"], "optimizer=1.5"),
         (["--device-cap", "4", "--device", "cpu"], "only CUDA's allocator"),
     ],
 )
 def test_what_train_cannot_do_is_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "train", *arguments]) == 2
+    assert main(["bench", "train", "--quick", *arguments]) == 2
     assert words in capsys.readouterr().err
 
 
 def test_the_bound_is_the_largest_part() -> None:
-    def one(seconds: float, *losses: float) -> dict[str, Any]:
-        return {"step_s": {"median": seconds}, "losses": list(losses)}
+    def one(seconds: float, *losses: float, **more: Any) -> dict[str, Any]:
+        row = {"tokens": 64, "micro_batches": 1, "step_s": {"median": seconds}}
+        return {"steps": [row], "losses": list(losses), **more}
 
+    places = {"optimizer": "host", "gradients": "host", "params": "device", "activations": "device"}
     result = {
         "parameters": 1000,
-        "tokens_a_step": 64,
-        "micro_batch_tokens": 64,
-        "offload": ["gradients", "optimizer"],
-        "rates_bytes_per_s": {"to_host": 1000.0, "to_device": 500.0, "host_memory": 6000.0},
-        "runs": {"offloaded": one(8.0, 1, 2), "resident": one(4.0, 1, 2.5), "compute": one(3.0, 1, 1)},
+        "ceilings_bytes_per_s": {"to_host": 1000.0, "to_device": 500.0, "host_memory_while_copying": 6000.0},
+        "runs": {
+            "compute": one(3.0, 1, 1),
+            "resident": one(4.0, 1, 2.5, places=dict.fromkeys(places, "device")),
+            "offloaded": one(8.0, 1, 2, places=places),
+            "torchao": {"unavailable": "not installed"},
+        },
     }
-    concluded = _bench_train._conclusions(result)
-    assert concluded["bound"] == {"compute_s": 3.0, "to_host_s": 2.0, "to_device_s": 4.0, "host_update_s": 5.0}
-    assert concluded["bound_by"] == "host_update_s" and concluded["share_of_bound"] == 5 / 8
-    assert concluded["losses_equal_resident"] is False and concluded["step_over_resident"] == 2.0
+    concluded = _bench_train.conclude(result)
+    (row,) = concluded["runs"]["offloaded"]["steps"]
+    assert row["bound"] == {"compute_s": 3.0, "to_host_s": 2.0, "to_device_s": 4.0, "host_update_s": 5.0}
+    assert row["bound_by"] == "host_update_s" and row["share_of_bound"] == 5 / 8
+    assert concluded["losses_equal_resident"] is False and row["step_over_resident"] == 2.0
+    assert concluded["runs"]["torchao"] == {"unavailable": "not installed"}
 
 
-def test_tokens_that_fill_no_sequence_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "train", "--tokens", "33"]) == 2
-    assert "--tokens 33" in capsys.readouterr().err
+# --- peers --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_peers_train_the_same_or_say_why_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise TypeError("of their own\nin many lines")
+
+    monkeypatch.setitem(_bench_train.PEERS, "deepspeed", broken)
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    path = tmp_path / "result.json"
+    sizes = ["--steps", "1", "--tokens", "64", "--micro-batch", "32"]
+    result = train(path, *sizes, "--offload", "--beside", "resident", "fsdp2", "torchao", "deepspeed")
+    runs = result["runs"]
+    assert runs["deepspeed"] == {"failed": "TypeError: of their own"}
+    assert set(runs["torchao"]) == {"unavailable"} and "torchao" in runs["torchao"]["unavailable"]
+    # Same weights, tokens and precision: only the order of sums differs.
+    assert "fp32 masters" in runs["fsdp2"]["precision"] and len(runs["fsdp2"]["losses"]) == 4
+    assert runs["fsdp2"]["losses"] == pytest.approx(runs["resident"]["losses"], abs=1e-3)
+    assert runs["fsdp2"]["losses"][0] != runs["fsdp2"]["losses"][2]
+    assert runs["fsdp2"]["steps"][0]["step_over_resident"] > 0 and "bound" not in runs["fsdp2"]["steps"][0]
+
+
+def test_a_peer_that_the_host_cannot_hold_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_bench_peers.offload, "environment", lambda: {"host": {"available_bytes": 2**30}})
+    with pytest.raises(offload.OutOfHostMemory, match=r"2\.0 GiB of host memory; 1\.0 GiB"):
+        _bench_peers._require_host_bytes(2 * 2**30)
 
 
 # --- make gpu-test ------------------------------------------------------------------------------------------

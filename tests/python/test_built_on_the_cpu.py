@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -124,6 +127,38 @@ def test_weights_never_lie_twice_on_the_host(
     assert wrapped.stats().host_bytes["weights"] >= weights
     for storage, _ in storages:
         torch.UntypedStorage._free_weak_ref(storage)
+
+
+@pytest.mark.cpu_only
+def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resident pages of the process: malloc keeps freed blocks of this size in its heap, below those still in use."""
+    run, count, block = 8 << 20, 48, 1 << 20
+    monkeypatch.setattr(_residency, "_RUN_BYTES", run)
+    offload.wrap(nn.Linear(2, 2), None, params="host")  # threads and lanes of the process
+    torch.empty(16 << 20, dtype=torch.uint8).fill_(1)  # from here on such blocks come from the heap
+    gc.collect()
+    _residency.trim_heap()
+    before = resident_bytes()
+    model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 512, 512, bias=False) for _ in range(count)))
+    for parameter in model.parameters():
+        nn.init.ones_(parameter)
+    assert resident_bytes() - before >= count * block
+    seen = []
+    reserve = _native.HostPool.reserve
+
+    def watched(pool: _native.HostPool, nbytes: int) -> None:
+        reserve(pool, nbytes)
+        seen.append(resident_bytes() - before)
+
+    monkeypatch.setattr(_native.HostPool, "reserve", watched)
+    offload.wrap(model, None, params="host")
+    slack = 4 << 20  # what else the process needs meanwhile
+    assert len(seen) == count * block // run + 1 and max(seen) <= count * block + run + slack
+    assert resident_bytes() - before <= count * block + slack
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
 
 @pytest.mark.parametrize("kind", ["weights there", "weights on the CPU"])

@@ -59,7 +59,7 @@ def test_no_command_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None
         ["bench", "it"],
         ["bench"],
         ["bench", "adamw", "--device", "cpu"],
-        ["bench", "train", "--offload", "weights"],
+        ["bench", "train", "--beside", "weights"],
         ["fly"],
     ],
 )

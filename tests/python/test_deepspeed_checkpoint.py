@@ -145,7 +145,7 @@ def test_a_16bit_model_is_a_file_that_torch_reads(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["pytorch_model.bin", "small.bin"]
 
 
-def test_weights_by_name_with_and_without_frozen_ones(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_weights_by_name_with_and_without_frozen_ones(tmp_path: Path) -> None:
     engine = make_engine(zero=STAGES["stage 3, all on the host"])
     engine.module.norm.requires_grad_(False)
     train(engine, seed=1)
@@ -156,8 +156,46 @@ def test_weights_by_name_with_and_without_frozen_ones(tmp_path: Path, caplog: py
         other = make_engine(seed=7)
         other.load_module_state_dict(given)
         assert_same_weights(weights_of(other), weights)
-    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
-    assert "frozen parameters are saved all the same" in caplog.text
-    other.load_checkpoint(tmp_path, load_module_only=True)
     with pytest.raises(offload.InvalidArgument, match="load_module_strict=False"):
         other.load_checkpoint(tmp_path, custom_load_fn=lambda src, dst: None)
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("stage", ["stage 0", "stage 3, all on the host"])
+def test_frozen_weights_are_left_out_and_left_alone(stage: str, asynchronous: bool, tmp_path: Path) -> None:
+    """As of a base model under adapters: the run goes on, over the frozen weights that the model has."""
+    writer = {"checkpoint": {"writer": {"type": "fast", "decoupled": asynchronous}}}
+
+    def engine_of(seed: int) -> Any:
+        model = make_model(seed=seed)
+        model.blocks.requires_grad_(False)
+        engine, *_ = offload.initialize(model=model, config=config_of(zero=STAGES[stage], **writer))
+        return engine
+
+    engine, other = engine_of(0), engine_of(7)
+    own = weights_of(other)
+    train(engine, seed=1)
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    expected = weights_of(engine)
+    frozen = {name for name in own if name.startswith("blocks.")}
+    assert other.load_checkpoint(tmp_path)[0] is not None
+    described = offload.describe_checkpoint(tmp_path)
+    assert described["excluded"] == sorted(frozen) and described["weights"] == len(own) - len(frozen)
+    assert_same_weights(weights_of(other), {name: (own if name in frozen else expected)[name] for name in own})
+    base = {name: expected[name] for name in frozen}
+    other.module.load_state_dict(base, strict=False)
+    for one in (engine, other):
+        train(one, seed=2)
+    assert_same_weights(weights_of(other), weights_of(engine))
+
+
+def test_what_is_missing_beside_the_frozen_weights_is_refused(tmp_path: Path) -> None:
+    engine = make_engine()
+    engine.module.blocks.requires_grad_(False)
+    engine.save_checkpoint(tmp_path, exclude_frozen_parameters=True)
+    other = make_engine(seed=7)
+    other.module.more = torch.nn.Linear(2, 2)
+    before = weights_of(other)
+    with pytest.raises(offload.InvalidArgument, match=r"it has no \['more.bias', 'more.weight'\]"):
+        other.load_checkpoint(tmp_path, load_optimizer_states=False)
+    assert_same_weights(weights_of(other), before)

@@ -429,21 +429,3 @@ def test_the_flops_profiler_counts_one_forward(tmp_path: Path) -> None:
         engine.backward(engine(torch.ones(4, 8)).sum())
         engine.step()
     assert path.read_text().startswith(f"forward at step 2: {2 * 4 * 8 * 16:,} FLOPs, 128 parameters")
-
-
-def test_parameters_are_cast_and_buffers_only_if_asked_to() -> None:
-    class Rotary(nn.Linear):
-        def __init__(self) -> None:
-            super().__init__(4, 4)
-            self.register_buffer("frequencies", torch.ones(3))
-            self.register_buffer("ids", torch.arange(3))
-
-    def dtypes(**keys: Any) -> list[torch.dtype]:
-        model = nn.Sequential(Rotary(), nn.BatchNorm1d(4))
-        offload.initialize(model=model, config=config_of(bf16={"enabled": True}, **keys))
-        assert model[0].weight.dtype == model[1].weight.dtype == torch.bfloat16 and model[0].ids.dtype == torch.int64
-        return [model[0].frequencies.dtype, model[1].running_mean.dtype]
-
-    # Torch refuses running statistics in another dtype than their weights.
-    assert dtypes() == [torch.float32, torch.bfloat16]
-    assert dtypes(data_types={"buffer_dtype": "fp16"}) == [torch.float16] * 2

@@ -75,3 +75,25 @@ def test_auto_is_filled_by_path() -> None:
     auto = {"optimizer.params.lr": 0.25, "gradient_clipping": 0.5}
     engine, *_ = offload.initialize(model=make_model(), config=config, auto=auto)
     assert engine.get_lr() == [0.25] and engine.gradient_clipping() == 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (lambda parameters: torch.optim.SGD(parameters, lr=0.1), "SGD"),
+        (lambda parameters: torch.optim.AdamW(parameters, amsgrad=True), "AdamW with amsgrad"),
+    ],
+)
+def test_a_share_of_the_states_needs_an_optimizer_that_can_have_it(make: Any, name: str) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}
+    config = {key: value for key, value in config_of(zero=zero, bf16={"enabled": True}).items() if key != "optimizer"}
+    model = make_model()
+    rule = rf"zero_optimization\.offload_optimizer\.ratio=0\.5: {name} steps over all .* write 0 or 1, or take Adam"
+    with pytest.raises(offload.InvalidArgument, match=rule):
+        offload.initialize(model=model, optimizer=make(model.parameters()), config=config)
+    assert model.norm.weight.dtype == torch.float32, "refused before the cast"
+    for ratio in (0, 1):
+        zero["offload_optimizer"]["ratio"] = ratio  # type: ignore[index]
+        engine, *_ = offload.initialize(model=model, optimizer=make(model.parameters()), config=config)
+        step(engine)
+        engine.destroy()

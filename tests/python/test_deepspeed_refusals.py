@@ -24,6 +24,16 @@ FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32
         (zero(overlap_comm="perhaps"), "zero_optimization.overlap_comm='perhaps': must be true or false or null"),
         (zero(offload_optimizer={"device": "CPU"}), "device='CPU': must be 'none', 'cpu' or 'nvme'"),
         (zero(offload_optimizer={"device": "cpu", "ratio": 1.5}), "ratio=1.5: must be a number from 0 to 1"),
+        (
+            {**zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), "optimizer": {"type": "SGD"}},
+            "zero_optimization.offload_optimizer.ratio=0.5: SGD steps over all of its parameters in one place: write 0",
+        ),
+        (
+            {**zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), **adam(amsgrad=True)},
+            "offload_optimizer.ratio=0.5: AdamW with amsgrad steps over all",
+        ),
+        ({**BATCH, "data_types": {"keep_in_fp32_modules": "norm"}}, "keep_in_fp32_modules='norm': must be 'auto' or"),
+        ({**BATCH, "data_types": {"keep_in_fp32_modules": [3]}}, "keep_in_fp32_modules=[3]: must be 'auto' or a list"),
         (zero(offload_optimizer={"device": "cpu", "buffer_size": 10}), "it belongs to `offload_param`"),
         (zero(offload_optimizer={"device": "nvme"}), "disk tier has not landed: write 'cpu', and zero_optimization."),
         (zero(offload_param={"device": "nvme", "nvme_path": "/x"}), "the disk tier has not landed: write 'cpu'"),

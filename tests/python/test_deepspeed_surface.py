@@ -16,7 +16,7 @@ from offload.deepspeed._values import coerce
 
 HERE = Path(__file__).parent
 CONFIGS = HERE / "deepspeed_configs"
-# Every key that DeepSpeed 0.19.6 reads, by section; arguments of optimizers and schedules under the names of those.
+# Every key that DeepSpeed 0.19.8 reads, by section; arguments of optimizers and schedules under the names of those.
 KEYS = (HERE / "deepspeed_keys.txt").read_text().split()
 # Keys that it does not read, or refuses, and people write: each has a better answer than "unknown".
 MISTAKEN = {

@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._env import run_env
 
             return run_env(arguments)
+        if arguments.part == "report":
+            from ._bench_report import run_report
+
+            return run_report(arguments)
         from ._bench import run_bench
 
         return run_bench(arguments)
@@ -166,7 +170,9 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
-    add("all", on_device, "all of these but update, checkpoint, disk and train, which take their time or room")
+    _add_bench_largest(add("largest", on_device, "the largest model that the device and its host can train"))
+    _add_bench_report(parts)
+    add("all", on_device, "all of these but update, checkpoint, disk, train and largest, which take their time or room")
 
 
 def _add_bench_disk(disk: argparse.ArgumentParser) -> None:
@@ -176,25 +182,61 @@ def _add_bench_disk(disk: argparse.ArgumentParser) -> None:
 
 def _add_bench_train(train: argparse.ArgumentParser) -> None:
     train.add_argument("--size", choices=("tiny", "1b", "8b"), default="tiny", help="of the model (default tiny)")
-    train.add_argument("--tokens", type=_positive, default=None, help="tokens a step (default: by size)")
+    train.add_argument(
+        "--tokens", type=_positive, nargs="+", default=None, metavar="N", help="tokens a step (default: by size)"
+    )
     train.add_argument("--micro-batch", type=_positive, default=None, help="tokens a backward (default: all of a step)")
     train.add_argument("--vocabulary", type=_positive, default=None, help="of the model (default: by size)")
     train.add_argument("--steps", type=_positive, default=None, help="timed steps of each run (default: by size)")
     train.add_argument(
         "--offload",
-        nargs="+",
-        choices=("optimizer", "gradients", "params", "activations"),
-        default=["optimizer", "gradients"],
-        metavar="KIND",
-        help="what the offloaded run keeps on the host: optimizer, gradients (default both), params, activations",
+        nargs="*",
+        default=["optimizer+gradients"],
+        metavar="KINDS",
+        help="placements: kinds on the host (optimizer, gradients, params, activations) joined by +, or a share of one "
+        "as optimizer:0.5 (default optimizer+gradients)",
+    )
+    train.add_argument(
+        "--beside",
+        nargs="*",
+        choices=("compute", "resident", "torch", "fsdp2", "torchao", "deepspeed"),
+        default=["compute", "resident", "torch"],
+        metavar="RUN",
+        help="what they are compared with: compute, resident, torch (default these), fsdp2, torchao, deepspeed",
     )
     train.add_argument(
         "--host-budget", default=None, metavar="SIZE", help="for offload, as '110GiB' (default: measured)"
     )
     train.add_argument(
-        "--device-cap", type=float, default=None, metavar="GIB", help="that torch may allocate in the offloaded run"
+        "--device-cap", type=float, default=None, metavar="GIB", help="that torch may allocate in runs that offload"
     )
     train.add_argument("--no-checkpointing", action="store_true", help="keep activations instead of recomputing them")
+
+
+def _add_bench_largest(largest: argparse.ArgumentParser) -> None:
+    largest.add_argument("--size", choices=("tiny", "8b"), default=None, help="whose width it has (default: by device)")
+    for tier in ("device", "host"):
+        largest.add_argument(
+            f"--{tier}-budget",
+            default=None,
+            metavar="SIZE",
+            help=f"of the {tier}'s memory, as '24GiB' (default: measured)",
+        )
+    largest.add_argument("--derive-only", action="store_true", help="plan it and do not train it")
+
+
+def _add_bench_report(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    report = parts.add_parser(
+        "report",
+        help="tables and plots of what was measured",
+        description="Turns JSON files of benches, or of make gpu-acceptance, into Markdown tables and plots.",
+        epilog=_EPILOG,
+    )
+    report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON, as --json wrote it")
+    report.add_argument("--out", type=Path, default=None, metavar="FILE", help="for the Markdown (default: stdout)")
+    report.add_argument(
+        "--plots", type=Path, default=None, metavar="DIR", help="for PNG files; needs matplotlib (the extra 'plot')"
+    )
 
 
 def _add_config(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

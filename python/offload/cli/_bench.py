@@ -8,6 +8,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,16 @@ def environment() -> dict[str, Any]:
         "machine": platform.machine(),
         "cpu": _cpu_model(),
         "cpu_count": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "offload": offload.__version__,
         "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "accelerator_bytes": torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else None,
+        "driver": _driver_version(),
+        "cuda": torch.version.cuda,
     }
 
 
@@ -76,6 +81,15 @@ def summary(samples: list[float]) -> dict[str, Any]:
         return ordered[round(share * (len(ordered) - 1))]
 
     return {"samples": samples, "median": percentile(0.5), "p20": percentile(0.2), "p80": percentile(0.8)}
+
+
+def _driver_version() -> str | None:
+    """Of NVIDIA's kernel module, None without one."""
+    try:
+        found = re.search(r"\d+\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return None
+    return found.group() if found else None
 
 
 def _cpu_model() -> str:

@@ -27,6 +27,19 @@ __all__ = ["run", "streaming_bytes_per_s"]
 
 _HYPER = AdamWHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, maximize=False)
 _STEP = 10  # the step number whose bias correction is applied: any but the first
+# How gradient, master and working weight are stored, and the moments beside them.
+_FORMATS = {
+    "fp32": ("fp32", torch.float32),
+    "bf16": ("bf16", torch.float32),
+    "split": ("split", torch.float32),
+    "split bf16 moments": ("split", torch.bfloat16),
+    "split int8 moments": ("split", torch.uint8),
+}
+_MOMENT_FORMATS = {
+    torch.float32: _native.MOMENTS_FLOAT32,
+    torch.bfloat16: _native.MOMENTS_BFLOAT16,
+    torch.uint8: _native.MOMENTS_INT8,
+}
 
 
 @dataclass
@@ -58,20 +71,28 @@ class _Buffers:
     weight: Tensor | None
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    scales: Tensor  # of int8 moments: one for each block of the first, and of the second
 
     @classmethod
     def make(cls, name: str, count: int) -> _Buffers:
-        dtype = torch.float32 if name == "fp32" else torch.bfloat16
-        weight = None if name == "fp32" else torch.randn(count).to(dtype)
-        master = torch.zeros(count, dtype=torch.int16) if name == "split" else torch.randn(count)
+        kind, moments = _FORMATS[name]
+        dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+        weight = None if kind == "fp32" else torch.randn(count).to(dtype)
+        master = torch.zeros(count, dtype=torch.int16) if kind == "split" else torch.randn(count)
         gradient = torch.randn(count).to(dtype)
-        return cls(name, gradient, master, weight, torch.zeros(count), torch.full((count,), 1e-4))
+        second = torch.full((count,), 127 if moments == torch.uint8 else 1e-4, dtype=moments)
+        scales = torch.full((2, -(-count // _native.MOMENT_BLOCK)), 1e-4)
+        return cls(name, gradient, master, weight, torch.zeros(count, dtype=moments), second, scales)
+
+    @property
+    def is_split(self) -> bool:
+        return self.master.dtype == torch.int16
 
     @property
     def bytes_an_element(self) -> int:
-        """Bytes read plus bytes written for one element."""
-        own = 4 + 4 + self.master.element_size()
-        weight = 0 if self.weight is None else self.weight.element_size() * (2 if self.name == "split" else 1)
+        """Bytes read plus bytes written for one element, without an int8 block's scale (4 bytes in 256 elements)."""
+        own = 2 * self.exp_avg.element_size() + self.master.element_size()
+        weight = 0 if self.weight is None else self.weight.element_size() * (2 if self.is_split else 1)
         return self.gradient.element_size() + 2 * own + weight
 
     def update(self, isa: str) -> None:
@@ -79,14 +100,17 @@ class _Buffers:
             gradient=self.gradient.data_ptr(),
             gradient_format=FORMATS[self.gradient.dtype],
             master=self.master.data_ptr(),
-            master_format=_native.MASTER_SPLIT if self.name == "split" else _native.MASTER_FLOAT32,
+            master_format=_native.MASTER_SPLIT if self.is_split else _native.MASTER_FLOAT32,
             weight=0 if self.weight is None else self.weight.data_ptr(),
             weight_format=_native.FLOAT32 if self.weight is None else FORMATS[self.weight.dtype],
             exp_avg=self.exp_avg.data_ptr(),
             exp_avg_sq=self.exp_avg_sq.data_ptr(),
             count=self.gradient.numel(),
-            scalars=_native.AdamWScalars(**_HYPER.scalars(_STEP)),
+            scalars=_HYPER.native_scalars(_STEP),
             isa=isa,
+            moment_format=_MOMENT_FORMATS[self.exp_avg.dtype],
+            exp_avg_scales=self.scales[0].data_ptr(),
+            exp_avg_sq_scales=self.scales[1].data_ptr(),
         )
 
     def stream(self, non_temporal: bool, prefetch: bool, threads: int) -> None:
@@ -98,7 +122,7 @@ class _Buffers:
             (self.exp_avg_sq, update),
         ]
         if self.weight is not None:
-            arrays.append((self.weight, update if self.name == "split" else write))
+            arrays.append((self.weight, update if self.is_split else write))
         _native.streaming_pass(
             [(tensor.data_ptr(), tensor.element_size(), access) for tensor, access in arrays],
             self.gradient.numel(),
@@ -187,7 +211,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     count = (4 if options.quick else 64) << 20
     rounds = 7 if options.quick else 9
-    all_buffers = [_Buffers.make(name, count) for name in ("fp32", "bf16", "split")]
+    all_buffers = [_Buffers.make(name, count) for name in _FORMATS]
     variants = [variant for buffers in all_buffers for variant in buffers.passes() + buffers.updates()]
     variants += [_torch_fused(count), _torch_bf16(count), *_deepspeed(count)]
     _measure(variants, rounds)
@@ -199,6 +223,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for variant in variants:
             if variant.ceiling_of == buffers.name:
                 result = results[variant.name]
+                result["bytes_an_element"] = buffers.bytes_an_element
                 result["gb_per_s"] = buffers.bytes_an_element * count / result["median"] / 1e9
                 result["share_of_ceiling"] = results[ceiling]["median"] / result["median"]
                 result["ceiling"] = ceiling
@@ -221,6 +246,8 @@ def _ratios(medians: dict[str, float]) -> dict[str, float]:
         "fp32 against torch fused": ("torch fp32 fused", "offload fp32" + ours),
         "bf16 against torch casts + fused": ("torch bf16 casts + fused", "offload bf16" + ours),
         "split against torch fused": ("torch fp32 fused", "offload split" + ours),
+        "split bf16 moments against torch fused": ("torch fp32 fused", "offload split bf16 moments" + ours),
+        "split int8 moments against torch fused": ("torch fp32 fused", "offload split int8 moments" + ours),
         "fp32 against deepspeed": ("deepspeed fp32", "offload fp32" + ours),
     }
     return {name: medians[peer] / medians[own] for name, (peer, own) in pairs.items() if peer in medians}

@@ -64,9 +64,10 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         offload.save_checkpoint(folder, model, wrapped, tag="bench")  # the first pays for pages and threads
         nbytes = sum(path.stat().st_size for path in (folder / "bench").iterdir())
         raw_s, save_s, calls_s, stalls_s, slower_s = [], [], [], [], []
-        for _ in range(rounds):
+        for _ in range(rounds):  # removing a file takes a while too: both make a new one
             raw_s.append(_timed(lambda: _write_raw(folder / "raw", nbytes)))
             (folder / "raw").unlink()
+            shutil.rmtree(folder / "bench")
             save_s.append(_timed(lambda: offload.save_checkpoint(folder, model, wrapped, tag="bench")))
         step_s = summary([steps(1)[0] for _ in range(rounds)])["median"]
         # Steps until the writer is done, so that all of its cost is seen.

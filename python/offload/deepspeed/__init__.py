@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 # Of the DeepSpeed whose configs and names these are: scripts compare it.
-__version__ = "0.19.6"
+__version__ = "0.19.8"
 
 sys.meta_path.append(Finder())
 

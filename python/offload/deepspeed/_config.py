@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 from ._check import Report, check, fill
-from ._constructors import resolve_optimizer, resolve_scheduler
+from ._constructors import check_named_share, resolve_optimizer, resolve_scheduler
 from ._read import read
 from ._sections import SECTIONS
 from ._settings import (
@@ -92,6 +92,8 @@ def resolve(
         checkpoint=Checkpoint(async_save=values["checkpoint"]["writer"]["decoupled"]),
         notices=_notices(config, report),
     )
+    if settings.placement.optimizer == "host":
+        check_named_share(settings.placement.optimizer_ratio, settings.optimizer, report)
     _doubt_accumulation(settings, values["data_types"]["grad_accum_dtype"], report)
     order = {name: position for position, name in enumerate(config)}
     report.entries.sort(key=lambda entry: order.get(entry.path.split(".")[0], len(order)))
@@ -173,7 +175,19 @@ def _precision(values: Mapping[str, Any], report: Report) -> Precision:
         skip_bad_steps=scaled or (dtype == "bf16" and bf16["check_grad_overflow"]),
         autocast=autocast,
         buffer_dtype=values["data_types"]["buffer_dtype"],
+        keep_in_fp32=_keep_in_fp32(values["data_types"]["keep_in_fp32_modules"], report),
     )
+
+
+def _keep_in_fp32(given: Any, report: Report) -> tuple[str, ...] | None:
+    if given == "auto":
+        return None
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern in given):
+        report.errors.append(
+            f"data_types.keep_in_fp32_modules={given!r}: must be 'auto' or a list of patterns of buffer names"
+        )
+        return ()
+    return tuple(given)
 
 
 def _loss_scale(fp16: Mapping[str, Any], report: Report) -> LossScale:

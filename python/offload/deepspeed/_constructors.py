@@ -13,7 +13,7 @@ from ._settings import Optimizer, Scheduler
 from ._surface import Key, Section, honoured
 from ._surface_training import OPTIMIZERS, REFUSED_OPTIMIZERS, SCHEDULERS
 
-__all__ = ["resolve_optimizer", "resolve_scheduler"]
+__all__ = ["check_named_share", "resolve_optimizer", "resolve_scheduler", "share_rule"]
 
 _NATIVE = {"adam": "Adam", "adamw": "AdamW", "lion": "Lion", "adagrad": "Adagrad"}
 _OPTIMIZERS = {section.path.removeprefix("optimizer."): section for section in OPTIMIZERS}
@@ -43,6 +43,23 @@ def resolve_optimizer(section: Mapping[str, Any], report: Report) -> Optimizer |
     _check_betas(values, report)
     names = [key.name for key in _OPTIMIZERS[native].keys if key.standing == "honoured"]
     return Optimizer(native, _constructor_arguments(values, names))
+
+
+def check_named_share(ratio: float, optimizer: Optimizer | None, report: Report) -> None:
+    """An error for an optimizer named in the config that cannot have a share of its states on the host."""
+    if optimizer is None or not 0.0 < ratio < 1.0:
+        return
+    amsgrad = bool(optimizer.params.get("amsgrad"))
+    if optimizer.name not in _NATIVE.values() or amsgrad:
+        report.errors.append(share_rule(ratio, optimizer.name + (" with amsgrad" if amsgrad else "")))
+
+
+def share_rule(ratio: float, name: str) -> str:
+    """Why `ratio` and this optimizer do not go together, and what does."""
+    return (
+        f"zero_optimization.offload_optimizer.ratio={ratio:g}: {name} steps over all of its parameters in one place: "
+        "write 0 or 1, or take Adam, AdamW, Lion or Adagrad (without amsgrad), which take any share"
+    )
 
 
 def _adam(name: str, params: Mapping[str, Any], report: Report) -> Optimizer:

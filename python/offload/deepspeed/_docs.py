@@ -85,7 +85,7 @@ def document() -> str:
 
 def _contents() -> str:
     links = ", ".join(f"[{_title(section)}](#{_anchor(section)})" for section in SECTIONS.values())
-    return f"## All keys\n\nAll defaults are DeepSpeed's, of version 0.19.6. Sections: {links}.\n"
+    return f"## All keys\n\nAll defaults are DeepSpeed's, of version 0.19.8. Sections: {links}.\n"
 
 
 def _title(section: Section) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import offload
 
+from ._casting import TORCH_DTYPES, cast
 from ._data import EngineLoader
 from ._engine_checkpoint import EngineCheckpoint
 from ._engine_optimizer import EngineOptimizer
@@ -20,9 +21,7 @@ from ._placement import Placed
 from ._reporting import Report
 from ._settings import Settings
 
-__all__ = ["TORCH_DTYPES", "Engine", "cast"]
-
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+__all__ = ["Engine"]
 
 
 class Engine(EngineSettings, EngineCheckpoint, nn.Module):
@@ -240,15 +239,3 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         placed, self._placed = self._placed, None
         if placed is not None:
             placed.unwrap()
-
-
-def cast(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in nested tuples, lists and dicts, in `dtype`."""
-    if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        items = [cast(item, dtype) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, dict):
-        return {name: cast(item, dtype) for name, item in value.items()}
-    return value

@@ -48,12 +48,10 @@ class EngineCheckpoint:
 
         tag: None is `global_step<n>`. client_state: what else the run needs, as `offload.save_checkpoint` takes it.
         save_latest: makes it the checkpoint that is loaded without a tag. With `checkpoint.writer.decoupled` the files
-        are written while training goes on. exclude_frozen_parameters: accepted; frozen parameters are saved all the
-        same, so that a checkpoint is always whole.
+        are written while training goes on. exclude_frozen_parameters: weights that do not require gradients are left
+        out, as of a base model under adapters; `load_checkpoint` leaves those as the model has them.
         """
         global _last_save
-        if exclude_frozen_parameters:
-            logger.info("exclude_frozen_parameters: frozen parameters are saved all the same")
         state = dict(client_state or {})
         if ENGINE_ENTRY in state:
             raise offload.InvalidArgument(
@@ -72,6 +70,7 @@ class EngineCheckpoint:
             client_state=state,
             async_save=self.settings.checkpoint.async_save,
             save_latest=save_latest,
+            exclude_frozen=exclude_frozen_parameters,
         )
         _last_save = save
         logger.info("saving checkpoint %s", save.path)

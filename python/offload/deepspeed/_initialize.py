@@ -13,13 +13,14 @@ from torch import nn
 import offload
 
 from . import _config, checkpointing
+from ._casting import cast_model
 from ._data import EngineLoader
-from ._engine import TORCH_DTYPES, Engine, cast
+from ._engine import Engine
 from ._engine_optimizer import EngineOptimizer
 from ._log import logger, show_log
 from ._loss_scale import make_loss_scale
-from ._optimizers import make_optimizer, make_scheduler
-from ._placement import Placed, wrap_options, wrapped_models
+from ._optimizers import check_share, make_optimizer, make_scheduler
+from ._placement import Placed, check_values, wrap_options, wrapped_models
 from ._settings import Settings
 from .accelerator import get_accelerator
 from .comm import require_one_process
@@ -52,7 +53,8 @@ def initialize(
         model: the module to train, on the CPU or the accelerator. It is cast as `fp16` and `bf16` say. It goes to the
             accelerator; weights that `offload_param` puts on the host go there straight, and never whole to the device.
         optimizer: a torch optimizer over the model's parameters, or a callable that takes parameters and returns one;
-            it goes before the one that the config names. Without either, the engine only runs forward.
+            it goes before the one that the config names. Without either, the engine only runs forward, with weights on
+            the host where `offload_param` puts them.
         model_parameters: parameters or groups for the config's optimizer; None takes all that require gradients.
         training_data: a data set; the third result is then a loader of micro-batches of it.
         lr_scheduler: a scheduler, or a callable that takes the optimizer and returns one; it goes before the config's.
@@ -76,6 +78,7 @@ def initialize(
     require_one_process()
     if not isinstance(model, nn.Module):
         raise offload.InvalidArgument(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    check_values(model)
     if mpu is not None and mpu.get_model_parallel_world_size() != 1:
         raise offload.InvalidArgument("mpu= splits the model over processes: one process is supported; leave it out")
     if mesh_param is not None and any(size != 1 for size in mesh_param):
@@ -96,6 +99,8 @@ def initialize(
     device = get_accelerator().device
     # What can be refused comes before the cast, which is not undone: that would take a second copy of the weights.
     plain = _optimizer(optimizer, model, model_parameters, settings)
+    if plain is not None and settings.placement.optimizer == "host":
+        check_share(settings.placement.optimizer_ratio, plain)
     loader = None
     if training_data is not None:
         loader = EngineLoader(
@@ -105,8 +110,8 @@ def initialize(
             drop_last=settings.dataloader_drop_last,
             on_accelerator=device.type != "cpu",
         )
-    _cast(model, settings)
-    if plain is None or settings.placement.params != "host":
+    cast_model(model, settings.precision)
+    if settings.placement.params != "host":
         model.to(device)
     placed = Placed(model, plain, {**wrap_options(settings.placement), "device": str(device)})
     try:
@@ -142,24 +147,6 @@ def _config_of(args: Any, config: Any, config_params: Any) -> Any:
             else "no config: pass config= to initialize, or --deepspeed_config on the command line"
         )
     return next(iter(given.values()))
-
-
-def _cast(model: nn.Module, settings: Settings) -> None:
-    """Cast as DeepSpeed casts: parameters by `fp16` and `bf16`, buffers (rotary frequencies, say) only if asked to.
-
-    Torch wants running statistics in the dtype of their weights, so those of norms follow theirs.
-    """
-    precision = settings.precision
-    if precision.dtype != "fp32":
-        for parameter in model.parameters():
-            parameter.data = cast(parameter.data, TORCH_DTYPES[precision.dtype])
-    for module in model.modules():
-        dtype = precision.buffer_dtype
-        if dtype is None and precision.dtype != "fp32" and isinstance(module, nn.modules.batchnorm._NormBase):
-            dtype = precision.dtype
-        if dtype is not None:
-            for buffer in module.buffers(recurse=False):
-                buffer.data = cast(buffer.data, TORCH_DTYPES[dtype])
 
 
 def _optimizer(optimizer: Any, model: nn.Module, parameters: Any, settings: Settings) -> torch.optim.Optimizer | None:

@@ -10,9 +10,10 @@ import torch
 import offload
 
 from . import _schedulers
+from ._constructors import share_rule
 from ._settings import Optimizer, Scheduler
 
-__all__ = ["make_optimizer", "make_scheduler"]
+__all__ = ["check_share", "make_optimizer", "make_scheduler"]
 
 
 def make_optimizer(settings: Optimizer, parameters: Any) -> torch.optim.Optimizer:
@@ -28,6 +29,16 @@ def make_optimizer(settings: Optimizer, parameters: Any) -> torch.optim.Optimize
         raise offload.InvalidArgument(f"optimizer.type={settings.name!r}: there is no such class in torch.optim")
     optimizer: torch.optim.Optimizer = _built(kind, parameters, settings.params, f"optimizer.params of {settings.name}")
     return optimizer
+
+
+def check_share(ratio: float, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `InvalidArgument` for an optimizer that cannot have a share of its states on the host."""
+    by_parameter = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, offload.Lion)
+    amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
+    if 0.0 < ratio < 1.0 and (type(optimizer) not in by_parameter or amsgrad):
+        raise offload.InvalidArgument(
+            share_rule(ratio, type(optimizer).__name__ + (" with amsgrad" if amsgrad else ""))
+        )
 
 
 def make_scheduler(settings: Scheduler, optimizer: torch.optim.Optimizer) -> Any:

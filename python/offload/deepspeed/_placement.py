@@ -12,7 +12,7 @@ import offload
 
 from ._settings import Placement
 
-__all__ = ["Placed", "wrap_options", "wrapped_models"]
+__all__ = ["Placed", "check_values", "wrap_options", "wrapped_models"]
 
 # The models that engines have wrapped: parameters are given without the model that they are of.
 _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -21,6 +21,16 @@ _wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 def wrapped_models() -> list[nn.Module]:
     """The models that are wrapped now."""
     return list(_wrapped)
+
+
+def check_values(model: nn.Module) -> None:
+    """Raises `InvalidArgument` for a model that was built on the meta device and has no values yet."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise offload.InvalidArgument(
+                f"{name} is on the meta device and has no values: load them first, with "
+                "load_state_dict(..., assign=True)"
+            )
 
 
 def wrap_options(placement: Placement) -> dict[str, Any]:
@@ -41,7 +51,10 @@ def wrap_options(placement: Placement) -> dict[str, Any]:
 
 
 class Placed:
-    """A wrapped model and its optimizer, which can be moved to other tiers. Without an optimizer nothing is wrapped."""
+    """A wrapped model and its optimizer, which can be moved to other tiers.
+
+    Without an optimizer a model is wrapped where its weights come and go; else it stays as it is.
+    """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None, options: dict[str, Any]) -> None:
         self.module = module
@@ -50,6 +63,9 @@ class Placed:
         if optimizer is not None:
             _, self.wrapped = offload.wrap(module, optimizer, **options)
             self._first = _places(self.wrapped.plan)
+            _wrapped.add(module)
+        elif options["params"] == "host":
+            offload.wrap(module, None, **options | {"optimizer": "device", "gradients": "device"})
             _wrapped.add(module)
 
     def move(self, tier: str | None) -> offload.OffloadOptimizer:
@@ -70,7 +86,7 @@ class Placed:
         return self.wrapped
 
     def unwrap(self) -> None:
-        if self.wrapped is not None:
+        if self.module in _wrapped:
             offload.unwrap(self.module, self.wrapped)
             _wrapped.discard(self.module)
 

@@ -84,6 +84,8 @@ class Precision:
     loss_scale: given exactly when dtype is fp16.
     cast_inputs: `fp16.auto_cast`: floating-point inputs of forward are cast to fp16.
     buffer_dtype: `data_types.buffer_dtype`: what buffers are cast to; None leaves them as they are.
+    keep_in_fp32: `data_types.keep_in_fp32_modules`: patterns of names of buffers that are fp32 in a 16-bit model; None
+        means those that the model itself names.
     skip_bad_steps: a step whose gradients hold inf or NaN is skipped: fp16 always, bf16 by `bf16.check_grad_overflow`.
     """
 
@@ -93,6 +95,7 @@ class Precision:
     skip_bad_steps: bool = False
     autocast: Autocast | None = None
     buffer_dtype: Dtype | None = None
+    keep_in_fp32: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ _TOP = (
     honoured("dataloader_drop_last", "bool", False, "The loader made from `training_data` drops a short last batch."),
     accepted("log_level", "str?", None, "Set the level of the logger `offload` in Python's `logging`."),
     accepted("vocabulary_size", "int?", None, "DeepSpeed only prints advice with it."),
+    accepted("disable_python_gc", "bool", False, "Python's collector is the script's own: call `gc.disable()` there."),
     accepted("graph_harvesting", "bool", False, "CUDA graphs are not recorded."),
     honoured("activation_checkpointing", OBJECT, None, _SECTION),
     honoured("torch_autocast", OBJECT, None, _SECTION),
@@ -348,6 +349,13 @@ SECTIONS = (
                 _DTYPES,
                 None,
                 "What buffers are cast to; null leaves them, except that running statistics follow their weights.",
+            ),
+            honoured(
+                "keep_in_fp32_modules",
+                "list|str",
+                "auto",
+                "Patterns of names of buffers that stay in fp32, or are cast to it; `*` stands for any characters. "
+                "`auto`: those that a transformers model names.",
             ),
         ),
     ),

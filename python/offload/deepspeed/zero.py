@@ -13,7 +13,9 @@ from torch import Tensor, nn
 import offload
 
 from . import _config, _placement
+from ._casting import TORCH_DTYPES
 from ._log import logger, show_log
+from ._read import read
 
 __all__ = [
     "GatheredParameters",
@@ -27,19 +29,25 @@ __all__ = [
     "unregister_external_parameter",
 ]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class Init:
     """Inside the context modules are built in host memory, in the dtype of the config.
 
     `initialize` takes weights that `offload_param` puts on the host from there to the pool, unit by unit: they are
-    never whole on the device, and the model may be larger than it.
+    never whole on the device, nor twice on the host, and the model may be larger than the device. So is a model that
+    is built on the meta device and gets its weights by `load_state_dict(..., assign=True)`.
 
-    config_dict_or_path, config: the DeepSpeed config, whose `fp16` or `bf16` says the dtype. dtype: goes before it.
-    enabled: False does nothing. module: an existing model, which is moved to host memory at once. The other arguments
-    of DeepSpeed's are accepted: one process partitions nothing. Raises `InvalidArgument` for a `remote_device` that is
-    neither `"cpu"` nor None.
+    module: an existing model, which is moved to host memory at once.
+    remote_device, pin_memory: `"cpu"` or None; the pool locks its pages when `initialize` fills it, as the config says.
+    config_dict_or_path, config: the DeepSpeed config, whose `fp16` or `bf16` says the dtype; "auto" may stand in it.
+    enabled: False does nothing.
+    dtype: of the weights, torch.float32, torch.bfloat16 or torch.float16; goes before the config's. With neither it is
+    torch's default, which `initialize` casts (DeepSpeed's is fp16 then).
+    mpu, groups, mem_efficient_linear, zero_quantized_*, tensor_overrides: accepted; one process partitions and sends
+    nothing, linear layers are torch's, and tensors of a dtype that is written out keep it.
+
+    Raises `InvalidArgument` for another `remote_device` or dtype, a `param_swapper`, a module without values, two
+    configs, and what `initialize` refuses of the config.
     """
 
     def __init__(
@@ -54,18 +62,37 @@ class Init:
         enabled: bool = True,
         dtype: torch.dtype | None = None,
         mpu: Any = None,
-        **accepted: Any,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+        tensor_overrides: Any = None,
     ) -> None:
-        if remote_device not in (None, "none", "cpu"):
-            raise offload.InvalidArgument(f"remote_device={remote_device!r}: not in this release; use 'cpu'")
+        where = getattr(remote_device, "value", remote_device)
+        if where not in (None, "none", "cpu"):
+            word = "the disk tier has not landed" if where == "nvme" else "there is no such place"
+            raise offload.InvalidArgument(f"zero.Init(remote_device={where!r}): {word}; use 'cpu'")
+        if param_swapper is not None:
+            raise offload.InvalidArgument("zero.Init(param_swapper=...): the disk tier has not landed; leave it out")
+        if config is not None and config_dict_or_path is not None:
+            raise offload.InvalidArgument("zero.Init: config_dict_or_path and config are both given: keep the first")
+        if dtype is not None and dtype not in TORCH_DTYPES.values():
+            raise offload.InvalidArgument(
+                f"zero.Init(dtype={dtype}): legal are {', '.join(map(str, TORCH_DTYPES.values()))}"
+            )
         given = config_dict_or_path if config_dict_or_path is not None else config
-        if dtype is None and given is not None:
-            named = _config.load(given).precision.dtype
-            dtype = None if named == "fp32" else _DTYPES[named]
+        if given is not None:
+            # Its dtype alone is read, so what the Trainer fills in later may still say "auto".
+            settings, report = _config.resolve(read(given), for_trainer=True)
+            report.raise_refusals(strict=False)
+            named = settings.precision.dtype
+            dtype = dtype or (None if named == "fp32" else TORCH_DTYPES[named])
         self._dtype = dtype
         self._enabled = enabled
         self._entered: contextlib.ExitStack | None = None
         if module is not None and enabled:
+            _placement.check_values(module)
             module.to("cpu", dtype)
 
     def __enter__(self) -> Init:

@@ -1,0 +1,347 @@
+#!/usr/bin/env python3
+"""Proves on this machine what is promised of a card: the tests, then every bench, into one JSON.
+
+Each section is a child process with a time limit; what it measured is in the file as soon as it has ended, and a
+section that fails or is stopped costs no other one. A call ends by itself in under 8 minutes (`--quick`: 3) and the
+next goes on with what is left: what the file holds already, of these sources, machine and day, is not repeated.
+
+Exit codes: 0 every section is done; 1 one of them failed or was stopped; 2 bad arguments; 3 none failed and some are
+left: call again; 130 Ctrl-C. On the CPU (`--device cpu`) the same sections run with models that show that they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SCHEMA_VERSION = 1
+EXIT_FAILED, EXIT_LEFT, EXIT_INTERRUPTED = 1, 3, 130
+CALL_LIMIT_S, QUICK_CALL_LIMIT_S = 440.0, 150.0  # a build before it leaves both under 8 and 3 minutes
+GRACE_S = 15.0  # from SIGINT to SIGKILL: what a bench needs to unwind
+_OUTPUT_CHARACTERS = 4000  # of a section that is not done, the last ones
+_SOURCES = {".py", ".pyi", ".cpp", ".h", ".inl", ".cu", ".toml", ".txt"}
+_TEST_PARTS = 4  # each fits a call, also on the slowest of hosts
+_QUICK_TESTS = ("test_cuda_device", "test_copies", "test_stream_rules", "test_together")
+
+Reader = Callable[[Path], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One child process: `command` writes `{out}`, of which `read` makes the section's `key` in the result."""
+
+    name: str
+    limit_s: float
+    command: tuple[str, ...]
+    key: str = "bench"
+    read: Reader = lambda path: json.loads(path.read_text())
+
+
+def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Section]:
+    """All sections for this kind of device, in their order: what others are judged by comes first."""
+    on_card = device != "cpu"
+    flags = ("--quick",) if quick or not on_card else ()
+    budget = ("--host-budget", host_budget) if host_budget else ()
+
+    def bench(name: str, limit_s: float, *arguments: str) -> Section:
+        command = (sys.executable, "-m", "offload", "bench", *arguments, *flags, "--json", "{out}")
+        return Section(name, limit_s, command)
+
+    def on_device(part: str, limit_s: float) -> Section:
+        return bench(part, limit_s, part, "--device", device)
+
+    def train(name: str, limit_s: float, size: str, tokens: Sequence[int], beside: str, *offloaded: str) -> Section:
+        vocabulary = ("--vocabulary", "32768") if on_card else ()
+        what = ("train", "--device", device, "--size", size, "--tokens", *map(str, tokens), *vocabulary, *budget)
+        return bench(name, limit_s, *what, "--beside", *beside.split(), "--offload", *offloaded)
+
+    shared = [
+        *tests(device, quick=quick),
+        on_device("link", 60),
+        bench("adamw", 80, "adamw"),
+        bench("pool", 40, "pool"),
+        on_device("step", 50),
+        on_device("swap", 60),
+        on_device("update", 60),
+    ]
+    on_host, half, streamed = "optimizer+gradients", "optimizer:0.5+gradients", "optimizer+gradients+params"
+    resident = "compute resident"
+    activations = ("--no-checkpointing", "--micro-batch")
+    peers = ("fsdp2", "torchao", "deepspeed")
+    if not on_card:
+        small = ("--micro-batch", "64", "--steps", "2")
+        largest = ("--size", "tiny", "--device-budget", "1MiB", "--host-budget", "4MiB")
+        return [
+            *shared,
+            train("activations", 60, "tiny", (64,), resident, on_host + "+activations", *activations, "32"),
+            train("train-tiny", 60, "tiny", (64, 128), resident + " torch", on_host, half, streamed, *small),
+            *(train(f"peers-tiny-{peer}", 60, "tiny", (64, 128), peer, *small) for peer in peers),
+            bench("largest", 60, "largest", "--device", device, *largest),
+        ]
+    micro = ("--micro-batch", "8192", "--steps")
+    all_tokens = (4096, 8192, 16384, 32768, 65536)
+    largest_model = ("largest", "--device", device, "--size", "8b", *budget)
+    if quick:
+        few = (8192, 32768)
+        return [
+            *shared,
+            train("activations", 100, "1b", (8192,), resident, on_host + "+activations", *activations, "4096"),
+            train("train-1b", 120, "1b", few, resident, on_host, half, streamed, *micro, "2"),
+            *(train(f"peers-1b-{peer}", 90, "1b", few, peer, *micro, "2") for peer in peers),
+            bench("largest", 40, *largest_model, "--derive-only"),
+        ]
+    cap = ("--device-cap", "24")
+    return [
+        *shared,
+        train("activations", 150, "1b", (16384,), resident, on_host + "+activations", *activations, "4096"),
+        train("train-1b", 280, "1b", all_tokens, resident + " torch", on_host, half, streamed, *micro, "3"),
+        train("train-8b", 320, "8b", all_tokens, resident, on_host, *micro, "2"),
+        train("train-8b-hybrid", 320, "8b", all_tokens, resident, half, *micro, "2"),
+        train("train-8b-streamed", 320, "8b", all_tokens, resident, streamed, *micro, "2"),
+        train("capped-8b", 280, "8b", (8192, 16384, 32768), resident, streamed, *micro, "2", *cap),
+        train(
+            *("capped-8b-activations", 280, "8b", (8192,), "compute", streamed + "+activations"),
+            *(*activations, "4096", "--steps", "3", *cap),
+        ),
+        *(train(f"peers-1b-{peer}", 120, "1b", (8192, 32768), peer, *micro, "3") for peer in peers),
+        *(train(f"peers-8b-{peer}", 300, "8b", (8192, 32768), peer, *micro, "2") for peer in peers),
+        bench("largest", 240, *largest_model),
+    ]
+
+
+def tests(device: str, *, quick: bool) -> list[Section]:
+    """All tests in parts; with `quick` those of the CUDA path's own parts."""
+    files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if "compat" not in path.parts)
+    if quick:
+        parts = {"tests": [path for path in files if path.stem in _QUICK_TESTS]}
+    else:
+        parts = {f"tests-{number + 1}": files[number::_TEST_PARTS] for number in range(_TEST_PARTS)}
+    require = () if device == "cpu" else ("OFFLOAD_REQUIRE_GPU=1",)
+    command = ("env", "OFFLOAD_POISON=1", *require, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    return [
+        Section(name, 100 if quick else 400, (*command, "--junitxml", "{out}", *map(str, paths)), "tests", read_tests)
+        for name, paths in parts.items()
+    ]
+
+
+def read_tests(path: Path) -> dict[str, Any]:
+    """Counts by outcome, and the names of the tests that did not pass."""
+    root = ElementTree.parse(path).getroot()
+    outcomes: dict[str, Any] = {"passed": 0, "skipped": 0, "failed": 0, "not_passed": []}
+    for case in root.iter("testcase"):
+        kinds = {child.tag for child in case}
+        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
+        outcomes[outcome] += 1
+        if outcome == "failed":
+            outcomes["not_passed"].append(f"{case.get('classname')}::{case.get('name')}")
+    return outcomes
+
+
+# --- one section ------------------------------------------------------------------------------------------------
+
+
+def run(section: Section) -> dict[str, Any]:
+    """Runs it to its end or its limit: `state` (done, failed, stopped), `seconds`, and what it wrote."""
+    environment = {**os.environ}
+    environment.pop("OFFLOAD_POISON", None)  # filling memory with NaN takes time
+    # The 8 B model resident fills most of the largest cards: no room for a fragmented cache.
+    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    with tempfile.TemporaryDirectory() as folder:
+        out, log = Path(folder) / "out", Path(folder) / "log"
+        command = [argument.replace("{out}", str(out)) for argument in section.command]
+        began = time.monotonic()
+        with log.open("wb") as output:
+            # A session of its own: a signal reaches what the child has started, too.
+            child = subprocess.Popen(
+                command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
+            try:
+                code: int | None = child.wait(section.limit_s)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                _end(child)
+        record: dict[str, Any] = {
+            "state": "stopped" if code is None else "done" if code == 0 else "failed",
+            "exit_code": child.returncode,
+            "seconds": round(time.monotonic() - began, 1),
+            "limit_s": section.limit_s,
+            "command": " ".join(section.command),
+        }
+        # A child that was killed while it wrote leaves half a file, or none.
+        with contextlib.suppress(OSError, ValueError, ElementTree.ParseError):
+            record[section.key] = section.read(out)
+        if record["state"] != "done":
+            record["output"] = log.read_text(errors="replace")[-_OUTPUT_CHARACTERS:]
+        elif section.key not in record:
+            record |= {"state": "failed", "output": "it ended well and wrote nothing"}
+        return record
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Stops the child and all that it started: first so that it can write what it has."""
+    for sign in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, sign)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE_S)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------
+
+
+def describe(device: str, *, quick: bool) -> dict[str, Any]:
+    """What the figures depend on. Asked of a child: a CUDA context here would take memory from the benches."""
+    ask = "import json; from offload.cli._bench import environment; print(json.dumps(environment()))"
+    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT)
+    environment = json.loads(done.stdout.splitlines()[-1])
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        **environment,
+        "device": device,
+        "quick": quick,
+        "commit": commit,
+        "dirty": None if changes is None else changes != "",
+        "sources": _digest(),
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """None where this is no checkout."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _digest() -> str:
+    """Of the sources: a commit does not tell two states of an edited tree apart, and an archive has none."""
+    digest = hashlib.sha256()
+    for folder in ("csrc", "kernels", "python", "tests", "benches"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in _SOURCES and path.is_file():
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def default_file(environment: dict[str, Any]) -> Path:
+    machine = re.sub(r"[^a-z0-9]+", "-", (environment["accelerator"] or "cpu").lower()).strip("-")
+    quick = "-quick" if environment["quick"] else ""
+    return (
+        ROOT / f"benches/results/{environment['date'][:10]}-{machine}-acceptance{quick}-{environment['sources']}.json"
+    )
+
+
+def load(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
+    """What the file holds, or an empty report. Raises ValueError for a file of other sources, machine or day."""
+    if not path.exists():
+        return {"schema_version": SCHEMA_VERSION, "kind": "acceptance", "environment": environment, "sections": {}}
+    report: dict[str, Any] = json.loads(path.read_text())
+    before = report.get("environment", {})
+    same = ("sources", "device", "quick", "accelerator", "cpu", "cpu_count", "torch")
+    different = [name for name in same if before.get(name) != environment[name]]
+    if before.get("date", "")[:10] != environment["date"][:10]:
+        different.append("date")
+    if different:
+        raise ValueError(f"{path} differs in {', '.join(different)} from this run: move it, or name another with --out")
+    return report
+
+
+def save(path: Path, report: dict[str, Any]) -> None:
+    """Replaces the file as a whole: whoever is stopped in between leaves the last one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".tmp")
+    beside.write_text(json.dumps(report, indent=1) + "\n")
+    beside.replace(path)
+
+
+# --- the call ---------------------------------------------------------------------------------------------------
+
+
+def choose(available: Sequence[Section], names: str | None) -> list[Section]:
+    """The sections of these names, or groups: `train` is train-1b and train-8b. Raises ValueError."""
+    if names is None:
+        return list(available)
+    wanted = names.split(",")
+    chosen = [s for s in available if any(s.name == name or s.name.startswith(f"{name}-") for name in wanted)]
+    known = {name for s in available for name in (s.name, s.name.partition("-")[0])}
+    for name in wanted:
+        if not any(s.name == name or s.name.startswith(f"{name}-") for s in chosen):
+            raise ValueError(f"--sections {name}: there are {', '.join(sorted(known))}")
+    return chosen
+
+
+def work(chosen: Sequence[Section], report: dict[str, Any], path: Path, limit_s: float, *, again: bool) -> int:
+    """Runs what is to be run and fits the call's time; returns the exit code."""
+    began = time.monotonic()
+    held = report["sections"]
+    todo = [s for s in chosen if again or held.get(s.name, {}).get("state") != "done"]
+    todo.sort(key=lambda section: section.name in held)  # one that keeps failing is not to take the others' time
+    left = []
+    for section in todo:
+        if section.limit_s + GRACE_S > limit_s - (time.monotonic() - began):
+            left.append(section.name)
+            continue
+        print(f"{section.name}: at most {section.limit_s:.0f} s", flush=True)
+        held[section.name] = record = run(section)
+        save(path, report)
+        print(f"{section.name}: {record['state']} in {record['seconds']:.1f} s", flush=True)
+    failed = [s.name for s in chosen if held.get(s.name, {}).get("state") in ("failed", "stopped")]
+    for words, names in (("failed or stopped", failed), ("left for the next call", left)):
+        if names:
+            print(f"{words}: {', '.join(names)}")
+    print(path)
+    return EXIT_FAILED if failed else EXIT_LEFT if left else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N or cpu")
+    parser.add_argument("--quick", action="store_true", help="small sizes and few tests")
+    parser.add_argument("--sections", default=None, metavar="A,B", help="these, or groups of them (default: all)")
+    parser.add_argument("--again", action="store_true", help="also what the file holds already")
+    parser.add_argument(
+        "--host-budget", default=None, metavar="SIZE", help="for offload, as '110GiB' (default: measured)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, metavar="FILE", help="(default: benches/results/DAY-CARD-...)"
+    )
+    options = parser.parse_args(argv)
+    for sign in (signal.SIGINT, signal.SIGTERM):  # a shell ignores the first for what it starts in the background
+        signal.signal(sign, signal.default_int_handler)
+    try:
+        available = sections(options.device, quick=options.quick, host_budget=options.host_budget)
+        chosen = choose(available, options.sections)
+        environment = describe(options.device, quick=options.quick)
+        path = options.out or default_file(environment)
+        report = load(path, environment)
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    limit_s = QUICK_CALL_LIMIT_S if options.quick else CALL_LIMIT_S
+    try:
+        return work(chosen, report, path, limit_s, again=options.again)
+    except KeyboardInterrupt:
+        print("gpu_acceptance: stopped; what had ended is in", path, file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
