@@ -97,7 +97,7 @@ def find_kernels(device: torch.device) -> Found:
         return Found(None, f"kernels are for CUDA devices, this is {device}")
     try:
         return Found(Kernels(_cuda_launch(device)), None)
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         refusal = f"{error}: pip install 'offload[cuda]'"
     except Exception as error:  # the compiler's, the driver's and cuda.core's own: whichever, torch's operations remain
         refusal = f"{type(error).__name__}: {error}"
