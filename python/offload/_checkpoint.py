@@ -16,6 +16,7 @@ from torch.nn import Parameter
 
 from ._errors import InvalidArgument
 from ._native_state import NativeState
+from ._parameter_state import StoredValue
 
 Groups = Sequence[dict[str, Any]]
 SavedState = Mapping[str, Any]
@@ -25,8 +26,13 @@ _IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 
 
 def dump(state: NativeState, *, joined: bool = True) -> dict[str, Any]:
-    """The state as `optimizer.state` shows it: the live tensors, and for a split master a new one, if `joined`."""
-    dumped: dict[str, Any] = {"step": torch.tensor(float(state.step), device="cpu"), **state.moments}
+    """The state as `optimizer.state` shows it: the live tensors; of a split master, and of what is on disk, a new one.
+
+    Unless it is to be `joined`: then it is where it lies.
+    """
+    dumped: dict[str, Any] = {"step": torch.tensor(float(state.step), device="cpu")}
+    for key, moment in state.live_moments().items():
+        dumped[key] = moment.join() if joined and isinstance(moment, StoredValue) else moment
     if state.parameter.dtype != torch.float32:
         dumped["master"] = state.master_value() if joined else state.live_master()
     return dumped
@@ -35,7 +41,10 @@ def dump(state: NativeState, *, joined: bool = True) -> dict[str, Any]:
 def plain(state: NativeState) -> dict[str, Any]:
     """What stock torch would hold: moments in the parameter's dtype on its device."""
     device, dtype = state.parameter.device, state.parameter.dtype
-    moments = {key: moment.detach().to(device, dtype, copy=True) for key, moment in state.moments.items()}
+    moments = {
+        key: (moment.join() if isinstance(moment, StoredValue) else moment.detach()).to(device, dtype, copy=True)
+        for key, moment in state.live_moments().items()
+    }
     return {"step": torch.tensor(float(state.step), device="cpu"), **moments}
 
 
@@ -122,8 +131,9 @@ def load_group(group: dict[str, Any], saved_group: Mapping[str, Any]) -> None:
 def load(state: NativeState, saved: SavedState) -> None:
     """Writes a checked state in place: no tensor of ours changes its storage, its dtype or its tier."""
     state.step = int(saved["step"])
-    for key, moment in state.moments.items():
-        moment.copy_(saved[key])
+    for piece in state.pieces():
+        for key, moment in piece.moments.items():
+            moment.copy_(piece.of(saved[key]))
     master = saved.get("master")
     if master is not None:
         state.set_master(master)

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,17 +34,14 @@ from ._parameter_state import ParameterState
 from ._pending import can_be_pending, make_pending, restore
 from ._plan import Plan
 from ._residency import Residency
+from ._state_homes import State, StateHomes
+from ._state_store import StateStore
 from ._streaming import Streaming
 from ._units import Unit, is_dense
 from ._weight_lane import WeightLane
 
 # The engines of this process: the last one ends the threads that they share.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-State = TypeVar("State", bound=ParameterState)
-
-# Blocks of the pool are multiples of this (csrc/memory/host_pool.h).
-_BLOCK_BYTES = 256
 
 
 def open_device(device: torch.device) -> _native.Device:
@@ -89,7 +86,10 @@ class Engine:
             self.device, budget_bytes=plan.host_capacity - plan.activation_host_bytes, **options
         )
         self.transfers = _native.TransferQueue(self.device)
-        self.pipeline = _native.StepPipeline(self.transfers)
+        store: StateStore | None = None
+        if plan.disk_window is not None:
+            store = StateStore(config.disk_paths, self.pool, plan.disk_window, **config.disk_settings)
+        self.pipeline = _native.StepPipeline(self.transfers, window=None if store is None else store.window)
         self.lanes = GradientLanes(device, self.pool, self.transfers)
         self.activations: Activations | None = None
         if plan.activations != "device":
@@ -130,6 +130,7 @@ class Engine:
         streamed = units if plan.params == "host" else ()
         lane = WeightLane(self)
         self.streaming = Streaming(streamed, lane, device, prefetch=plan.prefetch, poison=config.poison_enabled)
+        self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
         self._finalizer = weakref.finalize(
@@ -142,39 +143,20 @@ class Engine:
         return self._names.get(id(parameter)) or f"a parameter of shape {tuple(parameter.shape)} outside the model"
 
     def settle_in(self, parameters: Sequence[tuple[Parameter, type[ParameterState]]]) -> None:
-        """Streamed weights go to the host; the pages of these parameters' states and gradients are obtained.
+        """Streamed weights go to the host; pages and disk space of these parameters' states and gradients are obtained.
 
         Warns when the pages could not be locked: training goes on, at the speed of pageable memory. Whatever it raises,
         the weights are to come back by `streaming.give_back()`.
         """
-        self.streaming.place(sum(self._host_bytes(parameter, kind) for parameter, kind in parameters))
+        if self.homes.store is not None:
+            self.homes.store.reserve(sum(self.homes.disk_bytes(parameter, kind) for parameter, kind in parameters))
+        self.streaming.place(sum(self.homes.host_bytes(parameter, kind) for parameter, kind in parameters))
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
                 f"offload trains on pageable host memory, at a fraction of the link's speed: {pool['pin_refusal']}",
                 stacklevel=3,  # the caller of wrap()
             )
-
-    def _host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
-        sizes: list[int] = []
-        if self._puts_on_host(parameter):
-            if issubclass(kind, NativeState):
-                sizes += [4] * len(kind.moment_arguments)
-            streamed = parameter in self.streaming  # its working weight is counted there
-            if parameter.dtype == torch.float32:
-                sizes += [] if streamed else [4]
-            else:
-                sizes += [0 if streamed else 2, 2 if self._splits(parameter, kind) else 4]
-        if self._puts_on_host(parameter) or self.plan.gradient_leaves(self.name_of(parameter)):
-            sizes.append(parameter.element_size())
-        return sum(-(-size * parameter.numel() // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
-
-    def _puts_on_host(self, parameter: Parameter) -> bool:
-        return not self.plan.keeps_state(self.name_of(parameter))
-
-    def _splits(self, parameter: Parameter, kind: type[ParameterState]) -> bool:
-        wanted = self._puts_on_host(parameter) and self.config.master != "fp32"
-        return kind.may_split and wanted and parameter.dtype == torch.bfloat16
 
     def check_trainable(self, parameter: Parameter) -> None:
         """Raises `InvalidArgument` for dtypes and layouts that no state can mirror."""
@@ -199,47 +181,20 @@ class Engine:
             assert isinstance(known, kind)
             return known
         self.check_trainable(parameter)
-        on_host = self._puts_on_host(parameter)
-        streamed = parameter in self.streaming
-        value = self.streaming.present_value(parameter) if streamed else parameter
-
-        def allocate(dtype: torch.dtype, tag: Any) -> Tensor:
-            if streamed and on_host and dtype == parameter.dtype and tag != "moments":
-                return self.streaming.host_weight(parameter)
-            if not on_host or parameter.numel() == 0:
-                tier = torch.device("cpu") if on_host else parameter.device
-                return torch.empty_like(value, dtype=dtype, device=tier, requires_grad=False)
-            buffer = self.pool.acquire(parameter.numel() * dtype.itemsize, tag)
-            return torch.frombuffer(buffer, dtype=dtype).as_strided(parameter.shape, parameter.stride())
-
-        name, split = self.name_of(parameter), self._splits(parameter, kind)
-        state = kind(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
+        state = self.homes.make(self.name_of(parameter), parameter, kind)
         with Uninterrupted():
-            if on_host and isinstance(state, NativeState):
-                self._slots[id(parameter)] = self._add_slot(state)
+            if state.on_host and isinstance(state, NativeState):
+                self._add_slot(state)
             for unit in self._units_of.get(id(parameter), ()):
                 unit.states.append(state)
             self.states[id(parameter)] = state
         return state
 
-    def _add_slot(self, state: NativeState) -> int:
-        parameter = state.parameter
-        weight = state.working_weight()
-        master = state.remainder if state.remainder is not None else state.master
-        assert master is not None
-        return self.pipeline.add_slot(
-            name=state.name,
-            master=master.data_ptr(),
-            master_format=_native.MASTER_FLOAT32 if state.remainder is None else _native.MASTER_SPLIT,
-            weight=0 if weight is state.master else weight.data_ptr(),
-            weight_format=FORMATS[parameter.dtype],
-            **state.moment_addresses(),
-            count=parameter.numel(),
-            upload_source=weight.data_ptr(),
-            # The next touch of a streamed one uploads the weight.
-            device_weight=0 if state.streamed else parameter.data_ptr(),
-            weight_bytes=parameter.numel() * parameter.element_size(),
-        )
+    def _add_slot(self, state: NativeState) -> None:
+        slot = self.pipeline.add_slot(**self.homes.slot_of(state))
+        self._slots[id(state.parameter)] = slot
+        if state.stored is not None:
+            state.stored.slot = slot
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -259,6 +214,8 @@ class Engine:
         order = {unit: position for position, unit in enumerate(self._touched)}
         of_host = [pair for pair in work if pair[0].on_host and pair[0].parameter.numel() > 0]
         of_host.sort(key=lambda pair: self._position(pair[0], order))
+        if self._goes_backwards([state for state, _ in of_host]):
+            of_host.reverse()
         self._update(of_host, [pair for pair in work if not pair[0].on_host])
         self.streaming.rest()
 
@@ -352,7 +309,7 @@ class Engine:
         if state.streamed:
             self.streaming.open_for_writing([state.parameter])
         elif state.has_moved() and state.on_host and isinstance(state, NativeState):
-            self._slots[id(state.parameter)] = self._add_slot(state)
+            self._add_slot(state)
         state.adopt_parameter()
 
     def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
@@ -411,18 +368,27 @@ class Engine:
         return jobs, read
 
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:
+        values: list[tuple[Tensor, Tensor]] = []
         if self.config.poison_enabled:
             for state in states:
                 if not state.streamed:
-                    state.parameter.detach().fill_(float("nan"))
+                    weight, value = state.parameter.detach(), state.working_weight()
+                    values.append((weight, value if state.has_host_weight() else value.clone()))
+                    weight.fill_(float("nan"))
         try:
-            return self.pipeline.submit(jobs, self.lanes.compute_stream())
+            if self.homes.store is None:
+                return self.pipeline.submit(jobs, self.lanes.compute_stream())
+            for written in self.homes.store.take_written():
+                self.pipeline.states_written(written.slot)
+            return self.pipeline.submit(jobs, self.lanes.compute_stream(), backwards=self._goes_backwards(states))
         except BaseException:
-            if self.config.poison_enabled:
-                for state in states:
-                    if not state.streamed:
-                        state.parameter.detach().copy_(state.working_weight())
+            for weight, value in values:
+                weight.copy_(value)
             raise
+
+    def _goes_backwards(self, states: Sequence[ParameterState]) -> bool:
+        """Every other step over states on disk: what the one updated last is still in the window, and comes first."""
+        return self.homes.store is not None and max((state.step for state in states), default=0) % 2 == 1
 
     def _await(self, state: ParameterState, ticket: _native.Ticket) -> None:
         """The parameter is pending until `ticket` ends."""
@@ -562,7 +528,7 @@ class Engine:
         self._finalizer()
         self.drop_states()
         self.activations = None  # what graphs still hold keeps its lanes
-        del self.pipeline, self.lanes, self.transfers, self.pool, self.device, self.streaming
+        del self.pipeline, self.homes, self.lanes, self.transfers, self.pool, self.device, self.streaming
 
 
 def _in_backward() -> bool:

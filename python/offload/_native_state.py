@@ -12,7 +12,8 @@ from torch.nn import Parameter
 from ._adagrad import adagrad_step_
 from ._adamw import adamw_step_, round_to_weight
 from ._lion import lion_step_
-from ._parameter_state import Allocate, ParameterState
+from ._parameter_state import Allocate, ParameterState, StoredValue
+from ._state_store import StateStore
 
 
 class Hyper(Protocol):
@@ -29,6 +30,7 @@ class NativeState(ParameterState):
     """Master and moments of `parameter`; `moments` holds them by the name that a state_dict has for each."""
 
     may_split = True
+    may_be_stored = True
     # The optimizers that keep such a state, in words, and what a group of theirs must say.
     optimizers: ClassVar[str]
     hyperparameters: ClassVar[tuple[str, ...]]
@@ -49,23 +51,54 @@ class NativeState(ParameterState):
         split: bool,
         streamed: bool,
         allocate: Allocate,
+        store: StateStore | None = None,
     ) -> None:
-        super().__init__(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
-        self.moments = {key: allocate(torch.float32, "moments").zero_() for key in self.moment_arguments}
+        super().__init__(
+            name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate, store=store
+        )
         self.initial_moment = 0.0
+        if self.stored is None:
+            self.moments = {key: allocate(torch.float32, "moments").zero_() for key in self.moment_arguments}
+        else:
+            self._write_first_values(value)
+
+    @torch.no_grad()
+    def _write_first_values(self, value: Tensor) -> None:
+        for piece in self.pieces(read=False):
+            self._seed(piece, value)
+            for moment in piece.moments.values():
+                moment.zero_()
 
     def begin_moments(self, value: float) -> None:
         """Makes `value` what the moments of a state without a step are."""
-        self.initial_moment = value
-        self.reset_moments()
+        if value != self.initial_moment:
+            self.initial_moment = value
+            self.reset_moments()
 
     @torch.no_grad()
     def reset_moments(self) -> None:
-        for moment in self.moments.values():
-            moment.fill_(self.initial_moment)
+        for piece in self.pieces():
+            for moment in piece.moments.values():
+                moment.fill_(self.initial_moment)
+
+    @classmethod
+    def arrays_on_disk(cls, dtype: torch.dtype, *, split: bool, streamed: bool) -> dict[str, torch.dtype]:
+        arrays = super().arrays_on_disk(dtype, split=split, streamed=streamed)
+        return {**arrays, **dict.fromkeys(cls.moment_arguments.values(), torch.float32)}
+
+    def _named_moments(self, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: arrays[argument] for key, argument in self.moment_arguments.items()}
+
+    def live_moments(self) -> Mapping[str, Tensor | StoredValue]:
+        """The moments where they lie."""
+        if self.stored is None:
+            return self.moments
+        return {key: self._stored_value(argument) for key, argument in self.moment_arguments.items()}
 
     def moment_addresses(self) -> dict[str, int]:
-        """The moments as arguments of the native core; 0 for one that this optimizer does not keep."""
+        """The moments as arguments of the native core; 0 for one that this optimizer does not keep, or has on disk."""
+        if self.stored is not None:
+            return {"exp_avg": 0, "exp_avg_sq": 0}
         addresses = {argument: self.moments[key].data_ptr() for key, argument in self.moment_arguments.items()}
         return {"exp_avg": 0, "exp_avg_sq": 0, **addresses}
 

@@ -35,7 +35,7 @@ from ._checkpoint_directory import check_tag, commit
 from ._durable_files import WrittenFile
 from ._errors import InvalidArgument
 from ._optimizer import OffloadOptimizer
-from ._parameter_state import SplitMaster
+from ._parameter_state import SplitMaster, StoredValue
 from ._probe import probe_host
 from ._snapshot import TensorFile, Value, copied, copy_before_changes, shared_names
 from ._wrap import engine_of
@@ -291,7 +291,7 @@ def _on_host(
                 found[name] = weight
         elif (
             state is not None
-            and state.on_host
+            and state.has_host_weight()
             and state.version == parameter._version
             and state.address == parameter.data_ptr() == weight.data_ptr()
         ):
@@ -323,7 +323,7 @@ def _describe(packed: Mapping[str, Any], names: list[list[str]], states: dict[st
         rest[index], keys[index] = {}, []
         for key, value in entries.items():
             name = f"{name_of[index]}.{key}"
-            if isinstance(value, (Tensor, SplitMaster)) and name not in states:
+            if isinstance(value, (Tensor, SplitMaster, StoredValue)) and name not in states:
                 states[name] = value
                 keys[index].append(key)
             else:

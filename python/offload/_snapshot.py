@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._parameter_state import SplitMaster
+from ._parameter_state import SplitMaster, StoredValue
 from ._safetensors import lay_out
 
 __all__ = ["Cast", "TensorFile", "Value", "shared_names"]
@@ -35,14 +35,14 @@ class Cast:
         return self.value.to(self.dtype)
 
 
-Value = Tensor | SplitMaster | Cast
+Value = Tensor | SplitMaster | StoredValue | Cast
 
 
 class TensorFile:
     """The bytes of one safetensors file, taken in their order. Threads: any may call any method."""
 
     def __init__(self, values: Mapping[str, Value], metadata: Mapping[str, str]) -> None:
-        described = [(name, _dtype_of(value), tuple(_part_of(value).shape)) for name, value in values.items()]
+        described = [(name, _dtype_of(value), tuple(_shape_of(value))) for name, value in values.items()]
         layout = lay_out(described, metadata)
         self.nbytes = layout.nbytes
         self._idle = threading.Condition()
@@ -115,7 +115,7 @@ class _Source:
         self.is_live = True
 
     def read(self, out: Tensor, begin: int) -> None:
-        """Writes the bytes from `begin` on, as many as `out` has; for a split master these are whole elements."""
+        """Writes the bytes from `begin` on, as many as `out` has; of what is no tensor these are whole elements."""
         if out.numel() == 0:
             return
         value = self._value
@@ -123,6 +123,9 @@ class _Source:
             first, count = begin // 4, out.numel() // 4
             part = SplitMaster(*(half.view(-1)[first : first + count] for half in (value.weight, value.remainder)))
             part.join_into(out.view(torch.float32))
+            return
+        if isinstance(value, StoredValue) and value.is_contiguous():
+            value.read_into(out.view(torch.float32), begin // 4)
             return
         if self._bytes is None:
             whole = value if isinstance(value, Tensor) else value.join()
@@ -142,14 +145,14 @@ def copied(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
-def _part_of(value: Value) -> Tensor:
+def _shape_of(value: Value) -> torch.Size:
     if isinstance(value, SplitMaster):
-        return value.weight
-    return value.value if isinstance(value, Cast) else value
+        return value.weight.shape
+    return value.value.shape if isinstance(value, Cast) else value.shape
 
 
 def _dtype_of(value: Value) -> torch.dtype:
-    return torch.float32 if isinstance(value, SplitMaster) else value.dtype
+    return torch.float32 if isinstance(value, (SplitMaster, StoredValue)) else value.dtype
 
 
 def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
