@@ -119,6 +119,10 @@ class DiskStore:
         buffer.release_after(ticket)
         return ticket
 
+    def close(self) -> None:
+        """Gives up the files, though the store is referred to still. Use nothing after it."""
+        del self._file
+
     def stats(self) -> list[dict[str, Any]]:
         """By path: directory, file_system, backend, direct, reserved, why each is not the best, and bytes so far."""
         return self._file.facts()

@@ -527,6 +527,8 @@ class Engine:
         _engines.discard(self)
         self._finalizer()
         self.drop_states()
+        if self.homes.store is not None:
+            self.homes.store.close()
         self.activations = None  # what graphs still hold keeps its lanes
         del self.pipeline, self.homes, self.lanes, self.transfers, self.pool, self.device, self.streaming
 

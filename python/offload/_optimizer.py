@@ -275,7 +275,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the end --------------------------------------------------------------------------------------------
 
     def plain_states(self) -> dict[Any, Any]:
-        """The states as stock torch would hold them."""
+        """The states as stock torch would hold them; a save that is still being written needs those here no more."""
+        self._announce_change()
         return self._updater.plain_states()
 
     def release(self, states: Mapping[Any, Any]) -> torch.optim.Optimizer:

@@ -98,6 +98,11 @@ class StateStore:
         self._written.clear()
         return written
 
+    def close(self) -> None:
+        """Gives up files and memory, whoever still refers to a state. Use nothing after it."""
+        self.store.close()
+        del self.store, self.window, self._edit_frames, self._read_frame
+
     # --- for StoredArrays -----------------------------------------------------------------------------------
 
     def edit(self, arrays: StoredArrays, *, read: bool, write: bool) -> Iterator[tuple[StoredChunk, Tensor]]:

@@ -112,6 +112,7 @@ def wrap(
             engine.drop_states()
             engine.streaming.give_back()
             move.undo()
+            engine.close()
         raise
     with Uninterrupted():
         for one in wrapped:
