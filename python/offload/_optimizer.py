@@ -30,8 +30,10 @@ class Updater(Protocol):
     """
 
     engine: Engine
-    # Whether the engine asks before each update of a step (`Engine.before_update`).
-    announces_updates: bool
+
+    @property
+    def announces_updates(self) -> bool:
+        """Whether the engine asks before each update of a step (`Engine.before_update`)."""
 
     def begin(self) -> None:
         """Makes the states of its parameters, which are where they will be, and takes copies of those it has."""
@@ -285,7 +287,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the end --------------------------------------------------------------------------------------------
 
     def plain_states(self) -> dict[Any, Any]:
-        """The states as stock torch would hold them."""
+        """The states as stock torch would hold them; a save that is still being written needs those here no more."""
+        self._announce_change()
         return self._updater.plain_states()
 
     def release(self, states: Mapping[Any, Any]) -> torch.optim.Optimizer:
