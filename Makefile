@@ -64,8 +64,8 @@ bench: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# For a machine with an NVIDIA card, without a network: PYTHON has torch, transformers, pytest, pytest-timeout, hypothesis,
-# scikit-build-core, pybind11, cmake and ninja already. REQUIRE_GPU=0 runs the same on the CPU.
+# For a machine with an NVIDIA card, without a network: PYTHON has torch, cuda-core, transformers, pytest, pytest-timeout,
+# hypothesis, scikit-build-core, pybind11, cmake and ninja already. REQUIRE_GPU=0 runs the same on the CPU.
 REQUIRE_GPU ?= 1
 GPU_SITE := $(abspath build/gpu-site)
 

@@ -77,6 +77,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         bench("pool", 40, "pool"),
         bench("step", 50, f"step --device {device}"),
         bench("swap", 60, f"swap --device {device}"),
+        bench("update", 60, f"update --device {device}"),
     ]
     resident = "--beside compute resident --offload"
     if device == "cpu":

@@ -87,6 +87,14 @@ def kernels(device: torch.device, host_kernels_library: Path) -> Any:
     return found.kernels
 
 
+@pytest.fixture
+def host_driver(host_kernels_library: Path) -> Path:
+    """The same library, which is a libcuda.so.1 too, for another process to load."""
+    if torch.version.cuda is not None:
+        pytest.skip("a torch for CUDA needs the real libcuda.so.1; on a card test_kernels.py launches through it")
+    return host_kernels_library
+
+
 @pytest.fixture(scope="session")
 def nvrtc() -> None:
     """NVRTC and cuda.core, which compile for any card without one."""

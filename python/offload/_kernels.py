@@ -105,17 +105,27 @@ def find_kernels(device: torch.device) -> Found:
     return Found(None, refusal)
 
 
+class _CurrentStream:
+    """torch's current stream of `device`, as cuda.core asks for a stream that is not its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, torch.cuda.current_stream(self._device).cuda_stream  # 0: the version of the protocol
+
+
 def _cuda_launch(device: torch.device) -> Launch:
-    from cuda.core import LaunchConfig, ObjectCode, Stream, launch
+    from cuda.core import LaunchConfig, ObjectCode, launch
 
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         loaded = ObjectCode.from_cubin(_cubin("update", f"sm_{major}{minor}"))
         kernels = {name: loaded.get_kernel(name) for name in _SCALARS}
+    stream = _CurrentStream(device)
 
     def launch_on_current_stream(name: str, grid: int, block: int, arguments: Sequence[Any]) -> None:
         with torch.cuda.device(device):
-            stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
             launch(stream, LaunchConfig(grid=grid, block=block), kernels[name], *arguments)
 
     return launch_on_current_stream

@@ -1,4 +1,7 @@
-"""kernels/*.cu compiled as C++ for the CPU: the same source, the same launches, on host tensors."""
+"""kernels/*.cu compiled as C++ for the CPU: the same source, the same launches, on host tensors.
+
+The library is a libcuda.so.1 too (driver.cpp): where the loader finds it first, cuda.core launches these kernels.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ SOURCES = Path(__file__).resolve().parent
 
 
 def compile_for_host(folder: Path) -> Path:
-    """Builds libhost_kernels.so in `folder`; needs a C++ compiler only (CXX picks it)."""
-    library = folder / "libhost_kernels.so"
+    """Builds libcuda.so.1 in `folder`; needs a C++ compiler only (CXX picks it)."""
+    library = folder / "libcuda.so.1"
     flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
-    subprocess.run([os.environ.get("CXX", "c++"), *flags, *sources, "-o", str(library)], check=True)
+    subprocess.run([os.environ.get("CXX", "c++"), *flags, *sources, "-ldl", "-o", str(library)], check=True)
     return library
 
 

@@ -102,7 +102,7 @@ def test_an_engine_that_trains_otherwise_is_not_reported(monkeypatch: pytest.Mon
 # --- every part ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["engine", "link", "step", "swap", "train"])
+@pytest.mark.parametrize("part", ["engine", "link", "step", "swap", "train", "update"])
 @pytest.mark.parametrize(("name", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "supported")])
 def test_a_device_that_cannot_be_measured_is_named(
     part: str, name: str, reason: str, capsys: pytest.CaptureFixture[str]
@@ -124,6 +124,22 @@ def test_a_run_that_is_stopped_leaves_what_it_had(
     assert main(["bench", "train", "--json", str(path)]) == 130
     assert report(path) == {"train": {"runs": 1}}
     assert "stopped" in capsys.readouterr().err
+
+
+# --- update -------------------------------------------------------------------------------------------------
+
+
+def test_update_reports_ours_beside_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "update.json"
+    assert main(["bench", "update", "--quick", "--device", "cpu", "--json", str(path)]) == 0
+    result = report(path)["update"]
+    assert set(result["share_of_copy"]) == {"offload fp32", "offload bf16"}
+    assert set(result["seconds"]) == {"copy", "torch fp32 fused", "torch bf16 casts + fused", *result["share_of_copy"]}
+    copied = 8 * result["count"] / result["seconds"]["copy"]["median"]
+    updated = 28 * result["count"] / result["seconds"]["offload fp32"]["median"]
+    assert result["share_of_copy"]["offload fp32"] == pytest.approx(updated / copied)
+    (fallback,) = result["fallbacks"]
+    assert "separate torch operations" in fallback and fallback in capsys.readouterr().err
 
 
 # --- link ---------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -114,6 +116,36 @@ def test_a_cache_that_cannot_be_written_to(compiled: list[str], tmp_path: Path) 
     (tmp_path / "offload").write_text("a file where the folder should be")
     assert _kernels._cubin("update", "sm_90").startswith(b"\x7fELF")
     assert [path.name for path in tmp_path.iterdir()] == ["offload"]
+
+
+# --- launching -------------------------------------------------------------------------------------------------
+
+
+def launched(compiled: list[str], library: Path, **driver: str) -> subprocess.CompletedProcess[str]:
+    """kernel_launches.py over a driver that runs kernels on the CPU; the binary comes from the cache."""
+    _kernels._cubin("update", "sm_90")
+    folders = {"LD_LIBRARY_PATH": str(library.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = [sys.executable, str(Path(__file__).with_name("kernel_launches.py"))]
+    environment = {**os.environ, **folders, **driver}
+    return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+
+def test_cuda_core_launches_on_the_current_stream_of_torch(compiled: list[str], host_driver: Path) -> None:
+    done = launched(compiled, host_driver)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["adamw on 0", "lion on 64", "adagrad on 128"]
+
+
+def test_a_driver_that_refuses_the_binary(compiled: list[str], host_driver: Path) -> None:
+    done = launched(compiled, host_driver, HOST_DRIVER_FAILS="cuLibraryLoadData", HOST_DRIVER_CODE="209")
+    assert re.search(r"^refused: CUDAError: .*209", done.stderr, re.MULTILINE), done.stderr
+    assert "separate torch operations" in done.stderr and done.stdout == ""
+
+
+def test_a_launch_that_fails_is_an_error(compiled: list[str], host_driver: Path) -> None:
+    done = launched(compiled, host_driver, HOST_DRIVER_FAILS="cuLaunchKernelEx", HOST_DRIVER_CODE="700")
+    assert done.returncode == 1 and re.search("CUDAError: .*700", done.stderr), done.stderr
+    assert done.stdout == "adamw on 0\n"
 
 
 # --- refusals -----------------------------------------------------------------------------------------------

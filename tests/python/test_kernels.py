@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import offload
 from offload import _native, _native_state
@@ -311,6 +312,30 @@ def test_a_scale_given_to_the_step_and_weights_written_between(counted: Counted)
     assert counted.count > 0
 
 
+class Operations(TorchDispatchMode):
+    """The torch operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+def test_a_step_is_nothing_but_the_kernel(counted: Counted) -> None:
+    """A scale included: no torch operation, so no memory for what lies in between."""
+    model = make_model(torch.bfloat16, depth=1)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **RESIDENT)
+    loss_of(model, next(batches(1))).backward()
+    with Operations() as operations:
+        optimizer.step(grad_scale=0.5)
+    ours = {name for name in operations.names if not name.startswith("profiler.")}  # torch marks every step()
+    assert ours <= {"aten.detach.default"}
+    assert counted.count == len(list(model.parameters()))
+
+
 def test_weights_and_gradients_of_any_strides(counted: Counted) -> None:
     """Parameters that are dense but not contiguous, empty ones, and gradients laid out in another order."""
 
@@ -354,6 +379,29 @@ def test_states_saved_under_the_kernel_load_without_it(counted: Counted) -> None
         return without_kernels(resumed)
 
     assert_same_bits(run(True), run(False))
+
+
+def test_a_launch_that_fails_ends_training(counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(torch.bfloat16, depth=1)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **RESIDENT)
+    train(model, optimizer, steps=1)
+
+    def refuse(*arguments: Any) -> None:
+        raise RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+
+    monkeypatch.setattr(counted, "_launch", refuse)
+    with pytest.raises(RuntimeError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        train(model, optimizer, steps=1)
+    with pytest.raises(offload.StateError, match=r"an earlier update failed.*CUDA_ERROR_ILLEGAL_ADDRESS"):
+        optimizer.step()
+
+
+def test_small_moments_are_left_to_torch_operations(counted: Counted) -> None:
+    model = make_model(torch.bfloat16, depth=1)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    run = train(*offload.wrap(model, adamw, moments="bf16", **RESIDENT), steps=2)
+    assert counted.count == 0
+    assert any("kernels are for fp32 moments" in line for line in run.optimizer.stats().fallbacks)
 
 
 def test_stats_say_what_updates_the_states(counted: Counted) -> None:

@@ -167,12 +167,17 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("link", on_device, "the copy lanes beside raw copies on the same link")
     add("swap", on_device, "what streamed weights cost, and how much of the link they use")
     add("engine", on_device, "what the DeepSpeed engine costs over wrap, step by step")
+    add("update", on_device, "the update of states that stay on the device beside its memory's own speed and torch")
     add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
     _add_bench_largest(add("largest", on_device, "the largest model that the device and its host can train"))
     _add_bench_report(parts)
-    add("all", on_device, "all of these but engine, checkpoint, disk, train and largest, which take their time")
+    add(
+        "all",
+        on_device,
+        "all of these but engine, update, checkpoint, disk, train and largest, which take their time or room",
+    )
 
 
 def _add_bench_disk(disk: argparse.ArgumentParser) -> None:

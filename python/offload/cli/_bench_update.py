@@ -1,0 +1,125 @@
+"""`offload bench update`: AdamW over states that stay on the device, beside copies in its memory and beside torch.
+
+The ceiling is what a copy within the device's memory moves in the same run: an update of an fp32 weight reads 16 bytes
+an element and writes 12, a copy as many as it writes. All variants take turns, round after round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import offload
+
+from ._bench import summary
+from ._device import compute_device
+from ._table import table
+
+__all__ = ["run", "text"]
+
+# Read and written of an element: gradient, master and moments; a bf16 weight is written beside an fp32 master.
+_BYTES = {"fp32": 4 + 2 * 12, "bf16": 2 + 2 * 12 + 2}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_LR = 1e-2  # a bf16 weight of 1 must move in the fewest steps
+Step = Callable[[], object]
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Times steps over 256 Mi elements (quick: 64 Ki). Raises `InvalidArgument` for a device that cannot be used.
+
+    Yields a JSON-able dict: `seconds` a step by variant, each with `samples`, `median`, `p20`, `p80`; of ours and of
+    the copy `gb_per_s`, and `share_of_copy`; `fallbacks`, which is empty when the kernel ran.
+    """
+    device = compute_device(options.device)
+    count, rounds, steps = (1 << 16, 3, 2) if options.quick else (256 << 20, 9, 10)
+    source = torch.ones(count, device=device)
+    target = torch.empty_like(source)
+    variants: dict[str, Step] = {"copy": lambda: target.copy_(source)}
+    wrapped = {name: _wrapped(dtype, count, device) for name, dtype in _DTYPES.items()}
+    variants |= {f"offload {name}": partial(optimizer.step) for name, (_, optimizer) in wrapped.items()}
+    variants |= {"torch fp32 fused": _torch_fused(count, device), "torch bf16 casts + fused": _casts(count, device)}
+    samples: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in range(rounds + 1):
+        for name, step in variants.items():
+            seconds = _seconds(step, steps, device)
+            if turn > 0:  # the first is of lazily made states and first touches
+                samples[name].append(seconds)
+    for name, (weight, _) in wrapped.items():
+        if bool((weight == 1).any()):
+            raise AssertionError(f"offload {name} left weights as they were: it did not run")
+    results = {name: summary(values) for name, values in samples.items()}
+    rates = {"copy": 2 * source.nbytes / results["copy"]["median"]}
+    rates |= {f"offload {name}": _BYTES[name] * count / results[f"offload {name}"]["median"] for name in wrapped}
+    yield {
+        "name": "update",
+        "device": str(device),
+        "count": count,
+        "seconds": results,
+        "gb_per_s": {name: rate / 1e9 for name, rate in rates.items()},
+        "share_of_copy": {name: rate / rates["copy"] for name, rate in rates.items() if name != "copy"},
+        "fallbacks": list(wrapped["fp32"][1].stats().fallbacks),
+    }
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    rows = [("update", "ms a step", "GB/s", "share of a copy")]
+    for name, seconds in result["seconds"].items():
+        rate, share = result["gb_per_s"].get(name), result["share_of_copy"].get(name)
+        rows.append(
+            (
+                name,
+                f"{seconds['median'] * 1e3:.2f}",
+                "" if rate is None else f"{rate:.0f}",
+                "" if share is None else f"{share:.2f}",
+            )
+        )
+    return "\n".join([table(rows), *result["fallbacks"]])
+
+
+def _wrapped(dtype: torch.dtype, count: int, device: torch.device) -> tuple[Tensor, offload.OffloadOptimizer]:
+    model = nn.ParameterList([torch.ones(count, dtype=dtype, device=device)])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LR)
+    _, wrapped = offload.wrap(model, optimizer, optimizer="device", gradients="device")
+    model[0].grad = torch.ones_like(model[0])
+    return model[0].detach(), wrapped
+
+
+def _torch_fused(count: int, device: torch.device) -> Step:
+    weight = nn.Parameter(torch.ones(count, device=device))
+    weight.grad = torch.ones_like(weight)
+    return torch.optim.AdamW([weight], fused=True, lr=_LR).step
+
+
+def _casts(count: int, device: torch.device) -> Step:
+    """What plain torch needs for a bf16 weight with an fp32 master."""
+    master = nn.Parameter(torch.ones(count, device=device))
+    weight, gradient = (torch.ones(count, dtype=torch.bfloat16, device=device) for _ in range(2))
+    master.grad = torch.empty_like(master)
+    optimizer = torch.optim.AdamW([master], fused=True, lr=_LR)
+
+    def step() -> None:
+        assert master.grad is not None
+        master.grad.copy_(gradient)
+        optimizer.step()
+        weight.copy_(master.detach())
+
+    return step
+
+
+def _seconds(step: Step, steps: int, device: torch.device) -> float:
+    """Of one step, of `steps` submitted one behind the other."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # of what other variants submitted
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a step returns when it is submitted
+    return (time.perf_counter() - start) / steps
