@@ -374,12 +374,11 @@ class Engine:
                 if not state.streamed:
                     weight, value = state.parameter.detach(), state.working_weight()
                     values.append((weight, value if state.has_host_weight() else value.clone()))
-                    weight.fill_(float("nan"))
         try:
-            if self.homes.store is None:
-                return self.pipeline.submit(jobs, self.lanes.compute_stream())
-            for written in self.homes.store.take_written():
-                self.pipeline.states_written(written.slot)
+            for weight, _ in values:
+                weight.fill_(float("nan"))
+            if self.homes.store is not None:
+                self.homes.store.tell_written(self.pipeline.states_written)
             return self.pipeline.submit(jobs, self.lanes.compute_stream(), backwards=self._goes_backwards(states))
         except BaseException:
             for weight, value in values:

@@ -7,7 +7,7 @@ edited and saved, a chunk at a time: nothing ever holds all of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,11 +92,11 @@ class StateStore:
             offset = self.store.allocate(nbytes).offset
         return StoredArrays(self, name, dict(arrays), offset, self.layout(arrays, element_count))
 
-    def take_written(self) -> list[StoredArrays]:
-        """Those that were written here since the last call: what the window has of them is of before."""
-        written = list(self._written)
+    def tell_written(self, tell: Callable[[int], None]) -> None:
+        """Calls `tell` with the slots of what was written here since the last call: the window has it as it was."""
+        for arrays in self._written:
+            tell(arrays.slot)
         self._written.clear()
-        return written
 
     def close(self) -> None:
         """Gives up files and memory, whoever still refers to a state. Use nothing after it."""
