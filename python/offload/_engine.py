@@ -488,7 +488,7 @@ class Engine:
 
     def _refuse_after_failure(self) -> None:
         """A failed update is told once as it was, then so: some parameters took the step, others did not."""
-        if self._failure is not None:
+        if self.has_failed:
             raise StateError(
                 "an earlier update failed, so weights and optimizer states are no longer those of one step: call "
                 f"offload.unwrap, load your last checkpoint and wrap again. The failure was: {self._failure}"
@@ -498,7 +498,9 @@ class Engine:
 
     @property
     def has_failed(self) -> bool:
-        """Whether an update failed, and the error was raised."""
+        """Whether an update failed, or a write of states to disk beside one, and the error was raised."""
+        if self._failure is None and self.homes.store is not None:
+            self._failure = self.homes.store.loss
         return self._failure is not None
 
     def abandon(self) -> None:

@@ -63,6 +63,8 @@ class StateStore:
         self._reading = threading.Lock()
         self._reserved = DiskRange(0, 0)
         self._written: dict[StoredArrays, None] = {}
+        # Why states here are not what they should be: a write of an edit failed. Text: an exception keeps its frames.
+        self.loss: str | None = None
 
     def layout(self, arrays: Mapping[str, torch.dtype], element_count: int) -> _native.StateLayout:
         sizes = {name: arrays[name].itemsize if name in arrays else 0 for name in ARRAYS}
@@ -111,15 +113,23 @@ class StateStore:
             self._written[arrays] = None
         for number, chunk in enumerate(arrays.chunks()):
             turn = number % len(self._edit_frames)
-            self._writes[turn].wait()
+            self._end_write(turn)
             frame, memory = self._edit_frames[turn]
             if read:
                 self.store.submit_read(chunk.where, frame).wait()
             yield chunk, memory
             if write:
                 self._writes[turn] = self.store.submit_write(chunk.where, frame)
-        for ticket in self._writes:
+        for turn in range(len(self._writes)):
+            self._end_write(turn)
+
+    def _end_write(self, turn: int) -> None:
+        ticket, self._writes[turn] = self._writes[turn], _native.Ticket()
+        try:
             ticket.wait()
+        except StorageError as error:
+            self.loss = str(error)
+            raise
 
     def read(self, chunk: StoredChunk, begin: int, out: Tensor) -> None:
         """The chunk's bytes from `begin` on, as many as `out` (bytes) has. Threads: any, one after another."""
