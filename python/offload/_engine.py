@@ -380,12 +380,11 @@ class Engine:
                 if not state.streamed:
                     weight, value = state.parameter.detach(), state.working_weight()
                     values.append((weight, value if state.has_host_weight() else value.clone()))
-                    weight.fill_(float("nan"))
         try:
-            if self.homes.store is None:
-                return self.pipeline.submit(jobs, self.lanes.compute_stream())
-            for written in self.homes.store.take_written():
-                self.pipeline.states_written(written.slot)
+            for weight, _ in values:
+                weight.fill_(float("nan"))
+            if self.homes.store is not None:
+                self.homes.store.tell_written(self.pipeline.states_written)
             return self.pipeline.submit(jobs, self.lanes.compute_stream(), backwards=self._goes_backwards(states))
         except BaseException:
             for weight, value in values:
@@ -495,7 +494,7 @@ class Engine:
 
     def _refuse_after_failure(self) -> None:
         """A failed update is told once as it was, then so: some parameters took the step, others did not."""
-        if self._failure is not None:
+        if self.has_failed:
             raise StateError(
                 "an earlier update failed, so weights and optimizer states are no longer those of one step: call "
                 f"offload.unwrap, load your last checkpoint and wrap again. The failure was: {self._failure}"
@@ -505,7 +504,9 @@ class Engine:
 
     @property
     def has_failed(self) -> bool:
-        """Whether an update failed, and the error was raised."""
+        """Whether an update failed, or a write of states to disk beside one, and the error was raised."""
+        if self._failure is None and self.homes.store is not None:
+            self._failure = self.homes.store.loss
         return self._failure is not None
 
     def abandon(self) -> None:

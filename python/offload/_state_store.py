@@ -7,7 +7,7 @@ edited and saved, a chunk at a time: nothing ever holds all of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,8 @@ class StateStore:
         self._reading = threading.Lock()
         self._reserved = DiskRange(0, 0)
         self._written: dict[StoredArrays, None] = {}
+        # Why states here are not what they should be: a write of an edit failed. Text: an exception keeps its frames.
+        self.loss: str | None = None
 
     def layout(self, arrays: Mapping[str, torch.dtype], element_count: int) -> _native.StateLayout:
         sizes = {name: arrays[name].itemsize if name in arrays else 0 for name in ARRAYS}
@@ -92,11 +94,11 @@ class StateStore:
             offset = self.store.allocate(nbytes).offset
         return StoredArrays(self, name, dict(arrays), offset, self.layout(arrays, element_count))
 
-    def take_written(self) -> list[StoredArrays]:
-        """Those that were written here since the last call: what the window has of them is of before."""
-        written = list(self._written)
+    def tell_written(self, tell: Callable[[int], None]) -> None:
+        """Calls `tell` with the slots of what was written here since the last call: the window has it as it was."""
+        for arrays in self._written:
+            tell(arrays.slot)
         self._written.clear()
-        return written
 
     def close(self) -> None:
         """Gives up files and memory, whoever still refers to a state. Use nothing after it."""
@@ -111,15 +113,23 @@ class StateStore:
             self._written[arrays] = None
         for number, chunk in enumerate(arrays.chunks()):
             turn = number % len(self._edit_frames)
-            self._writes[turn].wait()
+            self._end_write(turn)
             frame, memory = self._edit_frames[turn]
             if read:
                 self.store.submit_read(chunk.where, frame).wait()
             yield chunk, memory
             if write:
                 self._writes[turn] = self.store.submit_write(chunk.where, frame)
-        for ticket in self._writes:
+        for turn in range(len(self._writes)):
+            self._end_write(turn)
+
+    def _end_write(self, turn: int) -> None:
+        ticket, self._writes[turn] = self._writes[turn], _native.Ticket()
+        try:
             ticket.wait()
+        except StorageError as error:
+            self.loss = str(error)
+            raise
 
     def read(self, chunk: StoredChunk, begin: int, out: Tensor) -> None:
         """The chunk's bytes from `begin` on, as many as `out` (bytes) has. Threads: any, one after another."""

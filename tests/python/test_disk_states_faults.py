@@ -200,6 +200,24 @@ def test_a_failure_in_a_save_or_a_state_dict_ends_no_training(
     assert all(torch.equal(weights[name], expected.weights[name]) for name in weights)
 
 
+def test_a_failed_write_of_an_edit_is_told_and_refused(
+    tmp_path: Path, disk_calls: Calls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OFFLOAD_DISK_BACKEND", "threads")
+    model, optimizer = begin(wide(torch.bfloat16), on_disk(tmp_path))
+    train(model, optimizer, steps=1)
+    optimizer.synchronize()
+    disk_calls.fail("pwrite", 2, errno.EIO)
+    with pytest.raises(offload.StorageError, match=r"[\w.]+: its states on disk: writing .*\(EIO\)"):
+        optimizer.resync()
+    for call in (optimizer.resync, optimizer.state_dict, lambda: model(next(batches(1)))):
+        with pytest.raises(offload.StateError, match=r"checkpoint.*writing \d+ bytes at offset"):
+            call()
+    model, plain = offload.unwrap(model, optimizer)
+    assert isinstance(plain, torch.optim.AdamW) and list(tmp_path.iterdir()) == []
+    train(*offload.wrap(model, plain, **on_disk(tmp_path)), steps=1)
+
+
 # --- processes ----------------------------------------------------------------------------------------------
 
 TRAINING = """

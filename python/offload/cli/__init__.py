@@ -98,9 +98,10 @@ def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train = commands.add_parser(
         "train",
-        help="train a small language model with optimizer and gradients on the host",
+        help="train a small language model with optimizer and gradients on the host or on disk",
         description="Trains a Llama-style model with random weights on the Python standard library's own "
-        "sources (byte tokens), with optimizer states and gradients on the host. Needs `transformers`.",
+        "sources (byte tokens), with optimizer states and gradients on the host, or the states on disk. Needs "
+        "`transformers`.",
         epilog=_EPILOG,
     )
     train.add_argument("--size", type=_count, default=5_000_000, metavar="N", help="parameters, about (default 5M)")
@@ -113,8 +114,10 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_place_or_share,
         default="host",
         metavar="WHERE",
-        help="where optimizer states are: host (default), device, auto, or the share that is on the host such as 0.7",
+        help="where optimizer states are: host (default), device, disk, auto, or the share on the host such as 0.7",
     )
+    train.add_argument("--disk-path", nargs="+", default=None, metavar="DIR", help="directories for states on disk")
+    train.add_argument("--host-budget", default=None, metavar="SIZE", help="on the host, as '8GiB' (default: measured)")
     train.add_argument(
         "--params",
         choices=("auto", "device", "host"),
