@@ -159,24 +159,25 @@ int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int mas
                     "': master_format must be a MASTER_ code and weight_format a float format, got " +
                     std::to_string(master_format) + " and " + std::to_string(weight_format));
   }
-  return self.add_slot({.name = std::move(name),
-                        .span = {.gradient = nullptr,
-                                 .master = reinterpret_cast<void*>(master),
-                                 .weight = reinterpret_cast<void*>(weight),
-                                 .exp_avg = reinterpret_cast<void*>(exp_avg),
-                                 .exp_avg_sq = reinterpret_cast<void*>(exp_avg_sq),
-                                 .count = count,
-                                 .gradient_format = FloatFormat::kFloat32,
-                                 .weight_format = static_cast<FloatFormat>(weight_format),
-                                 .master_format = static_cast<MasterFormat>(master_format),
-                                 .moment_format = static_cast<MomentFormat>(moment_format),
-                                 .exp_avg_scales = reinterpret_cast<float*>(exp_avg_scales),
-                                 .exp_avg_sq_scales = reinterpret_cast<float*>(exp_avg_sq_scales),
-                                 .rounding_seed = rounding_seed},
-                        .upload_source = reinterpret_cast<const void*>(upload_source),
-                        .device_weight = reinterpret_cast<void*>(device_weight),
-                        .weight_bytes = weight_bytes,
-                        .on_disk = layout == nullptr ? std::nullopt : std::optional(StatesOnDisk{*layout, disk_offset})});
+  return self.add_slot(
+      {.name = std::move(name),
+       .span = {.gradient = nullptr,
+                .master = reinterpret_cast<void*>(master),
+                .weight = reinterpret_cast<void*>(weight),
+                .exp_avg = reinterpret_cast<void*>(exp_avg),
+                .exp_avg_sq = reinterpret_cast<void*>(exp_avg_sq),
+                .count = count,
+                .gradient_format = FloatFormat::kFloat32,
+                .weight_format = static_cast<FloatFormat>(weight_format),
+                .master_format = static_cast<MasterFormat>(master_format),
+                .moment_format = static_cast<MomentFormat>(moment_format),
+                .exp_avg_scales = reinterpret_cast<float*>(exp_avg_scales),
+                .exp_avg_sq_scales = reinterpret_cast<float*>(exp_avg_sq_scales),
+                .rounding_seed = rounding_seed},
+       .upload_source = reinterpret_cast<const void*>(upload_source),
+       .device_weight = reinterpret_cast<void*>(device_weight),
+       .weight_bytes = weight_bytes,
+       .on_disk = layout == nullptr ? std::nullopt : std::optional(StatesOnDisk{*layout, disk_offset})});
 }
 
 void bind_state_layout(py::module_& module) {
