@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 from collections.abc import Iterator
@@ -17,6 +18,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
+from offload import _disk, _native, _state_store
+
+_EXT4 = 0xEF53
 _REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
 
 
@@ -101,6 +105,15 @@ def nvrtc() -> None:
         nvrtc.nvrtcVersion()
     except Exception as error:  # each of the three packages has its own
         _skip_or_fail(f"no kernel can be compiled, pip install cuda-core cuda-bindings nvidia-cuda-nvrtc: {error}")
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> _native.FailingSystemCalls:
+    """The system calls of every engine's disk tier: honest, on what passes for a disk wherever the tests run."""
+    calls = _native.FailingSystemCalls()
+    calls.pretend_file_system(_EXT4)
+    monkeypatch.setattr(_state_store, "DiskStore", functools.partial(_disk.DiskStore, calls=calls))
+    return calls
 
 
 @pytest.fixture(scope="session")

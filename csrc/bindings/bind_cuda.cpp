@@ -10,16 +10,6 @@ namespace py = pybind11;
 namespace offload::bindings {
 namespace {
 
-const char* memory_kind_name(CudaMemoryKind kind) {
-  switch (kind) {
-    case CudaMemoryKind::kDiscrete: return "discrete";
-    case CudaMemoryKind::kHmm: return "hmm";
-    case CudaMemoryKind::kAts: return "ats";
-    case CudaMemoryKind::kIntegrated: return "integrated";
-  }
-  return "";  // not reached: the switch is complete
-}
-
 py::dict facts_dict(const CudaDevice& device) {
   CudaFacts facts;
   {

@@ -28,7 +28,8 @@ struct DeleteWithoutGil {
 using HostBufferHolder = std::unique_ptr<HostBuffer, DeleteWithoutGil>;
 
 constexpr std::array<Tag, kTagCount> kTags = {Tag::kWeights,   Tag::kMaster,      Tag::kMoments,
-                                              Tag::kGradients, Tag::kActivations, Tag::kStaging};
+                                              Tag::kGradients, Tag::kActivations, Tag::kStaging,
+                                              Tag::kWindow};
 
 Tag tag_of(const std::string& name) {
   for (Tag tag : kTags) {

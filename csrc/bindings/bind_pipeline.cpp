@@ -119,7 +119,7 @@ StepJob read_job(PyObject* value, size_t index, bool flush_denormals) {
   return job;
 }
 
-py::list submit(StepPipeline& self, const py::object& sequence, uintptr_t compute_stream) {
+py::list submit(StepPipeline& self, const py::object& sequence, uintptr_t compute_stream, bool backwards) {
   const bool flush_denormals = flush_denormals_enabled();  // as the calling thread computes, so does the step
   const py::object items = read_sequence(sequence.ptr());
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(items.ptr());
@@ -132,7 +132,7 @@ py::list submit(StepPipeline& self, const py::object& sequence, uintptr_t comput
   std::vector<Ticket> tickets;
   {
     GilReleased released;
-    tickets = self.submit(std::move(jobs), compute_stream);
+    tickets = self.submit(std::move(jobs), compute_stream, backwards);
   }
   py::list result(tickets.size());
   for (size_t i = 0; i < tickets.size(); ++i) {
@@ -145,7 +145,8 @@ py::list submit(StepPipeline& self, const py::object& sequence, uintptr_t comput
 int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int master_format, uintptr_t weight,
                  int weight_format, uintptr_t exp_avg, uintptr_t exp_avg_sq, size_t count,
                  uintptr_t upload_source, uintptr_t device_weight, size_t weight_bytes, int moment_format,
-                 uintptr_t exp_avg_scales, uintptr_t exp_avg_sq_scales, uint32_t rounding_seed) {
+                 uintptr_t exp_avg_scales, uintptr_t exp_avg_sq_scales, uint32_t rounding_seed,
+                 const StateLayout* layout, uint64_t disk_offset) {
   if (moment_format < 0 || moment_format > static_cast<int>(MomentFormat::kInt8)) {
     throw Error(
         ErrorKind::kInvalidArgument,
@@ -158,39 +159,75 @@ int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int mas
                     "': master_format must be a MASTER_ code and weight_format a float format, got " +
                     std::to_string(master_format) + " and " + std::to_string(weight_format));
   }
-  return self.add_slot({.name = std::move(name),
-                        .span = {.gradient = nullptr,
-                                 .master = reinterpret_cast<void*>(master),
-                                 .weight = reinterpret_cast<void*>(weight),
-                                 .exp_avg = reinterpret_cast<void*>(exp_avg),
-                                 .exp_avg_sq = reinterpret_cast<void*>(exp_avg_sq),
-                                 .count = count,
-                                 .gradient_format = FloatFormat::kFloat32,
-                                 .weight_format = static_cast<FloatFormat>(weight_format),
-                                 .master_format = static_cast<MasterFormat>(master_format),
-                                 .moment_format = static_cast<MomentFormat>(moment_format),
-                                 .exp_avg_scales = reinterpret_cast<float*>(exp_avg_scales),
-                                 .exp_avg_sq_scales = reinterpret_cast<float*>(exp_avg_sq_scales),
-                                 .rounding_seed = rounding_seed},
-                        .upload_source = reinterpret_cast<const void*>(upload_source),
-                        .device_weight = reinterpret_cast<void*>(device_weight),
-                        .weight_bytes = weight_bytes});
+  return self.add_slot(
+      {.name = std::move(name),
+       .span = {.gradient = nullptr,
+                .master = reinterpret_cast<void*>(master),
+                .weight = reinterpret_cast<void*>(weight),
+                .exp_avg = reinterpret_cast<void*>(exp_avg),
+                .exp_avg_sq = reinterpret_cast<void*>(exp_avg_sq),
+                .count = count,
+                .gradient_format = FloatFormat::kFloat32,
+                .weight_format = static_cast<FloatFormat>(weight_format),
+                .master_format = static_cast<MasterFormat>(master_format),
+                .moment_format = static_cast<MomentFormat>(moment_format),
+                .exp_avg_scales = reinterpret_cast<float*>(exp_avg_scales),
+                .exp_avg_sq_scales = reinterpret_cast<float*>(exp_avg_sq_scales),
+                .rounding_seed = rounding_seed},
+       .upload_source = reinterpret_cast<const void*>(upload_source),
+       .device_weight = reinterpret_cast<void*>(device_weight),
+       .weight_bytes = weight_bytes,
+       .on_disk = layout == nullptr ? std::nullopt : std::optional(StatesOnDisk{*layout, disk_offset})});
+}
+
+void bind_state_layout(py::module_& module) {
+  py::class_<StateLayout>(module, "StateLayout")
+      .def(py::init([](size_t master, size_t exp_avg, size_t exp_avg_sq, size_t element_count,
+                       size_t chunk_elements, size_t block_bytes) {
+             return StateLayout({master, exp_avg, exp_avg_sq}, element_count, chunk_elements, block_bytes);
+           }),
+           py::kw_only(), py::arg("master"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+           py::arg("element_count"), py::arg("chunk_elements"), py::arg("block_bytes"))
+      .def_property_readonly("nbytes", &StateLayout::bytes)
+      .def("chunks", [](const StateLayout& self) {
+        py::list result;
+        for (size_t index = 0; index < self.chunk_count(); ++index) {
+          const StateChunk chunk = self.chunk(index);
+          result.append(py::make_tuple(
+              chunk.begin, chunk.count, chunk.offset, chunk.bytes,
+              py::make_tuple(chunk.array_offsets[0], chunk.array_offsets[1], chunk.array_offsets[2])));
+        }
+        return result;
+      });
+
+  py::class_<StateWindow, std::shared_ptr<StateWindow>>(module, "StateWindow")
+      .def(py::init(
+               [](std::shared_ptr<BlockFile> file, HostPool& pool, size_t frame_bytes, size_t frame_count) {
+                 GilReleased released;
+                 return make_joining<StateWindow>(std::move(file), pool, frame_bytes, frame_count);
+               }),
+           py::arg("file"), py::arg("pool"), py::kw_only(), py::arg("frame_bytes"), py::arg("frame_count"));
 }
 
 }  // namespace
 
 void bind_pipeline(py::module_& module) {
+  bind_state_layout(module);
   py::class_<StepPipeline, std::shared_ptr<StepPipeline>>(module, "StepPipeline")
-      .def(py::init([](std::shared_ptr<TransferQueue> transfers, size_t chunk_elements) {
-             return make_joining<StepPipeline>(std::move(transfers), chunk_elements);
+      .def(py::init([](std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
+                       std::shared_ptr<StateWindow> window) {
+             return make_joining<StepPipeline>(std::move(transfers), chunk_elements, std::move(window));
            }),
-           py::arg("transfers"), py::kw_only(), py::arg("chunk_elements") = kDefaultChunkElements)
+           py::arg("transfers"), py::kw_only(), py::arg("chunk_elements") = kDefaultChunkElements,
+           py::arg("window") = py::none())
       .def("add_slot", &add_slot, py::kw_only(), py::arg("name"), py::arg("master"), py::arg("master_format"),
            py::arg("weight"), py::arg("weight_format"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
            py::arg("count"), py::arg("upload_source"), py::arg("device_weight"), py::arg("weight_bytes"),
            py::arg("moment_format") = 0, py::arg("exp_avg_scales") = 0, py::arg("exp_avg_sq_scales") = 0,
-           py::arg("rounding_seed") = 0)
-      .def("submit", &submit, py::arg("jobs"), py::arg("compute_stream") = 0)
+           py::arg("rounding_seed") = 0, py::arg("layout") = static_cast<const StateLayout*>(nullptr),
+           py::arg("disk_offset") = 0)
+      .def("submit", &submit, py::arg("jobs"), py::arg("compute_stream") = 0, py::arg("backwards") = false)
+      .def("states_written", &StepPipeline::states_written, py::arg("slot"))
       .def(
           "wait",
           [](StepPipeline& self, const py::object& sequence) {
@@ -205,6 +242,10 @@ void bind_pipeline(py::module_& module) {
              result["job_count"] = stats.job_count;
              result["update_ns"] = stats.update_ns;
              result["blocked_ns"] = stats.blocked_ns;
+             result["disk_read_bytes"] = stats.window.read_bytes;
+             result["disk_kept_bytes"] = stats.window.kept_bytes;
+             result["disk_written_bytes"] = stats.window.written_bytes;
+             result["disk_wait_ns"] = stats.window.wait_ns;
              return result;
            })
       .def("hold", &StepPipeline::hold, py::call_guard<GilReleased>())

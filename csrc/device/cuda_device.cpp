@@ -1,6 +1,5 @@
 #include "device/cuda_device.h"
 
-#include <cstdlib>
 #include <utility>
 
 #include "base/error.h"
@@ -11,13 +10,10 @@ namespace {
 
 // CU_DEVICE_ATTRIBUTE_*
 constexpr int kMultiprocessorCount = 16;
-constexpr int kIntegrated = 18;
 constexpr int kAsyncEngineCount = 40;
 constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
-constexpr int kPageableMemoryAccess = 88;
 constexpr int kHostRegisterSupported = 99;
-constexpr int kPageableMemoryAccessUsesHostPageTables = 100;
 
 constexpr unsigned kPortable = 0x1;  // CU_MEMHOSTREGISTER_PORTABLE: registered for every context
 
@@ -30,22 +26,6 @@ constexpr const char* kPinRemedy =
     "its memory at most, so raise `memory` in .wslconfig; or lower host_budget";
 constexpr const char* kAlreadyPinnedRemedy =
     "Another library has registered these pages; leave them to it, or unregister them there";
-
-CudaOrdinal find_device(const CudaDriver& driver, int index) {
-  int count = 0;
-  driver.check(driver.DeviceGetCount(&count), "cuDeviceGetCount");
-  if (index < 0 || index >= count) {
-    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
-    throw Error(ErrorKind::kDevice, "there is no device cuda:" + std::to_string(index) +
-                                        ": the driver shows " + std::to_string(count) +
-                                        " (CUDA_VISIBLE_DEVICES is " +
-                                        (visible != nullptr ? "'" + std::string(visible) + "'" : "not set") +
-                                        "); legal are indices from 0 below that count");
-  }
-  CudaOrdinal ordinal = 0;
-  driver.check(driver.DeviceGet(&ordinal, index), "cuDeviceGet");
-  return ordinal;
-}
 
 std::string uuid_text(const CudaUuid& uuid) {
   constexpr const char* kDigits = "0123456789abcdef";
@@ -68,7 +48,7 @@ CudaDevice::CudaDevice(const CudaDeviceOptions& options)
     : driver_(CudaDriver::load(options.driver_path)),
       index_(options.index),
       drain_ns_(options.drain_ns),
-      ordinal_(find_device(driver_, options.index)),
+      ordinal_(find_cuda_device(driver_, options.index)),
       context_(std::make_shared<CudaPrimaryContext>(driver_, ordinal_)) {}
 
 CudaDevice::~CudaDevice() {
@@ -141,20 +121,7 @@ void CudaDevice::unpin(void* address, size_t) noexcept {
   }
 }
 
-int CudaDevice::attribute(int attribute) const {
-  int value = 0;
-  driver_.check(driver_.DeviceGetAttribute(&value, attribute, ordinal_), "cuDeviceGetAttribute");
-  return value;
-}
-
 bool CudaDevice::can_pin() const { return attribute(kHostRegisterSupported) != 0; }
-
-CudaMemoryKind CudaDevice::memory_kind() const {
-  if (attribute(kIntegrated) != 0) return CudaMemoryKind::kIntegrated;
-  if (attribute(kPageableMemoryAccess) == 0) return CudaMemoryKind::kDiscrete;
-  return attribute(kPageableMemoryAccessUsesHostPageTables) != 0 ? CudaMemoryKind::kAts
-                                                                 : CudaMemoryKind::kHmm;
-}
 
 CudaFacts CudaDevice::facts() const {
   context_->owner().require_owner("this CudaDevice");
@@ -166,7 +133,7 @@ CudaFacts CudaDevice::facts() const {
   driver_.check(driver_.DeviceGetUuid(&uuid, ordinal_), "cuDeviceGetUuid");
   facts.uuid = uuid_text(uuid);
   facts.index = index_;
-  facts.memory_kind = memory_kind();
+  facts.memory_kind = read_memory_facts(driver_, ordinal_).kind;
   facts.compute_capability_major = attribute(kComputeCapabilityMajor);
   facts.compute_capability_minor = attribute(kComputeCapabilityMinor);
   facts.multiprocessor_count = attribute(kMultiprocessorCount);

@@ -13,6 +13,7 @@
 #include <string>
 
 #include "device/cuda_context.h"
+#include "device/cuda_memory_facts.h"
 #include "device/device.h"
 #include "device/pinned_ranges.h"
 
@@ -22,13 +23,6 @@ struct CudaDeviceOptions {
   int index = 0;
   std::string driver_path;           // empty: see CudaDriver::load
   int64_t drain_ns = 5'000'000'000;  // how long a dying stream waits for a device on which nothing ends
-};
-
-enum class CudaMemoryKind {
-  kDiscrete,    // the device reads host memory that is registered with it
-  kHmm,         // it also reads any other host memory, by migrating pages
-  kAts,         // it shares the host's page tables over a coherent link (Grace Hopper)
-  kIntegrated,  // there is one memory
 };
 
 struct CudaFacts {
@@ -67,9 +61,8 @@ class CudaDevice final : public Device {
   size_t pinned_bytes() const;
 
  private:
-  int attribute(int attribute) const;
+  int attribute(int attribute) const { return device_attribute(driver_, ordinal_, attribute); }
   bool can_pin() const;
-  CudaMemoryKind memory_kind() const;
 
   const CudaDriver& driver_;
   const int index_;

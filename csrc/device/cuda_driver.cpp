@@ -152,6 +152,10 @@ CudaDriver::CudaDriver(const std::string& path) : path_(path) {
                                         (version_ > 0 ? version_text(version_) : "unknown") + ") has no " +
                                         missing + ". " + kInstallRemedy);
   }
+#define OFFLOAD_FIND_LATER_ENTRY(name, symbol, since, parameters) \
+  if (version_ >= since) name = reinterpret_cast<decltype(name)>(finder.find(#symbol, since));
+  OFFLOAD_CUDA_LATER_ENTRIES(OFFLOAD_FIND_LATER_ENTRY)
+#undef OFFLOAD_FIND_LATER_ENTRY
   check(Init(0), "cuInit");
 }
 

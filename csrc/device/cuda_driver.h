@@ -60,7 +60,21 @@ struct CudaUuid {
   X(MemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, 3020,                                                         \
     (CudaAddress destination, const void* source, size_t bytes, CudaStreamHandle stream))                \
   X(MemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, 3020,                                                         \
-    (void* destination, CudaAddress source, size_t bytes, CudaStreamHandle stream))
+    (void* destination, CudaAddress source, size_t bytes, CudaStreamHandle stream))                      \
+  X(CtxSynchronize, cuCtxSynchronize, 2000, ())                                                          \
+  X(MemAllocManaged, cuMemAllocManaged, 6000, (CudaAddress * address, size_t bytes, unsigned flags))     \
+  X(MemFree, cuMemFree_v2, 3020, (CudaAddress address))                                                  \
+  X(MemAdvise, cuMemAdvise, 8000, (CudaAddress address, size_t bytes, int advice, int location))         \
+  X(MemPrefetchAsync, cuMemPrefetchAsync, 8000,                                                          \
+    (CudaAddress address, size_t bytes, int location, CudaStreamHandle stream))                          \
+  X(MemRangeGetAttribute, cuMemRangeGetAttribute, 8000,                                                  \
+    (void* value, size_t value_bytes, int attribute, CudaAddress address, size_t bytes))
+
+// Those that came after kOldestVersion: null in a driver that is older than they are.
+#define OFFLOAD_CUDA_LATER_ENTRIES(X)                                                      \
+  X(MemDiscardBatchAsync, cuMemDiscardBatchAsync, 13000,                                   \
+    (CudaAddress * addresses, size_t* sizes_bytes, size_t count, unsigned long long flags, \
+     CudaStreamHandle stream))
 
 class CudaDriver {
  public:
@@ -86,6 +100,7 @@ class CudaDriver {
 
 #define OFFLOAD_DECLARE_ENTRY(name, symbol, version, parameters) CudaResult(*name) parameters = nullptr;
   OFFLOAD_CUDA_ENTRIES(OFFLOAD_DECLARE_ENTRY)
+  OFFLOAD_CUDA_LATER_ENTRIES(OFFLOAD_DECLARE_ENTRY)
 #undef OFFLOAD_DECLARE_ENTRY
 
  private:

@@ -26,6 +26,7 @@ const char* tag_name(Tag tag) noexcept {
     case Tag::kMoments: return "moments";
     case Tag::kGradients: return "gradients";
     case Tag::kActivations: return "activations";
+    case Tag::kWindow: return "window";
     case Tag::kStaging: break;
   }
   return "staging";
@@ -64,7 +65,10 @@ size_t HostBuffer::size_bytes() const noexcept { return block_ ? block_->request
 Tag HostBuffer::tag() const noexcept { return block_ ? block_->tag : Tag::kStaging; }
 
 void HostBuffer::release_after(const Ticket& ticket) {
-  if (block_ && !ticket.done()) block_->tickets.push_back(ticket);
+  if (!block_ || ticket.done()) return;
+  // Those of a buffer that is used over and over would pile up.
+  std::erase_if(block_->tickets, [](const Ticket& earlier) { return earlier.done(); });
+  block_->tickets.push_back(ticket);
 }
 
 HostPool::HostPool(std::shared_ptr<Device> device, HostPoolOptions options) {

@@ -33,8 +33,8 @@ struct HostPoolOptions {
   bool address_space_only = false;            // addresses without memory: shows what a layout costs
 };
 
-enum class Tag : uint8_t { kWeights, kMaster, kMoments, kGradients, kActivations, kStaging };
-constexpr size_t kTagCount = 6;
+enum class Tag : uint8_t { kWeights, kMaster, kMoments, kGradients, kActivations, kStaging, kWindow };
+constexpr size_t kTagCount = 7;
 const char* tag_name(Tag tag) noexcept;
 
 struct HostPoolStats {

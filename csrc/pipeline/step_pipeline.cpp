@@ -39,14 +39,33 @@ std::exception_ptr with_slot(const std::string& slot, const char* stage, const s
   try {
     std::rethrow_exception(error);
   } catch (const Error& cause) {
-    return std::make_exception_ptr(Error(cause.kind(), prefix + cause.what()));
+    return std::make_exception_ptr(Error(cause.kind(), prefix + cause.what(), cause.system_code()));
   } catch (const std::exception& cause) {
     return std::make_exception_ptr(Error(ErrorKind::kInternal, prefix + cause.what()));
   }
 }
 
-void check_slot(const ParameterSlot& slot) {
-  const UpdateSpan& span = slot.span;
+// The span with the arrays that are on disk where `frame` has those of `chunk`.
+UpdateSpan in_frame(UpdateSpan span, const StateLayout& layout, const StateChunk& chunk, char* frame) {
+  const auto address = [&](StateArray array) {
+    return layout.has(array) ? frame + chunk.array_offsets[static_cast<size_t>(array)] : nullptr;
+  };
+  if (char* master = address(StateArray::kMaster)) span.master = master;
+  if (char* exp_avg = address(StateArray::kExpAvg)) span.exp_avg = reinterpret_cast<float*>(exp_avg);
+  if (char* exp_avg_sq = address(StateArray::kExpAvgSq))
+    span.exp_avg_sq = reinterpret_cast<float*>(exp_avg_sq);
+  return span;
+}
+
+// As the update will see the slot; what is on disk is anywhere but null.
+UpdateSpan span_to_check(const ParameterSlot& slot) {
+  static char somewhere;
+  if (!slot.on_disk) return slot.span;
+  return in_frame(slot.span, slot.on_disk->layout, StateChunk(), &somewhere);
+}
+
+void check_slot(const ParameterSlot& slot, const StateWindow* window) {
+  const UpdateSpan span = span_to_check(slot);
   auto refuse = [&](const std::string& what) {
     throw Error(ErrorKind::kInvalidArgument, "slot '" + slot.name + "': " + what);
   };
@@ -63,8 +82,20 @@ void check_slot(const ParameterSlot& slot) {
     refuse(
         "beside a fp32 master the working weight is bf16 or fp16; give null when the master is the weight");
   }
+  if (slot.on_disk) {
+    if (window == nullptr) refuse("its states are on disk, and this pipeline has no window for them");
+    if (slot.on_disk->layout.element_count() != span.count) refuse("its layout is for another count");
+    try {
+      window->check(slot.on_disk->layout);
+    } catch (const Error& error) {
+      refuse(error.what());
+    }
+  }
   if (slot.device_weight == nullptr) return;
-  if (slot.upload_source == nullptr) refuse("device_weight is given, so upload_source must be, too");
+  const bool master_on_disk = slot.on_disk && slot.on_disk->layout.has(StateArray::kMaster);
+  if (slot.upload_source == nullptr && (!master_on_disk || slot.weight_bytes != span.count * 4)) {
+    refuse("device_weight is given, so upload_source must be, too");
+  }
   if (slot.weight_bytes != span.count * 2 && slot.weight_bytes != span.count * 4) {
     refuse("weight_bytes is " + std::to_string(slot.weight_bytes) + " for " + std::to_string(span.count) +
            " elements; it must be 2 or 4 an element");
@@ -76,12 +107,14 @@ void check_slot(const ParameterSlot& slot) {
 // The thread that runs the jobs, and everything it shares with the callers.
 class StepPipeline::Sequencer {
  public:
-  Sequencer(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements)
-      : transfers_(std::move(transfers)), chunk_elements_(chunk_elements) {}
+  Sequencer(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
+            std::shared_ptr<StateWindow> window)
+      : transfers_(std::move(transfers)), chunk_elements_(chunk_elements), window_(std::move(window)) {}
 
   bool forked() const noexcept { return owner_.forked(); }
   int64_t add_slot(ParameterSlot slot);
-  std::vector<Ticket> submit(std::vector<StepJob> jobs, uintptr_t compute_stream);
+  std::vector<Ticket> submit(std::vector<StepJob> jobs, uintptr_t compute_stream, bool backwards);
+  void states_written(int64_t slot);
   void count_blocked(int64_t ns) { blocked_ns_.fetch_add(static_cast<uint64_t>(ns)); }
   StepStats stats() const noexcept;
   void set_held(bool held);
@@ -90,6 +123,7 @@ class StepPipeline::Sequencer {
   struct Slot {
     ParameterSlot parameter;
     Ticket last_job;
+    uint64_t version = 0;  // of its states on disk: how often others wrote them
   };
 
   struct QueuedJob {
@@ -98,21 +132,29 @@ class StepPipeline::Sequencer {
     uint64_t number;
     Ticket ticket;
     Ticket previous;  // the slot's job before this one
+    bool backwards;
   };
 
-  void check_job(const StepJob& job) const;
+  Slot& slot_of(int64_t number);
+  void check_job(const StepJob& job);
+  void expect_chunks(int64_t number, const Slot& slot, bool backwards);
   void run(std::stop_token stop);
   std::optional<QueuedJob> next(std::stop_token stop);
   void run_job(const QueuedJob& queued, std::stop_token stop);
   void wait_ended(const Ticket& ticket, std::stop_token stop);
-  void update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end);
+  void read_ahead();
+  void update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end, std::stop_token stop);
+  void update_from_disk(const QueuedJob& queued, const UpdateSpan& span, const std::vector<Factor>& factors,
+                        const std::shared_ptr<JobEnd>& end, std::stop_token stop);
   void update_span(const UpdateSpan& span, const StepJob& job, const std::vector<Factor>& factors);
-  void upload(const ParameterSlot& slot, size_t begin, size_t count, const std::shared_ptr<JobEnd>& end);
+  Ticket upload(const ParameterSlot& slot, size_t begin, size_t count, const void* master,
+                const std::shared_ptr<JobEnd>& end);
   int64_t drain_remaining_ns();
 
   const ForkGuard owner_;
   const std::shared_ptr<TransferQueue> transfers_;
   const size_t chunk_elements_;
+  const std::shared_ptr<StateWindow> window_;  // used by the sequencer's thread alone; may be null
   const std::shared_ptr<FirstError> first_error_ = std::make_shared<FirstError>();
 
   std::atomic<uint64_t> job_count_{0};
@@ -128,6 +170,7 @@ class StepPipeline::Sequencer {
   // guarded by mutex_
   std::deque<Slot> slots_;  // never shrinks: queued jobs point into it
   std::deque<QueuedJob> queue_;
+  std::vector<ExpectedChunk> expected_;  // of queued jobs; the window does not know of them yet
   uint64_t next_number_ = 0;
   bool held_ = false;
 
@@ -136,7 +179,7 @@ class StepPipeline::Sequencer {
 
 int64_t StepPipeline::Sequencer::add_slot(ParameterSlot slot) {
   owner_.require_owner("this StepPipeline");
-  check_slot(slot);
+  check_slot(slot, window_.get());
   if (slot.span.moment_format == MomentFormat::kInt8 && chunk_elements_ % kMomentBlock != 0) {
     throw Error(ErrorKind::kInvalidArgument,
                 "slot '" + slot.name +
@@ -144,30 +187,53 @@ int64_t StepPipeline::Sequencer::add_slot(ParameterSlot slot) {
                     std::to_string(chunk_elements_));
   }
   std::lock_guard lock(mutex_);
-  slots_.push_back({std::move(slot), Ticket()});
+  slots_.push_back({.parameter = std::move(slot), .last_job = Ticket()});
   return static_cast<int64_t>(slots_.size()) - 1;
 }
 
-void StepPipeline::Sequencer::check_job(const StepJob& job) const {
-  if (job.slot < 0 || static_cast<size_t>(job.slot) >= slots_.size()) {
+StepPipeline::Sequencer::Slot& StepPipeline::Sequencer::slot_of(int64_t number) {
+  if (number < 0 || static_cast<size_t>(number) >= slots_.size()) {
     throw Error(ErrorKind::kInvalidArgument,
-                "slot " + std::to_string(job.slot) + " does not exist: there are " +
+                "slot " + std::to_string(number) + " does not exist: there are " +
                     std::to_string(slots_.size()) + "; add_slot gives the number");
   }
-  const ParameterSlot& slot = slots_[static_cast<size_t>(job.slot)].parameter;
+  return slots_[static_cast<size_t>(number)];
+}
+
+void StepPipeline::Sequencer::check_job(const StepJob& job) {
+  const ParameterSlot& slot = slot_of(job.slot).parameter;
   if (slot.span.count == 0) return;
   if (job.gradient == nullptr) {
     throw Error(ErrorKind::kInvalidArgument,
                 "slot '" + slot.name + "': the gradient's address is null; leave out parameters without one");
   }
   try {
-    require_states(slot.span, job.scalars);
+    require_states(span_to_check(slot), job.scalars);
   } catch (const Error& error) {
     throw Error(error.kind(), "slot '" + slot.name + "': " + error.what() + ", and this optimizer keeps one");
   }
 }
 
-std::vector<Ticket> StepPipeline::Sequencer::submit(std::vector<StepJob> jobs, uintptr_t compute_stream) {
+void StepPipeline::Sequencer::expect_chunks(int64_t number, const Slot& slot, bool backwards) {
+  if (!slot.parameter.on_disk) return;
+  const StatesOnDisk& states = *slot.parameter.on_disk;
+  const size_t chunk_count = states.layout.chunk_count();
+  for (size_t i = 0; i < chunk_count; ++i) {
+    const size_t index = backwards ? chunk_count - 1 - i : i;
+    StateChunk chunk = states.layout.chunk(index);
+    chunk.offset += states.offset;
+    expected_.push_back({.key = {.slot = number, .index = index, .version = slot.version}, .chunk = chunk});
+  }
+}
+
+void StepPipeline::Sequencer::states_written(int64_t slot) {
+  owner_.require_owner("this StepPipeline");
+  std::lock_guard lock(mutex_);
+  ++slot_of(slot).version;
+}
+
+std::vector<Ticket> StepPipeline::Sequencer::submit(std::vector<StepJob> jobs, uintptr_t compute_stream,
+                                                    bool backwards) {
   owner_.require_owner("this StepPipeline");
   if (std::exception_ptr error = first_error_->any()) {
     try {
@@ -187,16 +253,18 @@ std::vector<Ticket> StepPipeline::Sequencer::submit(std::vector<StepJob> jobs, u
     bool uploads = false;
     for (const StepJob& job : jobs) {
       check_job(job);
-      uploads |= slots_[static_cast<size_t>(job.slot)].parameter.device_weight != nullptr;
+      uploads |= slot_of(job.slot).parameter.device_weight != nullptr;
     }
     // Now and not when a chunk is ready: by then the compute stream may already hold the next forward,
     // which waits for these very uploads.
     if (uploads) transfers_->wait_compute(Direction::kToDevice, compute_stream);
     for (StepJob& job : jobs) {
-      Slot& slot = slots_[static_cast<size_t>(job.slot)];
+      Slot& slot = slot_of(job.slot);
       Ticket previous = std::exchange(slot.last_job, Ticket::pending());
       tickets.push_back(slot.last_job);
-      queue_.push_back({&slot.parameter, std::move(job), next_number_++, slot.last_job, std::move(previous)});
+      expect_chunks(job.slot, slot, backwards);
+      queue_.push_back(
+          {&slot.parameter, std::move(job), next_number_++, slot.last_job, std::move(previous), backwards});
     }
     if (!queue_.empty() && !thread_.joinable()) {
       thread_ = std::jthread([this](std::stop_token stop) { run(stop); });
@@ -207,7 +275,10 @@ std::vector<Ticket> StepPipeline::Sequencer::submit(std::vector<StepJob> jobs, u
 }
 
 StepStats StepPipeline::Sequencer::stats() const noexcept {
-  return {.job_count = job_count_, .update_ns = update_ns_, .blocked_ns = blocked_ns_};
+  return {.job_count = job_count_,
+          .update_ns = update_ns_,
+          .blocked_ns = blocked_ns_,
+          .window = window_ ? window_->stats() : WindowStats()};
 }
 
 void StepPipeline::Sequencer::set_held(bool held) {
@@ -246,6 +317,7 @@ void StepPipeline::Sequencer::run_job(const QueuedJob& queued, std::stop_token s
   const char* stage = "its gradient did not arrive";
   std::exception_ptr error;
   try {
+    read_ahead();
     for (const Ticket& ticket : queued.job.tickets) {
       if (first_error_->any()) break;
       wait_ended(ticket, stop);
@@ -259,7 +331,7 @@ void StepPipeline::Sequencer::run_job(const QueuedJob& queued, std::stop_token s
     // Asked again: an upload may have failed meanwhile.
     if (!first_error_->any()) {
       stage = "its update failed";
-      update(queued, end);
+      update(queued, end, stop);
     }
   } catch (...) {
     error = with_slot(queued.slot->name, stage, std::current_exception());
@@ -273,7 +345,20 @@ void StepPipeline::Sequencer::wait_ended(const Ticket& ticket, std::stop_token s
   throw Error(ErrorKind::kState, "the step pipeline was destroyed before that");
 }
 
-void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end) {
+// Before the job waits for its gradient: the disk works meanwhile.
+void StepPipeline::Sequencer::read_ahead() {
+  if (!window_) return;
+  std::vector<ExpectedChunk> expected;
+  {
+    std::lock_guard lock(mutex_);
+    expected.swap(expected_);
+  }
+  for (ExpectedChunk& chunk : expected) window_->expect(std::move(chunk));
+  window_->read_ahead();
+}
+
+void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end,
+                                     std::stop_token stop) {
   const ParameterSlot& slot = *queued.slot;
   std::vector<Factor> factors;
   factors.reserve(queued.job.factors.size());
@@ -284,10 +369,33 @@ void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_
   span.gradient = queued.job.gradient;
   span.gradient_format = queued.job.gradient_format;
   if (slot.device_weight != nullptr) last_uploading_job_ = queued.ticket;
+  if (slot.on_disk) return update_from_disk(queued, span, factors, end, stop);
   for (size_t begin = 0; begin < span.count; begin += chunk_elements_) {
     const size_t count = std::min(chunk_elements_, span.count - begin);
     update_span(slice(span, begin, count), queued.job, factors);
-    if (slot.device_weight != nullptr) upload(slot, begin, count, end);
+    if (slot.device_weight != nullptr) upload(slot, begin, count, nullptr, end);
+  }
+}
+
+void StepPipeline::Sequencer::update_from_disk(const QueuedJob& queued, const UpdateSpan& span,
+                                               const std::vector<Factor>& factors,
+                                               const std::shared_ptr<JobEnd>& end, std::stop_token stop) {
+  const ParameterSlot& slot = *queued.slot;
+  const StateLayout& layout = slot.on_disk->layout;
+  const size_t chunk_count = layout.chunk_count();
+  for (size_t i = 0; i < chunk_count; ++i) {
+    const StateChunk chunk = layout.chunk(queued.backwards ? chunk_count - 1 - i : i);
+    StateWindow::Frame& frame = window_->take([&](const Ticket& ticket) { wait_ended(ticket, stop); });
+    const UpdateSpan part =
+        in_frame(slice(span, chunk.begin, chunk.count), layout, chunk, StateWindow::address(frame));
+    update_span(part, queued.job, factors);
+    Ticket uploaded;
+    if (slot.device_weight != nullptr) uploaded = upload(slot, chunk.begin, chunk.count, part.master, end);
+    const Ticket written = window_->write_back(frame, uploaded);
+    end->add_part();
+    written.on_end([end, name = slot.name](const std::exception_ptr& error) {
+      end->end_part(error ? with_slot(name, "its states were not written", error) : nullptr);
+    });
   }
 }
 
@@ -303,17 +411,22 @@ void StepPipeline::Sequencer::update_span(const UpdateSpan& span, const StepJob&
   update_ns_.fetch_add(static_cast<uint64_t>(steady_now_ns() - start_ns), std::memory_order_relaxed);
 }
 
-void StepPipeline::Sequencer::upload(const ParameterSlot& slot, size_t begin, size_t count,
-                                     const std::shared_ptr<JobEnd>& end) {
+// `master`: in its frame, where the slot has no other copy of the weight on the host.
+Ticket StepPipeline::Sequencer::upload(const ParameterSlot& slot, size_t begin, size_t count,
+                                       const void* master, const std::shared_ptr<JobEnd>& end) {
   const size_t element_bytes = slot.weight_bytes / slot.span.count;
+  const void* const source = slot.upload_source == nullptr
+                                 ? master
+                                 : static_cast<const char*>(slot.upload_source) + begin * element_bytes;
   const Ticket ticket = transfers_->submit_after(
-      Direction::kToDevice, static_cast<char*>(slot.device_weight) + begin * element_bytes,
-      static_cast<const char*>(slot.upload_source) + begin * element_bytes, count * element_bytes, Ticket());
+      Direction::kToDevice, static_cast<char*>(slot.device_weight) + begin * element_bytes, source,
+      count * element_bytes, Ticket());
   end->add_part();
   // The name is copied: the lane may end after the pipeline.
   ticket.on_end([end, name = slot.name](const std::exception_ptr& error) {
     end->end_part(error ? with_slot(name, "its upload failed", error) : nullptr);
   });
+  return ticket;
 }
 
 // What is left of kDrainNs, counted from the first time that a dying pipeline would have to wait.
@@ -322,11 +435,12 @@ int64_t StepPipeline::Sequencer::drain_remaining_ns() {
   return std::max<int64_t>(0, *drain_deadline_ns_ - steady_now_ns());
 }
 
-StepPipeline::StepPipeline(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements) {
+StepPipeline::StepPipeline(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
+                           std::shared_ptr<StateWindow> window) {
   if (!transfers) throw Error(ErrorKind::kInvalidArgument, "StepPipeline needs a TransferQueue, got null");
   if (chunk_elements == 0)
     throw Error(ErrorKind::kInvalidArgument, "chunk_elements is 0; it must be positive");
-  sequencer_ = std::make_unique<Sequencer>(std::move(transfers), chunk_elements);
+  sequencer_ = std::make_unique<Sequencer>(std::move(transfers), chunk_elements, std::move(window));
 }
 
 StepPipeline::~StepPipeline() {
@@ -336,9 +450,12 @@ StepPipeline::~StepPipeline() {
 
 int64_t StepPipeline::add_slot(ParameterSlot slot) { return sequencer_->add_slot(std::move(slot)); }
 
-std::vector<Ticket> StepPipeline::submit(std::vector<StepJob> jobs, uintptr_t compute_stream) {
-  return sequencer_->submit(std::move(jobs), compute_stream);
+std::vector<Ticket> StepPipeline::submit(std::vector<StepJob> jobs, uintptr_t compute_stream,
+                                         bool backwards) {
+  return sequencer_->submit(std::move(jobs), compute_stream, backwards);
 }
+
+void StepPipeline::states_written(int64_t slot) { sequencer_->states_written(slot); }
 
 bool StepPipeline::wait(const std::vector<Ticket>& tickets, int64_t timeout_ns) {
   const auto pending = [](const Ticket& ticket) { return !ticket.done(); };

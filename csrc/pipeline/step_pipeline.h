@@ -1,7 +1,7 @@
-// gradient landed -> optimizer -> to_device: the only file that knows both sides.
+// gradient landed, states read -> optimizer -> to_device, to disk: the only file that knows both sides.
 //
-// Ownership: owns one sequencer thread; shares the transfer queue. Spans of a slot are borrowed until
-//            the slot's last ticket ended.
+// Ownership: owns one sequencer thread; shares queue and window. Spans of a slot are borrowed until the
+//            slot's last ticket ended.
 // Threads: submit and wait may be called from any thread. The sequencer runs jobs in submission order,
 //          each on the shared WorkerPool, and hands every finished chunk to the to_device lane. A slot's
 //          next update waits for its last upload, which still reads the weight.
@@ -15,24 +15,33 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "base/ticket.h"
 #include "optimizer/update.h"
+#include "pipeline/state_layout.h"
+#include "pipeline/state_window.h"
 #include "transfer/transfer_queue.h"
 
 namespace offload {
 
 constexpr size_t kDefaultChunkElements = size_t{4} << 20;
 
-// One parameter: where its states are on the host and where its weight is on the device.
+struct StatesOnDisk {
+  StateLayout layout;
+  uint64_t offset;  // in the window's file
+};
+
+// One parameter: where its states are on the host or on disk, and where its weight is on the device.
 struct ParameterSlot {
   std::string name;           // for errors: "unit/parameter"
-  UpdateSpan span;            // gradient and gradient_format are given per job
-  const void* upload_source;  // the working weight on the host
+  UpdateSpan span;            // null what is on disk; gradient and gradient_format are given per job
+  const void* upload_source;  // the working weight on the host; null: the master, which is on disk
   void* device_weight;        // null: nothing is uploaded
   size_t weight_bytes;
+  std::optional<StatesOnDisk> on_disk = std::nullopt;
 };
 
 // A factor whose value may still be on its way: read from `address` once the job's tickets are done.
@@ -56,12 +65,15 @@ struct StepStats {
   uint64_t job_count = 0;
   uint64_t update_ns = 0;   // the sequencer was updating
   uint64_t blocked_ns = 0;  // callers of wait() were blocked
+  WindowStats window;       // of states on disk
 };
 
 class StepPipeline {
  public:
+  // `window`: null where no states are on disk.
   explicit StepPipeline(std::shared_ptr<TransferQueue> transfers,
-                        size_t chunk_elements = kDefaultChunkElements);
+                        size_t chunk_elements = kDefaultChunkElements,
+                        std::shared_ptr<StateWindow> window = nullptr);
   // Finishes what was submitted. What cannot end (a held sequencer or lane, a gradient that does not
   // land) is given up after a short while: those tickets fail, and destruction never hangs.
   ~StepPipeline();
@@ -70,9 +82,12 @@ class StepPipeline {
 
   int64_t add_slot(ParameterSlot slot);
 
-  // One ticket a job, done when the slot's weight is on the device. Takes all the jobs or, when one is
-  // not legal, none.
-  std::vector<Ticket> submit(std::vector<StepJob> jobs, uintptr_t compute_stream);
+  // One ticket a job, done when the slot's weight is on the device and its states are on disk. Takes all
+  // the jobs or, when one is not legal, none. `backwards`: each one's chunks from the last to the first.
+  std::vector<Ticket> submit(std::vector<StepJob> jobs, uintptr_t compute_stream, bool backwards = false);
+
+  // The slot's states on disk were written by somebody else: what the window still has of them is not used.
+  void states_written(int64_t slot);
 
   // Blocks the host until the tickets ended; counts the time as blocked. Throws with the slot's name.
   // A negative timeout waits for ever; returns false when the timeout passed first.

@@ -26,12 +26,12 @@ _IMPLEMENTATION_FLAGS = ("foreach", "fused", "capturable", "differentiable")
 
 
 def dump(state: NativeState, *, joined: bool = True) -> dict[str, Any]:
-    """The state as `optimizer.state` shows it: fp32 tensors, new ones of a split master and of small moments.
+    """The state as `optimizer.state` shows it: fp32 tensors, new ones of what is split, small or on disk.
 
     With `joined` False nothing is made: the tensors as they lie, and what makes the values from them.
     """
     dumped: dict[str, Any] = {"step": torch.tensor(float(state.step), device="cpu")}
-    dumped |= {key: moment.value() if joined else moment.live() for key, moment in state.moments.items()}
+    dumped |= state.moment_values() if joined else state.live_moments()
     if state.parameter.dtype != torch.float32:
         dumped["master"] = state.master_value() if joined else state.live_master()
     return dumped
@@ -40,7 +40,7 @@ def dump(state: NativeState, *, joined: bool = True) -> dict[str, Any]:
 def plain(state: NativeState) -> dict[str, Any]:
     """What stock torch would hold: moments in the parameter's dtype on its device."""
     device, dtype = state.parameter.device, state.parameter.dtype
-    moments = {key: moment.value().detach().to(device, dtype, copy=True) for key, moment in state.moments.items()}
+    moments = {key: value.detach().to(device, dtype, copy=True) for key, value in state.moment_values().items()}
     return {"step": torch.tensor(float(state.step), device="cpu"), **moments}
 
 
@@ -127,8 +127,9 @@ def load_group(group: dict[str, Any], saved_group: Mapping[str, Any]) -> None:
 def load(state: NativeState, saved: SavedState) -> None:
     """Writes a checked state in place: no tensor of ours changes its storage, its dtype or its tier."""
     state.step = int(saved["step"])
-    for key, moment in state.moments.items():
-        moment.load(saved[key])
+    for piece in state.pieces():
+        for key, moment in piece.moments.items():
+            moment.load(piece.of(saved[key]))
     master = saved.get("master")
     if master is not None:
         state.set_master(master)

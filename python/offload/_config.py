@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from ._errors import InvalidArgument
@@ -23,11 +23,15 @@ Moments = Literal["fp32", "bf16", "int8"]
 _TIERS = ("device", "host", "disk", "auto")
 # What this release can do; the rest of _TIERS is refused as "not yet".
 _SUPPORTED_TIERS: dict[str, tuple[str, ...]] = {
-    "optimizer": ("device", "host", "auto"),
+    "optimizer": ("device", "host", "disk", "auto"),
     "gradients": ("device", "host", "auto"),
     "params": ("device", "host", "auto"),
 }
 _ACTIVATION_PLACES = ("device", "host", "checkpoints", "auto")
+# What the disk tier takes (csrc/storage/block_file.cpp).
+_DISK_ALIGNMENT = 4096
+_MOST_DISK_BLOCK = 1 << 30
+_MOST_DISK_DEPTH = 4096
 _UNIT_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNIT_BYTES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
@@ -66,7 +70,9 @@ class Config:
     """The options of `offload.wrap`; immutable and checked when made.
 
     optimizer, gradients, params: where each kind of tensor lives: `"device"`, `"host"` or `"auto"` (the least that
-        fits the device budget is offloaded, optimizer states first). This release has no `"disk"`. optimizer is also a
+        fits the budgets is offloaded, optimizer states first). optimizer is also `"disk"`: masters and moments of a
+        native optimizer live in files, and pass through a window of host memory while they are updated; `"auto"` takes
+        it last of all, and only with a disk_path. It is also a
         share (a float, 0.0 to 1.0): at least so much of the bytes of its states lives on the host, the other states
         stay, the first in the model's order, and gradients with them. The bits of training do not depend on it.
     activations: what autograd saves in forward: `"device"`, `"host"`, `"checkpoints"` (only what
@@ -77,6 +83,12 @@ class Config:
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.
     host_budget: what offload may take on the host; None measures.
+    disk_path: a directory, or several on drives of their own, for the files of what lives on disk: private ones that
+        no other process sees, and that go with this one. Not in memory (tmpfs), and not shared with another process.
+    disk_window: the host bytes (`"4GiB"`, an int) that states on disk pass through, within host_budget; None: half of
+        what the host budget leaves, at most 1 GiB. What they held last is not read again.
+    disk_block: bytes of one transfer to or from the disk, a multiple of 4096: each has a checksum.
+    disk_queue_depth: transfers under way at once, a path; None: 16 by io_uring, 8 by threads.
     units: what travels together: module classes and names (`[Block, "head"]`), or a predicate over modules; None
         finds the elements of repeated lists. What is in no unit so named is in the units around it.
     prefetch: how many units of weights are sent for ahead of their use, with params on the host: 1 or more; None
@@ -102,6 +114,10 @@ class Config:
     device: str | torch.device | None = None
     device_budget: int | str | None = None
     host_budget: int | str | None = None
+    disk_path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
+    disk_window: int | str | None = None
+    disk_block: int | str = 1 << 20
+    disk_queue_depth: int | None = None
     prefetch: int | None = None
     units: Any = None
     master: Master = "auto"
@@ -123,6 +139,17 @@ class Config:
             object.__setattr__(self, "device", str(self.device))
         for name in ("device_budget", "host_budget"):
             _check_budget(name, getattr(self, name))
+        object.__setattr__(self, "disk_path", _check_disk_path(self.disk_path))
+        if self.optimizer == "disk" and self.disk_path is None:
+            raise InvalidArgument("optimizer='disk' needs disk_path: name a directory on a drive of this machine")
+        _check_budget("disk_window", self.disk_window)
+        _check_disk_block(self.disk_block)
+        depth = 1 if self.disk_queue_depth is None else self.disk_queue_depth
+        if isinstance(depth, bool) or not isinstance(depth, int) or not 1 <= depth <= _MOST_DISK_DEPTH:
+            raise InvalidArgument(
+                f"disk_queue_depth={self.disk_queue_depth!r}: give transfers under way at once, 1 to "
+                f"{_MOST_DISK_DEPTH}, or None"
+            )
         ahead = 1 if self.prefetch is None else self.prefetch
         if isinstance(ahead, bool) or not isinstance(ahead, int) or ahead < 1:
             raise InvalidArgument(
@@ -131,6 +158,11 @@ class Config:
         object.__setattr__(self, "units", _check_units(self.units))
         _check_choice("master", self.master, ("auto", "fp32", "split"))
         _check_choice("moments", self.moments, ("fp32", "bf16", "int8"))
+        if self.moments != "fp32" and self.optimizer == "disk":
+            raise InvalidArgument(
+                f"moments={self.moments!r} with optimizer='disk': moments on disk are fp32; pass moments='fp32', or "
+                "optimizer='host'"
+            )
         if isinstance(self.rounding_seed, bool) or not isinstance(self.rounding_seed, int):
             raise InvalidArgument(f"rounding_seed={self.rounding_seed!r}: give an integer")
         _check_choice("lazy", self.lazy, (True, False))
@@ -150,6 +182,21 @@ class Config:
     def host_budget_bytes(self) -> int | None:
         """The given host budget in bytes, None when it is to be measured."""
         return None if self.host_budget is None else parse_size(self.host_budget)
+
+    @property
+    def disk_window_bytes(self) -> int | None:
+        """The given window of states on disk in bytes, None when the plan chooses it."""
+        return None if self.disk_window is None else parse_size(self.disk_window)
+
+    @property
+    def disk_paths(self) -> tuple[str, ...]:
+        """The directories of `disk_path`."""
+        return () if self.disk_path is None else tuple(map(os.fspath, self.disk_path))  # type: ignore[arg-type]
+
+    @property
+    def disk_settings(self) -> dict[str, Any]:
+        """How the disk is read and written: `block_bytes` and `queue_depth`."""
+        return {"block_bytes": parse_size(self.disk_block), "queue_depth": self.disk_queue_depth}
 
     @property
     def activation_share(self) -> float:
@@ -205,6 +252,24 @@ def _check_tier(kind: str, value: object, supported: tuple[str, ...]) -> None:
     _check_choice(kind, value, _TIERS)
     if value not in supported:
         raise InvalidArgument(f"{kind}={value!r}: not yet in this release; legal now: {_quoted(supported)}")
+
+
+def _check_disk_path(paths: Any) -> tuple[str, ...] | None:
+    if paths is None:
+        return None
+    names = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    if not isinstance(names, (list, tuple)) or not names or not all(isinstance(n, (str, os.PathLike)) for n in names):
+        raise InvalidArgument(f"disk_path={paths!r}: give a directory, a list of directories, or None")
+    return tuple(os.fspath(name) for name in names)
+
+
+def _check_disk_block(value: int | str) -> None:
+    try:
+        size = parse_size(value)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"disk_block: {error}") from None
+    if size % _DISK_ALIGNMENT or not 0 < size <= _MOST_DISK_BLOCK:
+        raise InvalidArgument(f"disk_block={value!r}: legal are multiples of {_DISK_ALIGNMENT} bytes up to 1GiB")
 
 
 def _check_units(units: Any) -> Any:

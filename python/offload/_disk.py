@@ -89,6 +89,10 @@ class DiskStore:
         """A buffer for transfers of up to `nbytes`, aligned as the disk needs it and rounded up to that."""
         return pool.acquire(_padded(nbytes), tag, _native.DISK_ALIGNMENT)
 
+    def state_window(self, pool: _native.HostPool, frame_bytes: int, frame_count: int) -> _native.StateWindow:
+        """What the step pipeline reads states of this store into, and writes them from."""
+        return _native.StateWindow(self._file, pool, frame_bytes=frame_bytes, frame_count=frame_count)
+
     def submit_read(
         self, where: DiskRange, buffer: _native.HostBuffer, start: int = 0, nbytes: int | None = None
     ) -> _native.Ticket:
@@ -114,6 +118,10 @@ class DiskStore:
         ticket = self._file.submit_write(where.offset + start, buffer.address, nbytes)
         buffer.release_after(ticket)
         return ticket
+
+    def close(self) -> None:
+        """Gives up the files, though the store is referred to still. Use nothing after it."""
+        del self._file
 
     def stats(self) -> list[dict[str, Any]]:
         """By path: directory, file_system, backend, direct, reserved, why each is not the best, and bytes so far."""

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,17 +35,14 @@ from ._parameter_state import ParameterState
 from ._pending import can_be_pending, make_pending, restore
 from ._plan import Plan
 from ._residency import Residency
+from ._state_homes import State, StateHomes
+from ._state_store import StateStore
 from ._streaming import Streaming
 from ._units import Unit, is_dense
 from ._weight_lane import WeightLane
 
 # The engines of this process: the last one ends the threads that they share.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-State = TypeVar("State", bound=ParameterState)
-
-# Blocks of the pool are multiples of this (csrc/memory/host_pool.h).
-_BLOCK_BYTES = 256
 
 
 def open_device(device: torch.device) -> _native.Device:
@@ -93,7 +90,10 @@ class Engine:
             self.device, budget_bytes=plan.host_capacity - plan.activation_host_bytes, **options
         )
         self.transfers = _native.TransferQueue(self.device)
-        self.pipeline = _native.StepPipeline(self.transfers)
+        store: StateStore | None = None
+        if plan.disk_window is not None:
+            store = StateStore(config.disk_paths, self.pool, plan.disk_window, **config.disk_settings)
+        self.pipeline = _native.StepPipeline(self.transfers, window=None if store is None else store.window)
         self.lanes = GradientLanes(device, self.pool, self.transfers)
         self.activations: Activations | None = None
         if plan.activations != "device":
@@ -135,6 +135,7 @@ class Engine:
         streamed = units if plan.params == "host" else ()
         lane = WeightLane(self)
         self.streaming = Streaming(streamed, lane, device, prefetch=plan.prefetch, poison=config.poison_enabled)
+        self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
         self._finalizer = weakref.finalize(
@@ -147,39 +148,20 @@ class Engine:
         return self._names.get(id(parameter)) or f"a parameter of shape {tuple(parameter.shape)} outside the model"
 
     def settle_in(self, parameters: Sequence[tuple[Parameter, type[ParameterState]]]) -> None:
-        """Streamed weights go to the host; the pages of these parameters' states and gradients are obtained.
+        """Streamed weights go to the host; pages and disk space of these parameters' states and gradients are obtained.
 
         Warns when the pages could not be locked: training goes on, at the speed of pageable memory. Whatever it raises,
         the weights are to come back by `streaming.give_back()`.
         """
-        self.streaming.place(sum(self._host_bytes(parameter, kind) for parameter, kind in parameters))
+        if self.homes.store is not None:
+            self.homes.store.reserve(sum(self.homes.disk_bytes(parameter, kind) for parameter, kind in parameters))
+        self.streaming.place(sum(self.homes.host_bytes(parameter, kind) for parameter, kind in parameters))
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
                 f"offload trains on pageable host memory, at a fraction of the link's speed: {pool['pin_refusal']}",
                 stacklevel=3,  # the caller of wrap()
             )
-
-    def _host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
-        numel, sizes = parameter.numel(), list[int]()
-        if self._puts_on_host(parameter):
-            if issubclass(kind, NativeState):
-                sizes += kind.moment_sizes(self.config.moments, numel)
-            streamed = parameter in self.streaming  # its working weight is counted there
-            if parameter.dtype == torch.float32:
-                sizes += [] if streamed else [4 * numel]
-            else:
-                sizes += [0 if streamed else 2 * numel, (2 if self._splits(parameter, kind) else 4) * numel]
-        if self._puts_on_host(parameter) or self.plan.gradient_leaves(self.name_of(parameter)):
-            sizes.append(parameter.element_size() * numel)
-        return sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
-
-    def _puts_on_host(self, parameter: Parameter) -> bool:
-        return not self.plan.keeps_state(self.name_of(parameter))
-
-    def _splits(self, parameter: Parameter, kind: type[ParameterState]) -> bool:
-        wanted = self._puts_on_host(parameter) and self.config.master != "fp32"
-        return kind.may_split and wanted and parameter.dtype == torch.bfloat16
 
     def check_trainable(self, parameter: Parameter) -> None:
         """Raises `InvalidArgument` for dtypes and layouts that no state can mirror."""
@@ -204,53 +186,20 @@ class Engine:
             assert isinstance(known, kind)
             return known
         self.check_trainable(parameter)
-        on_host = self._puts_on_host(parameter)
-        streamed = parameter in self.streaming
-        value = self.streaming.present_value(parameter) if streamed else parameter
-
-        def allocate(dtype: torch.dtype, tag: Any, count: int | None = None) -> Tensor:
-            if streamed and on_host and dtype == parameter.dtype and tag != "moments":
-                return self.streaming.host_weight(parameter)
-            if not on_host or parameter.numel() == 0:
-                tier = torch.device("cpu") if on_host else parameter.device
-                if count is not None:
-                    return torch.empty(count, dtype=dtype, device=tier)
-                return torch.empty_like(value, dtype=dtype, device=tier, requires_grad=False)
-            buffer = self.pool.acquire((count or parameter.numel()) * dtype.itemsize, tag)
-            row = torch.frombuffer(buffer, dtype=dtype)
-            return row if count is not None else row.as_strided(parameter.shape, parameter.stride())
-
-        name, split = self.name_of(parameter), self._splits(parameter, kind)
-        form: dict[str, Any] = {"on_host": on_host, "split": split, "streamed": streamed, "allocate": allocate}
-        if issubclass(kind, NativeState):
-            form |= {"moments": self.config.moments, "rounding_seed": self.config.rounding_seed}
-        state = kind(name, parameter, value, **form)
+        state = self.homes.make(self.name_of(parameter), parameter, kind)
         with Uninterrupted():
-            if on_host and isinstance(state, NativeState):
-                self._slots[id(parameter)] = self._add_slot(state)
+            if state.on_host and isinstance(state, NativeState):
+                self._add_slot(state)
             for unit in self._units_of.get(id(parameter), ()):
                 unit.states.append(state)
             self.states[id(parameter)] = state
         return state
 
-    def _add_slot(self, state: NativeState) -> int:
-        parameter = state.parameter
-        weight = state.working_weight()
-        master = state.remainder if state.remainder is not None else state.master
-        assert master is not None
-        return self.pipeline.add_slot(
-            name=state.name,
-            master=master.data_ptr(),
-            master_format=_native.MASTER_FLOAT32 if state.remainder is None else _native.MASTER_SPLIT,
-            weight=0 if weight is state.master else weight.data_ptr(),
-            weight_format=FORMATS[parameter.dtype],
-            **state.native_moments(),
-            count=parameter.numel(),
-            upload_source=weight.data_ptr(),
-            # The next touch of a streamed one uploads the weight.
-            device_weight=0 if state.streamed else parameter.data_ptr(),
-            weight_bytes=parameter.numel() * parameter.element_size(),
-        )
+    def _add_slot(self, state: NativeState) -> None:
+        slot = self.pipeline.add_slot(**self.homes.slot_of(state))
+        self._slots[id(state.parameter)] = slot
+        if state.stored is not None:
+            state.stored.slot = slot
 
     # --- the step -------------------------------------------------------------------------------------------
 
@@ -270,6 +219,8 @@ class Engine:
         order = {unit: position for position, unit in enumerate(self._touched)}
         of_host = [pair for pair in work if pair[0].on_host and pair[0].parameter.numel() > 0]
         of_host.sort(key=lambda pair: self._position(pair[0], order))
+        if self._goes_backwards([state for state, _ in of_host]):
+            of_host.reverse()
         self._update(of_host, [pair for pair in work if not pair[0].on_host])
         self.streaming.rest()
 
@@ -357,7 +308,7 @@ class Engine:
         if state.streamed:
             self.streaming.open_for_writing([state.parameter])
         elif state.has_moved() and state.on_host and isinstance(state, NativeState):
-            self._slots[id(state.parameter)] = self._add_slot(state)
+            self._add_slot(state)
         state.adopt_parameter()
 
     def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
@@ -423,18 +374,26 @@ class Engine:
         return [] if reader is None or reader.done() else [ticket_of(reader)]
 
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:
+        values: list[tuple[Tensor, Tensor]] = []
         if self.config.poison_enabled:
             for state in states:
                 if not state.streamed:
-                    state.parameter.detach().fill_(float("nan"))
+                    weight, value = state.parameter.detach(), state.working_weight()
+                    values.append((weight, value if state.has_host_weight() else value.clone()))
         try:
-            return self.pipeline.submit(jobs, self.lanes.compute_stream())
+            for weight, _ in values:
+                weight.fill_(float("nan"))
+            if self.homes.store is not None:
+                self.homes.store.tell_written(self.pipeline.states_written)
+            return self.pipeline.submit(jobs, self.lanes.compute_stream(), backwards=self._goes_backwards(states))
         except BaseException:
-            if self.config.poison_enabled:
-                for state in states:
-                    if not state.streamed:
-                        state.parameter.detach().copy_(state.working_weight())
+            for weight, value in values:
+                weight.copy_(value)
             raise
+
+    def _goes_backwards(self, states: Sequence[ParameterState]) -> bool:
+        """Every other step over states on disk: what the one updated last is still in the window, and comes first."""
+        return self.homes.store is not None and max((state.step for state in states), default=0) % 2 == 1
 
     def _await(self, state: ParameterState, ticket: _native.Ticket) -> None:
         """The parameter is pending until `ticket` ends."""
@@ -535,7 +494,7 @@ class Engine:
 
     def _refuse_after_failure(self) -> None:
         """A failed update is told once as it was, then so: some parameters took the step, others did not."""
-        if self._failure is not None:
+        if self.has_failed:
             raise StateError(
                 "an earlier update failed, so weights and optimizer states are no longer those of one step: call "
                 f"offload.unwrap, load your last checkpoint and wrap again. The failure was: {self._failure}"
@@ -545,7 +504,9 @@ class Engine:
 
     @property
     def has_failed(self) -> bool:
-        """Whether an update failed, and the error was raised."""
+        """Whether an update failed, or a write of states to disk beside one, and the error was raised."""
+        if self._failure is None and self.homes.store is not None:
+            self._failure = self.homes.store.loss
         return self._failure is not None
 
     def abandon(self) -> None:
@@ -573,8 +534,10 @@ class Engine:
         _engines.discard(self)
         self._finalizer()
         self.drop_states()
+        if self.homes.store is not None:
+            self.homes.store.close()
         self.activations = None  # what graphs still hold keeps its lanes
-        del self.pipeline, self.lanes, self.transfers, self.pool, self.device, self.streaming
+        del self.pipeline, self.homes, self.lanes, self.transfers, self.pool, self.device, self.streaming
 
 
 def _in_backward() -> bool:

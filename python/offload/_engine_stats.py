@@ -62,6 +62,8 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         )
     refusals = {state.kernel_refusal: None for state in on_device if isinstance(state, NativeState)}
     fallbacks += [f"states on the device are updated by separate torch operations: {why}" for why in refusals if why]
+    paths = [] if engine.homes.store is None else engine.homes.store.store.stats()
+    fallbacks += list(_disk_fallbacks(paths))
     fallbacks += [
         f"{type(optimizer).__name__} has no native update: its own torch operations run on the "
         f"{engine.plan.optimizer} inside step()"
@@ -82,7 +84,30 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         peak_weight_bytes=resident_weights + engine.streaming.window.peak_bytes,
         activations=activations,
         resident_weights=tuple(_resident_weights(engine, parameters, buffers)),
+        disk=_disk_counters(engine, paths, pipeline) if paths else {},
     )
+
+
+def _disk_counters(engine: Engine, paths: Sequence[Mapping[str, Any]], pipeline: Mapping[str, int]) -> dict[str, int]:
+    assert engine.plan.disk_window is not None
+    return {
+        "allocated_bytes": sum(path["allocated_bytes"] for path in paths),
+        "window_bytes": engine.plan.disk_window.nbytes,
+        "read_bytes": sum(path["read_bytes"] for path in paths),
+        "written_bytes": sum(path["written_bytes"] for path in paths),
+        "kept_bytes": pipeline["disk_kept_bytes"],
+        "wait_ns": pipeline["disk_wait_ns"],
+    }
+
+
+def _disk_fallbacks(paths: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    for path in paths:
+        if path["backend"] != "io_uring":
+            yield f"{path['directory']} is read and written by threads: io_uring is refused, {path['uring_refusal']}"
+        if not path["direct"]:
+            yield f"{path['directory']} is read and written through the page cache: {path['direct_refusal']}"
+        if not path["reserved"]:
+            yield f"{path['directory']} has no space reserved: {path['reservation_refusal']}"
 
 
 def _resident_weights(

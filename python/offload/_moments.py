@@ -68,6 +68,13 @@ class Float32Moment:
         self._argument = argument
         self._value = allocate(torch.float32, "moments").zero_()
 
+    @classmethod
+    def over(cls, value: Tensor, argument: str) -> Float32Moment:
+        """Of a tensor that has its values already."""
+        moment = cls.__new__(cls)
+        moment._argument, moment._value = argument, value
+        return moment
+
     @property
     def nbytes(self) -> int:
         return self._value.nbytes

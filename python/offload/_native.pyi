@@ -101,7 +101,7 @@ class TransferQueue:
 
 # --- memory -----------------------------------------------------------------------------------------------
 
-Tag = Literal["weights", "master", "moments", "gradients", "activations", "staging"]
+Tag = Literal["weights", "master", "moments", "gradients", "activations", "staging", "window"]
 
 @final
 class HostBuffer:
@@ -297,8 +297,38 @@ def streaming_pass(
 # --- pipeline ---------------------------------------------------------------------------------------------
 
 @final
+class StateLayout:
+    """How the states of one parameter lie on disk: in chunks of elements, the arrays of a chunk side by side.
+
+    master, exp_avg, exp_avg_sq: bytes of an element of each, 0 for one that is not on disk.
+    """
+
+    def __init__(
+        self,
+        *,
+        master: int,
+        exp_avg: int,
+        exp_avg_sq: int,
+        element_count: int,
+        chunk_elements: int,
+        block_bytes: int,
+    ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
+    def chunks(self) -> list[tuple[int, int, int, int, tuple[int, int, int]]]:
+        """Of each: first element, elements, offset from the layout's beginning, bytes, offsets of its arrays in it."""
+
+@final
+class StateWindow:
+    """Frames of host memory that states on disk pass through while they are updated."""
+
+    def __init__(self, file: BlockFile, pool: HostPool, *, frame_bytes: int, frame_count: int) -> None: ...
+
+@final
 class StepPipeline:
-    def __init__(self, transfers: TransferQueue, *, chunk_elements: int = ...) -> None: ...
+    def __init__(
+        self, transfers: TransferQueue, *, chunk_elements: int = ..., window: StateWindow | None = None
+    ) -> None: ...
     def add_slot(
         self,
         *,
@@ -317,7 +347,10 @@ class StepPipeline:
         exp_avg_scales: int = 0,
         exp_avg_sq_scales: int = 0,
         rounding_seed: int = 0,
-    ) -> int: ...
+        layout: StateLayout | None = None,
+        disk_offset: int = 0,
+    ) -> int:
+        """Addresses are 0 for what is not there, or is on disk: those that `layout` has, from `disk_offset` on."""
     def submit(
         self,
         jobs: Sequence[
@@ -331,15 +364,20 @@ class StepPipeline:
             ]
         ],
         compute_stream: int = 0,
+        backwards: bool = False,
     ) -> list[Ticket]:
         """Jobs are (slot, gradient address, gradient format, tickets, scalars, factors).
 
         A job runs when every one of its tickets is done. A factor is (kind, address, value); the fp32 at a
-        non-zero address is read then.
+        non-zero address is read then. `backwards` runs through the chunks of each state on disk from the last one on.
         """
+    def states_written(self, slot: int) -> None:
+        """Somebody else wrote the slot's states on disk: what the window has of them is read anew."""
     def wait(self, tickets: Sequence[Ticket]) -> None: ...
     def stats(self) -> dict[str, int]:
-        """job_count, update_ns, blocked_ns."""
+        """job_count, update_ns, blocked_ns; of states on disk disk_read_bytes, disk_kept_bytes (in the window still),
+        disk_written_bytes, disk_wait_ns.
+        """
     def hold(self) -> None:
         """The sequencer starts no further job until release(): for tests."""
     def release(self) -> None: ...

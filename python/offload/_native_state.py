@@ -14,9 +14,10 @@ from ._adamw import adamw_step_, round_to_weight
 from ._grad_factors import scaled
 from ._kernels import Found, find_kernels
 from ._lion import lion_step_
-from ._moments import MOMENTS, RandomWords, moment_bytes, seed_of
+from ._moments import MOMENTS, Float32Moment, Moment, RandomWords, moment_bytes, seed_of
 from ._parameter_size import MOMENT_BLOCK
 from ._parameter_state import Allocate, ParameterState
+from ._state_store import StateStore
 
 
 class Hyper(Protocol):
@@ -33,6 +34,7 @@ class NativeState(ParameterState):
     """Master and moments of `parameter`; `moments` holds them by the name that a state_dict has for each."""
 
     may_split = True
+    may_be_stored = True
     # The optimizers that keep such a state, in words, and what a group of theirs must say.
     optimizers: ClassVar[str]
     hyperparameters: ClassVar[tuple[str, ...]]
@@ -55,14 +57,20 @@ class NativeState(ParameterState):
         split: bool,
         streamed: bool,
         allocate: Allocate,
+        store: StateStore | None = None,
         moments: str,
         rounding_seed: int,
     ) -> None:
-        super().__init__(name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate)
-        kept_as = MOMENTS[moments]
-        self.moments = {key: kept_as(allocate, argument) for key, argument in self.moment_arguments.items()}
+        super().__init__(
+            name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate, store=store
+        )
         self.rounding_seed = seed_of(name, rounding_seed)
         self.initial_moment = 0.0
+        if self.stored is None:
+            kept_as = MOMENTS[moments]
+            self.moments = {key: kept_as(allocate, argument) for key, argument in self.moment_arguments.items()}
+        else:
+            self._write_first_values(value)
         # Of states on the device: what updates them, or why torch operations do.
         found = Found(None, None)
         if not on_host:
@@ -81,21 +89,50 @@ class NativeState(ParameterState):
         each, block = moment_bytes(form)
         return [each * numel, block * -(-numel // MOMENT_BLOCK)] * len(cls.moment_arguments)
 
+    @torch.no_grad()
+    def _write_first_values(self, value: Tensor) -> None:
+        for piece in self.pieces(read=False):
+            self._seed(piece, value)
+            for moment in piece.moments.values():
+                moment.fill(0.0)
+
     def begin_moments(self, value: float) -> None:
         """Makes `value` what the moments of a state without a step are."""
-        self.initial_moment = value
-        self.reset_moments()
+        if value != self.initial_moment:
+            self.initial_moment = value
+            self.reset_moments()
 
     @torch.no_grad()
     def reset_moments(self) -> None:
-        for moment in self.moments.values():
-            moment.fill(self.initial_moment)
+        for piece in self.pieces():
+            for moment in piece.moments.values():
+                moment.fill(self.initial_moment)
 
     def tensors(self) -> list[Tensor]:
         return [*super().tensors(), *(part for moment in self.moments.values() for part in moment.tensors())]
 
+    @classmethod
+    def arrays_on_disk(cls, dtype: torch.dtype, *, split: bool, streamed: bool) -> dict[str, torch.dtype]:
+        arrays = super().arrays_on_disk(dtype, split=split, streamed=streamed)
+        return {**arrays, **dict.fromkeys(cls.moment_arguments.values(), torch.float32)}
+
+    def _named_moments(self, arrays: dict[str, Tensor]) -> dict[str, Moment]:
+        return {key: Float32Moment.over(arrays[argument], argument) for key, argument in self.moment_arguments.items()}
+
+    def moment_values(self) -> dict[str, Tensor]:
+        """In fp32: the live tensors where they are that, else new ones."""
+        if self.stored is None:
+            return {key: moment.value() for key, moment in self.moments.items()}
+        return {key: self._stored_value(argument).join() for key, argument in self.moment_arguments.items()}
+
+    def live_moments(self) -> Mapping[str, Any]:
+        """The moments where they lie: tensors, or what makes the values from them."""
+        if self.stored is None:
+            return {key: moment.live() for key, moment in self.moments.items()}
+        return {key: self._stored_value(argument) for key, argument in self.moment_arguments.items()}
+
     def native_moments(self) -> dict[str, int]:
-        """The moments as arguments of the native core; 0 for one that this optimizer does not keep."""
+        """The moments as arguments of the native core; 0 for one that this optimizer does not keep, or has on disk."""
         arguments = {"exp_avg": 0, "exp_avg_sq": 0, "rounding_seed": self.rounding_seed}
         for moment in self.moments.values():
             arguments |= moment.native()

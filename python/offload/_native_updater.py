@@ -33,8 +33,6 @@ _KINDS: dict[type[torch.optim.Optimizer], type[NativeState]] = {
 class NativeUpdater:
     """Updates through the engine's states; see `_optimizer.Updater`."""
 
-    announces_updates = True
-
     def __init__(self, original: torch.optim.Optimizer, engine: Engine) -> None:
         self.engine = engine
         self._original = original
@@ -46,6 +44,11 @@ class NativeUpdater:
             self._check_state(parameter, saved)
             if parameter.requires_grad or saved:
                 engine.check_trainable(parameter)
+
+    @property
+    def announces_updates(self) -> bool:
+        """Copies of what is on disk are read back in the order of its updates: they cannot be waited for in one."""
+        return self.engine.homes.store is None
 
     def begin(self) -> None:
         pairs = self._originals()

@@ -30,8 +30,10 @@ class Updater(Protocol):
     """
 
     engine: Engine
-    # Whether the engine asks before each update of a step (`Engine.before_update`).
-    announces_updates: bool
+
+    @property
+    def announces_updates(self) -> bool:
+        """Whether the engine asks before each update of a step (`Engine.before_update`)."""
 
     def begin(self) -> None:
         """Makes the states of its parameters, which are where they will be, and takes copies of those it has."""
@@ -220,7 +222,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Current values: reading it waits for the submitted update. Tensors lie where the states do, and as in torch
         they are the live ones, which the next `step()` writes to: save them, or deep-copy them, before it. A split
         master is joined into a new tensor, and `moments` in bf16 or int8 are given as new ones in fp32; use
-        `load_state_dict` to write them.
+        `load_state_dict` to write them. States on disk are read into new tensors, all of them and beside the host
+        budget: `offload.save_checkpoint` streams them.
         """
         if not self._adopting:
             return defaultdict(dict)
@@ -285,7 +288,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the end --------------------------------------------------------------------------------------------
 
     def plain_states(self) -> dict[Any, Any]:
-        """The states as stock torch would hold them."""
+        """The states as stock torch would hold them; a save that is still being written needs those here no more."""
+        self._announce_change()
         return self._updater.plain_states()
 
     def release(self, states: Mapping[Any, Any]) -> torch.optim.Optimizer:

@@ -17,8 +17,9 @@ class ParameterSize:
     """One parameter as the plan sees it; a tied parameter appears once.
 
     numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`). may_split: its
-    optimizer can use a split master. moment_bytes: what that keeps beside a master, an element, and moment_block_bytes
-    for each MOMENT_BLOCK elements. unit: what it is streamed with; stays: it is on the device all the same.
+    optimizer can use a split master; may_be_stored: it can have its states on disk. moment_bytes: what that keeps
+    beside a master, an element, and moment_block_bytes for each MOMENT_BLOCK elements. unit: what it is streamed with;
+    stays: it is on the device all the same.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ParameterSize:
     moment_bytes: int = 8
     moment_block_bytes: int = 0
     stays: bool = False
+    may_be_stored: bool = True
 
     @property
     def moments(self) -> int:

@@ -6,6 +6,9 @@ A state holds an exact fp32 master of the weight, in one of three forms:
 - split (bf16 on the host): the working weight plus an int16 `remainder`; no second copy of the weight exists;
 - 16-bit with an fp32 `master` beside the working weight.
 
+States on disk have the same forms, but for the working weight, which stays in memory: that of an fp32 parameter is the
+parameter itself. What changes a state goes over its pieces, of which one in memory has a single one.
+
 On the device the working weight is the parameter; on the host it is a buffer that the parameter is refilled from.
 A split master needs that buffer: it tells which elements of a parameter the user has overwritten.
 
@@ -14,8 +17,9 @@ A `NativeState` (_native_state.py) holds the optimizer's moments too; classes th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +27,7 @@ from torch.nn import Parameter
 
 from ._adamw import join_master, round_to_weight, split_master, write_weight
 from ._errors import StateError
+from ._state_store import StateStore, StoredArrays
 
 # No parameter has it: the next step compares the parameter with its working weight.
 _UNKNOWN_VERSION = -1
@@ -47,15 +52,84 @@ class SplitMaster:
         bits.copy_(self.weight.view(torch.int16)).bitwise_left_shift_(16).add_(self.remainder)
 
 
+@dataclass(frozen=True)
+class StoredValue:
+    """An fp32 array of a state on disk, read where it is asked for; of a parameter with this shape and these strides.
+
+    weight: the upper halves of its values, where the array has the remainders of split masters.
+    """
+
+    stored: StoredArrays
+    array: str
+    shape: torch.Size
+    strides: tuple[int, ...]
+    weight: Tensor | None = None
+
+    def read_into(self, out: Tensor, first: int) -> None:
+        """Fills `out` (flat fp32) with elements from `first` on, in storage order."""
+        if self.weight is None:
+            self.stored.read(self.array, first, out)
+            return
+        remainder = torch.empty(out.numel(), dtype=torch.int16, device="cpu")
+        self.stored.read(self.array, first, remainder)
+        SplitMaster(_flat(self.weight)[first : first + out.numel()], remainder).join_into(out)
+
+    def is_contiguous(self) -> bool:
+        """Whether storage order is that of the elements."""
+        return torch.empty_strided(self.shape, self.strides, device="meta").is_contiguous()
+
+    def join(self) -> Tensor:
+        """A tensor of it in host memory."""
+        value = torch.empty_strided(self.shape, self.strides, dtype=torch.float32, device="cpu")
+        self.read_into(_flat(value), 0)
+        return value
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements of a state that are in memory together.
+
+    `weight` is the host's working copy, where there is one beside the master; `of` gives the same elements of any
+    tensor of the parameter's shape.
+    """
+
+    weight: Tensor | None
+    master: Tensor | None
+    remainder: Tensor | None
+    moments: Mapping[str, Any]
+    of: Callable[[Tensor], Tensor]
+
+    def set_master(self, value: Tensor) -> None:
+        if self.remainder is not None:
+            weight, low = split_master(value)
+            self.remainder.copy_(low)
+            assert self.weight is not None
+            self.weight.copy_(weight)
+        elif self.master is not None:
+            self.master.copy_(value)
+            if self.weight is not None:
+                self.weight.copy_(round_to_weight(value, self.weight.dtype))
+
+    def adopt(self, changed: Tensor, weight: Tensor) -> None:
+        """The 16-bit `weight` is the master where it has changed."""
+        if self.remainder is not None:
+            self.remainder.masked_fill_(changed, 0)
+        elif self.master is not None:
+            self.master.copy_(torch.where(changed, weight.to(torch.float32), self.master))
+
+
 class ParameterState:
     """The master of `parameter`, and how many updates it had in `step`.
 
     `allocate(dtype, tag)` gives a tensor with the parameter's shape and strides, on the tier of the state. `value` has
     the parameter's values: itself, or the host bytes of a streamed one, which are its working weight on the host.
+    store: where master and moments go, None: to that tier. The update of such a state runs on the host all the same.
     """
 
     # Whether the master may be split: only the native update reads and writes one.
     may_split = False
+    # Whether it may live on disk: torch's own classes want tensors.
+    may_be_stored = False
 
     @classmethod
     def moment_bytes(cls, form: str) -> tuple[int, int]:
@@ -75,6 +149,7 @@ class ParameterState:
         split: bool,
         streamed: bool,
         allocate: Allocate,
+        store: StateStore | None = None,
     ) -> None:
         self.name = name
         self.parameter = parameter
@@ -86,14 +161,20 @@ class ParameterState:
         self._host_weight: Tensor | None = None
         # A streamed weight on the host is the model's own: a master that was loaded waits here for the next step.
         self._loaded: Tensor | None = None
+        self.moments: dict[str, Any] = {}
+        self.stored: StoredArrays | None = None
         if on_host and parameter.dtype != torch.float32:
             self._host_weight = allocate(parameter.dtype, "weights")
-        if split:
-            self.remainder = allocate(torch.int16, "master").zero_()
-        elif on_host or parameter.dtype != torch.float32:
-            self.master = allocate(torch.float32, "master")
+        arrays = self.arrays_on_disk(parameter.dtype, split=split, streamed=streamed)
+        if store is not None:
+            self.stored = store.place(name, arrays, parameter.numel())
+        if self.stored is None or "master" not in arrays:
+            if split:
+                self.remainder = allocate(torch.int16, "master").zero_()
+            elif on_host or parameter.dtype != torch.float32:
+                self.master = allocate(torch.float32, "master")
         with torch.no_grad():
-            if on_host and not streamed:
+            if self.has_host_weight() and not streamed:
                 self.working_weight().copy_(value)
             if self.master is not None and self.master.data_ptr() != value.data_ptr():
                 self.master.copy_(value)
@@ -117,9 +198,47 @@ class ParameterState:
             )
         return True
 
+    @classmethod
+    def arrays_on_disk(cls, dtype: torch.dtype, *, split: bool, streamed: bool) -> dict[str, torch.dtype]:
+        """What of the state of a parameter of this dtype lives on disk, by the native core's names.
+
+        The master of a streamed fp32 parameter is its weight on the host, and stays there.
+        """
+        if streamed and dtype == torch.float32:
+            return {}
+        return {"master": torch.int16 if split else torch.float32}
+
+    def pieces(self, *, read: bool = True, write: bool = True) -> Iterator[Piece]:
+        """All of the state, a piece at a time. read: with its values; write: changes are kept."""
+        if self.stored is None:
+            yield Piece(self._host_weight, self.master, self.remainder, self.moments, _whole)
+            return
+        for chunk, arrays in self.stored.edit(read=read, write=write):
+            of = _Stretch(self.parameter, chunk.begin, chunk.count)
+            master = arrays.pop("master", None)
+            is_split = master is not None and master.dtype == torch.int16
+            yield Piece(
+                weight=None if self._host_weight is None else of(self._host_weight),
+                master=of(self.master) if self.master is not None else None if is_split else master,
+                remainder=master if is_split else None,
+                moments=self._named_moments(arrays),
+                of=of,
+            )
+
+    def _named_moments(self, arrays: dict[str, Tensor]) -> Mapping[str, Any]:
+        return arrays
+
+    def _stored_value(self, array: str, weight: Tensor | None = None) -> StoredValue:
+        assert self.stored is not None
+        return StoredValue(self.stored, array, self.parameter.shape, self.parameter.stride(), weight)
+
+    def has_host_weight(self) -> bool:
+        """Whether the host has a copy of the weight, in `working_weight()`."""
+        return self.on_host and (self._host_weight is not None or self.master is not None)
+
     def working_weight(self) -> Tensor:
-        """What the parameter is refilled from (host), or the parameter's own values (device)."""
-        if not self.on_host:
+        """What the parameter is refilled from, or its own values: on the device, and of fp32 with states on disk."""
+        if not self.has_host_weight():
             return self.parameter.detach()
         if self._host_weight is not None:
             return self._host_weight
@@ -132,18 +251,20 @@ class ParameterState:
         return [part for part in parts if part is not None]
 
     def master_value(self) -> Tensor:
-        """The fp32 master: the live tensor where one exists, a new one for a split master."""
+        """The fp32 master: the live tensor where one exists, a new one for a split master and for one on disk."""
+        master = self.live_master()
+        return master if isinstance(master, Tensor) else master.join()
+
+    def live_master(self) -> Tensor | SplitMaster | StoredValue:
+        """The master where it lies: nothing is joined or read."""
         if self._loaded is not None:
             return self._loaded
+        if self.stored is not None and "master" in self.stored.dtypes:
+            is_split = self.stored.dtypes["master"] == torch.int16
+            return self._stored_value("master", self._host_weight if is_split else None)
         if self.remainder is not None:
-            return join_master(self.working_weight(), self.remainder)
-        return self.master if self.master is not None else self.working_weight()
-
-    def live_master(self) -> Tensor | SplitMaster:
-        """The master where it lies: nothing is joined."""
-        if self._loaded is None and self.remainder is not None:
             return SplitMaster(self.working_weight(), self.remainder)
-        return self.master_value()
+        return self.master if self.master is not None else self.working_weight()
 
     @torch.no_grad()
     def set_master(self, value: Tensor) -> None:
@@ -152,30 +273,25 @@ class ParameterState:
         The parameter itself is not written: `adopt_parameter` decides at the next step whether it still agrees.
         """
         tier = torch.device("cpu") if self.on_host else self.parameter.device
-        value = value.to(device=tier, dtype=torch.float32)
         if self.streamed and self.on_host:
-            self._loaded = value.clone()
-        elif self.remainder is not None:
-            weight, low = split_master(value)
-            self.remainder.copy_(low)
-            self.working_weight().copy_(weight)
-        elif self.master is not None:
-            self.master.copy_(value)
-            if self._host_weight is not None:
-                self._host_weight.copy_(round_to_weight(value, self.parameter.dtype))
+            self._loaded = value.to(device=tier, dtype=torch.float32, copy=True)
+        else:
+            for piece in self.pieces():
+                piece.set_master(piece.of(value).to(device=tier, dtype=torch.float32))
         self.version = _UNKNOWN_VERSION
 
     @torch.no_grad()
     def adopt_host_weight(self) -> None:
         """A streamed parameter is away: a loaded master counts where the weight is its value."""
         if self._loaded is not None and self.parameter.dtype != torch.float32:
-            weight = self.working_weight()
-            if self.remainder is not None:
-                rounded, low = split_master(self._loaded)
-                self.remainder.copy_(low.masked_fill(rounded.view(torch.int16) != weight.view(torch.int16), 0))
-            elif self.master is not None:
-                changed = round_to_weight(self._loaded, weight.dtype).view(torch.int16) != weight.view(torch.int16)
-                self.master.copy_(torch.where(changed, weight.to(torch.float32), self._loaded))
+            for piece in self.pieces():
+                weight, loaded = piece.of(self.working_weight()), piece.of(self._loaded)
+                changed = round_to_weight(loaded, weight.dtype).view(torch.int16) != weight.view(torch.int16)
+                if piece.remainder is not None:
+                    piece.remainder.copy_(split_master(loaded)[1])
+                elif piece.master is not None:
+                    piece.master.copy_(loaded)
+                piece.adopt(changed, weight)
         self._loaded = None
         self.version = self.parameter._version
 
@@ -183,11 +299,17 @@ class ParameterState:
     def seed_master(self) -> None:
         """Makes the working weight the master: its low bits are forgotten."""
         self._loaded = None
-        if self.remainder is not None:
-            self.remainder.zero_()
-        elif self.master is not None and self.parameter.dtype != torch.float32:
-            self.master.copy_(self.working_weight())
+        if self.parameter.dtype != torch.float32:
+            for piece in self.pieces():
+                self._seed(piece, self.working_weight())
         self.version = _UNKNOWN_VERSION
+
+    @staticmethod
+    def _seed(piece: Piece, value: Tensor) -> None:
+        if piece.remainder is not None:
+            piece.remainder.zero_()
+        elif piece.master is not None:
+            piece.master.copy_(piece.of(value))
 
     @torch.no_grad()
     def adopt_parameter(self) -> None:
@@ -205,19 +327,51 @@ class ParameterState:
         self.version, self.address = version, address
 
     def _take_values(self) -> None:
-        new = self.parameter.detach().to(self.working_weight().device)
-        if new.dtype != torch.float32:
-            old = self.working_weight() if self.on_host else round_to_weight(self.master_value(), new.dtype)
-            changed = new.view(torch.int16) != old.view(torch.int16)
-            if self.remainder is not None:
-                self.remainder.masked_fill_(changed, 0)
-            elif self.master is not None:
-                self.master.copy_(torch.where(changed, new.to(torch.float32), self.master))
-        if self.on_host:
-            self.working_weight().copy_(new)
+        value = self.parameter.detach()
+        if value.dtype == torch.float32 and self.has_host_weight():  # its master, in one piece wherever moments are
+            self.working_weight().copy_(value)
+            return
+        tier = torch.device("cpu") if self.on_host else value.device
+        for piece in self.pieces():
+            new = piece.of(value).to(tier)
+            if new.dtype != torch.float32:
+                old = piece.weight
+                if old is None:
+                    assert piece.master is not None
+                    old = round_to_weight(piece.master, new.dtype)
+                piece.adopt(new.view(torch.int16) != old.view(torch.int16), new)
+            home = piece.master if piece.weight is None else piece.weight
+            if self.on_host and home is not None:
+                home.copy_(new)
 
     @torch.no_grad()
     def follow_master(self) -> None:
         """The fp32 master was written: the working weight becomes its rounded value."""
         if self.parameter.dtype != torch.float32:
             write_weight(self.working_weight(), self.master_value())
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A dense tensor's elements in storage order."""
+    return tensor.as_strided((tensor.numel(),), (1,))
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """`count` elements from `begin` on, in the storage order of `parameter`, of tensors of its shape."""
+
+    parameter: Parameter
+    begin: int
+    count: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        like = self.parameter
+        if tensor.stride() != like.stride() and not (tensor.is_contiguous() and like.is_contiguous()):
+            tensor = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+                tensor
+            )
+        return _flat(tensor)[self.begin : self.begin + self.count]

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ._config import Config, Tier, format_size
+from ._disk_window import DiskWindow, plan_window
 from ._errors import InvalidArgument, OutOfHostMemory
 from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
+from ._tier_bytes import TierBytes, table
 
 __all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
 
 Placement = Literal["device", "host"]
-OptimizerPlacement = Literal["device", "host", "mixed"]
+OptimizerPlacement = Literal["device", "host", "disk", "mixed"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
 MasterForm = Literal["none", "fp32", "split", "mixed"]
 
@@ -24,6 +26,9 @@ _SPLIT_MASTER_BYTES = 2
 _ACTIVATION_SHARE = 0.25
 # Of what the host budget has left, what activations may take: they are most of what is not planned by size.
 _ACTIVATIONS_HOST_SHARE = 0.75
+# Of what the host budget has left, what the window of states on disk takes, and no more than so many bytes: it keeps
+# what fits of states that are many times larger as a rule.
+_WINDOW_SHARE, _MOST_WINDOW_BYTES = 0.5, 1 << 30
 # How many units of weights are sent for ahead of their use. With one, the link waits from the end of an upload until
 # the next touch sends for another; with a second one queued behind it, it does not while touches come as fast as
 # uploads. More would only smooth units of unequal size. Neither the rate of the link nor the compute of a unit is
@@ -34,32 +39,14 @@ _HOST_SHARE_FOR_OTHERS = 0.10
 
 
 @dataclasses.dataclass(frozen=True)
-class TierBytes:
-    """Bytes of one tier by kind.
-
-    working: host copies of weights, the source of their upload; gradients: also, on the host,
-    the copies that a host update of device gradients reads.
-    """
-
-    weights: int = 0
-    working: int = 0
-    master: int = 0
-    moments: int = 0
-    gradients: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(dataclasses.astuple(self))
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
     """What was chosen, what it takes and why.
 
-    `device` and `host` are bytes by kind; `resident` is what the device would hold with nothing
-    offloaded. Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what
-    activations may take on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params on
-    the host. kept_states: with a mixed optimizer, the parameters whose states stay on the device.
+    `device`, `host` and `disk` are bytes by kind; `resident` is what the device would hold with nothing offloaded.
+    Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what activations may take
+    on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params on the host.
+    kept_states: with a mixed optimizer, the parameters whose states stay on the device. disk_window: with the optimizer
+    on disk, what its states pass through.
     """
 
     optimizer: OptimizerPlacement
@@ -79,6 +66,8 @@ class Plan:
     activation_host_bytes: int = 0
     prefetch: int = _LEAST_PREFETCH
     kept_states: frozenset[str] = frozenset()
+    disk: TierBytes = dataclasses.field(default_factory=TierBytes)
+    disk_window: DiskWindow | None = None
 
     def keeps_state(self, name: str) -> bool:
         """Whether the optimizer state of this parameter is on the device."""
@@ -90,7 +79,7 @@ class Plan:
 
     def explain(self) -> str:
         """The plan as text: one line a kind, then the reasons."""
-        return _table(self.device, self.host) + "\n" + "\n".join(f"- {line}" for line in self.reason)
+        return table(self.device, self.host, self.disk) + "\n" + "\n".join(f"- {line}" for line in self.reason)
 
 
 # [Note: bytes a parameter] By tier, for weights of 2 bytes (bf16, fp16) and of 4 (fp32):
@@ -100,6 +89,8 @@ class Plan:
 #            master 4 for 16-bit weights; an fp32 weight is its own master
 #   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
+#   states on disk         as on the host, but for the working copy of 16-bit weights, which stays there; an fp32 weight
+#            on the device has none, and one on the host is its own master there. The host has the window too
 #   weights on the host    a working copy of 2 | 4, where no state on the host has it already
 #   gradient 2 | 4, where gradients live; a host update of device gradients needs them on the host too
 # A frozen parameter has its weight and nothing else. With a mixed optimizer each state counts where it is, and
@@ -132,19 +123,24 @@ def make_plan(
     device_capacity, device_note = _device_capacity(config, device_bytes)
     host_capacity, host_note = _host_capacity(config, host_bytes)
 
-    candidates = _candidates(config)
     tried: list[str] = []
-    for choice in candidates:
+    refusal: str | None = None  # of the least offloading that fits the device, and not the host
+    for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
         device, host = sizes.by_tier(*choice)
-        if device.total <= device_capacity:
+        window = sizes.window(host_capacity - host.total) if choice[0] == "disk" else None
+        if window is not None:
+            host = dataclasses.replace(host, window=window.nbytes)
+        if device.total > device_capacity:
+            tried.append(_over(choice, device, device_capacity, "device"))
+        elif host.total > host_capacity:
+            tried.append(_over(choice, host, host_capacity, "host"))
+            refusal = refusal or _too_small("host", device, host, host_capacity, host_note, config)
+        else:
             break
-        tried.append(
-            f"{_words(choice)} would take {format_size(device.total)} of {format_size(device_capacity)} device memory"
-        )
     else:
+        if refusal is not None:
+            raise OutOfHostMemory(refusal)
         raise InvalidArgument(_too_small("device", device, host, device_capacity, device_note, config))
-    if host.total > host_capacity:
-        raise OutOfHostMemory(_too_small("host", device, host, host_capacity, host_note, config))
 
     optimizer, gradients, params = choice
     kept = sizes.kept_states(optimizer, params)
@@ -162,6 +158,12 @@ def make_plan(
     if kept:
         reason.append(sizes.words_of(kept))
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
+    disk = sizes.on_disk(params) if optimizer == "disk" else TierBytes()
+    if window is not None:
+        reason.append(
+            f"disk: {format_size(disk.total)} in {', '.join(config.disk_paths)}, through a window of "
+            f"{format_size(window.nbytes)} host memory"
+        )
     activations, activation_host_bytes = _activations(config, host_capacity - host.total)
     if activations == "device":
         reason.append("activations stay on the device")
@@ -191,6 +193,8 @@ def make_plan(
         activation_host_bytes=activation_host_bytes,
         prefetch=prefetch,
         kept_states=kept,
+        disk=disk,
+        disk_window=window,
     )
 
 
@@ -241,8 +245,11 @@ class _Sizes:
         staying = [p for p in self.trainable if optimizer == "device" or p.name in kept]
         leaving = [p for p in self.trainable if optimizer != "device" and p.name not in kept]
         working = sum(p.numel * p.itemsize for p in leaving if p.itemsize == 2)
+        on_disk = optimizer == "disk"
         if params == "host":  # fp32 masters on the host are what their weights are uploaded from
-            working = self.weights - sum(p.numel * p.itemsize for p in leaving if p.itemsize == 4)
+            working = self.weights
+            if not on_disk:
+                working -= sum(p.numel * p.itemsize for p in leaving if p.itemsize == 4)
         gone = [] if gradients == "device" else leaving or staying
         device = TierBytes(
             weights=self.weights if params == "device" else min(self.weights, window),
@@ -252,11 +259,30 @@ class _Sizes:
         )
         host = TierBytes(
             working=working,
-            master=sum(p.numel * _host_master_bytes(p, self.config) for p in leaving),
-            moments=sum(p.moments for p in leaving),
+            master=0 if on_disk else sum(p.numel * _host_master_bytes(p, self.config) for p in leaving),
+            moments=0 if on_disk else sum(p.moments for p in leaving),
             gradients=self._gradient_bytes(leaving or gone),
         )
         return device, host
+
+    def on_disk(self, params: Placement) -> TierBytes:
+        """Disk bytes of the states, but for what rounding to blocks adds."""
+        return TierBytes(
+            master=sum(
+                p.numel * _host_master_bytes(p, self.config)
+                for p in self.trainable
+                if p.itemsize == 2 or params == "device"
+            ),
+            moments=sum(p.numel * p.moment_bytes for p in self.trainable),
+        )
+
+    def window(self, host_bytes_left: int) -> DiskWindow:
+        """What states on disk pass through, of what the host budget leaves."""
+        wanted = self.config.disk_window_bytes
+        if wanted is None:
+            wanted = min(int(host_bytes_left * _WINDOW_SHARE), _MOST_WINDOW_BYTES)
+        largest = max((_host_master_bytes(p, self.config) + p.moment_bytes for p in self.trainable), default=1)
+        return plan_window([p.numel for p in self.trainable], largest, wanted)
 
     def _gradient_bytes(self, parameters: Sequence[ParameterSize]) -> int:
         return sum(p.numel * (self.gradient_itemsize or p.itemsize) for p in parameters)
@@ -285,8 +311,8 @@ def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
             )
 
 
-def _candidates(config: Config) -> list[_Choice]:
-    """Placements of (optimizer, gradients, params) that the config allows, the least offloaded first."""
+def _candidates(config: Config, *, may_store: bool = True) -> list[_Choice]:
+    """Placements of (optimizer, gradients, params) that the config allows, the least offloaded first, disk last."""
     optimizer = _optimizer_of(config)
     order: list[tuple[OptimizerPlacement, Placement]] = [
         ("device", "device"),
@@ -299,10 +325,18 @@ def _candidates(config: Config) -> list[_Choice]:
     if optimizer == config.gradients == "auto":
         order.remove(("device", "host"))  # optimizer states go first
     pairs = [pair for pair in order if _allows(optimizer, pair[0]) and _allows(config.gradients, pair[1])]
+    on_disk: list[tuple[OptimizerPlacement, Placement]] = []
+    if optimizer == "disk" or (optimizer == "auto" and config.disk_path is not None and may_store):
+        places: tuple[Placement, ...] = ("device", "host")
+        on_disk = [("disk", place) for place in places if _allows(config.gradients, place)]
+    return _with_params(pairs, config) + _with_params(on_disk, config)
+
+
+def _with_params(pairs: list[tuple[OptimizerPlacement, Placement]], config: Config) -> list[_Choice]:
     on_device: list[_Choice] = [(*pair, "device") for pair in pairs]
     on_host: list[_Choice] = [(*pair, "host") for pair in pairs]
     if config.params == "auto":
-        return [*on_device, on_host[-1]]  # weights go last
+        return [*on_device, *on_host[-1:]]  # weights go last
     return on_host if config.params == "host" else on_device
 
 
@@ -316,6 +350,7 @@ def _optimizer_of(config: Config) -> Tier | Literal["mixed"]:
 def _words(choice: _Choice) -> str:
     optimizer, gradients, params = choice
     states = "optimizer in part on the host" if optimizer == "mixed" else f"optimizer on the {optimizer}"
+    states = "optimizer on disk" if optimizer == "disk" else states
     return f"{states}, gradients on the {gradients} and params on the {params}"
 
 
@@ -356,7 +391,7 @@ def _activations(config: Config, host_bytes_left: int) -> tuple[ActivationPlacem
 def _chosen(config: Config) -> str:
     if "auto" not in (config.optimizer, config.gradients, config.params):
         return "as asked"
-    return "the least offloading that fits the device budget"
+    return "the least offloading that fits the budgets"
 
 
 def _too_small(
@@ -368,9 +403,11 @@ def _too_small(
     config: Config,
 ) -> str:
     needed = device.total if tier == "device" else host.total
-    offloads_all = _candidates(config)[-1] == ("host", "host", "host")
+    offloads_all = _candidates(config)[-1] in (("host", "host", "host"), ("disk", "host", "host"))
     if tier == "host":
         remedy = "raise host_budget, free host memory, or keep more on the device"
+        if config.disk_path is None:
+            remedy += "; with disk_path= optimizer states may live on disk"
     elif offloads_all:
         remedy = "raise device_budget, or use a model with smaller units: this is what offloading all of it leaves"
     else:
@@ -379,15 +416,9 @@ def _too_small(
         )
     return (
         f"the {tier} budget is too small: {format_size(needed)} needed, {format_size(capacity)} available "
-        f"({note}); {remedy}\n{_table(device, host)}"
+        f"({note}); {remedy}\n{table(device, host)}"
     )
 
 
-def _table(device: TierBytes, host: TierBytes) -> str:
-    rows = [("", "device", "host")]
-    rows += [
-        (field.name, format_size(getattr(device, field.name)), format_size(getattr(host, field.name)))
-        for field in dataclasses.fields(TierBytes)
-    ]
-    rows.append(("total", format_size(device.total), format_size(host.total)))
-    return "\n".join(f"{kind:<10}{on_device:>14}{on_host:>14}" for kind, on_device, on_host in rows)
+def _over(choice: _Choice, needed: TierBytes, capacity: int, tier: str) -> str:
+    return f"{_words(choice)} would take {format_size(needed.total)} of {format_size(capacity)} {tier} memory"

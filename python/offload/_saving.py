@@ -39,7 +39,7 @@ from ._durable_files import WrittenFile
 from ._errors import InvalidArgument
 from ._moments import Int8Moment
 from ._optimizer import OffloadOptimizer
-from ._parameter_state import SplitMaster
+from ._parameter_state import SplitMaster, StoredValue
 from ._probe import probe_host
 from ._snapshot import CopyBeforeChange, TensorFile, Value, copied, shared_names
 from ._wrap import as_list, engine_of
@@ -320,7 +320,7 @@ def _on_host(
                 found[name] = weight
         elif (
             state is not None
-            and state.on_host
+            and state.has_host_weight()
             and state.version == parameter._version
             and state.address == parameter.data_ptr() == weight.data_ptr()
         ):
@@ -352,7 +352,7 @@ def _describe(packed: Mapping[str, Any], names: list[list[str]], states: dict[st
         rest[index], keys[index] = {}, []
         for key, value in entries.items():
             name = f"{name_of[index]}.{key}"
-            if isinstance(value, (Tensor, SplitMaster, Int8Moment)) and name not in states:
+            if isinstance(value, (Tensor, SplitMaster, StoredValue, Int8Moment)) and name not in states:
                 states[name] = value
                 keys[index].append(key)
             else:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ._moments import Int8Moment
-from ._parameter_state import SplitMaster
+from ._parameter_state import SplitMaster, StoredValue
 from ._safetensors import lay_out
 
 __all__ = ["Cast", "CopyBeforeChange", "TensorFile", "Value", "copied", "shared_names"]
@@ -38,14 +38,14 @@ class Cast:
         return self.value.to(self.dtype)
 
 
-Value = Tensor | SplitMaster | Cast | Int8Moment
+Value = Tensor | SplitMaster | StoredValue | Cast | Int8Moment
 
 
 class TensorFile:
     """The bytes of one safetensors file, taken in their order. Threads: any may call any method."""
 
     def __init__(self, values: Mapping[str, Value], metadata: Mapping[str, str]) -> None:
-        described = [(name, _dtype_of(value), tuple(_part_of(value).shape)) for name, value in values.items()]
+        described = [(name, _dtype_of(value), tuple(_shape_of(value))) for name, value in values.items()]
         layout = lay_out(described, metadata)
         self.nbytes = layout.nbytes
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
@@ -141,16 +141,17 @@ class _Source:
     def addresses(self) -> list[int]:
         """Of the live tensors that are read."""
         value = self._value
-        if value is None:
-            return []
+        parts: Sequence[Tensor] = ()
         if isinstance(value, SplitMaster):
-            parts: Sequence[Tensor] = (value.weight, value.remainder)
-        else:
-            parts = value.tensors() if isinstance(value, Int8Moment) else (_part_of(value),)
+            parts = (value.weight, value.remainder)
+        elif isinstance(value, Int8Moment):
+            parts = value.tensors()
+        elif isinstance(value, (Tensor, Cast)):  # what is on disk has none
+            parts = (value.value if isinstance(value, Cast) else value,)
         return [part.data_ptr() for part in parts if part.numel() > 0]
 
     def read(self, out: Tensor, begin: int) -> None:
-        """Writes the bytes from `begin` on, as many as `out` has; for a split master these are whole elements."""
+        """Writes the bytes from `begin` on, as many as `out` has; of what is no tensor these are whole elements."""
         if out.numel() == 0:
             return
         value = self._value
@@ -159,6 +160,9 @@ class _Source:
             first, count = begin // 4, out.numel() // 4
             part = SplitMaster(*(half.view(-1)[first : first + count] for half in (value.weight, value.remainder)))
             part.join_into(out.view(torch.float32))
+            return
+        if isinstance(value, StoredValue) and value.is_contiguous():
+            value.read_into(out.view(torch.float32), begin // 4)
             return
         if self._bytes is None:
             whole = value if isinstance(value, Tensor) else value.join()
@@ -183,16 +187,14 @@ def copied(value: Tensor) -> Tensor:
     return value.detach().to("cpu", copy=True)
 
 
-def _part_of(value: Value) -> Tensor:
+def _shape_of(value: Value) -> torch.Size:
     if isinstance(value, SplitMaster):
-        return value.weight
-    if isinstance(value, Int8Moment):
-        return value.codes
-    return value.value if isinstance(value, Cast) else value
+        return value.weight.shape
+    return value.value.shape if isinstance(value, Cast) else value.shape
 
 
 def _dtype_of(value: Value) -> torch.dtype:
-    return torch.float32 if isinstance(value, SplitMaster) else value.dtype
+    return torch.float32 if isinstance(value, (SplitMaster, StoredValue)) else value.dtype
 
 
 def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:

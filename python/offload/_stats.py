@@ -35,6 +35,8 @@ class Stats:
     activations: of the latest forward, bytes that could leave, that left, and that the host budget kept on the device.
     resident_weights: with `params="host"`, what does not come and go with its unit, and why: always on the device, or
     from the beginning of a forward to the end of its backward.
+    disk: with states on disk, bytes that the files and the window take, that were read and written, and that needed no
+    reading, being in the window still (kept_bytes); wait_ns: how long the update waited for the disk.
     """
 
     steps: int
@@ -51,6 +53,7 @@ class Stats:
     peak_weight_bytes: int = 0
     activations: Mapping[str, int] = dataclasses.field(default_factory=dict)
     resident_weights: tuple[ResidentWeight, ...] = ()
+    disk: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def hidden_share(self) -> float | None:
@@ -80,6 +83,7 @@ class Stats:
         rows.append(("host memory", memory))
         rows += [(f"pool {name}", _counter(name, value)) for name, value in self.pool.items()]
         rows += [(f"transfers {name}", _counter(name, value)) for name, value in self.transfers.items()]
+        rows += [(f"disk {name}", _counter(name, value)) for name, value in self.disk.items()]
         rows.append(("host update", f"{self.update_s:.3f} s, {self.blocked_s:.3f} s waited for, {hidden}"))
         rows.append(("instruction set", self.isa))
         rows += [("fallback", text) for text in self.fallbacks]

@@ -35,8 +35,6 @@ _SEARCH_DEPTH = 3
 class TorchUpdater:
     """Steps a twin of `original`; see the module's text and `_optimizer.Updater`."""
 
-    announces_updates = False
-
     def __init__(self, original: Optimizer, engine: Engine) -> None:
         self.engine = engine
         self._original = original
@@ -48,6 +46,10 @@ class TorchUpdater:
             for parameter in group["params"]:
                 if parameter.requires_grad or original.state.get(parameter):
                     engine.check_trainable(parameter)
+
+    @property
+    def announces_updates(self) -> bool:
+        return False
 
     def begin(self) -> None:
         original = self._original

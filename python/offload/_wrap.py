@@ -76,6 +76,7 @@ def wrap(
     Raises:
         InvalidArgument: an option, model or optimizer that is not legal, or a budget that is too small.
         OutOfHostMemory: the host budget cannot hold what the plan puts there.
+        StorageError: `disk_path` cannot be used, or has no space for the states.
         StateError: the model or optimizer is wrapped already.
         In every case the model and `optim` are as they were: weights that had left have come back, in new memory.
     """
@@ -116,6 +117,7 @@ def wrap(
             engine.drop_states()
             engine.streaming.give_back()
             move.undo()
+            engine.close()
         raise
     with Uninterrupted():
         for one in wrapped:
@@ -315,6 +317,11 @@ def _check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> Non
                 f"{type(optimizer).__name__} cannot have a share of its states on the host: its own step may compute "
                 "over several parameters at once, in one place; pass optimizer='host' or optimizer='device'"
             )
+        if plan.optimizer == "disk":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot have its states on disk: its own step computes over tensors; pass "
+                "optimizer='host', or use Adam, AdamW, Adagrad or offload.Lion"
+            )
         if plan.params == "host" and plan.optimizer == "device":
             raise InvalidArgument(
                 f"{type(optimizer).__name__} on the device steps over all weights at once, and params='host' keeps "
@@ -425,6 +432,7 @@ def _parameter_sizes(
             may_split=id(parameter) in trained and trained[id(parameter)].may_split,
             moment_bytes=charged.get(id(parameter), (0, 0))[0],
             moment_block_bytes=charged.get(id(parameter), (0, 0))[1],
+            may_be_stored=id(parameter) not in trained or (trained[id(parameter)].may_be_stored and moments == "fp32"),
             stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
         )
         for name, parameter in model.named_parameters()

@@ -33,6 +33,9 @@ void entries_are_found_by_every_way() {
   CHECK(CudaDriver::load(fresh_path()).EventRecord != nullptr);
   const std::string path = fresh_path();
   CHECK(&CudaDriver::load(path) == &CudaDriver::load(path));
+  CHECK(CudaDriver::load(path).MemDiscardBatchAsync != nullptr);
+  double_set_version(12090);  // before that entry came
+  CHECK(CudaDriver::load(fresh_path()).MemDiscardBatchAsync == nullptr);
 }
 
 void what_is_no_usable_driver_is_refused() {

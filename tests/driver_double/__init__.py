@@ -43,6 +43,9 @@ class DriverDouble:
     def set_device_count(self, count: int) -> None:
         self._library.double_set_device_count(count)
 
+    def set_free_bytes(self, nbytes: int) -> None:
+        self._library.double_set_free_bytes(ctypes.c_size_t(nbytes))
+
     def set_proc_address(self, level: int) -> None:
         self._library.double_set_proc_address(level)
 
@@ -66,6 +69,18 @@ class DriverDouble:
 
     def live(self, what: str) -> int:
         return self._known(self._library.double_live(what.encode()), what)
+
+    def free_managed(self, address: int) -> None:
+        """Frees managed memory of device 0 past its owner."""
+        context = ctypes.c_void_p()
+        codes = [
+            self._library.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0),
+            self._library.cuCtxPushCurrent_v2(context),
+            self._library.cuMemFree_v2(ctypes.c_ulonglong(address)),
+            self._library.cuCtxPopCurrent_v2(ctypes.byref(context)),
+            self._library.cuDevicePrimaryCtxRelease_v2(0),
+        ]
+        assert codes == [0] * 5, codes
 
     def misuses(self) -> tuple[int, str]:
         """How many, and the first in words."""

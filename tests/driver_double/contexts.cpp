@@ -123,7 +123,7 @@ int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 int cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
   Call call("cuMemGetInfo_v2", Needs::kContext);
   if (call.refused()) return call.code();
-  *free_bytes = size_t{6} << 30;
+  *free_bytes = state().free_bytes;
   *total_bytes = size_t{8} << 30;
   return kSuccess;
 }

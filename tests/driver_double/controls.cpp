@@ -53,6 +53,11 @@ void double_set_device_count(int count) {
   state().device_count = std::clamp(count, 0, kDevicesAtMost);
 }
 
+void double_set_free_bytes(size_t bytes) {
+  const auto lock = locked();
+  state().free_bytes = bytes;
+}
+
 void double_set_proc_address(int level) {
   const auto lock = locked();
   state().proc_address_level = level;
@@ -108,6 +113,11 @@ size_t double_live(const char* what) {
     for (const auto& [start, registration] : all.registrations) sum += registration->bytes;
     return sum;
   }
+  if (wanted == "managed_bytes") {
+    for (const auto& [address, bytes] : all.managed) sum += bytes;
+    return sum;
+  }
+  if (wanted == "managed") return all.managed.size();
   if (wanted == "streams") return all.streams.size();
   if (wanted == "events") return all.events.size();
   if (wanted == "registrations") return all.registrations.size();

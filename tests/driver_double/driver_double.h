@@ -21,8 +21,9 @@ void double_reset();
 // What cuDeviceGetAttribute tells of memory: "discrete", "hmm", "ats" (Grace Hopper) or "integrated". 0 if
 // unknown.
 int double_set_kind(const char* kind);
-void double_set_version(int version);     // of cuDriverGetVersion: 12040 is CUDA 12.4
-void double_set_device_count(int count);  // at most 8
+void double_set_version(int version);      // of cuDriverGetVersion: 12040 is CUDA 12.4
+void double_set_device_count(int count);   // at most 8
+void double_set_free_bytes(size_t bytes);  // what cuMemGetInfo tells, whatever is allocated; 6 GiB at first
 void double_set_proc_address(int level);  // 2: cuGetProcAddress_v2 works, 1: only the one of 11.3, 0: neither
 void double_hide(const char* symbol);  // cuGetProcAddress does not know it (dlsym still does); "" shows all
 
@@ -43,13 +44,15 @@ int double_release(const char* direction);
 size_t double_calls(const char* entry);  // since double_reset()
 
 // What is alive now: "contexts" (retains not released), "streams", "events", "registrations",
-// "registered_bytes", "pending_copies", and "pushed_contexts" of the calling thread. SIZE_MAX if unknown.
+// "registered_bytes", "managed" (allocations), "managed_bytes", "pending_copies", and "pushed_contexts" of
+// the calling thread. SIZE_MAX if unknown.
 size_t double_live(const char* what);
 
 // How often a rule of the real driver was broken since double_reset(), and the first case in words ("" if
 // none): a call without a current context, use of a destroyed stream or event or of one of another context, a
 // copy from or to host memory that is only partly in one registration, registering overlapping ranges,
-// unregistering what is not registered or what a queued copy uses, a stream that is not non-blocking.
+// unregistering what is not registered or what a queued copy uses, a stream that is not non-blocking, freeing
+// what is not allocated or while work is queued, a batch in the legacy stream.
 size_t double_misuses();
 const char* double_first_misuse();
 }

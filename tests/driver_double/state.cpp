@@ -62,14 +62,16 @@ void run_stream(const std::shared_ptr<Stream>& stream) {
     if (stream->queue.empty()) return;
     Operation operation = std::move(stream->queue.front());
     stream->queue.pop_front();
+    stream->running = true;
     if (operation.kind == Operation::kCopy) {
       run_copy(lock, operation);
     } else if (operation.kind == Operation::kWait) {
       wait_done(lock, operation.completion);
     } else {
       finish(operation);
-      all.changed.notify_all();
     }
+    stream->running = false;
+    all.changed.notify_all();
   }
 }
 
@@ -98,6 +100,7 @@ void State::forget() {
   proc_address_level = 2;
   kind = "discrete";
   hidden.clear();
+  free_bytes = size_t{6} << 30;
   lost = 0;
   misuses = 0;
   first_misuse.clear();
@@ -200,6 +203,22 @@ void run_copy(std::unique_lock<std::mutex>& lock, Operation& copy) {
   }
   finish(copy);
   all.changed.notify_all();
+}
+
+bool is_stream(void* handle) { return state().streams.contains(reinterpret_cast<uintptr_t>(handle)); }
+
+bool has_queued_work() {
+  return std::ranges::any_of(state().queues, [](const std::weak_ptr<Stream>& queue) {
+    const std::shared_ptr<Stream> stream = queue.lock();
+    return stream && (stream->running || !stream->queue.empty());
+  });
+}
+
+int drain(std::unique_lock<std::mutex>& lock) {
+  State& all = state();
+  const size_t losses = all.losses;
+  all.changed.wait(lock, [&] { return !has_queued_work() || all.losses != losses; });
+  return all.lost;
 }
 
 int wait_done(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Completion>& completion) {

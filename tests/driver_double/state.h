@@ -17,6 +17,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,7 @@ namespace driver_double {
 enum Code : int {
   kSuccess = 0,
   kInvalidValue = 1,
+  kOutOfMemory = 2,
   kNotInitialized = 3,
   kDeinitialized = 4,
   kNoDevice = 100,
@@ -71,12 +73,21 @@ struct Operation {
 struct Stream {
   int ordinal = 0;
   bool destroyed = false;
+  bool running = false;  // an operation that has left the queue
   std::deque<Operation> queue;
 };
 
 struct Event {
   int ordinal = 0;
   std::shared_ptr<Completion> latest;  // null: never recorded
+};
+
+// What the driver was told of a page of unified memory; locations are ordinals, -1 the host, -2 none.
+struct Page {
+  int preferred_location = -2;
+  int last_prefetch = -2;
+  std::set<int> accessed_by;
+  bool read_mostly = false;
 };
 
 struct Entry {
@@ -116,6 +127,10 @@ struct State {
   std::map<uintptr_t, Event> events;
   std::map<uintptr_t, std::shared_ptr<Registration>> registrations;  // by address
   std::vector<std::weak_ptr<Stream>> queues;                         // destroyed streams too
+
+  size_t free_bytes = 0;                // of every device
+  std::map<uintptr_t, size_t> managed;  // bytes by address
+  std::map<uintptr_t, Page> pages;      // by address
 
   int lost = 0;  // what every call returns since the context was lost
   size_t losses = 0;
@@ -169,5 +184,10 @@ void run_copy(std::unique_lock<std::mutex>& lock, Operation& copy);
 
 // Waits until `completion` is done. Returns 0, or what the context was lost with.
 int wait_done(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Completion>& completion);
+
+bool is_stream(void* handle);  // a live one
+bool has_queued_work();
+// Waits until no stream has any. Returns 0, or what the context was lost with.
+int drain(std::unique_lock<std::mutex>& lock);
 
 }  // namespace driver_double

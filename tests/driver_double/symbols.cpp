@@ -36,7 +36,14 @@ using namespace driver_double;
   X("cuEventSynchronize", cuEventSynchronize, 2000)                   \
   X("cuEventDestroy", cuEventDestroy_v2, 4000)                        \
   X("cuMemcpyHtoDAsync", cuMemcpyHtoDAsync_v2, 3020)                  \
-  X("cuMemcpyDtoHAsync", cuMemcpyDtoHAsync_v2, 3020)
+  X("cuMemcpyDtoHAsync", cuMemcpyDtoHAsync_v2, 3020)                  \
+  X("cuCtxSynchronize", cuCtxSynchronize, 2000)                       \
+  X("cuMemAllocManaged", cuMemAllocManaged, 6000)                     \
+  X("cuMemFree", cuMemFree_v2, 3020)                                  \
+  X("cuMemAdvise", cuMemAdvise, 8000)                                 \
+  X("cuMemPrefetchAsync", cuMemPrefetchAsync, 8000)                   \
+  X("cuMemRangeGetAttribute", cuMemRangeGetAttribute, 8000)           \
+  X("cuMemDiscardBatchAsync", cuMemDiscardBatchAsync, 13000)
 
 extern "C" {
 // The addresses alone are wanted here; the real parameters are where each one is defined.

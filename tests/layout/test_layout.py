@@ -38,10 +38,10 @@ CSRC_FLOORS = {
 
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
-    ("_errors", "_config", "_parameter_size", "_plan", "_stats"),
+    ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_plan", "_stats"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
-        "_disk", "_probe", "_trace",
+        "_disk", "_state_store", "_probe", "_trace",
     ),
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (
@@ -49,7 +49,7 @@ PYTHON_FLOORS = (
         "_streaming", "_activations", "_saved_ranges", "_weight_casts", "_parameter_state", "_moments", "_native_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
-    ("_weight_lane", "_engine", "_engine_stats"),
+    ("_weight_lane", "_state_homes", "_engine", "_engine_stats"),
     ("_checkpoint",),
     ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater", "_resident_move"),
     ("_wrap",),
@@ -57,10 +57,11 @@ PYTHON_FLOORS = (
 )  # fmt: skip
 DOORS = ("__init__", "__main__")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
-# _copy_lanes and _gradient_lanes are the engine's own way of copying and store of gradients, in files of their own.
+# _copy_lanes, _gradient_lanes and _state_homes are the engine's own way of copying, store of gradients and place of
+# states, in files of their own; _state_store is the disk tier's.
 MAY_IMPORT_NATIVE = (
-    "_engine", "_copy_lanes", "_gradient_lanes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_disk",
-    "_probe", "_trace",
+    "_engine", "_copy_lanes", "_gradient_lanes", "_state_homes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
+    "_disk", "_state_store", "_probe", "_trace",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")

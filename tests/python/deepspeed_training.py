@@ -70,7 +70,7 @@ def engine_run(config: dict[str, Any], *, steps: int = 4, model: nn.Module | Non
         if is_boundary:
             run.norms.append(engine.get_global_grad_norm())
             run.rates.append(engine.get_lr()[0])
-            run.scales.append(engine.loss_scale)
+            run.scales.append(engine.optimizer.cur_scale)
             run.applied.append(engine.was_step_applied())
     engine.optimizer.synchronize()
     run.weights = weights_of(engine.module)

@@ -15,9 +15,10 @@ import torch
 
 import offload
 from offload import _activations
-from offload.cli import _bench_model, _bench_peers, _bench_train, main
+from offload.cli import _bench_engine, _bench_model, _bench_peers, _bench_train, main
 from offload.cli._bench_link import Copy, Link, Side
 from offload.cli._model_shapes import shapes
+from offload.deepspeed._engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,10 +64,45 @@ def test_swap_reports_what_was_streamed(tmp_path: Path, capsys: pytest.CaptureFi
     assert "share of the link" in capsys.readouterr().err
 
 
+# --- engine -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def accelerator_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bench engine` says by the environment where the engine computes."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.mark.usefixtures("accelerator_setting")
+def test_engine_reports_a_ratio_a_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "engine.json"
+    assert main(["bench", "engine", "--quick", "--device", "cpu", "--json", str(path)]) == 0
+    result = report(path)["engine"]
+    assert (result["name"], result["device"], result["blocks"], result["steps"]) == ("engine", "cpu", 4, 1)
+    assert [(row["dtype"], row["clip_norm"]) for row in result["rows"]] == [
+        ("float32", 0.0), ("float32", 1.0), ("bfloat16", 1.0),
+    ]  # fmt: skip
+    for row in result["rows"]:
+        wrap, engine = row["wrap_step_s"]["samples"], row["engine_step_s"]["samples"]
+        assert row["overhead"]["samples"] == [one / other - 1.0 for one, other in zip(engine, wrap, strict=True)]
+        assert len(wrap) == 3 and row["overhead"]["target"] == 0.02
+    # Without clipping the two run the same arithmetic.
+    assert len(set(result["rows"][0]["last_loss"].values())) == 1
+    assert "overhead" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("accelerator_setting")
+def test_an_engine_that_trains_otherwise_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "step", lambda engine: engine.optimizer.zero_grad())
+    monkeypatch.setattr(_bench_engine, "_RATE", 1e-1)
+    with pytest.raises(AssertionError, match="losses differ, so the steps do"):
+        main(["bench", "engine", "--quick", "--device", "cpu"])
+
+
 # --- every part ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["link", "step", "swap", "train", "update"])
+@pytest.mark.parametrize("part", ["engine", "link", "step", "swap", "train", "update"])
 @pytest.mark.parametrize(("name", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "supported")])
 def test_a_device_that_cannot_be_measured_is_named(
     part: str, name: str, reason: str, capsys: pytest.CaptureFixture[str]

@@ -276,7 +276,7 @@ def test_a_load_over_the_host_budget_changes_nothing() -> None:
     def refuse(*_: Any) -> None:
         raise offload.OutOfHostMemory("no room")
 
-    optimizer._engine.pool = type("FullPool", (), {"acquire": refuse})()
+    optimizer._engine.homes._pool = type("FullPool", (), {"acquire": refuse})()
     with pytest.raises(offload.OutOfHostMemory):
         optimizer.load_state_dict(stock.state_dict())
     assert_bits(bits_of(model, optimizer), before)

@@ -74,6 +74,21 @@ def test_an_unreachable_device_is_named(capsys: pytest.CaptureFixture[str]) -> N
     assert "cuda:99" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("disk_calls")
+def test_train_with_states_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The demo, its states larger than the host budget that all of it stays within: the bits of a resident run."""
+    demo = ["train", "--layers", "2", "--hidden", "128", "--length", "16", "--batch", "2", "--accumulate", "1"]
+    where = ["--optimizer", "disk", "--disk-path", str(tmp_path), "--host-budget", "3MiB"]
+    assert main([*demo, *where, "--steps", "4", "--check", "--json"]) == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert report["check"]["nothing_offloaded"]["ok"] and "equal bit for bit" in output.err
+    on_disk = sum(report["bytes"]["disk"].values())
+    assert report["stats"]["pool"]["peak_used_bytes"] <= 3 << 20 < on_disk
+    assert report["stats"]["disk"]["allocated_bytes"] >= on_disk and report["stats"]["host_bytes"]["moments"] == 0
+    assert "states on disk" in output.err and list(tmp_path.iterdir()) == []
+
+
 def test_train_with_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--steps", "6", "--check", "--json"]) == 0
     output = capsys.readouterr()

@@ -32,7 +32,7 @@ def train(engine: Any, *, seed: int) -> None:
 
 def state_of(engine: Any) -> tuple[Any, ...]:
     counters = (engine.micro_steps, engine.global_steps, engine.global_samples, engine.skipped_steps)
-    return (*counters, engine.get_lr(), engine.loss_scale, engine.lr_scheduler.state_dict())
+    return (*counters, engine.get_lr(), engine.optimizer.cur_scale, engine.lr_scheduler.state_dict())
 
 
 def weights_of(engine: Any) -> dict[str, torch.Tensor]:
@@ -106,7 +106,7 @@ def test_a_static_scale_says_nothing_of_a_dynamic_one(tmp_path: Path) -> None:
     engine.save_checkpoint(tmp_path)
     other = make_engine(**FP16)
     other.load_checkpoint(tmp_path)
-    assert other.loss_scale == 2.0**20 and other.global_steps == STEPS
+    assert other.optimizer.cur_scale == 2.0**20 and other.global_steps == STEPS
 
 
 def test_an_asynchronous_save_has_the_bits_of_its_call(tmp_path: Path) -> None:

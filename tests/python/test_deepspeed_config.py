@@ -268,7 +268,7 @@ def test_auto_is_filled_by_path() -> None:
         ("old_language_model", "host device", "fp16", 0),
         ("chat_zero3_bf16", "host host", "bf16", 0),
         ("masked_language_model", "", "", 2),
-        ("infinity_nvme", "", "", 2),
+        ("infinity_nvme", "", "", 1),
     ],
 )
 def test_configs_as_people_have_them(name: str, placement: str, dtype: str, refused: int) -> None:
@@ -279,3 +279,15 @@ def test_configs_as_people_have_them(name: str, placement: str, dtype: str, refu
     if not refused:
         assert f"{settings.placement.optimizer} {settings.placement.params}" == placement
         assert settings.precision.dtype == dtype
+
+
+def test_nvme_and_aio_become_the_disk_tier(tmp_path: Path) -> None:
+    zero = {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    config = {"train_batch_size": 1, "gradient_clipping": 0.0, "zero_optimization": zero}
+    place = quiet(config).placement
+    assert (place.optimizer, place.gradients, place.params) == ("disk", "host", "device")
+    assert (place.disk_path, place.disk_block, place.disk_queue_depth) == (str(tmp_path), None, None)
+    place = quiet({**config, "aio": {"block_size": 5000, "queue_depth": 16, "intra_op_parallelism": 4}}).placement
+    assert (place.disk_block, place.disk_queue_depth) == (8192, 64)
+    place = quiet({**config, "aio": {"queue_depth": 5000}}).placement
+    assert (place.disk_block, place.disk_queue_depth) == (1 << 20, 4096)

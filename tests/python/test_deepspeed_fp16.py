@@ -161,7 +161,7 @@ def test_a_skipped_step_changes_nothing_but_the_scale() -> None:
     engine.step()
     assert optimizer.overflow and engine.skipped_steps == engine.global_steps == 1
     assert not engine.was_step_applied()
-    assert optimizer.cur_scale == optimizer.loss_scale == engine.loss_scale == 2.0**31
+    assert optimizer.cur_scale == optimizer.loss_scale == engine.optimizer.cur_scale == 2.0**31
     assert engine.get_lr() == rate and scheduler.last_batch_iteration == iteration
     assert all(p.grad is None for p in engine.module.parameters())
     for name, weight in engine.module.state_dict().items():

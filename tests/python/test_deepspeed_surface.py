@@ -125,7 +125,7 @@ def test_explain_knows_what_the_trainer_fills_in(
 def test_explain_shows_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "explain", str(CONFIGS / "infinity_nvme.json")]) == 0
     text = capsys.readouterr().out
-    assert "error: zero_optimization.offload_param.device='nvme': the disk tier has not landed" in text
+    assert "error: zero_optimization.offload_param.device='nvme': weights do not live on disk" in text
     assert "resolved" not in text
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +85,39 @@ def test_the_ratio_of_states_that_leave(precision: dict[str, Any]) -> None:
         weights.append([p.detach().clone() for p in engine.module.parameters()])
     for others in weights[1:]:
         assert all(same_bits(one, other) for one, other in zip(weights[0], others, strict=True))
+
+
+@pytest.mark.usefixtures("disk_calls")
+@pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
+def test_states_on_nvme(precision: tuple[dict[str, Any], torch.dtype], tmp_path: Path) -> None:
+    weights = []
+    for target in ({"device": "cpu"}, {"device": "nvme", "nvme_path": str(tmp_path / "made" / "for it")}):
+        zero = {"stage": 3, "offload_optimizer": target, "offload_param": {"device": "cpu"}}
+        aio = {"block_size": 4096, "queue_depth": 4, "single_submit": True, "overlap_events": False}
+        config = config_of(zero=zero, aio=aio, gradient_clipping=0.5, **precision[0])
+        engine, *_ = offload.initialize(model=make_model(), config=config)
+        train_engine(engine, 2)
+        engine.save_checkpoint(str(tmp_path / target["device"]))
+        train_engine(engine, 2)
+        engine.load_checkpoint(str(tmp_path / target["device"]))
+        engine.offload_states()
+        train_engine(engine, 1)
+        engine.reload_states()
+        train_engine(engine, 1)
+        plan, stats = engine.optimizer.plan, engine.optimizer.stats()
+        assert (plan.optimizer == "disk") == bool(stats.disk) == (target["device"] == "nvme")
+        if stats.disk:
+            assert stats.host_bytes["moments"] == 0 and stats.disk["written_bytes"] > 0
+        weights.append({name: value.clone() for name, value in engine.module.state_dict().items()})
+        engine.destroy()
+    assert list((tmp_path / "made" / "for it").iterdir()) == []
+    assert all(same_bits(weights[1][name], weight) for name, weight in weights[0].items())
+
+
+def train_engine(engine: Any, steps: int) -> None:
+    for tokens in batches(steps):
+        engine.backward(loss_of(engine, tokens))
+        engine.step()
 
 
 @pytest.mark.cpu_only

@@ -393,7 +393,8 @@ def test_optimizers_without_small_moments_are_refused() -> None:
     for optimizer in (torch.optim.SGD(model.parameters()), torch.optim.Adagrad(model.parameters())):
         with pytest.raises(InvalidArgument, match=f"moments='int8': {type(optimizer).__name__} .* Adam, AdamW and"):
             offload.wrap(model, optimizer, moments="int8", **HOST)
-    for options in ({"moments": "fp8"}, {"rounding_seed": 1.5}):
+    for options in ({"moments": "fp8"}, {"rounding_seed": 1.5}, {"moments": "int8", "optimizer": "disk"}):
         with pytest.raises(InvalidArgument, match=next(iter(options))):
-            offload.wrap(model, torch.optim.AdamW(model.parameters()), **options, **HOST)  # type: ignore[arg-type]
+            placed = {**HOST, "disk_path": "/tmp", **options}
+            offload.wrap(model, torch.optim.AdamW(model.parameters()), **placed)  # type: ignore[arg-type]
     assert all(type(p) is nn.Parameter for p in model.parameters())

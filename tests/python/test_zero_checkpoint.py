@@ -202,7 +202,7 @@ def train(engine: Any, seed: int) -> None:
 
 def position_of(engine: Any) -> tuple[Any, ...]:
     counters = (engine.global_steps, engine.global_samples, engine.skipped_steps)
-    return (*counters, engine.get_lr(), engine.loss_scale, engine.lr_scheduler.state_dict())
+    return (*counters, engine.get_lr(), engine.optimizer.cur_scale, engine.lr_scheduler.state_dict())
 
 
 def write_engine(directory: Path, engine: Any, stage: int, classes: dict[str, Any], **more: Any) -> None:
@@ -229,7 +229,7 @@ def test_an_engine_goes_on_from_theirs(
 ) -> None:
     engine = engine_of(stage, seed=0)
     train(engine, seed=1)
-    assert engine.loss_scale == 2.0**15  # other than at first
+    assert engine.optimizer.cur_scale == 2.0**15  # other than at first
     write_engine(tmp_path, engine, stage, their_classes, fused=fused)
     monkeypatch.undo()
     other = engine_of(stage, seed=5)

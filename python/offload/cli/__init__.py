@@ -98,9 +98,10 @@ def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train = commands.add_parser(
         "train",
-        help="train a small language model with optimizer and gradients on the host",
+        help="train a small language model with optimizer and gradients on the host or on disk",
         description="Trains a Llama-style model with random weights on the Python standard library's own "
-        "sources (byte tokens), with optimizer states and gradients on the host. Needs `transformers`.",
+        "sources (byte tokens), with optimizer states and gradients on the host, or the states on disk. Needs "
+        "`transformers`.",
         epilog=_EPILOG,
     )
     train.add_argument("--size", type=_count, default=5_000_000, metavar="N", help="parameters, about (default 5M)")
@@ -113,8 +114,10 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_place_or_share,
         default="host",
         metavar="WHERE",
-        help="where optimizer states are: host (default), device, auto, or the share that is on the host such as 0.7",
+        help="where optimizer states are: host (default), device, disk, auto, or the share on the host such as 0.7",
     )
+    train.add_argument("--disk-path", nargs="+", default=None, metavar="DIR", help="directories for states on disk")
+    train.add_argument("--host-budget", default=None, metavar="SIZE", help="on the host, as '8GiB' (default: measured)")
     train.add_argument(
         "--params",
         choices=("auto", "device", "host"),
@@ -166,13 +169,18 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("step", on_device, "how much of the host update hides, and what hooks cost")
     add("link", on_device, "the copy lanes beside raw copies on the same link")
     add("swap", on_device, "what streamed weights cost, and how much of the link they use")
+    add("engine", on_device, "what the DeepSpeed engine costs over wrap, step by step")
     add("update", on_device, "the update of states that stay on the device beside its memory's own speed and torch")
     add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
     _add_bench_largest(add("largest", on_device, "the largest model that the device and its host can train"))
     _add_bench_report(parts)
-    add("all", on_device, "all of these but update, checkpoint, disk, train and largest, which take their time or room")
+    add(
+        "all",
+        on_device,
+        "all of these but engine, update, checkpoint, disk, train and largest, which take their time or room",
+    )
 
 
 def _add_bench_disk(disk: argparse.ArgumentParser) -> None:

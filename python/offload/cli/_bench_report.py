@@ -92,7 +92,7 @@ def markdown(title: str, report: Mapping[str, Any]) -> str:
     if len(beside) > 1:
         chapters += [
             "## beside peers",
-            "Tokens/s of each placement over the peer's, at the same steps.",
+            "Tokens/s of ours over the peer's, at the same steps.",
             _table(beside),
         ]
     return "\n\n".join(chapters) + "\n"

@@ -17,7 +17,7 @@ from ._training import Run, train
 __all__ = ["run_train"]
 
 _CHECK_STEPS = 20
-_KINDS = ("weights", "working", "master", "moments", "gradients")
+_KINDS = ("weights", "working", "master", "moments", "gradients", "window")
 _EXIT_CHECK_FAILED = 1
 _EXIT_INTERRUPTED = 130
 # Plain torch.optim.AdamW orders its operations differently, so each step differs by a few fp32 roundings, which
@@ -110,6 +110,7 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
             "device_without_offload": {kind: getattr(run.plan.resident, kind) for kind in _KINDS},
             "device": {kind: getattr(run.plan.device, kind) for kind in _KINDS},
             "host": {kind: getattr(run.plan.host, kind) for kind in _KINDS},
+            "disk": {kind: getattr(run.plan.disk, kind) for kind in _KINDS},
         },
         "peak_device": {"bytes": run.peak.nbytes, "source": run.peak.source},
         "hidden_share": run.stats.hidden_share,
@@ -118,11 +119,13 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 
 def _text(report: dict[str, Any]) -> str:
-    sizes = report["bytes"]
-    rows: list[tuple[str, ...]] = [("bytes", "device, nothing offloaded", "device", "host")]
+    sizes, stats = report["bytes"], report["stats"]
+    if not stats["disk"]:
+        sizes = {tier: kinds for tier, kinds in sizes.items() if tier != "disk"}
+    tiers = [tier.replace("_without_offload", ", nothing offloaded") for tier in sizes]
+    rows: list[tuple[str, ...]] = [("bytes", *tiers)]
     rows += [(kind, *(format_bytes(sizes[tier][kind]) for tier in sizes)) for kind in _KINDS]
     rows.append(("total", *(format_bytes(sum(sizes[tier].values())) for tier in sizes)))
-    stats = report["stats"]
     hidden = "no update yet" if report["hidden_share"] is None else f"{report['hidden_share']:.1%}"
     facts = [
         ("run", f"{report['parameters']:,} parameters, {report['dtype']}, on {report['device']}"),
@@ -137,6 +140,9 @@ def _text(report: dict[str, Any]) -> str:
     if stats["activations"]:
         left, saved = (format_bytes(stats["activations"][key]) for key in ("offloaded_bytes", "saved_bytes"))
         facts.append(("activations off the device", f"{left} of {saved} a forward"))
+    if stats["disk"]:
+        read, written, kept = (format_bytes(stats["disk"][f"{verb}_bytes"]) for verb in ("read", "written", "kept"))
+        facts.append(("states on disk", f"{read} read, {written} written, {kept} found in the window"))
     facts += [(f"check: {name.replace('_', ' ')}", _verdict(name, entry)) for name, entry in _checks(report)]
     width = max(len(name) for name, _ in facts)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts) + "\n\n" + table(rows)

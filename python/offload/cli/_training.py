@@ -193,6 +193,8 @@ def _prepare(
             "optimizer": options.optimizer,
             "params": options.params,
             "device_budget": options.device_budget,
+            "host_budget": options.host_budget,
+            "disk_path": options.disk_path,
             "activations": options.activations,
         }
     model, offloaded = offload.wrap(model, optimizer, gradients=placement, device=device, **where)

@@ -34,6 +34,8 @@ __all__ = ["load", "resolve"]
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _AUTOCAST_DTYPES: dict[str, Dtype] = {"half": "fp16", "float16": "fp16", "fp16": "fp16"}
 _AUTOCAST_DTYPES |= {"bfloat16": "bf16", "bf16": "bf16", "float": "fp32", "float32": "fp32", "fp32": "fp32"}
+# What `offload.wrap` takes as disk_block and disk_queue_depth.
+_DISK_ALIGNMENT, _MOST_DISK_DEPTH = 4096, 4096
 _TIERS: dict[str, Tier] = {"none": "device", "cpu": "host", "nvme": "disk"}
 
 
@@ -77,7 +79,7 @@ def resolve(
         precision=_precision(values, report),
         gradient_clipping=values["gradient_clipping"],
         managed_accumulation=values["managed_gradient_accumulation"],
-        placement=_placement(values, report),
+        placement=_placement(values, report, has_aio=config.get("aio") is not None),
         optimizer=resolve_optimizer(values["optimizer"], report),
         scheduler=resolve_scheduler(values["scheduler"], report),
         activation_checkpointing=ActivationCheckpointing(
@@ -205,14 +207,13 @@ def _loss_scale(fp16: Mapping[str, Any], report: Report) -> LossScale:
     )
 
 
-def _placement(values: Mapping[str, Any], report: Report) -> Placement:
+def _placement(values: Mapping[str, Any], report: Report, *, has_aio: bool) -> Placement:
     zero = values["zero_optimization"]
     stage, optimizer, params = zero["stage"], zero["offload_optimizer"], zero["offload_param"]
-    for name, section in (("offload_optimizer", optimizer), ("offload_param", params)):
-        path = f"zero_optimization.{name}"
-        if section["device"] == "nvme":
-            no_path = "" if section["nvme_path"] else f", and {path}.nvme_path is missing too"
-            report.errors.append(f"{path}.device='nvme': the disk tier has not landed: write 'cpu'{no_path}")
+    if params["device"] == "nvme":
+        report.errors.append("zero_optimization.offload_param.device='nvme': weights do not live on disk: write 'cpu'")
+    if optimizer["device"] == "nvme" and not optimizer["nvme_path"]:
+        report.errors.append("zero_optimization.offload_optimizer.device='nvme': needs nvme_path, a directory")
     if params["device"] != "none" and stage < 3:
         report.doubts.append(
             f"zero_optimization.offload_param.device={params['device']!r}: read at stage 3 only, and the stage is "
@@ -225,9 +226,17 @@ def _placement(values: Mapping[str, Any], report: Report) -> Placement:
     return Placement(
         stage=stage,
         optimizer=tier,
-        gradients=tier,
+        gradients="host" if tier == "disk" else tier,
         params=_TIERS[params["device"]] if stage == 3 else "device",
         activations="host" if values["activation_checkpointing"]["cpu_checkpointing"] else "device",
         optimizer_ratio=optimizer["ratio"],
         pin_memory=any(section["pin_memory"] for section in sections) if sections else True,
+        disk_path=str(optimizer["nvme_path"]) if tier == "disk" else None,
+        **(_disk_lanes(values["aio"]) if has_aio and tier == "disk" else {}),
     )
+
+
+def _disk_lanes(aio: Mapping[str, Any]) -> dict[str, int]:
+    block = -(-aio["block_size"] // _DISK_ALIGNMENT) * _DISK_ALIGNMENT
+    depth = min(aio["queue_depth"] * aio["intra_op_parallelism"], _MOST_DISK_DEPTH)
+    return {"disk_block": block, "disk_queue_depth": depth}

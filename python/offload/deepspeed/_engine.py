@@ -14,8 +14,9 @@ import offload
 from ._casting import TORCH_DTYPES, cast
 from ._data import EngineLoader
 from ._engine_checkpoint import EngineCheckpoint
+from ._engine_elsewhere import elsewhere
 from ._engine_optimizer import EngineOptimizer
-from ._engine_settings import INSTEAD_OF, EngineSettings
+from ._engine_settings import EngineSettings
 from ._log import logger
 from ._placement import Placed
 from ._reporting import Report
@@ -69,8 +70,9 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
             module = self.__dict__.get("_modules", {}).get("module")
             if module is None:
                 raise
-            if name in INSTEAD_OF and not hasattr(module, name):
-                raise AttributeError(f"the engine has no {name!r}: {INSTEAD_OF[name]}") from None
+            instead = elsewhere(name)
+            if instead is not None and not hasattr(module, name):
+                raise AttributeError(f"the engine has no {name!r}: {instead}") from None
             return getattr(module, name)
 
     # --- forward, backward, step ------------------------------------------------------------------------------
@@ -173,11 +175,15 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         """Compiles the model in place with torch.compile; `compile_kwargs` are passed on."""
         self.module.compile(backend=backend, **(compile_kwargs or {}))
 
+    @property
+    def is_compiled(self) -> bool:
+        return self.module._compiled_call_impl is not None
+
     # --- what scripts read and set ----------------------------------------------------------------------------
 
     def get_lr(self) -> list[float]:
-        """The learning rate of each group."""
-        return [group["lr"] for group in self._require_optimizer("get_lr").param_groups]
+        """The learning rate of each group; none without an optimizer."""
+        return [group["lr"] for group in self._groups()]
 
     def set_lr(self, lr: float) -> None:
         """One learning rate for every group; a scheduler overwrites it at its next step."""
@@ -186,18 +192,14 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
 
     def get_mom(self) -> list[Any]:
         """`momentum` of each group, or its `betas`."""
-        groups = self._require_optimizer("get_mom").param_groups
-        return [group.get("betas", group.get("momentum")) for group in groups]
+        return [group.get("betas", group.get("momentum")) for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.optimizer is None else self.optimizer.param_groups
 
     def get_global_grad_norm(self) -> float | None:
         """L2 norm of the gradients of the last step, unscaled, before clipping; inf where it was skipped."""
         return None if self.optimizer is None else self.optimizer.global_grad_norm
-
-    @property
-    def loss_scale(self) -> float:
-        return 1.0 if self.optimizer is None else self.optimizer.loss_scale
-
-    cur_scale = loss_scale
 
     def _require_optimizer(self, name: str) -> EngineOptimizer:
         if self._placed is None:

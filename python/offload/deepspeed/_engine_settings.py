@@ -4,51 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 import offload
 
+from ._casting import TORCH_DTYPES
 from ._settings import BatchSizes, Settings
 
 if TYPE_CHECKING:
     from ._data import EngineLoader
 
-__all__ = ["INSTEAD_OF", "EngineSettings"]
-
-_CONFIG = "engine.config is the config as it was given, engine.settings what it means"
-_RANKS = "one process trains the whole model: engine.world_size and engine.global_rank"
-# Attributes of DeepSpeed's engine that scripts may ask for and that are not here.
-INSTEAD_OF = {
-    **dict.fromkeys(
-        (
-            "communication_data_type", "curriculum_learning_enabled", "data_efficiency_enabled", "dump_state",
-            "elasticity_enabled", "flops_profiler_enabled", "fp16_auto_cast", "get_data_types",
-            "gradient_predivide_factor", "initial_dynamic_scale", "memory_breakdown", "optimizer_params",
-            "postscale_gradients", "scheduler_params", "sparse_gradients_enabled", "swap_tensor_config",
-            "torch_autocast_enabled", "zero_allow_untested_optimizer", "zero_cpu_offload", "zero_elastic_checkpoint",
-            "zero_force_ds_cpu_optimizer", "zero_load_from_fp32_weights", "zero_max_live_parameters",
-            "zero_overlap_comm", "zero_param_persistence_threshold", "zero_prefetch_bucket_size",
-            "zero_reduce_bucket_size", "zero_sub_group_size", "zero_use_cpu_optimizer", "_config",
-        ),
-        _CONFIG,
-    ),
-    **dict.fromkeys(
-        (
-            "data_parallel_group", "get_data_parallel_rank", "get_model_parallel_rank", "get_sequence_parallel_group",
-            "get_tensor_parallel_rank", "mpu", "seq_data_parallel_group",
-        ),
-        _RANKS,
-    ),
-    "basic_optimizer": "engine.optimizer.optimizer is the wrapped optimizer",
-    "checkpoint_engine": "engine.save_checkpoint and engine.load_checkpoint are all there is",
-    "client_optimizer": "engine.optimizer.optimizer is the wrapped optimizer",
-    "client_lr_scheduler": "engine.lr_scheduler",
-    "deepspeed_io": "pass training_data= to initialize, or make a torch.utils.data.DataLoader",
-    "flops_profiler": "use the section flops_profiler of the config, or torch.utils.flop_counter",
-    "load_universal_checkpoint": "checkpoints load under any placement as they are",
-    "monitor": "write csv_monitor or tensorboard in the config, or log from the training loop",
-    "scale": "engine.backward scales the loss; engine.optimizer.loss_scale is the factor",
-    "timers": "write wall_clock_breakdown in the config",
-    "tput_timer": "write wall_clock_breakdown in the config",
-}  # fmt: skip
+__all__ = ["EngineSettings"]
 
 
 class EngineSettings:
@@ -60,7 +26,8 @@ class EngineSettings:
 
     # One process.
     global_rank = local_rank = 0
-    world_size = dp_world_size = mp_world_size = 1
+    world_size = dp_world_size = mp_world_size = seq_dp_world_size = sequence_parallel_size = 1
+    has_moe_layers = pipeline_parallelism = False
 
     def train_batch_size(self) -> int:
         """Samples of one optimizer step."""
@@ -94,6 +61,13 @@ class EngineSettings:
         accumulation = self._batch.accumulation
         self._batch = BatchSizes(micro_batch_size * accumulation, micro_batch_size, accumulation)
 
+    def managed_gradient_accumulation(self) -> bool:
+        """Whether the engine counts micro-batches; else every `step()` updates."""
+        return self.settings.managed_accumulation
+
+    def dataloader_drop_last(self) -> bool:
+        return self.settings.dataloader_drop_last
+
     def gradient_clipping(self) -> float:
         """The norm that gradients are clipped to; 0.0 clips nothing."""
         return self.settings.gradient_clipping
@@ -109,6 +83,21 @@ class EngineSettings:
 
     def bfloat16_enabled(self) -> bool:
         return self.settings.precision.dtype == "bf16"
+
+    def torch_autocast_enabled(self) -> bool:
+        return self.settings.precision.autocast is not None
+
+    def torch_autocast_dtype(self) -> torch.dtype | None:
+        autocast = self.settings.precision.autocast
+        return None if autocast is None else TORCH_DTYPES[autocast.dtype]
+
+    def loss_scale(self) -> float:
+        """The fixed loss scale of the config; 0.0 where it adapts, or there is none.
+
+        The scale of the next backward is `engine.optimizer.cur_scale`.
+        """
+        scale = self.settings.precision.loss_scale
+        return 0.0 if scale is None or scale.static is None else scale.static
 
     def dynamic_loss_scale(self) -> bool:
         scale = self.settings.precision.loss_scale

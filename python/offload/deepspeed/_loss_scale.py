@@ -16,7 +16,19 @@ __all__ = ["DynamicLossScale", "StaticLossScale", "make_loss_scale"]
 _FACTOR = 2.0
 
 
-class StaticLossScale:
+class _Named:
+    """The scale by the names of DeepSpeed's loss scalers too."""
+
+    scale: float
+
+    @property
+    def loss_scale(self) -> float:
+        return self.scale
+
+    cur_scale = loss_scale
+
+
+class StaticLossScale(_Named):
     """A scale that never changes: a step that overflows is skipped, and that is all."""
 
     dynamic = False
@@ -34,7 +46,7 @@ class StaticLossScale:
         """A static scale is the config's, whatever was saved."""
 
 
-class DynamicLossScale:
+class DynamicLossScale(_Named):
     """A scale that follows the overflows; see [Note: two rules of the dynamic scale]."""
 
     dynamic = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from typing import Any
 
@@ -38,15 +39,15 @@ def wrap_options(placement: Placement) -> dict[str, Any]:
 
     `cpu_checkpointing` moves what checkpoints save, and nothing of a model that does not checkpoint.
     """
-    for kind in ("optimizer", "gradients", "params", "activations"):
-        if getattr(placement, kind) == "disk":
-            raise offload.InvalidArgument(f"{kind} on nvme: not yet in this release; use device 'cpu'")
+    disk = {"disk_block": placement.disk_block, "disk_queue_depth": placement.disk_queue_depth}
     return {
         "optimizer": placement.optimizer_ratio if placement.optimizer == "host" else placement.optimizer,
         "gradients": placement.gradients,
         "params": placement.params,
         "activations": "checkpoints" if placement.activations == "host" else "device",
         "pin": "auto" if placement.pin_memory else False,
+        "disk_path": placement.disk_path,
+        **{name: value for name, value in disk.items() if value is not None},
     }
 
 
@@ -61,6 +62,8 @@ class Placed:
         self.wrapped: offload.OffloadOptimizer | None = None
         self._options = options
         if optimizer is not None:
+            if options.get("disk_path") is not None:  # DeepSpeed makes it too
+                os.makedirs(options["disk_path"], exist_ok=True)
             _, self.wrapped = offload.wrap(module, optimizer, **options)
             self._first = _places(self.wrapped.plan)
             _wrapped.add(module)
@@ -73,8 +76,10 @@ class Placed:
         assert self.wrapped is not None
         options = dict(self._options)
         if tier is not None:
-            options |= {"optimizer": tier, "gradients": tier, "params": tier}
-        if _places(self.wrapped.plan) == (self._first if tier is None else (tier, tier, tier)):
+            states = "disk" if options["optimizer"] == "disk" else tier  # off the device already
+            options |= {"optimizer": states, "gradients": tier, "params": tier}
+        wanted = (options["optimizer"], options["gradients"], options["params"])
+        if _places(self.wrapped.plan) == (self._first if tier is None else wanted):
             return self.wrapped
         # unwrap gives 16-bit parameters 16-bit moments; the state dict keeps them, and the masters, in fp32.
         states = _copied(self.wrapped.state_dict())

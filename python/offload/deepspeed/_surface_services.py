@@ -7,7 +7,6 @@ from ._surface import OBJECT, Key, Section, accepted, honoured, inert, refused
 __all__ = ["SECTIONS"]
 
 _OWN_CHECKPOINTS = "Checkpoints are written by offload: whole or not at all."
-_DISK = "Belongs to the disk tier, which has not landed."
 _MONITORS = "Write `csv_monitor` or `tensorboard`, or log from the training loop."
 _SILENT = "One process does not communicate."
 
@@ -145,19 +144,28 @@ SECTIONS = (
     ),
     Section(
         "aio",
-        "How DeepSpeed reads and writes NVMe.",
+        "How files on NVMe are read and written, with `offload_optimizer.device` `nvme`: by io_uring, else by threads. "
+        "Without this section 16 transfers of 1 MiB are under way at once, by threads 8.",
         (
-            *inert(
-                _DISK,
-                [
-                    ("block_size", "int", 1_048_576),
-                    ("queue_depth", "int", 8),
-                    ("intra_op_parallelism", "int", 1),
-                    ("single_submit", "bool", False),
-                    ("overlap_events", "bool", True),
-                    ("use_gds", "bool", False),
-                ],
+            honoured(
+                "block_size",
+                "int",
+                1_048_576,
+                "Bytes of one transfer, up to 1 GiB and rounded up to a multiple of 4096; each has a checksum.",
+                low=1,
+                high=1 << 30,
             ),
+            honoured(
+                "queue_depth",
+                "int",
+                8,
+                "Transfers under way at once, each path, times `intra_op_parallelism`; at most 4096.",
+                low=1,
+            ),
+            honoured("intra_op_parallelism", "int", 1, "See `queue_depth`: each thread of DeepSpeed has one.", low=1),
+            accepted("single_submit", "bool", False, "Transfers are handed over as many at once as there are."),
+            accepted("overlap_events", "bool", True, "New transfers begin as soon as one has ended."),
+            accepted("use_gds", "bool", False, "The update runs on the host: states go no further than its memory."),
             accepted("thread_count", "int", None, "DeepSpeed reads `intra_op_parallelism` instead.", aloud=True),
         ),
     ),

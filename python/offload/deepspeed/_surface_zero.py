@@ -10,8 +10,9 @@ __all__ = ["SECTIONS"]
 
 _ALONE = "One process has nobody to exchange gradients or weights with."
 _UNITS = "Weights travel by whole units of the model, as many ahead as the device budget holds."
-_DISK = "Belongs to the disk tier, which has not landed."
-_NO_DISK = "`nvme` waits for the disk tier: write `cpu`."
+_WINDOW = "States on disk pass through a window of host memory, of a size that the host's memory decides."
+_OVERLAP = "States are always read ahead of their update, and written behind it."
+_NO_DISK = "Weights do not live on disk."
 
 _MOE_BLOCKS = [
     f"transformers.models.{module}.modeling_{module}.{name}SparseMoeBlock"
@@ -110,24 +111,31 @@ _OFFLOAD_OPTIMIZER = (
         "device",
         ("none", "cpu", "nvme"),
         "none",
-        f"`cpu`: optimizer states, master weights and gradients live in host memory, and the host updates. {_NO_DISK}",
+        "`cpu`: optimizer states, master weights and gradients live in host memory, and the host updates. `nvme`: the "
+        "states and master weights of Adam, AdamW, Lion and Adagrad live in files under `nvme_path`, at every stage.",
         trainer="Accelerate's offload_optimizer_device",
     ),
-    accepted("nvme_path", "path?", None, _DISK, trainer="Accelerate's offload_optimizer_nvme_path"),
+    honoured(
+        "nvme_path",
+        "path?",
+        None,
+        "Where the files of `nvme` are; made if it is not there. They are private, and go with the process.",
+        trainer="Accelerate's offload_optimizer_nvme_path",
+    ),
     honoured("pin_memory", "bool", True, "Host memory is page-locked, exactly the bytes in use."),
     honoured(
         "ratio",
         "float",
         1.0,
         "The share of the optimizer states, by bytes, that is on the host and updated there; the model's first "
-        "parameters stay. Adam, AdamW, Lion and Adagrad; others take 0 or 1.",
+        "parameters stay. Adam, AdamW, Lion and Adagrad; others take 0 or 1. With `nvme` all of them leave.",
         low=0,
         high=1,
     ),
-    accepted("buffer_count", "int", 4, _DISK, low=0),
-    accepted("pipeline_read", "bool", False, _DISK),
-    accepted("pipeline_write", "bool", False, _DISK),
-    accepted("fast_init", "bool", False, _DISK),
+    accepted("buffer_count", "int", 4, _WINDOW, low=0),
+    accepted("pipeline_read", "bool", False, _OVERLAP),
+    accepted("pipeline_write", "bool", False, _OVERLAP),
+    accepted("fast_init", "bool", False, "States are always made on disk, a piece at a time."),
     accepted(
         "super_offload",
         "bool",
@@ -144,14 +152,14 @@ _OFFLOAD_PARAM = (
         "device",
         ("none", "cpu", "nvme"),
         "none",
-        f"`cpu`: weights live in host memory and visit the device unit by unit. {_NO_DISK}",
+        "`cpu`: weights live in host memory and visit the device unit by unit. `nvme` is refused: write `cpu`.",
         trainer="Accelerate's offload_param_device",
     ),
-    accepted("nvme_path", "path?", None, _DISK, trainer="Accelerate's offload_param_nvme_path"),
+    accepted("nvme_path", "path?", None, _NO_DISK, trainer="Accelerate's offload_param_nvme_path"),
     honoured("pin_memory", "bool", True, "Host memory is page-locked, exactly the bytes in use."),
-    accepted("buffer_count", "int", 5, _DISK, low=0),
-    accepted("buffer_size", "int", 100_000_000, f"{_DISK} A parameter of any size fits.", low=0),
-    accepted("max_in_cpu", "int", 1_000_000_000, _DISK, low=0),
+    accepted("buffer_count", "int", 5, _NO_DISK, low=0),
+    accepted("buffer_size", "int", 100_000_000, f"{_NO_DISK} A parameter of any size fits.", low=0),
+    accepted("max_in_cpu", "int", 1_000_000_000, _NO_DISK, low=0),
 )
 
 _ZENFLOW = (

@@ -1,0 +1,143 @@
+"""Where the states of parameters live, and what they take there: the device, the engine's pool, or the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from . import _native
+from ._adamw import FORMATS
+from ._config import Config
+from ._native_state import NativeState
+from ._parameter_state import ParameterState
+from ._plan import Plan
+from ._state_store import StateStore
+from ._streaming import Streaming
+
+State = TypeVar("State", bound=ParameterState)
+
+# Blocks of the pool are multiples of this (csrc/memory/host_pool.h).
+_BLOCK_BYTES = 256
+
+
+class StateHomes:
+    """Makes states where the plan wants them. `names` are the model's, by identity."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        config: Config,
+        pool: _native.HostPool,
+        streaming: Streaming,
+        store: StateStore | None,
+        names: Mapping[int, str],
+    ) -> None:
+        self._plan = plan
+        self._config = config
+        self._pool = pool
+        self._streaming = streaming
+        self.store = store
+        self._names = names
+
+    def updates_on_host(self, parameter: Parameter) -> bool:
+        """Whether its update runs on the host: then its state is there or on disk."""
+        return not self._plan.keeps_state(self._name_of(parameter))
+
+    def _name_of(self, parameter: Parameter) -> str:
+        return self._names.get(id(parameter), "")
+
+    def _splits(self, parameter: Parameter, kind: type[ParameterState]) -> bool:
+        wanted = self.updates_on_host(parameter) and self._config.master != "fp32"
+        return kind.may_split and wanted and parameter.dtype == torch.bfloat16
+
+    def _store_of(self, parameter: Parameter) -> StateStore | None:
+        return self.store if self.updates_on_host(parameter) and parameter.numel() > 0 else None
+
+    def _arrays_on_disk(self, parameter: Parameter, kind: type[ParameterState]) -> dict[str, torch.dtype]:
+        if self._store_of(parameter) is None:
+            return {}
+        streamed = parameter in self._streaming
+        return kind.arrays_on_disk(parameter.dtype, split=self._splits(parameter, kind), streamed=streamed)
+
+    def disk_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
+        """What its state takes on disk, to whole blocks."""
+        arrays = self._arrays_on_disk(parameter, kind)
+        return self.store.bytes_of(arrays, parameter.numel()) if arrays and self.store is not None else 0
+
+    def host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
+        """What its state and gradient take in the pool."""
+        numel, sizes = parameter.numel(), list[int]()
+        if self.updates_on_host(parameter):
+            streamed = parameter in self._streaming  # its working weight is counted there
+            on_disk = self._arrays_on_disk(parameter, kind)
+            if issubclass(kind, NativeState) and not on_disk:
+                sizes += kind.moment_sizes(self._config.moments, numel)
+            if parameter.dtype != torch.float32 and not streamed:
+                sizes.append(2 * numel)
+            if "master" not in on_disk and not (streamed and parameter.dtype == torch.float32):
+                sizes.append((2 if self._splits(parameter, kind) else 4) * numel)
+        if self.updates_on_host(parameter) or self._plan.gradient_leaves(self._name_of(parameter)):
+            sizes.append(parameter.element_size() * numel)
+        return sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
+
+    def make(self, name: str, parameter: Parameter, kind: type[State]) -> State:
+        """The state of a parameter; raises `OutOfHostMemory` over the budget, `StorageError` without disk space."""
+        on_host = self.updates_on_host(parameter)
+        streamed = parameter in self._streaming
+        value = self._streaming.present_value(parameter) if streamed else parameter
+
+        def allocate(dtype: torch.dtype, tag: Any, count: int | None = None) -> Tensor:
+            if streamed and on_host and dtype == parameter.dtype and tag != "moments":
+                return self._streaming.host_weight(parameter)
+            if not on_host or parameter.numel() == 0:
+                tier = torch.device("cpu") if on_host else parameter.device
+                if count is not None:
+                    return torch.empty(count, dtype=dtype, device=tier)
+                return torch.empty_like(value, dtype=dtype, device=tier, requires_grad=False)
+            buffer = self._pool.acquire((count or parameter.numel()) * dtype.itemsize, tag)
+            row = torch.frombuffer(buffer, dtype=dtype)
+            return row if count is not None else row.as_strided(parameter.shape, parameter.stride())
+
+        form: dict[str, Any] = {}
+        if issubclass(kind, NativeState):
+            form = {"moments": self._config.moments, "rounding_seed": self._config.rounding_seed}
+        return kind(
+            name,
+            parameter,
+            value,
+            on_host=on_host,
+            split=self._splits(parameter, kind),
+            streamed=streamed,
+            allocate=allocate,
+            store=self._store_of(parameter),
+            **form,
+        )
+
+    @staticmethod
+    def slot_of(state: NativeState) -> dict[str, Any]:
+        """The arguments of `StepPipeline.add_slot`."""
+        parameter, weight = state.parameter, state.working_weight()
+        master = state.remainder if state.remainder is not None else state.master
+        on_disk = {} if state.stored is None else state.stored.dtypes
+        is_split = state.remainder is not None or on_disk.get("master") == torch.int16
+        in_memory = state.has_host_weight()
+        slot = {
+            "name": state.name,
+            "master": 0 if master is None else master.data_ptr(),
+            "master_format": _native.MASTER_SPLIT if is_split else _native.MASTER_FLOAT32,
+            "weight": weight.data_ptr() if in_memory and weight is not state.master else 0,
+            "weight_format": FORMATS[parameter.dtype],
+            **state.native_moments(),
+            "count": parameter.numel(),
+            "upload_source": weight.data_ptr() if in_memory else 0,
+            # The next touch of a streamed one uploads the weight.
+            "device_weight": 0 if state.streamed else parameter.data_ptr(),
+            "weight_bytes": parameter.numel() * parameter.element_size(),
+        }
+        if state.stored is not None:
+            slot |= {"layout": state.stored.layout, "disk_offset": state.stored.offset}
+        return slot

@@ -1,0 +1,39 @@
+"""Bytes of one tier by kind, and the table of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ._config import format_size
+
+__all__ = ["TierBytes", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class TierBytes:
+    """Bytes of one tier by kind.
+
+    working: host copies of weights, the source of their upload; gradients: also, on the host,
+    the copies that a host update of device gradients reads; window: what states on disk pass through.
+    """
+
+    weights: int = 0
+    working: int = 0
+    master: int = 0
+    moments: int = 0
+    gradients: int = 0
+    window: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+
+def table(device: TierBytes, host: TierBytes, disk: TierBytes | None = None) -> str:
+    """One line a kind, one column a tier; the disk's only where something is there."""
+    tiers = {"device": device, "host": host} | ({"disk": disk} if disk is not None and disk.total else {})
+    kinds = [field.name for field in dataclasses.fields(TierBytes) if field.name != "window" or host.window]
+    rows = [("", *tiers)]
+    rows += [(kind, *(format_size(getattr(tier, kind)) for tier in tiers.values())) for kind in kinds]
+    rows.append(("total", *(format_size(tier.total) for tier in tiers.values())))
+    return "\n".join(f"{kind:<10}" + "".join(f"{size:>14}" for size in sizes) for kind, *sizes in rows)
