@@ -1,5 +1,6 @@
 #include "pipeline/state_window.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -119,6 +120,7 @@ struct Fixture {
                       .factors = {},
                       .flush_denormals = false});
     }
+    if (backwards) std::reverse(jobs.begin(), jobs.end());
     return pipeline->submit(std::move(jobs), 0, backwards);
   }
 };
@@ -144,7 +146,7 @@ void steps_give_the_bits_of_states_in_memory(size_t frame_count) {
   for (const Parameter& parameter : parameters) CHECK(parameter.on_device == parameter.master);
   const WindowStats stats = fixture.pipeline->stats().window;
   CHECK(stats.read_bytes + stats.kept_bytes == stats.written_bytes);
-  CHECK(stats.kept_bytes > 0 || frame_count == 1);
+  CHECK(stats.kept_bytes > 0);
 }
 
 void what_others_write_is_read_anew() {
