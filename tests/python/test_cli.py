@@ -129,6 +129,16 @@ def test_train_with_a_share_of_the_states_on_the_host(capsys: pytest.CaptureFixt
     assert "a share, a float from 0.0 to 1.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("moments", ["bf16", "int8"])
+def test_train_with_small_moments(moments: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--steps", "3", "--moments", moments, "--check", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["moments"] == moments
+    assert report["check"].keys() == {"nothing_offloaded"} and report["check"]["nothing_offloaded"]["ok"]
+    bytes_an_element = report["bytes"]["host"]["moments"] / report["parameters"]
+    assert bytes_an_element == 4 if moments == "bf16" else 2 < bytes_an_element < 2.1
+
+
 def test_train_in_fp32(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--steps", "3", "--check", "--dtype", "float32"]) == 0
     text = capsys.readouterr().out

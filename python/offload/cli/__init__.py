@@ -137,6 +137,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="WHERE",
         help="device (default), host, a share that may leave such as 0.5, or host bytes such as 8GiB",
     )
+    train.add_argument(
+        "--moments",
+        choices=("fp32", "bf16", "int8"),
+        default="fp32",
+        help="how the optimizer stores them; bf16 and int8 are lossy (default fp32)",
+    )
     train.add_argument("--steps", type=_positive, default=200, help="optimizer steps (default 200)")
     train.add_argument("--batch", type=_positive, default=4, help="sequences a micro-batch (default 4)")
     train.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default 128)")

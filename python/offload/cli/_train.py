@@ -60,7 +60,10 @@ def _check(
 ) -> tuple[dict[str, Any], bool]:
     """Results by reference run, and whether Ctrl-C stopped the checks."""
     results: dict[str, Any] = {}
-    for name, placement in (("nothing_offloaded", "device"), ("plain_torch", None)):
+    references = [("nothing_offloaded", "device"), ("plain_torch", None)]
+    if options.moments != "fp32":  # plain torch has no such format
+        references.pop()
+    for name, placement in references:
         reference = train(
             options,
             corpus,
@@ -99,6 +102,7 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
         "interrupted": run.interrupted,
         "steps": len(run.losses),
         "dtype": options.dtype,
+        "moments": options.moments,
         "device": run.plan.device_kind,
         "parameters": run.plan.trainable_count,
         "loss_first": run.losses[0] if run.losses else None,

@@ -187,9 +187,9 @@ def _prepare(
         model.to(device)
         return model, kind(list(model.parameters()), **settings), None
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    where: dict[str, Any] = {"optimizer": "device", "params": "device"}
+    where: dict[str, Any] = {"optimizer": "device", "params": "device", "moments": options.moments}
     if placement == "host":
-        where = {
+        where |= {
             "optimizer": options.optimizer,
             "params": options.params,
             "device_budget": options.device_budget,
