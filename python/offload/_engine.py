@@ -166,7 +166,7 @@ class Engine:
             else:
                 sizes += [0 if streamed else 2, 2 if self._splits(parameter, kind) else 4]
         if self._puts_on_host(parameter) or self.plan.gradient_leaves(self.name_of(parameter)):
-            sizes.append(parameter.element_size())
+            sizes.append(self.config.gradient_itemsize or parameter.element_size())
         return sum(-(-size * parameter.numel() // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
 
     def _puts_on_host(self, parameter: Parameter) -> bool:
