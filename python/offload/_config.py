@@ -102,7 +102,9 @@ class Config:
     lazy: `step()` returns while the update still runs; every read waits for it. False waits in `step()`.
     pin: page-lock host memory; `"auto"` does so when the device is an accelerator.
     poison: fill memory that must not be read with NaN (for tests); None reads `OFFLOAD_POISON`.
-    grad_dtype: None, the gradient's own dtype; nothing else yet.
+    grad_dtype: what gradients add up in: None, the parameter's own dtype, or `"fp32"`, which makes `p.grad` of 16-bit
+        parameters fp32, at two bytes more an element (needs a torch that has `Tensor.grad_dtype`). As torch does it,
+        each use of a tied weight is widened too, before they are added.
 
     Raises InvalidArgument naming the option, the value and what is legal.
     """
@@ -126,7 +128,7 @@ class Config:
     lazy: bool = True
     pin: bool | Literal["auto"] = "auto"
     poison: bool | None = None
-    grad_dtype: None = None
+    grad_dtype: Literal["fp32"] | None = None
 
     def __post_init__(self) -> None:
         for kind, supported in _SUPPORTED_TIERS.items():
@@ -168,10 +170,12 @@ class Config:
         _check_choice("lazy", self.lazy, (True, False))
         _check_choice("pin", self.pin, ("auto", True, False))
         _check_choice("poison", self.poison, (None, True, False))
-        if self.grad_dtype is not None:
-            raise InvalidArgument(
-                f"grad_dtype={self.grad_dtype!r}: gradients keep their own dtype in this release; use None"
-            )
+        _check_choice("grad_dtype", self.grad_dtype, (None, "fp32"))
+
+    @property
+    def gradient_itemsize(self) -> int | None:
+        """Bytes of a gradient element; None: those of the parameter's."""
+        return None if self.grad_dtype is None else 4
 
     @property
     def device_budget_bytes(self) -> int | None:

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._activation_region import ModelRegion
 from ._engine import Engine, EngineUnit
+from ._grad_dtype import WideGradient
 from ._units import Unit
 from ._weight_casts import WeightCasts
 
@@ -59,8 +60,9 @@ class Hooks:
 
     def __init__(self, model: nn.Module, units: Iterable[Unit], engine: Engine) -> None:
         self._engine = engine
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[RemovableHandle | WideGradient] = []
         self._watched: set[int] = set()
+        self._widened: set[int] = set()
         if engine.streaming.residencies:
             self._give_and_take_values(model)
         for module in model.modules():
@@ -118,11 +120,18 @@ class Hooks:
 
         self._handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
 
+    def widen_gradient(self, parameter: Parameter) -> None:
+        """From now on gradients of a 16-bit `parameter` add up in fp32. Idempotent."""
+        if id(parameter) not in self._widened and parameter.dtype != torch.float32:
+            self._widened.add(id(parameter))
+            self._handles.append(WideGradient(parameter))
+
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._watched.clear()
+        self._widened.clear()
 
 
 def _keep_parameters(module: nn.Module, engine: Engine) -> Callable[[], None]:

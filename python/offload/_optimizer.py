@@ -125,6 +125,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         engine = self._engine
         for group in self.param_groups:
             for parameter in group["params"]:
+                if parameter.requires_grad and engine.config.grad_dtype is not None:
+                    self._hooks.widen_gradient(parameter)
                 if parameter.requires_grad and engine.plan.gradient_leaves(engine.name_of(parameter)):
                     self._hooks.watch_gradient(parameter)
 

@@ -81,7 +81,7 @@ class StateHomes:
             if "master" not in on_disk and not (streamed and parameter.dtype == torch.float32):
                 sizes.append((2 if self._splits(parameter, kind) else 4) * numel)
         if self.updates_on_host(parameter) or self._plan.gradient_leaves(self._name_of(parameter)):
-            sizes.append(parameter.element_size() * numel)
+            sizes.append((self._config.gradient_itemsize or parameter.element_size()) * numel)
         return sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
 
     def make(self, name: str, parameter: Parameter, kind: type[State]) -> State:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ._config import Config
 from ._engine import Engine
 from ._errors import InvalidArgument, StateError
+from ._grad_dtype import check_grad_dtype
 from ._hooks import Hooks
 from ._host_grad import HostGrad
 from ._interrupts import Uninterrupted
@@ -83,6 +84,7 @@ def wrap(
     optimizers = as_list(optim)
     settings = Config.resolve(config, options)
     _check_process()
+    check_grad_dtype(settings.grad_dtype)
     _check_model(model)
     if optim is not None:
         _check_optimizers(model, optimizers)
@@ -154,11 +156,13 @@ def unwrap(
     else:
         engine.synchronize()
         engine.streaming.empty()
-        gradients = [cell.materialize() for _, cell in held]
+        gradients = [cell.materialize().to(p.dtype) for p, cell in held]
         states = [one.plain_states() for one in wrapped]
     resident = engine.streaming.resident_copies()
     # Nothing was changed until here, and nothing fails from here on.
     with Uninterrupted():
+        for parameter, _ in held:
+            parameter.grad = None
         hooks.remove()
         engine.streaming.leave(resident)
         for (parameter, _), gradient in zip(held, gradients, strict=True):
@@ -203,7 +207,14 @@ def estimate(
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         sizes = [dataclasses.replace(size, itemsize=dtype.itemsize, dtype_name=name) for size in sizes]
-    return make_plan(sizes, settings, device_kind="cuda", device_bytes=_UNLIMITED, host_bytes=_UNLIMITED)
+    return make_plan(
+        sizes,
+        settings,
+        gradient_itemsize=settings.gradient_itemsize,
+        device_kind="cuda",
+        device_bytes=_UNLIMITED,
+        host_bytes=_UNLIMITED,
+    )
 
 
 def as_list(optim: _Optim | Sequence[_Optim] | None) -> list[_Optim]:
@@ -406,6 +417,7 @@ def _plan(
     return make_plan(
         sizes,
         settings,
+        gradient_itemsize=settings.gradient_itemsize,
         device_kind=device.type,
         device_bytes=device_bytes,
         host_bytes=host_bytes,

@@ -96,7 +96,6 @@ def resolve(
     )
     if settings.placement.optimizer == "host":
         check_named_share(settings.placement.optimizer_ratio, settings.optimizer, report)
-    _doubt_accumulation(settings, values["data_types"]["grad_accum_dtype"], report)
     order = {name: position for position, name in enumerate(config)}
     report.entries.sort(key=lambda entry: order.get(entry.path.split(".")[0], len(order)))
     return settings, report
@@ -147,17 +146,6 @@ def _batch_sizes(values: Mapping[str, Any], report: Report) -> BatchSizes:
     return BatchSizes(train, micro, accumulation)
 
 
-def _doubt_accumulation(settings: Settings, wanted: Dtype | None, report: Report) -> None:
-    """Gradients add up in their own dtype, which is less than asked for where that is fp32 and there are several."""
-    dtype, count = settings.precision.dtype, settings.batch.accumulation
-    if wanted == "fp32" and dtype != "fp32" and (count > 1 or not settings.managed_accumulation):
-        several = f"the {count} micro-batches of a step" if settings.managed_accumulation else "several micro-batches"
-        report.doubts.append(
-            f"data_types.grad_accum_dtype='fp32': gradients of {several} add up in {dtype} here; write fewer and "
-            "larger micro-batches, train in fp32 with torch_autocast, or leave the key out"
-        )
-
-
 def _precision(values: Mapping[str, Any], report: Report) -> Precision:
     fp16, bf16, cast = values["fp16"], values["bf16"], values["torch_autocast"]
     if fp16["enabled"] and bf16["enabled"]:
@@ -169,6 +157,9 @@ def _precision(values: Mapping[str, Any], report: Report) -> Precision:
     wanted = values["data_types"]["param_dtype"]
     if wanted not in (None, dtype):
         report.errors.append(f"data_types.param_dtype={wanted!r}: fp16 and bf16 make the parameters {dtype}")
+    sums = values["data_types"]["grad_accum_dtype"]
+    if sums not in (None, "fp32", dtype):
+        report.errors.append(f"data_types.grad_accum_dtype={sums!r}: {dtype} gradients add up in {dtype} or in fp32")
     scaled = dtype == "fp16" or (autocast is not None and autocast.dtype == "fp16")
     return Precision(
         dtype=dtype,
@@ -176,6 +167,7 @@ def _precision(values: Mapping[str, Any], report: Report) -> Precision:
         cast_inputs=fp16["enabled"] and fp16["auto_cast"],
         skip_bad_steps=scaled or (dtype == "bf16" and bf16["check_grad_overflow"]),
         autocast=autocast,
+        grad_dtype="fp32" if sums == "fp32" else None,
         buffer_dtype=values["data_types"]["buffer_dtype"],
         keep_in_fp32=_keep_in_fp32(values["data_types"]["keep_in_fp32_modules"], report),
     )

@@ -113,7 +113,8 @@ def initialize(
     cast_model(model, settings.precision)
     if settings.placement.params != "host":
         model.to(device)
-    placed = Placed(model, plain, {**wrap_options(settings.placement), "device": str(device)})
+    options = wrap_options(settings.placement) | {"device": str(device), "grad_dtype": settings.precision.grad_dtype}
+    placed = Placed(model, plain, options)
     try:
         wrapped = None
         if placed.wrapped is not None:

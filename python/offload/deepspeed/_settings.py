@@ -83,6 +83,7 @@ class Precision:
 
     loss_scale: given exactly when dtype is fp16.
     cast_inputs: `fp16.auto_cast`: floating-point inputs of forward are cast to fp16.
+    grad_dtype: `data_types.grad_accum_dtype`: what micro-batches add up in; None is `dtype`.
     buffer_dtype: `data_types.buffer_dtype`: what buffers are cast to; None leaves them as they are.
     keep_in_fp32: `data_types.keep_in_fp32_modules`: patterns of names of buffers that are fp32 in a 16-bit model; None
         means those that the model itself names.
@@ -94,6 +95,7 @@ class Precision:
     cast_inputs: bool = False
     skip_bad_steps: bool = False
     autocast: Autocast | None = None
+    grad_dtype: Literal["fp32"] | None = None
     buffer_dtype: Dtype | None = None
     keep_in_fp32: tuple[str, ...] | None = None
 

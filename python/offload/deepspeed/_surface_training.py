@@ -336,12 +336,12 @@ SECTIONS = (
         "data_types",
         "",
         (
-            accepted(
+            honoured(
                 "grad_accum_dtype",
                 _DTYPES,
                 None,
-                "Gradients add up in their own dtype. `fp32` for several 16-bit micro-batches is a warning, and an "
-                "error of `offload config check`.",
+                "What gradients of micro-batches add up in: the dtype of the weights, which null means, or `fp32`, "
+                "at two bytes more an element of 16-bit weights.",
             ),
             accepted("param_dtype", _DTYPES, None, "Must agree with `fp16` and `bf16`, which decide."),
             honoured(
