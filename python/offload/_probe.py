@@ -94,14 +94,19 @@ def probe_device(name: str | None = None) -> DeviceFacts:
 def environment(disk_paths: Iterable[str | os.PathLike[str]] = ()) -> dict[str, Any]:
     """What offload finds on this machine, ready for JSON: `host`, `device`, `isa` and, by path, `disks`.
 
+    memory: the facts of `offload.unified.classify` and their `meaning`; None where the device is the CPU.
     A directory of `disk_paths` is opened as training would open it: raises StorageError for one that cannot be used.
     """
     from . import _native
     from ._disk import probe_disk
+    from ._unified import classify
 
+    device = probe_device()
+    memory = classify(device.name) if device.kind == "cuda" else None
     return {
         "host": dataclasses.asdict(probe_host()),
-        "device": dataclasses.asdict(probe_device()),
+        "device": dataclasses.asdict(device),
+        "memory": None if memory is None else {**dataclasses.asdict(memory), "meaning": memory.meaning},
         "isa": _native.active_isa(),
         "disks": [dataclasses.asdict(probe_disk(path)) for path in disk_paths],
     }

@@ -41,7 +41,7 @@ PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_plan", "_stats"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
-        "_disk", "_probe", "_trace",
+        "_unified_pool", "_disk", "_probe", "_trace",
     ),
     ("_durable_files", "_safetensors", "_checkpoint_directory"),
     (
@@ -55,12 +55,12 @@ PYTHON_FLOORS = (
     ("_wrap",),
     ("_snapshot", "_saving", "_loading", "_export"),
 )  # fmt: skip
-DOORS = ("__init__", "__main__")  # may import every floor
+DOORS = ("__init__", "__main__", "unified")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
 # _copy_lanes and _gradient_lanes are the engine's own way of copying and store of gradients, in files of their own.
 MAY_IMPORT_NATIVE = (
-    "_engine", "_copy_lanes", "_gradient_lanes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_disk",
-    "_probe", "_trace",
+    "_engine", "_copy_lanes", "_gradient_lanes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_unified_pool",
+    "_disk", "_probe", "_trace",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")

@@ -27,6 +27,8 @@ def _text(facts: dict[str, Any]) -> str:
         f"{host['cpu_count']} CPUs, instruction set {facts['isa']}",
         f"device  {device['name']}, {format_bytes(device['free_bytes'])} of {format_bytes(device['total_bytes'])} free",
     ]
+    if facts["memory"] is not None:
+        lines.append(f"memory  {facts['memory']['kind']}: {facts['memory']['meaning']}")
     if facts["disks"]:
         rows = [("disk", "file system", "free", "back-end", "O_DIRECT")]
         refusals = []
