@@ -15,5 +15,6 @@ void bind_memory(pybind11::module_& module);     // HostPool, HostBuffer
 void bind_storage(pybind11::module_& module);    // BlockFile
 void bind_optimizer(pybind11::module_& module);  // optimizers over spans, instruction sets
 void bind_pipeline(pybind11::module_& module);   // StepPipeline
+void bind_unified(pybind11::module_& module);    // UnifiedMemory, UnifiedBlock, torch's allocator
 
 }  // namespace offload::bindings

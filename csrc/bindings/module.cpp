@@ -11,4 +11,5 @@ PYBIND11_MODULE(_native, module) {
   offload::bindings::bind_storage(module);
   offload::bindings::bind_optimizer(module);
   offload::bindings::bind_pipeline(module);
+  offload::bindings::bind_unified(module);
 }

@@ -11,6 +11,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import unified
     from ._activation_region import offload_activations
     from ._adamw import AdamW
     from ._config import Config
@@ -61,10 +62,12 @@ __all__ = [
     "load_checkpoint",
     "offload_activations",
     "save_checkpoint",
+    "unified",
     "unwrap",
     "wrap",
 ]
 
+_NAMESPACES = ("deepspeed", "unified")
 _HOMES = {
     "AdamW": "_adamw",
     "Checkpoint": "_loading",
@@ -101,6 +104,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("offload")
+    elif name in _NAMESPACES:
+        value = importlib.import_module("." + name, __name__)
     elif name in _HOMES:
         value = getattr(importlib.import_module("." + _HOMES[name], __name__), name)
     else:

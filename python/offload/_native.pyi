@@ -381,3 +381,71 @@ class StepPipeline:
     def hold(self) -> None:
         """The sequencer starts no further job until release(): for tests."""
     def release(self) -> None: ...
+
+# --- unified memory ---------------------------------------------------------------------------------------
+
+Side = Literal["host", "device"]
+
+def unified_memory_facts(index: int, *, driver_path: str = "") -> dict[str, Any]:
+    """The fields of CudaMemoryFacts, without a context on the device."""
+
+@final
+class UnifiedBlock:
+    """One allocation; freed with its last owner, which may be a tensor made of `dlpack`. Ranges lie inside it."""
+
+    @staticmethod
+    def find(address: int, nbytes: int) -> UnifiedBlock | None:
+        """The live block that holds the whole range."""
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def kind(self) -> str: ...
+    def dlpack(self, side: Side) -> Any:
+        """A DLPack capsule of all bytes (uint8), on the CPU or the CUDA device."""
+    def advise(
+        self,
+        address: int,
+        nbytes: int,
+        *,
+        preferred_location: Side | None,
+        accessed_by_host: bool,
+        accessed_by_device: bool,
+        read_mostly: bool,
+    ) -> None: ...
+    def placement(self, address: int, nbytes: int) -> dict[str, Any]:
+        """The names of `advise`, and last_prefetch."""
+    def prefetch(self, address: int, nbytes: int, side: Side, stream: int) -> None: ...
+    def discard(self, address: int, nbytes: int, stream: int) -> bool: ...
+
+@final
+class UnifiedMemory:
+    """The unified memory of a CUDA device; see csrc/unified/unified_memory.h."""
+
+    def __init__(self, index: int = 0, *, driver_path: str = "") -> None: ...
+    @property
+    def live_managed_bytes(self) -> int: ...
+    def allocate(
+        self,
+        nbytes: int,
+        kind: str,
+        *,
+        preferred_location: Side | None = None,
+        accessed_by_host: bool = False,
+        accessed_by_device: bool = False,
+        read_mostly: bool = False,
+        host_bytes: int,
+    ) -> UnifiedBlock: ...
+
+# The addresses of offload_unified_alloc and offload_unified_free, which torch finds by these names.
+TORCH_ALLOC_ADDRESS: int
+TORCH_FREE_ADDRESS: int
+
+def open_torch_allocator(index: int, *, driver_path: str = "", host_bytes: int) -> None:
+    """From now on those functions serve the device."""
+
+def torch_allocator_refusal(index: int) -> str:
+    """Why the last null was returned; "" when none was since the device was opened."""

@@ -95,6 +95,7 @@ def environment(disk_paths: Iterable[str | os.PathLike[str]] = ()) -> dict[str, 
     """What offload finds on this machine, ready for JSON: `host`, `device`, `isa` and, by path, `disks`.
 
     kernel_refusal: why states on the device are updated by separate torch operations; None where kernels do it.
+    memory: the facts of `offload.unified.classify` and their `meaning`; None where the device is the CPU.
     A directory of `disk_paths` is opened as training would open it: raises StorageError for one that cannot be used.
     """
     import torch
@@ -102,11 +103,14 @@ def environment(disk_paths: Iterable[str | os.PathLike[str]] = ()) -> dict[str, 
     from . import _native
     from ._disk import probe_disk
     from ._kernels import find_kernels
+    from ._unified import classify
 
     device = probe_device()
+    memory = classify(device.name) if device.kind == "cuda" else None
     return {
         "host": dataclasses.asdict(probe_host()),
         "device": dataclasses.asdict(device),
+        "memory": None if memory is None else {**dataclasses.asdict(memory), "meaning": memory.meaning},
         "isa": _native.active_isa(),
         "kernel_refusal": find_kernels(torch.device(device.name)).refusal,
         "disks": [dataclasses.asdict(probe_disk(path)) for path in disk_paths],

@@ -28,6 +28,8 @@ def _text(facts: dict[str, Any]) -> str:
         f"device  {device['name']}, {format_bytes(device['free_bytes'])} of {format_bytes(device['total_bytes'])} free",
         f"kernels {'compiled for this device' if refusal is None else f'none: {refusal}'}",
     ]
+    if facts["memory"] is not None:
+        lines.append(f"memory  {facts['memory']['kind']}: {facts['memory']['meaning']}")
     if facts["disks"]:
         rows = [("disk", "file system", "free", "back-end", "O_DIRECT")]
         refusals = []
