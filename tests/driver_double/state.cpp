@@ -62,7 +62,7 @@ void run_stream(const std::shared_ptr<Stream>& stream) {
     if (stream->queue.empty()) return;
     Operation operation = std::move(stream->queue.front());
     stream->queue.pop_front();
-    stream->running = true;
+    stream->running = &operation;
     if (operation.kind == Operation::kCopy) {
       run_copy(lock, operation);
     } else if (operation.kind == Operation::kWait) {
@@ -70,7 +70,7 @@ void run_stream(const std::shared_ptr<Stream>& stream) {
     } else {
       finish(operation);
     }
-    stream->running = false;
+    stream->running = nullptr;
     all.changed.notify_all();
   }
 }
@@ -210,7 +210,24 @@ bool is_stream(void* handle) { return state().streams.contains(reinterpret_cast<
 bool has_queued_work() {
   return std::ranges::any_of(state().queues, [](const std::weak_ptr<Stream>& queue) {
     const std::shared_ptr<Stream> stream = queue.lock();
-    return stream && (stream->running || !stream->queue.empty());
+    return stream && (stream->running != nullptr || !stream->queue.empty());
+  });
+}
+
+bool is_copied(uintptr_t address, size_t bytes) {
+  const auto overlaps = [&](const void* memory, size_t length) {
+    const auto begin = reinterpret_cast<uintptr_t>(memory);
+    return begin < address + bytes && address < begin + length;
+  };
+  const auto uses = [&](const Operation& operation) {
+    return operation.kind == Operation::kCopy &&
+           (overlaps(operation.destination, operation.bytes) ||
+            (operation.staged.empty() && overlaps(operation.source, operation.bytes)));
+  };
+  return std::ranges::any_of(state().queues, [&](const std::weak_ptr<Stream>& queue) {
+    const std::shared_ptr<Stream> stream = queue.lock();
+    return stream && ((stream->running != nullptr && uses(*stream->running)) ||
+                      std::ranges::any_of(stream->queue, uses));
   });
 }
 

@@ -73,7 +73,7 @@ struct Operation {
 struct Stream {
   int ordinal = 0;
   bool destroyed = false;
-  bool running = false;  // an operation that has left the queue
+  const Operation* running = nullptr;  // has left the queue
   std::deque<Operation> queue;
 };
 
@@ -187,6 +187,7 @@ int wait_done(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Completi
 
 bool is_stream(void* handle);  // a live one
 bool has_queued_work();
+bool is_copied(uintptr_t address, size_t bytes);  // by a copy that is queued or running
 // Waits until no stream has any. Returns 0, or what the context was lost with.
 int drain(std::unique_lock<std::mutex>& lock);
 

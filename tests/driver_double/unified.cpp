@@ -86,7 +86,7 @@ int cuMemFree_v2(unsigned long long address) {
     all.misuse("freeing what is not allocated");
     return kInvalidValue;
   }
-  if (has_queued_work()) all.misuse("freeing memory while work is queued");
+  if (is_copied(address, found->second)) all.misuse("freeing memory that a queued copy uses");
   all.pages.erase(all.pages.lower_bound(address), all.pages.lower_bound(page_end(address + found->second)));
   std::free(reinterpret_cast<void*>(address));
   all.managed.erase(found);

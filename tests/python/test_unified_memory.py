@@ -243,17 +243,17 @@ def test_a_refused_discard(double: DriverDouble) -> None:
 
 def test_memory_waits_for_the_work_of_the_device(double: DriverDouble) -> None:
     queue = _native.TransferQueue(_native.CudaDevice())
-    held = [unified.empty(1024, dtype=torch.uint8, side="host").fill_(9)]
-    target = torch.zeros(1024, dtype=torch.uint8)
-    double.hold("to_device")  # pageable sources are read by the call, the copy itself waits
-    ticket = queue.submit_to_device(target.data_ptr(), held[0].data_ptr(), 1024)
+    held = [unified.empty(1024, dtype=torch.uint8, side="host")]
+    source = torch.ones(1024, dtype=torch.uint8)
+    double.hold("to_device")
+    ticket = queue.submit_to_device(held[0].data_ptr(), source.data_ptr(), 1024)
     thread = threading.Thread(target=held.clear)
     thread.start()
     while thread.is_alive() and double.calls("cuCtxSynchronize") == 0:
         pass
     double.release("to_device")
     thread.join()
-    assert ticket.wait() and bool((target == 9).all())
+    assert ticket.wait()
     assert double.live("managed") == 0 and double.calls("cuCtxSynchronize") == 1
 
 
