@@ -57,10 +57,10 @@ PYTHON_FLOORS = (
 )  # fmt: skip
 DOORS = ("__init__", "__main__")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
-# _copy_lanes and _gradient_lanes are the engine's own way of copying and store of gradients, in files of their own.
+# The lanes are the engine's own way of copying and stores of gradients and weights, in files of their own.
 MAY_IMPORT_NATIVE = (
-    "_engine", "_copy_lanes", "_gradient_lanes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_disk",
-    "_probe", "_trace",
+    "_engine", "_copy_lanes", "_gradient_lanes", "_weight_lane", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
+    "_disk", "_probe", "_trace",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")
