@@ -3,6 +3,7 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "base/clock.h"
 #include "base/error.h"
@@ -10,6 +11,7 @@
 #include "bindings/bindings.h"
 #include "bindings/blocking.h"
 #include "device/host_device.h"
+#include "memory/host_pool.h"
 #include "transfer/transfer_queue.h"
 
 namespace py = pybind11;
@@ -34,10 +36,24 @@ Direction direction_of(const std::string& lane) {
               "there is no lane '" + lane + "'; the lanes are 'to_host' and 'to_device'");
 }
 
-Ticket submit(TransferQueue& queue, Direction direction, uintptr_t destination, uintptr_t source,
-              size_t bytes, uintptr_t compute_stream, const Ticket* after) {
-  return queue.submit(direction, reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source),
-                      bytes, compute_stream, after != nullptr ? *after : Ticket());
+// Signal handlers of Python run between two calls, never within one. So what has to follow a submission,
+// whatever a handler raises, is done here: `ticket` becomes the copy's, and the block of `buffer` waits for
+// it.
+template <Direction direction>
+py::object submit(TransferQueue& self, uintptr_t destination, uintptr_t source, size_t bytes,
+                  uintptr_t compute_stream, const Ticket* after, Ticket* ticket, HostBuffer* buffer) {
+  Ticket submitted;
+  {
+    GilReleased released;
+    submitted =
+        self.submit(direction, reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source),
+                    bytes, compute_stream, after != nullptr ? *after : Ticket());
+  }
+  if (ticket != nullptr) *ticket = submitted;
+  if (buffer != nullptr) buffer->release_after(submitted);
+  // The same object of Python's where one was given.
+  return ticket != nullptr ? py::cast(ticket, py::return_value_policy::reference)
+                           : py::cast(std::move(submitted));
 }
 
 void bind_base(py::module_& module) {
@@ -112,22 +128,12 @@ void bind_transfer_queue(py::module_& module) {
       .def(py::init(
                [](std::shared_ptr<Device> device) { return make_joining<TransferQueue>(std::move(device)); }),
            py::arg("device"))
-      .def(
-          "submit_to_host",
-          [](TransferQueue& self, uintptr_t destination, uintptr_t source, size_t bytes,
-             uintptr_t compute_stream, const Ticket* after) {
-            return submit(self, Direction::kToHost, destination, source, bytes, compute_stream, after);
-          },
-          py::arg("destination"), py::arg("source"), py::arg("nbytes"), py::arg("compute_stream") = 0,
-          py::arg("after") = py::none(), py::call_guard<GilReleased>())
-      .def(
-          "submit_to_device",
-          [](TransferQueue& self, uintptr_t destination, uintptr_t source, size_t bytes,
-             uintptr_t compute_stream, const Ticket* after) {
-            return submit(self, Direction::kToDevice, destination, source, bytes, compute_stream, after);
-          },
-          py::arg("destination"), py::arg("source"), py::arg("nbytes"), py::arg("compute_stream") = 0,
-          py::arg("after") = py::none(), py::call_guard<GilReleased>())
+      .def("submit_to_host", &submit<Direction::kToHost>, py::arg("destination"), py::arg("source"),
+           py::arg("nbytes"), py::arg("compute_stream") = 0, py::arg("after") = py::none(),
+           py::arg("ticket") = py::none(), py::arg("buffer") = py::none())
+      .def("submit_to_device", &submit<Direction::kToDevice>, py::arg("destination"), py::arg("source"),
+           py::arg("nbytes"), py::arg("compute_stream") = 0, py::arg("after") = py::none(),
+           py::arg("ticket") = py::none(), py::arg("buffer") = py::none())
       .def(
           "wait_on_stream",
           [](TransferQueue& self, uintptr_t compute_stream, const Ticket& ticket) {

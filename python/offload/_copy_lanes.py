@@ -21,7 +21,6 @@ from torch import Tensor
 from . import _native
 from ._errors import OffloadError
 from ._host_grad import HostBytes
-from ._interrupts import Uninterrupted
 
 # Device memory that tensors on their way may keep alive; beyond it the compute stream waits for the lane.
 _RING_BYTES = 256 << 20
@@ -40,10 +39,11 @@ class LandedBytes:
 
 @dataclass(eq=False, slots=True)
 class _Copy:
-    """A copy in flight, the device tensor that it reads or writes, and the compute stream which that belongs to."""
+    """A copy in flight, the device tensor that it reads or writes, its bytes and the compute stream it belongs to."""
 
     ticket: _native.Ticket
     tensor: Tensor
+    nbytes: int
     stream: int
 
 
@@ -72,23 +72,20 @@ class CopyLanes:
         """
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._pool.acquire(nbytes, tag)
-        copy = self._keep(tensor, stream)
-        with Uninterrupted():
-            copy.ticket = self._transfers.submit_to_host(buffer.address, tensor.data_ptr(), nbytes, stream)
-            buffer.release_after(copy.ticket)
+        copy = self._keep(tensor, nbytes, stream)
+        landed = LandedBytes(buffer, copy.ticket)
+        self._transfers.submit_to_host(landed.address, tensor.data_ptr(), nbytes, stream, None, copy.ticket, buffer)
         self._wait_for_room(room)
-        return LandedBytes(buffer, copy.ticket)
+        return landed
 
     def start_upload(self, held: HostBytes, out: Tensor) -> _native.Ticket:
         """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
         assert isinstance(held, LandedBytes)
         nbytes = out.numel() * out.element_size()
-        copy = self._keep(out, self.compute_stream())
-        with Uninterrupted():
-            copy.ticket = self._transfers.submit_to_device(
-                out.data_ptr(), held.address, nbytes, copy.stream, held.ticket
-            )
-            held.buffer.release_after(copy.ticket)
+        copy = self._keep(out, nbytes, self.compute_stream())
+        self._transfers.submit_to_device(
+            out.data_ptr(), held.address, nbytes, copy.stream, held.ticket, copy.ticket, held.buffer
+        )
         self._wait_for_room()
         return copy.ticket
 
@@ -111,19 +108,21 @@ class CopyLanes:
         """The tickets of copies that may not have ended."""
         return [copy.ticket for copy in self._ring]
 
-    def _keep(self, tensor: Tensor, stream: int) -> _Copy:
+    def _keep(self, tensor: Tensor, nbytes: int, stream: int) -> _Copy:
         """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
-        memory of others, whatever goes wrong in between."""
-        while self._ring and self._ring[0].ticket.done:
+        memory of others, whatever goes wrong in between. The submission gives the ticket its copy."""
+        ring = self._ring
+        while ring and ring[0].ticket.done:
             self._drop_oldest()
-        copy = _Copy(_native.Ticket(), tensor, stream)
-        self._ring.append(copy)
-        self._ring_bytes += tensor.nbytes
+        copy = _Copy(_native.Ticket(), tensor, nbytes, stream)
+        ring.append(copy)
+        self._ring_bytes += nbytes
         return copy
 
     def _drop_oldest(self) -> None:
-        with Uninterrupted():
-            self._ring_bytes -= self._ring.popleft().tensor.nbytes
+        oldest = self._ring.popleft()
+        # Zero whenever the ring is empty: Ctrl-C between a change of it and of its bytes is made up for here.
+        self._ring_bytes = self._ring_bytes - oldest.nbytes if self._ring else 0
 
     def _wait_for_room(self, room: int | None = None) -> None:
         limit = _RING_BYTES if room is None else min(room, _RING_BYTES)

@@ -32,7 +32,7 @@ from ._gradient_lanes import GradientLanes, StepGradient, landed
 from ._interrupts import Uninterrupted
 from ._native_state import Hyper, NativeState
 from ._parameter_state import ParameterState
-from ._pending import can_be_pending, make_pending, restore
+from ._pending import can_be_pending, make_pending, reading_metadata, restore
 from ._plan import Plan
 from ._residency import Residency
 from ._state_homes import State, StateHomes
@@ -217,7 +217,7 @@ class Engine:
         self._reseed_written([state for state in states if state.on_host or not state.streamed])
         work = list(zip(states, updates, strict=True))
         order = {unit: position for position, unit in enumerate(self._touched)}
-        of_host = [pair for pair in work if pair[0].on_host and pair[0].parameter.numel() > 0]
+        of_host = reading_metadata(lambda: [pair for pair in work if pair[0].on_host and pair[0].parameter.numel() > 0])
         of_host.sort(key=lambda pair: self._position(pair[0], order))
         if self._goes_backwards([state for state, _ in of_host]):
             of_host.reverse()
@@ -226,9 +226,9 @@ class Engine:
 
     def check_gradients(self, parameters: Sequence[Parameter]) -> None:
         """Raises `InvalidArgument` naming the first parameter whose gradient no update can use."""
-        for parameter in parameters:
-            assert parameter.grad is not None
-            check_gradient(self.name_of(parameter), parameter.grad)
+        for parameter, gradient in zip(parameters, reading_metadata(lambda: [p.grad for p in parameters]), strict=True):
+            assert gradient is not None
+            check_gradient(self.name_of(parameter), gradient)
 
     def float32_gradients(self, parameters: Sequence[Parameter]) -> list[Tensor]:
         """Their gradients in fp32 on the tier of the states, where nothing else reads them: they may be edited.
@@ -288,10 +288,9 @@ class Engine:
 
     def _reseed_written(self, states: Sequence[ParameterState]) -> None:
         for state in states:
+            written = reading_metadata(lambda: state.parameter._version) != state.version  # noqa: B023  # called now
             # A pending parameter has not been touched since the last step: any access would have made it current.
-            if state.parameter._version != state.version or (
-                not state.streamed and id(state.parameter) not in self._tickets and state.has_moved()
-            ):
+            if written or (not state.streamed and id(state.parameter) not in self._tickets and state.has_moved()):
                 self.reseed(state)
 
     def reseed(self, state: ParameterState) -> None:
@@ -413,7 +412,7 @@ class Engine:
     def _wrote(state: ParameterState) -> None:
         """The step wrote to the parameter: autograd must see a new version, and we must know it as our own."""
         torch.autograd.graph.increment_version(state.parameter)
-        state.version = state.parameter._version
+        state.version = reading_metadata(lambda: state.parameter._version)
 
     # --- readiness ------------------------------------------------------------------------------------------
 
@@ -477,12 +476,15 @@ class Engine:
 
     def latest_update(self, parameters: Sequence[Parameter]) -> _native.Ticket | None:
         """The last submitted update of these parameters: jobs run in that order, so it ends after the others."""
+        if not self._tickets:
+            return None
         waiting = [id(parameter) for parameter in parameters if id(parameter) in self._tickets]
         return self._tickets[max(waiting, key=self._submitted.__getitem__)] if waiting else None
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
         """The updates of these parameters have ended afterwards."""
-        self._finish([self.states[id(parameter)] for parameter in parameters if id(parameter) in self.states])
+        if self._tickets:
+            self._finish([self.states[id(parameter)] for parameter in parameters if id(parameter) in self.states])
 
     def require_own_process(self) -> None:
         """Raises `StateError` in a forked child: the pool's pages are not there, touching a state would crash."""

@@ -21,6 +21,7 @@ from ._copy_lanes import CopyLanes, LandedBytes
 from ._errors import OffloadError
 from ._grad_factors import apply_factor
 from ._host_grad import HostBytes, HostGrad, hold
+from ._pending import reading_metadata
 
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
@@ -94,7 +95,7 @@ class GradientLanes(CopyLanes):
     def take(self, parameter: Parameter, name: str) -> None:
         """Called when backward has added to `parameter.grad`: the gradient leaves, the next earlier sum comes."""
         hold(parameter, name, self)
-        if self._latest is not None:
+        if self._latest is not None and self._next.get(self._latest) is not parameter:
             self._next[self._latest] = parameter
         self._latest = id(parameter)
         following = self._next.get(id(parameter))
@@ -109,11 +110,11 @@ class GradientLanes(CopyLanes):
 
     def for_step(self, parameter: Parameter) -> StepGradient:
         """The parameter's gradient on the host, in the parameter's own element order."""
-        gradient = parameter.grad
+        gradient, strides = reading_metadata(lambda: (parameter.grad, parameter.stride()))
         assert gradient is not None
         if isinstance(gradient, HostGrad):
             held = gradient.cell.for_step()
-            if held.strides == parameter.stride():
+            if held.strides == strides:
                 factors = [(kind, address, value) for kind, address, value, _ in held.factors]
                 read = (held.bytes, *(keep for *_, keep in held.factors if keep is not None))
                 mine = tuple(landed for landed in read if isinstance(landed, LandedBytes))

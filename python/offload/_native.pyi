@@ -90,11 +90,32 @@ class CudaDevice(Device):
 class TransferQueue:
     def __init__(self, device: Device) -> None: ...
     def submit_to_host(
-        self, destination: int, source: int, nbytes: int, compute_stream: int = 0, after: Ticket | None = None
-    ) -> Ticket: ...
+        self,
+        destination: int,
+        source: int,
+        nbytes: int,
+        compute_stream: int = 0,
+        after: Ticket | None = None,
+        ticket: Ticket | None = None,
+        buffer: HostBuffer | None = None,
+    ) -> Ticket:
+        """`ticket`, where given, becomes the copy's; the block of `buffer` is not reused before that ended.
+
+        A signal handler runs before all of this or after it. A refused copy changes neither.
+        """
+
     def submit_to_device(
-        self, destination: int, source: int, nbytes: int, compute_stream: int = 0, after: Ticket | None = None
-    ) -> Ticket: ...
+        self,
+        destination: int,
+        source: int,
+        nbytes: int,
+        compute_stream: int = 0,
+        after: Ticket | None = None,
+        ticket: Ticket | None = None,
+        buffer: HostBuffer | None = None,
+    ) -> Ticket:
+        """As submit_to_host()."""
+
     def wait_on_stream(self, compute_stream: int, ticket: Ticket) -> None: ...
     def stats(self) -> dict[str, int]:
         """to_host_bytes, to_device_bytes, to_host_count, to_device_count."""

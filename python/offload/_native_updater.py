@@ -20,6 +20,7 @@ from ._engine import Engine, Update
 from ._errors import InvalidArgument
 from ._lion import Lion, LionHyper
 from ._native_state import AdagradState, AdamWState, Hyper, LionState, NativeState
+from ._pending import reading_metadata
 
 # Exact types only: a subclass may do anything in its step.
 _KINDS: dict[type[torch.optim.Optimizer], type[NativeState]] = {
@@ -94,7 +95,9 @@ class NativeUpdater:
         updates = []
         for group in groups:
             hyper = self._hyper_of(group)
-            updates += [Update(p, hyper, grad_scale) for p in group["params"] if p.grad is not None]
+            gradients = reading_metadata(lambda: [p.grad for p in group["params"]])  # noqa: B023  # called now
+            pairs = zip(group["params"], gradients, strict=True)
+            updates += [Update(parameter, hyper, grad_scale) for parameter, grad in pairs if grad is not None]
         self.engine.submit_step(updates, self._kind)
 
     # --- states ---------------------------------------------------------------------------------------------

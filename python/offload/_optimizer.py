@@ -18,6 +18,7 @@ from ._engine_stats import engine_stats
 from ._errors import StateError
 from ._hooks import Hooks
 from ._parameter_state import ParameterState
+from ._pending import reading_metadata
 from ._plan import Plan
 from ._stats import Stats
 
@@ -170,6 +171,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's. Gradients may be set to None while their parameters are pending."""
+        if set_to_none:
+            reading_metadata(super().zero_grad)
+        else:
+            super().zero_grad(set_to_none=False)
 
     def synchronize(self) -> None:
         """Waits for the submitted update: every parameter and state is current afterwards."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -54,6 +54,18 @@ def _metadata_calls() -> frozenset[Any]:
 
 _METADATA_CALLS = _metadata_calls()
 
+T = TypeVar("T")
+
+
+def reading_metadata(call: Callable[[], T]) -> T:
+    """What `call()` returns. Within it pending parameters answer at once, where else each access takes a microsecond to
+    find out that it asks for metadata. Nothing else may be asked for.
+
+    One call of native code and no `with` block: Ctrl-C at the end of one would leave every parameter unguarded.
+    """
+    result: T = torch._C._disabled_torch_function_impl(call, (), (), {})
+    return result
+
 
 class PendingParameter(Parameter):
     """A parameter whose new value is on its way; see the module's text. Never constructed, only worn."""
@@ -64,8 +76,7 @@ class PendingParameter(Parameter):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA_CALLS:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)  # see reading_metadata()
         stand_ins = {}
         for parameter in _pending_in((args, kwargs)):
             stand_in = parameter.__dict__[_RESOLVE]() if _RESOLVE in parameter.__dict__ else None

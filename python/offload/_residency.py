@@ -68,6 +68,7 @@ class Residency:
                 self._offsets[id(parameter)] = self.nbytes + _span(parameter)[1] - first
             self._stretches.append((self.nbytes, stretch, stretch[0].device))
             self.nbytes += math.ceil((max(_span(p)[2] for p in stretch) - first) / _ALIGNMENT) * _ALIGNMENT
+        self._begins = [self._offsets[id(parameter)] for parameter in self.parameters]
         self.is_placed = False
         self._buffer: Any = None
         self._flat: Tensor | None = None
@@ -76,6 +77,8 @@ class Residency:
         self._answers: Sequence[Away] = ()
         # Versions of the parameters when device and host were equal: another one means that somebody wrote.
         self._versions: list[int] = []
+        # Whether hide() has ended and show() has not begun.
+        self._is_hidden = False
 
     def __repr__(self) -> str:
         return f"Residency({len(self.parameters)} parameters, {self.nbytes} bytes)"
@@ -139,12 +142,16 @@ class Residency:
         self._storage.resize_(0)
 
     def hide(self) -> None:
-        """Nobody may read the parameters: their memory is not there, or not filled yet."""
+        """Nobody may read the parameters: their memory is not there, or not filled yet. Idempotent."""
+        if self._is_hidden:
+            return
         for parameter, answer in zip(self.parameters, self._answers, strict=True):
             make_pending(parameter, answer)
+        self._is_hidden = True
 
     def show(self) -> None:
         """The parameters are plain: their memory is there, and filled."""
+        self._is_hidden = False
         for parameter in self.parameters:
             restore(parameter)
 
@@ -154,9 +161,9 @@ class Residency:
 
     def written(self) -> list[Parameter]:
         """The parameters that were written, or were given other storage, since mark_equal()."""
-        begin, offsets = self.address, self._offsets
-        pairs = zip(self.parameters, self._versions, strict=True)
-        return [p for p, version in pairs if p._version != version or p.data_ptr() != begin + offsets[id(p)]]
+        start = self.address
+        known = zip(self.parameters, self._versions, self._begins, strict=True)
+        return [p for p, version, begin in known if p._version != version or p.data_ptr() != start + begin]
 
     def take_home(self, parameter: Parameter, name: str) -> None:
         """Copies a parameter that was given other storage to its place; `StateError` if it has another layout there."""

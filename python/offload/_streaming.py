@@ -207,7 +207,7 @@ class Streaming:
     def shares_memory(self, unit: int, tensor: Tensor) -> bool:
         """Whether `tensor` is a parameter of `unit`, or a view of one."""
         key = tensor.untyped_storage()._cdata
-        return any(residency.storage_key == key for residency in self._needs[unit])
+        return key in [residency.storage_key for residency in self._needs[unit]]
 
     def _touch(self, unit: int, *, in_backward: bool) -> None:
         if in_backward:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import Parameter
 
+from . import _native
 from ._residency import Residency
 
 if TYPE_CHECKING:
@@ -37,15 +38,19 @@ class WeightLane:
     def acquire_weights(self, nbytes: int) -> Any:
         return self._engine.pool.acquire(nbytes, "weights")
 
-    def start_weights(self, residency: Residency) -> Any:
+    def no_upload(self) -> Any:
+        return _native.Ticket()
+
+    def start_weights(self, residency: Residency, upload: Any) -> None:
         engine = self._engine
         engine.require_own_process()
-        return engine.transfers.submit_to_device(
+        engine.transfers.submit_to_device(
             residency.address,
             residency.host_address,
             residency.nbytes,
             engine.lanes.compute_stream(),
             engine.latest_update(residency.parameters),
+            upload,
         )
 
     def wait_weights(self, upload: Any) -> None:

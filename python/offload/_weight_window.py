@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._errors import OffloadError
-from ._interrupts import Uninterrupted
 from ._residency import Residency
 
 __all__ = ["WeightStore", "WeightWindow"]
@@ -35,11 +34,17 @@ class WeightStore(Protocol):
     def acquire_weights(self, nbytes: int) -> Any:
         """Host bytes for the weights of a residency."""
 
-    def start_weights(self, residency: Residency) -> Any:
-        """Starts the upload, behind the updates of its parameters, in order with the compute stream."""
+    def no_upload(self) -> Any:
+        """For start_weights(), which makes it an upload; until then it has ended."""
+
+    def start_weights(self, residency: Residency, upload: Any) -> None:
+        """Starts the upload, behind the updates of its parameters, in order with the compute stream.
+
+        It is `upload` from then on, with nothing in between that a signal could tear.
+        """
 
     def wait_weights(self, upload: Any) -> None:
-        """The compute stream waits for what start_weights() returned; raises its error."""
+        """The compute stream waits for what start_weights() started; raises its error."""
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
         """The updates of these parameters have ended afterwards; raises their error."""
@@ -61,7 +66,7 @@ class WeightWindow:
         # Called before what the user wrote to a weight replaces its host bytes.
         self.before_write_back: Callable[[], None] | None = None
         self.peak_bytes = 0
-        # The last upload of each, which may still read the host bytes.
+        # The last upload of each, which may still read the host bytes and write to the device's.
         self.last_upload: dict[Residency, Any] = {}
 
     def __contains__(self, residency: Residency) -> bool:
@@ -79,17 +84,19 @@ class WeightWindow:
         for residency in residencies:
             if residency in self._uploads or not residency.is_placed:
                 continue
+            upload = self.last_upload.get(residency)
+            if upload is None:
+                upload = self.last_upload[residency] = self._store.no_upload()
             residency.allocate(poison=self._poison)
             try:
-                with Uninterrupted():  # a copy in flight that nobody knows of would write to freed memory
-                    upload = self._store.start_weights(residency)
-                    self._uploads[residency] = upload
-                    self.last_upload[residency] = upload
-                    self.peak_bytes = max(self.peak_bytes, self.device_bytes)
+                self._store.start_weights(residency, upload)
+                self._uploads[residency] = upload
             except BaseException:
                 if residency not in self._uploads:
+                    self._await_quietly(residency)  # it may have started
                     residency.free()
                 raise
+            self.peak_bytes = max(self.peak_bytes, self.device_bytes)
 
     def make_ready(self, residencies: Iterable[Residency]) -> None:
         """Those of them that are on their way can be computed with afterwards."""
@@ -147,12 +154,12 @@ class WeightWindow:
             self.hide(residency)
         else:
             self._await_quietly(residency)  # it writes to the memory
-            residency.hide()  # again: Ctrl-C may have come before that of hide()
+            residency.hide()  # Ctrl-C may have come before that of hide()
         del self._uploads[residency]  # from here on it is sent for again
         residency.free()
 
     def _await_quietly(self, residency: Residency) -> None:
-        upload = self._uploads.get(residency)
-        if upload is not None:
+        upload = self.last_upload.get(residency)
+        if upload is not None and not upload.done:
             with contextlib.suppress(OffloadError):  # whoever asks for the weights is told
                 self._store.wait_weights(upload)

@@ -23,10 +23,14 @@ _wait = _native.Ticket.wait
 
 @dataclass(eq=False)
 class _Gated:
-    """A copy or an update, and what it waits for beside its gate."""
+    """A copy or an update, and what it waits for beside its gate.
+
+    ticket: who asks for this work asks for this object. end: ends with it; a copy's `ticket` may become a later one's.
+    """
 
     gate: _native.Ticket
     ticket: _native.Ticket
+    end: _native.Ticket
     after: list[_native.Ticket]
 
 
@@ -70,12 +74,13 @@ class CopySchedule:
         submit = getattr(_native.TransferQueue, f"submit_{lane}")
 
         def call(
-            queue: Any, destination: int, source: int, nbytes: int, stream: int = 0, after: Any = None
+            queue: Any, destination: int, source: int, nbytes: int, stream: int = 0, after: Any = None, *given: Any
         ) -> _native.Ticket:
             gate = _native.Ticket.pending()
             submit(queue, 0, 0, 0, 0, gate)  # no bytes: what follows in the lane waits behind it
-            ticket: _native.Ticket = submit(queue, destination, source, nbytes, stream, after)
-            self._lanes[lane].append(_Gated(gate, ticket, [] if after is None else [after]))
+            ticket: _native.Ticket = submit(queue, destination, source, nbytes, stream, after, *given)
+            end = submit(queue, 0, 0, 0, 0)
+            self._lanes[lane].append(_Gated(gate, ticket, end, [] if after is None else [after]))
             self._go_on()
             return ticket
 
@@ -99,7 +104,7 @@ class CopySchedule:
             gated = [(*job[:3], [*job[3], gate], *job[4:]) for job, gate in zip(jobs, gates, strict=True)]
             tickets: list[_native.Ticket] = submit(pipeline, gated, stream)
             for job, gate, ticket in zip(jobs, gates, tickets, strict=True):
-                self._updates.append(_Gated(gate, ticket, list(job[3])))
+                self._updates.append(_Gated(gate, ticket, ticket, list(job[3])))
             self._go_on()
             return tickets
 
@@ -139,4 +144,4 @@ class CopySchedule:
         queue.popleft()
         work.gate.complete()
         with contextlib.suppress(offload.OffloadError):  # whoever asks for it is told
-            _wait(work.ticket)
+            _wait(work.end)

@@ -109,6 +109,7 @@ CASES = {
     "fp32 scaled, gradients on the device": ({"optimizer": "host", "gradients": "device"}, torch.float32, True, 7),
     "states on the device": ({"optimizer": "device", "gradients": "host"}, torch.float32, False, 7),
     "states in part on the device": ({"optimizer": 0.5, "gradients": "host"}, torch.float32, False, 7),
+    "streamed weights": ({**HOST, "params": "host"}, torch.float32, False, 11),
 }
 
 

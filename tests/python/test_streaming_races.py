@@ -190,7 +190,7 @@ def _no_wait(*_: Any) -> None: ...
 
 
 def _without_after(queue: Any, *copy: Any, submit: Any = _native.TransferQueue.submit_to_device) -> Any:
-    return submit(queue, *copy[:4])
+    return submit(queue, *copy[:4], None, *copy[5:])
 
 
 def _without_tickets(engine: Any, jobs: Any, states: Any, submit: Any = _engine.Engine._submit) -> Any:

@@ -75,6 +75,32 @@ def test_a_copy_moves_the_bytes_and_is_counted(link: AnyLink) -> None:
     assert link.device.kind == ("cpu" if isinstance(link, HostLink) else "cuda")
 
 
+def test_a_submission_makes_the_ticket_it_is_given_the_copys_and_keeps_the_block(link: AnyLink) -> None:
+    pool = _native.HostPool(budget_bytes=1 << 20)
+    ticket = _native.Ticket()
+    for lane, submit in (("to_host", link.queue.submit_to_host), ("to_device", link.queue.submit_to_device)):
+        buffer = pool.acquire(256, "staging")
+        ends = (buffer.address, link.source.data_ptr())
+        link.hold(lane)
+        assert submit(*(ends if lane == "to_host" else ends[::-1]), 256, 0, None, ticket, buffer) is ticket
+        assert not ticket.done
+        del buffer
+        assert pool.stats()["waiting_bytes"] == 256
+        link.release(lane)
+        assert ticket.wait()
+        assert pool.stats()["waiting_bytes"] == 0
+
+
+def test_a_refused_submission_leaves_the_ticket_and_the_block_alone(link: AnyLink) -> None:
+    pool = _native.HostPool(budget_bytes=1 << 20)
+    buffer, ticket = pool.acquire(256, "staging"), _native.Ticket.pending()
+    with pytest.raises(InvalidArgument, match="null source"):
+        link.queue.submit_to_host(buffer.address, 0, 256, 0, None, ticket, buffer)
+    assert not ticket.done
+    del buffer
+    assert pool.stats()["waiting_bytes"] == 0
+
+
 def test_a_held_lane_keeps_its_copies_and_leaves_the_other_lane_alone(link: AnyLink) -> None:
     link.hold("to_host")
     held = link.to_host()
