@@ -178,8 +178,10 @@ void require_states(const UpdateSpan& span, const UpdateScalars& scalars) {
 UpdateSpan slice(const UpdateSpan& span, size_t begin, size_t count) noexcept {
   UpdateSpan part = span;
   part.gradient = static_cast<const char*>(span.gradient) + begin * element_bytes(span.gradient_format);
-  part.master =
-      static_cast<char*>(span.master) + begin * (span.master_format == MasterFormat::kSplit ? 2 : 4);
+  if (span.master != nullptr) {
+    part.master =
+        static_cast<char*>(span.master) + begin * (span.master_format == MasterFormat::kSplit ? 2 : 4);
+  }
   if (span.weight != nullptr)
     part.weight = static_cast<char*>(span.weight) + begin * element_bytes(span.weight_format);
   if (span.exp_avg != nullptr) part.exp_avg += begin;
