@@ -15,34 +15,18 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "base/ticket.h"
 #include "optimizer/update.h"
-#include "pipeline/state_layout.h"
+#include "pipeline/parameter_slot.h"
 #include "pipeline/state_window.h"
 #include "transfer/transfer_queue.h"
 
 namespace offload {
 
 constexpr size_t kDefaultChunkElements = size_t{4} << 20;
-
-struct StatesOnDisk {
-  StateLayout layout;
-  uint64_t offset;  // in the window's file
-};
-
-// One parameter: where its states are on the host or on disk, and where its weight is on the device.
-struct ParameterSlot {
-  std::string name;           // for errors: "unit/parameter"
-  UpdateSpan span;            // null what is on disk; gradient and gradient_format are given per job
-  const void* upload_source;  // the working weight on the host; null: the master, which is on disk
-  void* device_weight;        // null: nothing is uploaded
-  size_t weight_bytes;
-  std::optional<StatesOnDisk> on_disk = std::nullopt;
-};
 
 // A factor whose value may still be on its way: read from `address` once the job's tickets are done.
 struct PendingFactor {

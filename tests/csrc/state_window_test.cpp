@@ -211,8 +211,10 @@ void frames_are_checked() {
                StateWindow(fixture.file, fixture.pool, 4097, 1));
   CHECK_THROWS(ErrorKind::kInvalidArgument, "0 frames", StateWindow(fixture.file, fixture.pool, 4096, 0));
   Parameter parameter(9000);
+  UpdateSpan span{};
+  span.count = 9000;
   ParameterSlot slot{.name = "large",
-                     .span = {.count = 9000},
+                     .span = span,
                      .upload_source = nullptr,
                      .device_weight = nullptr,
                      .weight_bytes = 36000,

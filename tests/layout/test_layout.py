@@ -60,8 +60,8 @@ PUBLIC_API_ONLY = ("cli", "deepspeed")
 # The lanes are the engine's own way of copying and stores of gradients and weights, and _state_homes the place of
 # states, in files of their own; _state_store is the disk tier's.
 MAY_IMPORT_NATIVE = (
-    "_engine", "_copy_lanes", "_gradient_lanes", "_weight_lane", "_state_homes", "_adamw", "_lion", "_adagrad", "_kernels",
-    "_unified", "_unified_pool", "_disk", "_state_store", "_probe", "_trace",
+    "_engine", "_copy_lanes", "_gradient_lanes", "_weight_lane", "_state_homes", "_adamw", "_lion", "_adagrad",
+    "_kernels", "_unified", "_unified_pool", "_disk", "_state_store", "_probe", "_trace",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")
