@@ -161,8 +161,8 @@ void update_tail(const UpdateSpan& span, size_t at, const Step<Rule>& step) {
   whole.weight = weight;
   whole.exp_avg = exp_avg;
   whole.exp_avg_sq = exp_avg_sq;
-  whole.exp_avg_scales += at / kMomentBlock;
-  whole.exp_avg_sq_scales += at / kMomentBlock;
+  if (span.exp_avg_scales != nullptr) whole.exp_avg_scales += at / kMomentBlock;
+  if (span.exp_avg_sq_scales != nullptr) whole.exp_avg_sq_scales += at / kMomentBlock;
   whole.count = Kept::kGroup;
   whole.first_element += at;
   update_groups<Gradient, Master, Kept>(whole, step);
