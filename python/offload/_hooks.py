@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from ._activation_region import ModelRegion
+from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
 from ._grad_dtype import WideGradient
 from ._units import Unit
@@ -83,6 +84,8 @@ class Hooks:
             self._before_forward(model, region.enter)
             leave = ModuleHook(region.leave)
             self._handles.append(model.register_forward_hook(leave, always_call=True))
+            what = "activations that come and go" if engine.activations is not None else "weights that come and go"
+            self._before_forward(model, CompiledGraphs(model, what).check)
 
     def _before_forward(self, module: nn.Module, call: Callable[[], None]) -> None:
         self._handles.append(module.register_forward_pre_hook(ModuleHook(call), prepend=True))

@@ -380,30 +380,6 @@ def test_double_backward_is_refused() -> None:
         loss_of(model, next(batches(1))).backward(create_graph=True)
 
 
-@pytest.mark.parametrize("option", ["params", "activations"])
-def test_capture_into_a_cuda_graph_is_refused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch says during a capture, on any machine; afterwards training goes on."""
-    model, optimizer = streamed(make_model(), {**RESIDENT, option: "host"})
-    tokens = next(batches(1))
-    expected = loss_of(make_model(), tokens).item()
-    for mode in (torch.enable_grad, torch.no_grad):
-        with monkeypatch.context() as patch, mode():
-            patch.setattr(torch.cuda, "is_initialized", lambda: True)
-            patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-            with pytest.raises(offload.StateError, match=rf"CUDA graph.*{option}='device'"):
-                model(tokens)
-    loss = loss_of(model, tokens)
-    assert loss.item() == expected
-    loss.backward()
-    optimizer.step()
-    if option == "activations":
-        region = offload.offload_activations(next(model.parameters()).device)
-        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        with pytest.raises(offload.StateError, match="CUDA graph"), region:
-            pass
-
-
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("lane", ["to_device", "to_host"])
 def test_a_failed_copy_is_told_and_nothing_is_left(lane: str) -> None:
