@@ -63,7 +63,8 @@ class CompiledGraphs:
                 yield name or "the model", called
         frame: FrameType | None = sys._getframe()
         while frame is not None:
-            caller = frame.f_locals.get("self")
-            if isinstance(caller, nn.Module) and caller is not model:
+            # Of no other frame: asking for its locals would keep them alive.
+            if frame.f_code is nn.Module._call_impl.__code__:
+                caller = frame.f_locals["self"]
                 yield f"the {type(caller).__name__} around the model", caller
             frame = frame.f_back
