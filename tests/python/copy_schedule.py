@@ -99,10 +99,10 @@ class CopySchedule:
     def _updating(self) -> Any:
         submit = _native.StepPipeline.submit
 
-        def call(pipeline: Any, jobs: Any, stream: int = 0) -> list[_native.Ticket]:
+        def call(pipeline: Any, jobs: Any, stream: int = 0, **options: Any) -> list[_native.Ticket]:
             gates = [_native.Ticket.pending() for _ in jobs]
             gated = [(*job[:3], [*job[3], gate], *job[4:]) for job, gate in zip(jobs, gates, strict=True)]
-            tickets: list[_native.Ticket] = submit(pipeline, gated, stream)
+            tickets: list[_native.Ticket] = submit(pipeline, gated, stream, **options)
             for job, gate, ticket in zip(jobs, gates, tickets, strict=True):
                 self._updates.append(_Gated(gate, ticket, ticket, list(job[3])))
             self._go_on()

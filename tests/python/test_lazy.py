@@ -184,9 +184,9 @@ def test_updates_run_in_the_order_of_the_forward() -> None:
     pipeline = optimizer._engine.pipeline
 
     class Recording:
-        def submit(self, jobs: Any, stream: int) -> Any:
+        def submit(self, jobs: Any, stream: int, **options: Any) -> Any:
             submissions.append([job[0] for job in jobs])
-            return pipeline.submit(jobs, stream)
+            return pipeline.submit(jobs, stream, **options)
 
         def __getattr__(self, name: str) -> Any:
             return getattr(pipeline, name)

@@ -39,9 +39,9 @@ class Recording:
         if name not in self._methods:
             return method
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
             self.calls.append((name, args))
-            return method(*args)
+            return method(*args, **options)
 
         return call
 
