@@ -18,8 +18,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 
-from offload import _disk, _native, _state_store
-
+# The package is imported where it is needed: the layout is checked where it is not installed.
 _EXT4 = 0xEF53
 _REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
 
@@ -77,7 +76,7 @@ def host_kernels_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def kernels(device: torch.device, host_kernels_library: Path) -> Any:
     """The `Kernels` of `device`; on the CPU the same source, compiled as C++."""
-    from offload._kernels import Kernels, find_kernels  # here: the layout is checked where nothing is installed
+    from offload._kernels import Kernels, find_kernels
 
     if device.type == "cpu":
         return Kernels(HostLaunch(host_kernels_library))
@@ -108,8 +107,10 @@ def nvrtc() -> None:
 
 
 @pytest.fixture
-def disk_calls(monkeypatch: pytest.MonkeyPatch) -> _native.FailingSystemCalls:
-    """The system calls of every engine's disk tier: honest, on what passes for a disk wherever the tests run."""
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The `FailingSystemCalls` of every engine's disk tier: honest, on what passes for a disk anywhere."""
+    from offload import _disk, _native, _state_store
+
     calls = _native.FailingSystemCalls()
     calls.pretend_file_system(_EXT4)
     monkeypatch.setattr(_state_store, "DiskStore", functools.partial(_disk.DiskStore, calls=calls))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -71,7 +72,15 @@ def test_bench_reports_every_mode_and_side(disk_path: str, capsys: pytest.Captur
         for name in result["facts"]:
             assert row["share_of_raw"][name] == rates[name]["median"] / rates["raw"]["median"] > 0
     assert result["bytes"] == 32 * MIB and "threads" in result["facts"]
+    update = result["update"]
+    states = 10 * update["parameters"]
+    assert update["written_bytes"] >= states and states > update["read_bytes"] >= states - update["window_bytes"]
+    assert 0 < update["window_bytes"] <= 8 * MIB
+    for name, raw in (("share_of_larger", "larger_s"), ("share_of_both", "both_s")):
+        shares = zip(update[name]["samples"], update[raw]["samples"], update["update_s"]["samples"], strict=True)
+        assert all(share == raw_s / own_s > 0 for share, raw_s, own_s in shares)
     assert "share of raw" in output.err and disk_path in output.err
+    gc.collect()  # the model whose states were updated
     assert os.listdir(disk_path) == []
 
 

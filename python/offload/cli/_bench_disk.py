@@ -3,7 +3,8 @@
 The raw side is as little as the machine allows: O_DIRECT `preadv` and `pwritev` of 1 MiB from several threads, without
 checksums, over a file that is reserved and written once, to and from the same huge pages (with small pages a transfer
 falls into more pieces: half the speed on a virtual disk). The back-ends of the tier and the raw side take turns, round
-after round, over files of the same size. `fio` does the same once, where it is installed.
+after round, over files of the same size. `fio` does the same once, where it is installed. Last, states on disk are
+updated.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ import offload
 
 from .. import _native
 from ._bench import summary
-from ._table import table
+from ._bench_disk_update import measure_update
+from ._table import format_bytes, table
 
 __all__ = ["run", "text"]
 
@@ -34,6 +36,7 @@ _BLOCK = _MIB
 _WINDOW = 32  # blocks of host memory that a direction streams through
 _CHUNK = 8  # blocks of one read or write
 _RAW_THREADS = 8
+_UPDATE_WINDOW_BYTES = 256 * _MIB  # a quarter of the states: what it keeps from one update to the next is not read
 _MODES = ("read", "write", "both")
 _VERBS = {"read": ("read",), "write": ("write",), "both": ("read", "write")}
 
@@ -137,7 +140,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Times reads, writes and both at once. Bandwidths are GB/s (1e9 bytes), of both directions together.
 
     Yields a JSON-able dict: `rows`, each with `mode`, by side a summary of samples, and `share_of_raw` of each
-    back-end; `facts` of the directory by back-end; `window_bytes` of host memory a direction.
+    back-end; `facts` of the directory by back-end; `window_bytes` of host memory a direction; `update` as
+    `measure_update` gives it.
     """
     path: str = options.disk_path
     block_count, rounds = (32, 3) if options.quick else (options.gib * 1024, 5)
@@ -160,6 +164,12 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raw_median = row["gb_per_s"]["raw"]["median"]
         row["share_of_raw"] = {name: row["gb_per_s"][name]["median"] / raw_median for name in tiers}
         rows.append(row)
+
+    def raw_gb_per_s(mode: str) -> float:
+        return block_count * _BLOCK / raw.seconds(_spans(mode, block_count)) / 1e9
+
+    window_bytes = min(_UPDATE_WINDOW_BYTES, block_count * _BLOCK // 4)
+    update = measure_update(path, block_count * _BLOCK, window_bytes, rounds, raw_gb_per_s)
     raw.close()
     yield {
         "name": "disk",
@@ -169,13 +179,12 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "raw_threads": _RAW_THREADS,
         "facts": {name: tier.facts for name, tier in tiers.items()},
         "rows": rows,
+        "update": update,
     }
 
 
 def _measure(sides: dict[str, Side], mode: str, block_count: int, rounds: int) -> dict[str, list[float]]:
-    half = block_count // 2
-    halves = {"read": (0, half), "write": (half, block_count)}
-    spans = halves if mode == "both" else {mode: (0, block_count)}
+    spans = _spans(mode, block_count)
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, side in sides.items():
@@ -183,6 +192,11 @@ def _measure(sides: dict[str, Side], mode: str, block_count: int, rounds: int) -
             if number > 0:  # the first pays for clocks and caches
                 rates[name].append(block_count * _BLOCK / seconds / 1e9)
     return rates
+
+
+def _spans(mode: str, block_count: int) -> dict[str, tuple[int, int]]:
+    half = block_count // 2
+    return {"read": (0, half), "write": (half, block_count)} if mode == "both" else {mode: (0, block_count)}
 
 
 def _fio_gb_per_s(fio: str, path: str, mode: str, block_count: int) -> float:
@@ -211,4 +225,16 @@ def text(result: dict[str, Any]) -> str:
         rows.append((row["mode"], *rates, *(f"{row['share_of_raw'][name]:.3f}" for name in tiers)))
     facts = result["facts"][tiers[0]]
     direct = "O_DIRECT" if facts["direct"] else f"buffered ({facts['direct_refusal']})"
-    return f"{facts['directory']}, {facts['file_system']}, {direct}\n{table(rows)}"
+    update = result["update"]
+    updates = [
+        ("update of states on disk", "median", "target"),
+        ("seconds", f"{update['update_s']['median']:.3f}", ""),
+        ("read, written", f"{format_bytes(update['read_bytes'])}, {format_bytes(update['written_bytes'])}", ""),
+        (
+            "share of the larger of a raw read and write",
+            f"{update['share_of_larger']['median']:.3f}",
+            f">= {update['share_of_larger']['target']}",
+        ),
+        ("share of both at once", f"{update['share_of_both']['median']:.3f}", ""),
+    ]
+    return f"{facts['directory']}, {facts['file_system']}, {direct}\n{table(rows)}\n\n{table(updates)}"
