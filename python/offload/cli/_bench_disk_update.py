@@ -24,7 +24,7 @@ _BYTES_PER_PARAMETER = 10
 def measure_update(
     path: str, state_bytes: int, window_bytes: int, rounds: int, raw_gb_per_s: Callable[[str], float]
 ) -> dict[str, Any]:
-    """Updates of a bf16 model whose states, about `state_bytes`, stream through about `window_bytes` of host memory.
+    """Updates of a bf16 model whose states, about `state_bytes`, stream through `window_bytes` of host memory.
 
     raw_gb_per_s: the disk's own rate now, of "read", "write" or "both"; each round asks for all three first.
 
@@ -35,7 +35,6 @@ def measure_update(
     depth = max(1, state_bytes // (_BYTES_PER_PARAMETER * _WIDTH**2))
     model = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH, bias=False) for _ in range(depth))).to(torch.bfloat16)
     plain = torch.optim.AdamW(model.parameters(), lr=1e-5)
-    gradient_bytes = depth * _WIDTH**2 * torch.bfloat16.itemsize
     _, optim = offload.wrap(
         model,
         plain,
@@ -43,7 +42,7 @@ def measure_update(
         optimizer="disk",
         gradients="host",
         disk_path=path,
-        host_budget=gradient_bytes + window_bytes,
+        disk_window=window_bytes,
     )
     batch = torch.ones(1, _WIDTH, dtype=torch.bfloat16)
     update_s, larger_s, both_s = [], [], []
