@@ -12,6 +12,7 @@
 #include "bindings/blocking.h"
 #include "storage/block_file.h"
 #include "storage/failing_system_calls.h"
+#include "storage/uring.h"
 
 namespace py = pybind11;
 
@@ -81,6 +82,12 @@ void bind_failing_system_calls(py::module_& module) {
 
 void bind_storage(py::module_& module) {
   module.attr("DISK_ALIGNMENT") = kDiskAlignment;
+  module.def(
+      "uring_refusal",
+      [](std::shared_ptr<FailingSystemCalls> calls) {
+        return calls ? uring_refusal(std::move(calls)) : uring_refusal(SystemCalls::kernel());
+      },
+      py::arg("calls") = py::none(), py::call_guard<GilReleased>());
   bind_failing_system_calls(module);
 
   const BlockFileOptions defaults;

@@ -36,6 +36,16 @@ Error unavailable(int code, const std::string& doing) {
 
 }  // namespace
 
+std::string uring_refusal(std::shared_ptr<SystemCalls> calls) {
+  try {
+    Uring(std::move(calls), 1);
+    return {};
+  } catch (const Error& error) {
+    if (error.kind() != ErrorKind::kStorage) throw;
+    return error.what();
+  }
+}
+
 Uring::Uring(std::shared_ptr<SystemCalls> calls, unsigned entry_count) : calls_(std::move(calls)) {
   UringParameters parameters{};
   ring_ = calls_->uring_setup(entry_count, &parameters);

@@ -10,11 +10,15 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 
 #include "storage/system_calls.h"
 #include "storage/uring_abi.h"
 
 namespace offload {
+
+// Why a Uring cannot be had here; empty when it can.
+std::string uring_refusal(std::shared_ptr<SystemCalls> calls);
 
 class Uring {
  public:

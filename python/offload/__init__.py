@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ._activation_region import offload_activations
     from ._adamw import AdamW
     from ._config import Config
+    from ._environment import environment
     from ._errors import (
         DeviceError,
         InternalError,
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from ._loading import Checkpoint, load_checkpoint
     from ._optimizer import OffloadOptimizer
     from ._plan import Plan
-    from ._probe import environment
     from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
     from ._wrap import estimate, full_params, unwrap, wrap
@@ -88,7 +88,7 @@ _HOMES = {
     "estimate": "_wrap",
     "describe_checkpoint": "_export",
     "export_checkpoint": "_export",
-    "environment": "_probe",
+    "environment": "_environment",
     "full_params": "_wrap",
     "initialize": "deepspeed",
     "load_checkpoint": "_loading",

@@ -181,6 +181,9 @@ class FailingSystemCalls:
         """What fstatfs says from now on."""
     def call_count(self, call: str) -> int: ...
 
+def uring_refusal(calls: FailingSystemCalls | None = None) -> str:
+    """Why the kernel gives no io_uring; empty where it does."""
+
 @final
 class BlockFile:
     """Bytes on disk, in private files that go with it: see csrc/storage/block_file.h.

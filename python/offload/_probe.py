@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import resource
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from ._errors import DeviceError
 
-__all__ = ["DeviceFacts", "HostFacts", "environment", "probe_device", "probe_host"]
+__all__ = ["DeviceFacts", "HostFacts", "probe_device", "probe_host"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,32 +87,6 @@ def probe_device(name: str | None = None) -> DeviceFacts:
     free, total = torch.cuda.mem_get_info(index)
     cached = torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)
     return DeviceFacts(f"cuda:{index}", "cuda", total, free + cached)
-
-
-def environment(disk_paths: Iterable[str | os.PathLike[str]] = ()) -> dict[str, Any]:
-    """What offload finds on this machine, ready for JSON: `host`, `device`, `isa` and, by path, `disks`.
-
-    kernel_refusal: why states on the device are updated by separate torch operations; None where kernels do it.
-    memory: the facts of `offload.unified.classify` and their `meaning`; None where the device is the CPU.
-    A directory of `disk_paths` is opened as training would open it: raises StorageError for one that cannot be used.
-    """
-    import torch
-
-    from . import _native
-    from ._disk import probe_disk
-    from ._kernels import find_kernels
-    from ._unified import classify
-
-    device = probe_device()
-    memory = classify(device.name) if device.kind == "cuda" else None
-    return {
-        "host": dataclasses.asdict(probe_host()),
-        "device": dataclasses.asdict(device),
-        "memory": None if memory is None else {**dataclasses.asdict(memory), "meaning": memory.meaning},
-        "isa": _native.active_isa(),
-        "kernel_refusal": find_kernels(torch.device(device.name)).refusal,
-        "disks": [dataclasses.asdict(probe_disk(path)) for path in disk_paths],
-    }
 
 
 def _meminfo(path: Path) -> dict[str, int]:

@@ -41,7 +41,7 @@ PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_plan", "_stats"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
-        "_unified_pool", "_disk", "_state_store", "_probe", "_trace", "_grad_dtype",
+        "_unified_pool", "_disk", "_state_store", "_probe", "_environment", "_trace", "_grad_dtype",
     ),
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (
@@ -61,7 +61,7 @@ PUBLIC_API_ONLY = ("cli", "deepspeed")
 # states, in files of their own; _state_store is the disk tier's.
 MAY_IMPORT_NATIVE = (
     "_engine", "_copy_lanes", "_gradient_lanes", "_weight_lane", "_state_homes", "_adamw", "_lion", "_adagrad",
-    "_kernels", "_unified", "_unified_pool", "_disk", "_state_store", "_probe", "_trace",
+    "_kernels", "_unified", "_unified_pool", "_disk", "_state_store", "_environment", "_trace",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")

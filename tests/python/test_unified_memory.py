@@ -14,7 +14,7 @@ import torch
 from driver_double import DriverDouble
 
 import offload
-from offload import _native, _probe
+from offload import _environment, _native, _probe
 from offload._errors import DeviceError, InvalidArgument, OutOfHostMemory
 from offload._unified import Placement
 from offload.cli import main
@@ -87,12 +87,17 @@ def test_env_shows_the_class(
     double: DriverDouble, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert offload.environment()["memory"] is None
-    monkeypatch.setattr(_probe, "probe_device", lambda: _probe.DeviceFacts("cuda:0", "cuda", 8 << 30, 6 << 30))
+    device = _probe.DeviceFacts("cuda:0", "cuda", 8 << 30, 6 << 30)
+    copies = {"bytes": 1, "to_host_gb_per_s": 25.0, "to_device_gb_per_s": 24.0, "pin_refusal": None}
+    monkeypatch.setattr(_environment, "probe_device", lambda: device)
+    monkeypatch.setattr(_environment, "_measured_copies", lambda _: copies)
     double.set_kind("ats")
     facts = unified.classify()
     assert offload.environment()["memory"] == {**dataclasses.asdict(facts), "meaning": facts.meaning}
     assert main(["env"]) == 0
-    assert f"memory  ats: {facts.meaning}" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert f"memory    ats: {facts.meaning}" in output
+    assert "24.0 GB/s to the device, 25.0 GB/s to the host, over the link" in output
 
 
 def test_the_namespace_is_public() -> None:
