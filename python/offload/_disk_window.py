@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["DiskWindow", "cache_parts", "image_bytes", "plan_cache", "plan_window"]
+__all__ = ["CacheSize", "DiskWindow", "image_bytes", "plan_cache", "plan_window"]
 
 # What the disk tier wants memory aligned to (csrc/storage/scratch_file.h).
 _ALIGNMENT = 4096
@@ -20,7 +20,7 @@ _WANTED_FRAMES = 8
 _OTHER_FRAMES = 3
 # Of weights: each starts at a multiple of this in its image (_residency.py).
 _WEIGHT_ALIGNMENT = 256
-# Beside the images of weights: the frame that saves read them through, in blocks.
+# Beside the images of weights: the frame that saves read them through, in blocks at most.
 _READ_BLOCKS = 4
 # One image is read or written while another is in use.
 _LEAST_IMAGES = 2
@@ -75,17 +75,25 @@ def image_bytes(sizes: Sequence[int]) -> int:
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
-def plan_cache(images: Sequence[int], wanted_bytes: int, block_bytes: int) -> int:
-    """Host bytes that weights on disk pass through, given the images of all units.
+@dataclasses.dataclass(frozen=True)
+class CacheSize:
+    """Host bytes that weights on disk pass through: those of their images, and of the frame that saves read through."""
 
-    At most `wanted_bytes`, unless that is less than the smallest cache takes, and no more than all of them need.
+    image_bytes: int
+    frame_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of host memory, alignment included."""
+        return self.image_bytes + self.frame_bytes + 2 * _ALIGNMENT
+
+
+def plan_cache(images: Sequence[int], wanted_bytes: int, block_bytes: int) -> CacheSize:
+    """The cache for units of weights whose images take so many bytes.
+
+    It has at most `wanted_bytes`, unless that is less than the smallest cache takes, and no more than all of them need.
     """
-    beside = _READ_BLOCKS * block_bytes + 2 * _ALIGNMENT
-    least = min(sum(images), _LEAST_IMAGES * max(images, default=0))
-    return beside + min(sum(images), max(least, wanted_bytes - beside))
-
-
-def cache_parts(nbytes: int, block_bytes: int) -> tuple[int, int]:
-    """Of that many bytes, those of the images, and those that saves read through."""
-    frame = _READ_BLOCKS * block_bytes
-    return (nbytes - frame - 2 * _ALIGNMENT) // _ALIGNMENT * _ALIGNMENT, frame
+    largest = max(images, default=0)
+    frame = min(_READ_BLOCKS, -(-largest // block_bytes)) * block_bytes
+    room = (wanted_bytes - CacheSize(0, frame).nbytes) // _ALIGNMENT * _ALIGNMENT
+    return CacheSize(min(sum(images), max(_LEAST_IMAGES * largest, room)), frame)

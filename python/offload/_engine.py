@@ -136,9 +136,9 @@ class Engine:
         self._touched: dict[EngineUnit, None] = {}
         streamed = units if plan.params != "device" else ()
         self.weights = WeightLane(self)
-        if plan.params == "disk":
+        if plan.weight_cache is not None:
             assert self.disk is not None
-            self.weights = DiskWeightLane(self, self.disk, plan.host.cache)
+            self.weights = DiskWeightLane(self, self.disk, plan.weight_cache)
         poison = config.poison_enabled
         self.streaming = Streaming(streamed, self.weights, device, prefetch=plan.prefetch, poison=poison)
         self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ._config import Config, Tier, format_size
-from ._disk_window import DiskWindow, image_bytes, plan_cache, plan_window
+from ._disk_window import CacheSize, DiskWindow, image_bytes, plan_cache, plan_window
 from ._errors import InvalidArgument, OutOfHostMemory
 from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes, table
@@ -50,7 +50,7 @@ class Plan:
     Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what activations may take
     on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params off the device.
     kept_states: with a mixed optimizer, the parameters whose states stay on the device. disk_window: with the optimizer
-    on disk, what its states pass through.
+    on disk, what its states pass through. weight_cache: with params on disk, what they do.
     """
 
     optimizer: OptimizerPlacement
@@ -72,6 +72,7 @@ class Plan:
     kept_states: frozenset[str] = frozenset()
     disk: TierBytes = dataclasses.field(default_factory=TierBytes)
     disk_window: DiskWindow | None = None
+    weight_cache: CacheSize | None = None
 
     def keeps_state(self, name: str) -> bool:
         """Whether the optimizer state of this parameter is on the device."""
@@ -133,12 +134,14 @@ def make_plan(
     refusal: str | None = None  # of the least offloading that fits the device, and not the host
     for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
         device, host = sizes.by_tier(*choice)
-        least_cache = sizes.cache(0) if choice[2] == "disk" else 0
-        window = sizes.window(host_capacity - host.total - least_cache) if choice[0] == "disk" else None
+        cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
+        left = host_capacity - host.total - (0 if cache is None else cache.nbytes)
+        window = sizes.window(left) if choice[0] == "disk" else None
         if window is not None:
             host = dataclasses.replace(host, window=window.nbytes)
-        if choice[2] == "disk":
-            host = dataclasses.replace(host, cache=sizes.cache(int((host_capacity - host.total) * _CACHE_SHARE)))
+        if cache is not None:
+            cache = sizes.cache(int((host_capacity - host.total) * _CACHE_SHARE))
+            host = dataclasses.replace(host, cache=cache.nbytes)
         if device.total > device_capacity:
             tried.append(_over(choice, device, device_capacity, "device"))
         elif host.total > host_capacity:
@@ -204,6 +207,7 @@ def make_plan(
         kept_states=kept,
         disk=disk,
         disk_window=window,
+        weight_cache=cache,
     )
 
 
@@ -298,7 +302,7 @@ class _Sizes:
             moments=sum(p.numel * p.moment_bytes for p in self.trainable),
         )
 
-    def cache(self, wanted_bytes: int) -> int:
+    def cache(self, wanted_bytes: int) -> CacheSize:
         """What weights on disk pass through, at most `wanted_bytes` unless that is too little."""
         units: dict[str, list[int]] = {}
         for p in self.parameters:

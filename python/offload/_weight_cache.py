@@ -24,7 +24,7 @@ from torch import Tensor
 from . import _native
 from ._config import format_size
 from ._disk import DiskRange, DiskStore
-from ._disk_window import cache_parts
+from ._disk_window import CacheSize
 from ._errors import OffloadError, OutOfHostMemory, StorageError
 from ._interrupts import Uninterrupted
 from ._residency import Residency
@@ -72,18 +72,19 @@ class _Extent:
 class WeightCache:
     """See the module's text. One thread at a time, but for `read()`.
 
-    nbytes: of host memory, in all. Raises `OutOfHostMemory` when the pool cannot hold them.
+    Raises `OutOfHostMemory` when the pool cannot hold them.
     """
 
-    def __init__(self, store: DiskStore, pool: _native.HostPool, nbytes: int, name_of: Callable[[Tensor], str]) -> None:
+    def __init__(
+        self, store: DiskStore, pool: _native.HostPool, size: CacheSize, name_of: Callable[[Tensor], str]
+    ) -> None:
         self._store = store
         self._name_of = name_of
-        arena_bytes, frame_bytes = cache_parts(nbytes, store.block_bytes)
-        pool.reserve(nbytes)
-        self._arena = store.buffer(pool, arena_bytes, "weights")
-        self._frame = store.buffer(pool, frame_bytes, "weights")
+        pool.reserve(size.nbytes)
+        self._arena = store.buffer(pool, size.image_bytes, "weights")
+        self._frame = store.buffer(pool, size.frame_bytes, "weights")
         self._reading = threading.Lock()  # of _frame
-        self._extents = [_Extent(0, arena_bytes)]
+        self._extents = [_Extent(0, size.image_bytes)]
         self._images: dict[Residency, _Image] = {}
         self._coming: list[Residency] = []
         self._rank: dict[Residency, int] = {}
@@ -92,7 +93,7 @@ class WeightCache:
         self._writes: list[tuple[Residency, _native.Ticket, _native.Ticket]] = []
         # Why weights on disk are not what they should be. Text: an exception keeps its frames.
         self.loss: str | None = None
-        self._nbytes = nbytes
+        self._nbytes = size.nbytes
         self._read_bytes = self._kept_bytes = self._written_bytes = 0
 
     def open(self, residencies: Sequence[Residency]) -> None:

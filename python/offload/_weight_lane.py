@@ -21,6 +21,7 @@ from ._weight_cache import WeightCache
 
 if TYPE_CHECKING:
     from ._disk import DiskStore
+    from ._disk_window import CacheSize
     from ._engine import Engine
 
 # What StepPipeline.submit() takes.
@@ -135,9 +136,9 @@ class WeightLane:
 class DiskWeightLane(WeightLane):
     """The same for weights on disk. Raises `OutOfHostMemory` when the pool cannot hold the cache."""
 
-    def __init__(self, engine: Engine, store: DiskStore, cache_bytes: int) -> None:
+    def __init__(self, engine: Engine, store: DiskStore, size: CacheSize) -> None:
         super().__init__(engine)
-        self.cache = WeightCache(store, engine.pool, cache_bytes, engine.name_of)
+        self.cache = WeightCache(store, engine.pool, size, engine.name_of)
 
     # --- where the host bytes are ---------------------------------------------------------------------------
 
