@@ -72,6 +72,12 @@ void bind_base(py::module_& module) {
           py::arg("timeout_s") = py::none())
       .def("complete", &Ticket::complete, py::call_guard<GilReleased>())
       .def(
+          "end_with",
+          [](const Ticket& self, const Ticket& other) {
+            other.on_end([self](const std::exception_ptr& error) { self.fail(error); });
+          },
+          py::arg("other"), py::call_guard<GilReleased>())
+      .def(
           "fail",
           [](const Ticket& self, const std::string& message) {
             self.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, message)));

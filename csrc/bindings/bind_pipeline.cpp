@@ -99,8 +99,9 @@ std::vector<Ticket> read_tickets(PyObject* value) {
 }
 
 StepJob read_job(PyObject* value, size_t index, bool flush_denormals) {
-  if (!PyTuple_Check(value) || PyTuple_GET_SIZE(value) != 6) {
-    refuse(index, "a job is a tuple (slot, gradient, gradient_format, tickets, scalars, factors)");
+  const Py_ssize_t size = PyTuple_Check(value) ? PyTuple_GET_SIZE(value) : 0;
+  if (size != 6 && size != 7) {
+    refuse(index, "a job is a tuple (slot, gradient, gradient_format, tickets, scalars, factors[, weight])");
   }
   StepJob job{.slot = read_integer<int64_t>(PyTuple_GET_ITEM(value, 0)),
               .gradient = reinterpret_cast<const void*>(read_integer<uintptr_t>(PyTuple_GET_ITEM(value, 1))),
@@ -116,6 +117,7 @@ StepJob read_job(PyObject* value, size_t index, bool flush_denormals) {
   for (Py_ssize_t i = 0; i < count; ++i) {
     job.factors.push_back(read_factor(PySequence_Fast_GET_ITEM(factors.ptr(), i), index));
   }
+  if (size == 7) job.weight = reinterpret_cast<void*>(read_integer<uintptr_t>(PyTuple_GET_ITEM(value, 6)));
   return job;
 }
 

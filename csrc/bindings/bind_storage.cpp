@@ -122,6 +122,21 @@ void bind_storage(py::module_& module) {
             return self.submit_write(offset, reinterpret_cast<const void*>(source), nbytes);
           },
           py::arg("offset"), py::arg("source"), py::arg("nbytes"), py::call_guard<GilReleased>())
+      .def(
+          "submit_read_after",
+          [](BlockFile& self, const std::vector<Ticket>& after, uint64_t offset, uintptr_t destination,
+             uint64_t nbytes) {
+            return self.submit_read_after(after, offset, reinterpret_cast<void*>(destination), nbytes);
+          },
+          py::arg("after"), py::arg("offset"), py::arg("destination"), py::arg("nbytes"),
+          py::call_guard<GilReleased>())
+      .def(
+          "submit_write_after",
+          [](BlockFile& self, const Ticket& after, uint64_t offset, uintptr_t source, uint64_t nbytes) {
+            return self.submit_write_after(after, offset, reinterpret_cast<const void*>(source), nbytes);
+          },
+          py::arg("after"), py::arg("offset"), py::arg("source"), py::arg("nbytes"),
+          py::call_guard<GilReleased>())
       .def_property_readonly("block_bytes", &BlockFile::block_bytes)
       .def("facts", [](const BlockFile& self) {
         std::vector<DiskPathFacts> all;

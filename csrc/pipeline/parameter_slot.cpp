@@ -15,6 +15,10 @@ UpdateSpan in_frame(UpdateSpan span, const StateLayout& layout, const StateChunk
   return span;
 }
 
+void place_weight(UpdateSpan& span, void* weight) {
+  (span.weight != nullptr ? span.weight : span.master) = weight;
+}
+
 UpdateSpan span_to_check(const ParameterSlot& slot) {
   static char somewhere;
   if (!slot.on_disk) return slot.span;

@@ -32,6 +32,9 @@ struct ParameterSlot {
 // The span with the arrays that are on disk where `frame` has those of `chunk`.
 UpdateSpan in_frame(UpdateSpan span, const StateLayout& layout, const StateChunk& chunk, char* frame);
 
+// The span with the weight on the host at `weight`: it is the master where it has none beside it.
+void place_weight(UpdateSpan& span, void* weight);
+
 // The span as the update will see it; what is on disk is anywhere but null.
 UpdateSpan span_to_check(const ParameterSlot& slot);
 

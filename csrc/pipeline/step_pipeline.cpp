@@ -311,6 +311,7 @@ void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_
   UpdateSpan span = slot.span;
   span.gradient = queued.job.gradient;
   span.gradient_format = queued.job.gradient_format;
+  if (queued.job.weight != nullptr) place_weight(span, queued.job.weight);
   if (slot.device_weight != nullptr) last_uploading_job_ = queued.ticket;
   if (slot.on_disk) return update_from_disk(queued, span, factors, end, stop);
   for (size_t begin = 0; begin < span.count; begin += chunk_elements_) {

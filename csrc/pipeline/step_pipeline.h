@@ -43,6 +43,7 @@ struct StepJob {
   UpdateScalars scalars;
   std::vector<PendingFactor> factors;
   bool flush_denormals;
+  void* weight = nullptr;  // where the slot's weight on the host is for this job; null: where the slot says
 };
 
 struct StepStats {

@@ -1,6 +1,7 @@
 #include "storage/block_file.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <deque>
 #include <mutex>
@@ -183,10 +184,43 @@ Ticket BlockFile::State::submit(bool is_write, uint64_t offset, char* address, u
   return request->ticket();
 }
 
-BlockFile::BlockFile(BlockFileOptions options) : state_(std::make_unique<State>(std::move(options))) {}
+struct BlockFile::Door {
+  std::mutex mutex;       // held while something is submitted: the file lives until then
+  State* file = nullptr;  // guarded by mutex; null when the file is going
+
+  // `ended` ends as the ticket that `submit` gives, or with what it throws.
+  template <typename Submit>
+  void submit(const Ticket& ended, Submit submit) {
+    Ticket submitted;
+    std::exception_ptr error;
+    {
+      std::lock_guard lock(mutex);
+      try {
+        if (file == nullptr) throw Error(ErrorKind::kState, "the files were given up before this began");
+        submitted = submit(*file);
+      } catch (...) {
+        error = std::current_exception();
+      }
+    }
+    // Not under the lock: it may end here and now, and then what waits for it is submitted.
+    if (error) return ended.fail(error);
+    submitted.on_end([ended](const std::exception_ptr& outcome) { ended.fail(outcome); });
+  }
+};
+
+BlockFile::BlockFile(BlockFileOptions options)
+    : state_(std::make_unique<State>(std::move(options))), door_(std::make_shared<Door>()) {
+  door_->file = state_.get();
+}
 
 BlockFile::~BlockFile() {
-  if (state_ && state_->owner.forked()) static_cast<void>(state_.release());
+  if (state_->owner.forked()) {
+    static_cast<void>(state_.release());
+    return;
+  }
+  // Before the lanes end: what fails then must not submit what waited for it.
+  std::lock_guard lock(door_->mutex);
+  door_->file = nullptr;
 }
 
 uint64_t BlockFile::allocate(uint64_t bytes) {
@@ -217,6 +251,36 @@ Ticket BlockFile::submit_read(uint64_t offset, void* destination, uint64_t bytes
 Ticket BlockFile::submit_write(uint64_t offset, const void* source, uint64_t bytes) {
   // Only a read writes to an operation's memory.
   return state_->submit(/*is_write=*/true, offset, static_cast<char*>(const_cast<void*>(source)), bytes);
+}
+
+Ticket BlockFile::submit_read_after(const std::vector<Ticket>& after, uint64_t offset, void* destination,
+                                    uint64_t bytes) {
+  state_->owner.require_owner("the block file");
+  const Ticket ended = Ticket::pending();
+  const auto left = std::make_shared<std::atomic<size_t>>(after.size() + 1);
+  const auto count_down = [=, door = door_](const std::exception_ptr&) {
+    if (left->fetch_sub(1) != 1) return;
+    door->submit(ended, [=](State& file) {
+      return file.submit(/*is_write=*/false, offset, static_cast<char*>(destination), bytes);
+    });
+  };
+  for (const Ticket& ticket : after) ticket.on_end(count_down);
+  count_down(nullptr);
+  return ended;
+}
+
+Ticket BlockFile::submit_write_after(const Ticket& after, uint64_t offset, const void* source,
+                                     uint64_t bytes) {
+  state_->owner.require_owner("the block file");
+  const Ticket ended = Ticket::pending();
+  // Only a read writes to an operation's memory.
+  char* const address = static_cast<char*>(const_cast<void*>(source));
+  after.on_end([=, door = door_](const std::exception_ptr& error) {
+    if (error) return ended.fail(error);
+    door->submit(ended,
+                 [=](State& file) { return file.submit(/*is_write=*/true, offset, address, bytes); });
+  });
+  return ended;
 }
 
 size_t BlockFile::block_bytes() const noexcept { return state_->options.block_bytes; }

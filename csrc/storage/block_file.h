@@ -5,7 +5,8 @@
 // Threads: every member may be called from any thread; in a forked child all throw kState.
 // Units: bytes. Offsets are multiples of block_bytes. Addresses are multiples of kDiskAlignment, and memory
 //        reaches to the next multiple of it behind the last byte.
-// Invariants: operations on one block take effect in the order of submission; a read gives the bytes of the
+// Invariants: operations on one block take effect in the order of submission (what waits for tickets is submitted
+//             when they have ended); a read gives the bytes of the
 //             last write or fails with kStorage. Space is on the disk before an offset is given out.
 #pragma once
 
@@ -70,12 +71,23 @@ class BlockFile {
   // A failed write leaves its blocks lost: reads of them fail until a later write succeeds.
   Ticket submit_write(uint64_t offset, const void* source, uint64_t bytes);
 
+  // As submit_read, begun when all of `after` have ended, well or badly. What submit_read would throw is the
+  // ticket's error. Memory and range are the operation's from the call on.
+  Ticket submit_read_after(const std::vector<Ticket>& after, uint64_t offset, void* destination,
+                           uint64_t bytes);
+
+  // As submit_write, begun when `after` has ended well; its error, and what submit_write would throw, are the
+  // ticket's, and the blocks are as they were.
+  Ticket submit_write_after(const Ticket& after, uint64_t offset, const void* source, uint64_t bytes);
+
   size_t block_bytes() const noexcept;
   std::vector<DiskPathFacts> facts() const;
 
  private:
   struct State;
+  struct Door;
   std::unique_ptr<State> state_;  // leaked in a forked child: its threads do not exist there
+  std::shared_ptr<Door> door_;    // what waits for tickets comes in by it, as long as it is open
 };
 
 }  // namespace offload

@@ -25,7 +25,7 @@ _TIERS = ("device", "host", "disk", "auto")
 _SUPPORTED_TIERS: dict[str, tuple[str, ...]] = {
     "optimizer": ("device", "host", "disk", "auto"),
     "gradients": ("device", "host", "auto"),
-    "params": ("device", "host", "auto"),
+    "params": ("device", "host", "disk", "auto"),
 }
 _ACTIVATION_PLACES = ("device", "host", "checkpoints", "auto")
 # What the disk tier takes (csrc/storage/block_file.cpp).
@@ -75,6 +75,8 @@ class Config:
         it last of all, and only with a disk_path. It is also a
         share (a float, 0.0 to 1.0): at least so much of the bytes of its states lives on the host, the other states
         stay, the first in the model's order, and gradients with them. The bits of training do not depend on it.
+        params is also `"disk"`: weights live in such files, and pass through a cache of host memory, within
+        host_budget, on their way to the device; native optimizers only. `"auto"` takes that after states on disk.
     activations: what autograd saves in forward: `"device"`, `"host"`, `"checkpoints"` (only what
         torch.utils.checkpoint saves leaves, the inputs of its blocks), a share (a float, 0.0 to 1.0: so much of it
         may leave, the first that was saved) or host bytes (`"8GiB"`, an int: no more may leave). `"auto"` keeps them
@@ -91,7 +93,7 @@ class Config:
     disk_queue_depth: transfers under way at once, a path; None: 16 by io_uring, 8 by threads.
     units: what travels together: module classes and names (`[Block, "head"]`), or a predicate over modules; None
         finds the elements of repeated lists. What is in no unit so named is in the units around it.
-    prefetch: how many units of weights are sent for ahead of their use, with params on the host: 1 or more; None
+    prefetch: how many units of weights are sent for ahead of their use, with params off the device: 1 or more; None
         lets the plan choose.
     master: the fp32 master of a 16-bit weight: `"split"` stores it as the bf16 weight plus a 16-bit remainder
         (bf16 only, exact), `"fp32"` beside the weight, `"auto"` splits where it can. fp32 weights need none.
@@ -142,8 +144,9 @@ class Config:
         for name in ("device_budget", "host_budget"):
             _check_budget(name, getattr(self, name))
         object.__setattr__(self, "disk_path", _check_disk_path(self.disk_path))
-        if self.optimizer == "disk" and self.disk_path is None:
-            raise InvalidArgument("optimizer='disk' needs disk_path: name a directory on a drive of this machine")
+        for kind in ("optimizer", "params"):
+            if getattr(self, kind) == "disk" and self.disk_path is None:
+                raise InvalidArgument(f"{kind}='disk' needs disk_path: name a directory on a drive of this machine")
         _check_budget("disk_window", self.disk_window)
         _check_disk_block(self.disk_block)
         depth = 1 if self.disk_queue_depth is None else self.disk_queue_depth
@@ -198,9 +201,14 @@ class Config:
         return () if self.disk_path is None else tuple(map(os.fspath, self.disk_path))  # type: ignore[arg-type]
 
     @property
+    def disk_block_bytes(self) -> int:
+        """Bytes of one transfer to or from the disk."""
+        return parse_size(self.disk_block)
+
+    @property
     def disk_settings(self) -> dict[str, Any]:
         """How the disk is read and written: `block_bytes` and `queue_depth`."""
-        return {"block_bytes": parse_size(self.disk_block), "queue_depth": self.disk_queue_depth}
+        return {"block_bytes": self.disk_block_bytes, "queue_depth": self.disk_queue_depth}
 
     @property
     def activation_share(self) -> float:

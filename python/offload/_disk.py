@@ -119,6 +119,28 @@ class DiskStore:
         buffer.release_after(ticket)
         return ticket
 
+    def submit_read_after(
+        self, after: Sequence[_native.Ticket], where: DiskRange, buffer: _native.HostBuffer, begin: int
+    ) -> _native.Ticket:
+        """Reads the range into the buffer from `begin` on (a multiple of DISK_ALIGNMENT) when all of `after` ended.
+
+        Well or badly. The memory is the read's from now on, and every error is the ticket's.
+        """
+        ticket = self._file.submit_read_after(after, where.offset, buffer.address + begin, where.nbytes)
+        buffer.release_after(ticket)
+        return ticket
+
+    def submit_write_after(
+        self, after: _native.Ticket, where: DiskRange, buffer: _native.HostBuffer, begin: int
+    ) -> _native.Ticket:
+        """Writes the range from the buffer's bytes from `begin` on when `after` ended well.
+
+        Else its error is the ticket's, and the range is as it was.
+        """
+        ticket = self._file.submit_write_after(after, where.offset, buffer.address + begin, where.nbytes)
+        buffer.release_after(ticket)
+        return ticket
+
     def close(self) -> None:
         """Gives up the files, though the store is referred to still. Use nothing after it."""
         del self._file

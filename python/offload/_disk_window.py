@@ -1,11 +1,11 @@
-"""How much host memory states on disk pass through, and in which pieces. Pure functions, no devices."""
+"""How much host memory states and weights on disk pass through, and in which pieces. Pure functions, no devices."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["DiskWindow", "plan_window"]
+__all__ = ["CacheSize", "DiskWindow", "image_bytes", "plan_cache", "plan_window"]
 
 # What the disk tier wants memory aligned to (csrc/storage/scratch_file.h).
 _ALIGNMENT = 4096
@@ -18,6 +18,12 @@ _LEAST_FRAMES = 3
 _WANTED_FRAMES = 8
 # Beside the frames of the update: two through which states are loaded and edited, one from which they are saved.
 _OTHER_FRAMES = 3
+# Of weights: each starts at a multiple of this in its image (_residency.py).
+_WEIGHT_ALIGNMENT = 256
+# Beside the images of weights: the frame that saves read them through, in blocks at most.
+_READ_BLOCKS = 4
+# One image is read or written while another is in use.
+_LEAST_IMAGES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +67,33 @@ def _window(chunk_elements: int, element_bytes: int, frame_count: int) -> DiskWi
         frame_bytes=-(-chunk_elements * element_bytes // _ALIGNMENT) * _ALIGNMENT,
         frame_count=frame_count,
     )
+
+
+def image_bytes(sizes: Sequence[int]) -> int:
+    """What weights of these sizes take in the cache at most, if they travel together."""
+    nbytes = sum(-(-size // _WEIGHT_ALIGNMENT) * _WEIGHT_ALIGNMENT for size in sizes)
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSize:
+    """Host bytes that weights on disk pass through: those of their images, and of the frame that saves read through."""
+
+    image_bytes: int
+    frame_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Of host memory, alignment included."""
+        return self.image_bytes + self.frame_bytes + 2 * _ALIGNMENT
+
+
+def plan_cache(images: Sequence[int], wanted_bytes: int, block_bytes: int) -> CacheSize:
+    """The cache for units of weights whose images take so many bytes.
+
+    It has at most `wanted_bytes`, unless that is less than the smallest cache takes, and no more than all of them need.
+    """
+    largest = max(images, default=0)
+    frame = min(_READ_BLOCKS, -(-largest // block_bytes)) * block_bytes
+    room = (wanted_bytes - CacheSize(0, frame).nbytes) // _ALIGNMENT * _ALIGNMENT
+    return CacheSize(min(sum(images), max(_LEAST_IMAGES * largest, room)), frame)

@@ -36,10 +36,10 @@ from ._pending import can_be_pending, make_pending, reading_metadata, restore
 from ._plan import Plan
 from ._residency import Residency
 from ._state_homes import State, StateHomes
-from ._state_store import StateStore
+from ._state_store import StateStore, open_store
 from ._streaming import Streaming
 from ._units import Unit, is_dense
-from ._weight_lane import WeightLane
+from ._weight_lane import DiskWeightLane, WeightLane
 
 # The engines of this process: the last one ends the threads that they share.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -90,9 +90,11 @@ class Engine:
             self.device, budget_bytes=plan.host_capacity - plan.activation_host_bytes, **options
         )
         self.transfers = _native.TransferQueue(self.device)
+        self.disk = open_store(config.disk_paths, **config.disk_settings) if plan.disk.total else None
         store: StateStore | None = None
         if plan.disk_window is not None:
-            store = StateStore(config.disk_paths, self.pool, plan.disk_window, **config.disk_settings)
+            assert self.disk is not None
+            store = StateStore(self.disk, self.pool, plan.disk_window)
         self.pipeline = _native.StepPipeline(self.transfers, window=None if store is None else store.window)
         self.lanes = GradientLanes(device, self.pool, self.transfers)
         self.activations: Activations | None = None
@@ -132,9 +134,13 @@ class Engine:
         self._submissions = itertools.count()
         # Units in the order in which the latest forward touched them: the order of the next update.
         self._touched: dict[EngineUnit, None] = {}
-        streamed = units if plan.params == "host" else ()
-        lane = WeightLane(self)
-        self.streaming = Streaming(streamed, lane, device, prefetch=plan.prefetch, poison=config.poison_enabled)
+        streamed = units if plan.params != "device" else ()
+        self.weights = WeightLane(self)
+        if plan.weight_cache is not None:
+            assert self.disk is not None
+            self.weights = DiskWeightLane(self, self.disk, plan.weight_cache)
+        poison = config.poison_enabled
+        self.streaming = Streaming(streamed, self.weights, device, prefetch=plan.prefetch, poison=poison)
         self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
@@ -156,6 +162,7 @@ class Engine:
         if self.homes.store is not None:
             self.homes.store.reserve(sum(self.homes.disk_bytes(parameter, kind) for parameter, kind in parameters))
         self.streaming.place(sum(self.homes.host_bytes(parameter, kind) for parameter, kind in parameters))
+        self.weights.flush()
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
@@ -384,7 +391,10 @@ class Engine:
                 weight.fill_(float("nan"))
             if self.homes.store is not None:
                 self.homes.store.tell_written(self.pipeline.states_written)
-            return self.pipeline.submit(jobs, self.lanes.compute_stream(), backwards=self._goes_backwards(states))
+            stream, backwards = self.lanes.compute_stream(), self._goes_backwards(states)
+            return self.weights.submit(
+                list(jobs), states, lambda jobs: self.pipeline.submit(jobs, stream, backwards=backwards)
+            )
         except BaseException:
             for weight, value in values:
                 weight.copy_(value)
@@ -454,6 +464,7 @@ class Engine:
         self._finish(list(self.states.values()))
         for unit in self.units:
             unit.pending = False
+        self.weights.check(wait=True)
 
     def _finish(self, states: Sequence[ParameterState]) -> None:
         waiting = [state for state in states if id(state.parameter) in self._tickets]
@@ -496,7 +507,9 @@ class Engine:
 
     def _refuse_after_failure(self) -> None:
         """A failed update is told once as it was, then so: some parameters took the step, others did not."""
-        if self.has_failed:
+        if not self.has_failed:
+            self.weights.check()
+        else:
             raise StateError(
                 "an earlier update failed, so weights and optimizer states are no longer those of one step: call "
                 f"offload.unwrap, load your last checkpoint and wrap again. The failure was: {self._failure}"
@@ -506,10 +519,16 @@ class Engine:
 
     @property
     def has_failed(self) -> bool:
-        """Whether an update failed, or a write of states to disk beside one, and the error was raised."""
+        """Whether an update failed, or a write of states or weights to disk, and the error was raised."""
         if self._failure is None and self.homes.store is not None:
             self._failure = self.homes.store.loss
+        if self._failure is None:
+            self._failure = self.weights.loss
         return self._failure is not None
+
+    def fail(self, why: str) -> None:
+        """Weights or states are lost: everything but the end is refused from now on."""
+        self._failure = why
 
     def abandon(self) -> None:
         """After a failed update: waits for work in flight, whatever its end; the parameters are plain again."""
@@ -538,8 +557,11 @@ class Engine:
         self.drop_states()
         if self.homes.store is not None:
             self.homes.store.close()
+        self.weights.close()
+        if self.disk is not None:
+            self.disk.close()
         self.activations = None  # what graphs still hold keeps its lanes
-        del self.pipeline, self.homes, self.lanes, self.transfers, self.pool, self.device, self.streaming
+        del self.pipeline, self.homes, self.lanes, self.transfers, self.pool, self.device, self.streaming, self.weights
 
 
 def _in_backward() -> bool:

@@ -62,7 +62,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         )
     refusals = {state.kernel_refusal: None for state in on_device if isinstance(state, NativeState)}
     fallbacks += [f"states on the device are updated by separate torch operations: {why}" for why in refusals if why]
-    paths = [] if engine.homes.store is None else engine.homes.store.store.stats()
+    paths = [] if engine.disk is None else engine.disk.stats()
     fallbacks += list(_disk_fallbacks(paths))
     fallbacks += [
         f"{type(optimizer).__name__} has no native update: its own torch operations run on the "
@@ -89,14 +89,15 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
 
 
 def _disk_counters(engine: Engine, paths: Sequence[Mapping[str, Any]], pipeline: Mapping[str, int]) -> dict[str, int]:
-    assert engine.plan.disk_window is not None
+    weights = engine.weights.cache_stats()
     return {
         "allocated_bytes": sum(path["allocated_bytes"] for path in paths),
-        "window_bytes": engine.plan.disk_window.nbytes,
+        "window_bytes": engine.plan.host.window,
         "read_bytes": sum(path["read_bytes"] for path in paths),
         "written_bytes": sum(path["written_bytes"] for path in paths),
         "kept_bytes": pipeline["disk_kept_bytes"],
         "wait_ns": pipeline["disk_wait_ns"],
+        **{f"weights_{name}": value for name, value in weights.items()},
     }
 
 
@@ -113,7 +114,7 @@ def _disk_fallbacks(paths: Sequence[Mapping[str, Any]]) -> Iterator[str]:
 def _resident_weights(
     engine: Engine, parameters: Sequence[Parameter], buffers: Mapping[str, Tensor]
 ) -> Iterator[ResidentWeight]:
-    if engine.plan.params != "host":
+    if engine.plan.params == "device":
         return
     for parameter in parameters:
         streamed = parameter in engine.streaming

@@ -22,6 +22,8 @@ class Ticket:
     def wait(self, timeout_s: float | None = None) -> bool:
         """Blocks until the work ended (False: the timeout passed first); raises the error of failed work."""
     def complete(self) -> None: ...
+    def end_with(self, other: Ticket) -> None:
+        """A pending ticket ends when `other` does, and as that does."""
     def fail(self, message: str) -> None: ...
 
 @final
@@ -207,6 +209,10 @@ class BlockFile:
         """The offset of so many bytes, whose space is reserved on the disks; given back with the file."""
     def submit_read(self, offset: int, destination: int, nbytes: int) -> Ticket: ...
     def submit_write(self, offset: int, source: int, nbytes: int) -> Ticket: ...
+    def submit_read_after(self, after: Sequence[Ticket], offset: int, destination: int, nbytes: int) -> Ticket:
+        """As submit_read(), begun when all of `after` have ended, well or badly; every error is the ticket's."""
+    def submit_write_after(self, after: Ticket, offset: int, source: int, nbytes: int) -> Ticket:
+        """As submit_write(), begun when `after` has ended well; its error is the ticket's, and nothing is written."""
     @property
     def block_bytes(self) -> int: ...
     def facts(self) -> list[dict[str, Any]]:
@@ -386,14 +392,24 @@ class StepPipeline:
                 AdamWScalars | LionScalars | AdagradScalars,
                 Sequence[tuple[int, int, float]],
             ]
+            | tuple[
+                int,
+                int,
+                int,
+                Sequence[Ticket],
+                AdamWScalars | LionScalars | AdagradScalars,
+                Sequence[tuple[int, int, float]],
+                int,
+            ]
         ],
         compute_stream: int = 0,
         backwards: bool = False,
     ) -> list[Ticket]:
-        """Jobs are (slot, gradient address, gradient format, tickets, scalars, factors).
+        """Jobs are (slot, gradient address, gradient format, tickets, scalars, factors[, weight address]).
 
         A job runs when every one of its tickets is done. A factor is (kind, address, value); the fp32 at a
-        non-zero address is read then. `backwards` runs through the chunks of each state on disk from the last one on.
+        non-zero address is read then. A non-zero weight address is where the slot's weight on the host is this time.
+        `backwards` runs through the chunks of each state on disk from the last one on.
         """
     def states_written(self, slot: int) -> None:
         """Somebody else wrote the slot's states on disk: what the window has of them is read anew."""

@@ -16,7 +16,7 @@ from ._kernels import Found, find_kernels
 from ._lion import lion_step_
 from ._moments import MOMENTS, Float32Moment, Moment, RandomWords, moment_bytes, seed_of
 from ._parameter_size import MOMENT_BLOCK
-from ._parameter_state import Allocate, ParameterState
+from ._parameter_state import Allocate, ParameterState, WeightHome
 from ._state_store import StateStore
 
 
@@ -58,12 +58,14 @@ class NativeState(ParameterState):
         streamed: bool,
         allocate: Allocate,
         store: StateStore | None = None,
+        weight_home: WeightHome | None = None,
         moments: str,
         rounding_seed: int,
     ) -> None:
         super().__init__(
-            name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate, store=store
-        )
+            name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate, store=store,
+            weight_home=weight_home,
+        )  # fmt: skip
         self.rounding_seed = seed_of(name, rounding_seed)
         self.initial_moment = 0.0
         if self.stored is None:

@@ -49,7 +49,7 @@ class NativeUpdater:
     @property
     def announces_updates(self) -> bool:
         """Copies of what is on disk are read back in the order of its updates: they cannot be waited for in one."""
-        return self.engine.homes.store is None
+        return self.engine.disk is None
 
     def begin(self) -> None:
         pairs = self._originals()

@@ -9,6 +9,9 @@ A state holds an exact fp32 master of the weight, in one of three forms:
 States on disk have the same forms, but for the working weight, which stays in memory: that of an fp32 parameter is the
 parameter itself. What changes a state goes over its pieces, of which one in memory has a single one.
 
+A working weight that lives on disk is the unit's, with the weights that it travels with, and in memory for a while only
+(`WeightHome`): the upper half of a split master, or the whole of an fp32 one. Lower halves are where the moments are.
+
 On the device the working weight is the parameter; on the host it is a buffer that the parameter is refilled from.
 A split master needs that buffer: it tells which elements of a parameter the user has overwritten.
 
@@ -17,17 +20,19 @@ A `NativeState` (_native_state.py) holds the optimizer's moments too; classes th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ._adamw import join_master, round_to_weight, split_master, write_weight
+from ._adamw import round_to_weight, split_master, write_weight
 from ._errors import StateError
 from ._state_store import StateStore, StoredArrays
+from ._stored_values import SplitMaster, StoredValue, StoredWeight, flat
 
 # No parameter has it: the next step compares the parameter with its working weight.
 _UNKNOWN_VERSION = -1
@@ -36,53 +41,14 @@ _UNKNOWN_VERSION = -1
 Allocate = Callable[..., Tensor]
 
 
-@dataclass(frozen=True)
-class SplitMaster:
-    """The two live halves of a split master: the bf16 `weight` and the int16 `remainder` of its fp32 value."""
+class WeightHome(Protocol):
+    """Where the working weight of a parameter is, that comes to memory and goes."""
 
-    weight: Tensor
-    remainder: Tensor
+    def present(self) -> Tensor:
+        """In memory, until that of another parameter is asked for. Raises `StorageError`."""
 
-    def join(self) -> Tensor:
-        return join_master(self.weight, self.remainder)
-
-    def join_into(self, out: Tensor) -> None:
-        """`join()` without a tensor in between; `out` is fp32 and of the halves' shape."""
-        bits = out.view(torch.int32)
-        bits.copy_(self.weight.view(torch.int16)).bitwise_left_shift_(16).add_(self.remainder)
-
-
-@dataclass(frozen=True)
-class StoredValue:
-    """An fp32 array of a state on disk, read where it is asked for; of a parameter with this shape and these strides.
-
-    weight: the upper halves of its values, where the array has the remainders of split masters.
-    """
-
-    stored: StoredArrays
-    array: str
-    shape: torch.Size
-    strides: tuple[int, ...]
-    weight: Tensor | None = None
-
-    def read_into(self, out: Tensor, first: int) -> None:
-        """Fills `out` (flat fp32) with elements from `first` on, in storage order."""
-        if self.weight is None:
-            self.stored.read(self.array, first, out)
-            return
-        remainder = torch.empty(out.numel(), dtype=torch.int16, device="cpu")
-        self.stored.read(self.array, first, remainder)
-        SplitMaster(_flat(self.weight)[first : first + out.numel()], remainder).join_into(out)
-
-    def is_contiguous(self) -> bool:
-        """Whether storage order is that of the elements."""
-        return torch.empty_strided(self.shape, self.strides, device="meta").is_contiguous()
-
-    def join(self) -> Tensor:
-        """A tensor of it in host memory."""
-        value = torch.empty_strided(self.shape, self.strides, dtype=torch.float32, device="cpu")
-        self.read_into(_flat(value), 0)
-        return value
+    def stored(self) -> StoredWeight:
+        """For who reads it later, from disk."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +90,7 @@ class ParameterState:
     `allocate(dtype, tag)` gives a tensor with the parameter's shape and strides, on the tier of the state. `value` has
     the parameter's values: itself, or the host bytes of a streamed one, which are its working weight on the host.
     store: where master and moments go, None: to that tier. The update of such a state runs on the host all the same.
+    weight_home: of a working weight that is on disk.
     """
 
     # Whether the master may be split: only the native update reads and writes one.
@@ -150,6 +117,7 @@ class ParameterState:
         streamed: bool,
         allocate: Allocate,
         store: StateStore | None = None,
+        weight_home: WeightHome | None = None,
     ) -> None:
         self.name = name
         self.parameter = parameter
@@ -163,7 +131,8 @@ class ParameterState:
         self._loaded: Tensor | None = None
         self.moments: dict[str, Any] = {}
         self.stored: StoredArrays | None = None
-        if on_host and parameter.dtype != torch.float32:
+        self._weight_home = weight_home
+        if on_host and parameter.dtype != torch.float32 and weight_home is None:
             self._host_weight = allocate(parameter.dtype, "weights")
         arrays = self.arrays_on_disk(parameter.dtype, split=split, streamed=streamed)
         if store is not None:
@@ -171,7 +140,7 @@ class ParameterState:
         if self.stored is None or "master" not in arrays:
             if split:
                 self.remainder = allocate(torch.int16, "master").zero_()
-            elif on_host or parameter.dtype != torch.float32:
+            elif parameter.dtype != torch.float32 or (on_host and weight_home is None):
                 self.master = allocate(torch.float32, "master")
         with torch.no_grad():
             if self.has_host_weight() and not streamed:
@@ -211,14 +180,15 @@ class ParameterState:
     def pieces(self, *, read: bool = True, write: bool = True) -> Iterator[Piece]:
         """All of the state, a piece at a time. read: with its values; write: changes are kept."""
         if self.stored is None:
-            yield Piece(self._host_weight, self.master, self.remainder, self.moments, _whole)
+            yield Piece(self._weight_copy(), self.master, self.remainder, self.moments, _whole)
             return
         for chunk, arrays in self.stored.edit(read=read, write=write):
             of = _Stretch(self.parameter, chunk.begin, chunk.count)
             master = arrays.pop("master", None)
             is_split = master is not None and master.dtype == torch.int16
+            weight = self._weight_copy()
             yield Piece(
-                weight=None if self._host_weight is None else of(self._host_weight),
+                weight=None if weight is None else of(weight),
                 master=of(self.master) if self.master is not None else None if is_split else master,
                 remainder=master if is_split else None,
                 moments=self._named_moments(arrays),
@@ -228,26 +198,36 @@ class ParameterState:
     def _named_moments(self, arrays: dict[str, Tensor]) -> Mapping[str, Any]:
         return arrays
 
-    def _stored_value(self, array: str, weight: Tensor | None = None) -> StoredValue:
+    def _weight_copy(self) -> Tensor | None:
+        """The host's working weight where it is one beside the master, or the upper half of it."""
+        if self._weight_home is not None and self.parameter.dtype != torch.float32:
+            return self._weight_home.present()
+        return self._host_weight
+
+    def _stored_value(self, array: str, weight: Tensor | StoredWeight | None = None) -> StoredValue:
         assert self.stored is not None
-        return StoredValue(self.stored, array, self.parameter.shape, self.parameter.stride(), weight)
+        read = functools.partial(self.stored.read, array)
+        return StoredValue(read, self.parameter.shape, self.parameter.stride(), weight)
 
     def has_host_weight(self) -> bool:
         """Whether the host has a copy of the weight, in `working_weight()`."""
-        return self.on_host and (self._host_weight is not None or self.master is not None)
+        homes = (self._weight_home, self._host_weight, self.master)
+        return self.on_host and any(home is not None for home in homes)
 
     def working_weight(self) -> Tensor:
         """What the parameter is refilled from, or its own values: on the device, and of fp32 with states on disk."""
         if not self.has_host_weight():
             return self.parameter.detach()
+        if self._weight_home is not None:
+            return self._weight_home.present()
         if self._host_weight is not None:
             return self._host_weight
         assert self.master is not None
         return self.master
 
     def tensors(self) -> list[Tensor]:
-        """What an update changes, on the tier of the state."""
-        parts = (self.remainder, self.master, self.working_weight())
+        """What an update changes, on the tier of the state, and in memory."""
+        parts = (self.remainder, self.master, self.working_weight() if self._weight_home is None else None)
         return [part for part in parts if part is not None]
 
     def master_value(self) -> Tensor:
@@ -261,7 +241,11 @@ class ParameterState:
             return self._loaded
         if self.stored is not None and "master" in self.stored.dtypes:
             is_split = self.stored.dtypes["master"] == torch.int16
-            return self._stored_value("master", self._host_weight if is_split else None)
+            upper = self._host_weight if self._weight_home is None else self._weight_home.stored()
+            return self._stored_value("master", upper if is_split else None)
+        if self.remainder is not None and self._weight_home is not None:
+            low = StoredValue.reader_of(self.remainder)
+            return StoredValue(low, self.parameter.shape, self.parameter.stride(), self._weight_home.stored())
         if self.remainder is not None:
             return SplitMaster(self.working_weight(), self.remainder)
         return self.master if self.master is not None else self.working_weight()
@@ -355,11 +339,6 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """A dense tensor's elements in storage order."""
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
 @dataclass(frozen=True)
 class _Stretch:
     """`count` elements from `begin` on, in the storage order of `parameter`, of tensors of its shape."""
@@ -374,4 +353,4 @@ class _Stretch:
             tensor = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
                 tensor
             )
-        return _flat(tensor)[self.begin : self.begin + self.count]
+        return flat(tensor)[self.begin : self.begin + self.count]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from ._config import Config, Tier, format_size
-from ._disk_window import DiskWindow, plan_window
+from ._disk_window import CacheSize, DiskWindow, image_bytes, plan_cache, plan_window
 from ._errors import InvalidArgument, OutOfHostMemory
 from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes, table
@@ -15,6 +15,7 @@ from ._tier_bytes import TierBytes, table
 __all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
 
 Placement = Literal["device", "host"]
+ParamsPlacement = Literal["device", "host", "disk"]
 OptimizerPlacement = Literal["device", "host", "disk", "mixed"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
 MasterForm = Literal["none", "fp32", "split", "mixed"]
@@ -29,6 +30,9 @@ _ACTIVATIONS_HOST_SHARE = 0.75
 # Of what the host budget has left, what the window of states on disk takes, and no more than so many bytes: it keeps
 # what fits of states that are many times larger as a rule.
 _WINDOW_SHARE, _MOST_WINDOW_BYTES = 0.5, 1 << 30
+# Of what the host budget has left then, what weights on disk pass through, and no more than all of them take: sums of
+# gradients over micro-batches take the rest for a while.
+_CACHE_SHARE = 0.75
 # How many units of weights are sent for ahead of their use. With one, the link waits from the end of an upload until
 # the next touch sends for another; with a second one queued behind it, it does not while touches come as fast as
 # uploads. More would only smooth units of unequal size. Neither the rate of the link nor the compute of a unit is
@@ -44,14 +48,14 @@ class Plan:
 
     `device`, `host` and `disk` are bytes by kind; `resident` is what the device would hold with nothing offloaded.
     Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what activations may take
-    on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params on the host.
+    on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params off the device.
     kept_states: with a mixed optimizer, the parameters whose states stay on the device. disk_window: with the optimizer
-    on disk, what its states pass through.
+    on disk, what its states pass through. weight_cache: with params on disk, what they do.
     """
 
     optimizer: OptimizerPlacement
     gradients: Placement
-    params: Placement
+    params: ParamsPlacement
     activations: ActivationPlacement
     master: MasterForm
     device_kind: str
@@ -68,6 +72,7 @@ class Plan:
     kept_states: frozenset[str] = frozenset()
     disk: TierBytes = dataclasses.field(default_factory=TierBytes)
     disk_window: DiskWindow | None = None
+    weight_cache: CacheSize | None = None
 
     def keeps_state(self, name: str) -> bool:
         """Whether the optimizer state of this parameter is on the device."""
@@ -92,11 +97,13 @@ class Plan:
 #   states on disk         as on the host, but for the working copy of 16-bit weights, which stays there; an fp32 weight
 #            on the device has none, and one on the host is its own master there. The host has the window too
 #   weights on the host    a working copy of 2 | 4, where no state on the host has it already
+#   weights on disk        2 | 4 there; on the host only a cache of them. The upper half of a split master is the weight
+#            on disk; the lower half is where the moments are
 #   gradient 2 | 4, where gradients live; a host update of device gradients needs them on the host too
 # A frozen parameter has its weight and nothing else. With a mixed optimizer each state counts where it is, and
 # gradients on the host are those of the states there.
 
-_Choice = tuple[OptimizerPlacement, Placement, Placement]  # optimizer, gradients, params
+_Choice = tuple[OptimizerPlacement, Placement, ParamsPlacement]  # optimizer, gradients, params
 
 
 def make_plan(
@@ -127,9 +134,14 @@ def make_plan(
     refusal: str | None = None  # of the least offloading that fits the device, and not the host
     for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
         device, host = sizes.by_tier(*choice)
-        window = sizes.window(host_capacity - host.total) if choice[0] == "disk" else None
+        cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
+        left = host_capacity - host.total - (0 if cache is None else cache.nbytes)
+        window = sizes.window(left) if choice[0] == "disk" else None
         if window is not None:
             host = dataclasses.replace(host, window=window.nbytes)
+        if cache is not None:
+            cache = sizes.cache(int((host_capacity - host.total) * _CACHE_SHARE))
+            host = dataclasses.replace(host, cache=cache.nbytes)
         if device.total > device_capacity:
             tried.append(_over(choice, device, device_capacity, "device"))
         elif host.total > host_capacity:
@@ -147,23 +159,23 @@ def make_plan(
     if optimizer == "mixed" and not kept:
         optimizer = "host"
     prefetch = config.prefetch or _LEAST_PREFETCH
-    if config.prefetch is None and params == "host":
+    if config.prefetch is None and params != "device":
         wider, _ = sizes.by_tier(*choice, prefetch=_WANTED_PREFETCH)
         if wider.total <= device_capacity:
             device, prefetch = wider, _WANTED_PREFETCH
     reason = [*tried, f"{_words(choice)}: {_chosen(config)}"]
     reason.append(f"device: {format_size(device.total)} of {format_size(device_capacity)} ({device_note})")
-    if params == "host":
+    if params != "device":
         reason.append(f"units of weights sent for ahead of their use: {prefetch}")
     if kept:
         reason.append(sizes.words_of(kept))
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
-    disk = sizes.on_disk(params) if optimizer == "disk" else TierBytes()
-    if window is not None:
-        reason.append(
-            f"disk: {format_size(disk.total)} in {', '.join(config.disk_paths)}, through a window of "
-            f"{format_size(window.nbytes)} host memory"
-        )
+    disk = sizes.on_disk(optimizer, params)
+    if disk.total:
+        ways = [f"a window of {format_size(host.window)}"] if window is not None else []
+        ways += [f"a cache of {format_size(host.cache)} for weights"] if params == "disk" else []
+        where = ", ".join(config.disk_paths)
+        reason.append(f"disk: {format_size(disk.total)} in {where}, through {' and '.join(ways)} in host memory")
     activations, activation_host_bytes = _activations(config, host_capacity - host.total)
     if activations == "device":
         reason.append("activations stay on the device")
@@ -195,6 +207,7 @@ def make_plan(
         kept_states=kept,
         disk=disk,
         disk_window=window,
+        weight_cache=cache,
     )
 
 
@@ -202,6 +215,7 @@ class _Sizes:
     """Sums by kind over the parameters, wherever they end up."""
 
     def __init__(self, parameters: Sequence[ParameterSize], config: Config, gradient_itemsize: int | None) -> None:
+        self.parameters = parameters
         self.trainable = [p for p in parameters if p.trainable]
         self.config = config
         self.gradient_itemsize = gradient_itemsize
@@ -210,12 +224,12 @@ class _Sizes:
         self.largest_unit = largest_unit(parameters)
         self.prefetch = config.prefetch or _LEAST_PREFETCH
 
-    def kept_states(self, optimizer: OptimizerPlacement, params: Placement) -> frozenset[str]:
+    def kept_states(self, optimizer: OptimizerPlacement, params: ParamsPlacement) -> frozenset[str]:
         """The parameters whose states stay on the device while those of others leave."""
         if optimizer != "mixed":
             return frozenset()
         assert isinstance(self.config.optimizer, float)
-        return states_that_stay(self.trainable, self.config.optimizer, by_unit=params == "host")
+        return states_that_stay(self.trainable, self.config.optimizer, by_unit=params != "device")
 
     def words_of(self, kept: frozenset[str]) -> str:
         total = sum(p.state_bytes for p in self.trainable)
@@ -237,14 +251,22 @@ class _Sizes:
         return "mixed" if len(forms) > 1 else forms.pop()
 
     def by_tier(
-        self, optimizer: OptimizerPlacement, gradients: Placement, params: Placement, *, prefetch: int | None = None
+        self,
+        optimizer: OptimizerPlacement,
+        gradients: Placement,
+        params: ParamsPlacement,
+        *,
+        prefetch: int | None = None,
     ) -> tuple[TierBytes, TierBytes]:
         """Device and host bytes of one choice. prefetch: None for the configured or least one."""
         window = self.stays + (1 + (prefetch or self.prefetch)) * self.largest_unit
         kept = self.kept_states(optimizer, params)
         staying = [p for p in self.trainable if optimizer == "device" or p.name in kept]
         leaving = [p for p in self.trainable if optimizer != "device" and p.name not in kept]
-        working = sum(p.numel * p.itemsize for p in leaving if p.itemsize == 2)
+        # What stays on the device has a copy on the host, and is counted so though most of it has it on disk.
+        copied = [p for p in leaving if params != "disk" or p.stays]
+        working = sum(p.numel * p.itemsize for p in copied if p.itemsize == 2)
+        mastered = [p for p in leaving if p.itemsize == 2] + [p for p in copied if p.itemsize == 4]
         on_disk = optimizer == "disk"
         if params == "host":  # fp32 masters on the host are what their weights are uploaded from
             working = self.weights
@@ -259,15 +281,19 @@ class _Sizes:
         )
         host = TierBytes(
             working=working,
-            master=0 if on_disk else sum(p.numel * _host_master_bytes(p, self.config) for p in leaving),
+            master=0 if on_disk else sum(p.numel * _host_master_bytes(p, self.config) for p in mastered),
             moments=0 if on_disk else sum(p.moments for p in leaving),
             gradients=self._gradient_bytes(leaving or gone),
         )
         return device, host
 
-    def on_disk(self, params: Placement) -> TierBytes:
-        """Disk bytes of the states, but for what rounding to blocks adds."""
+    def on_disk(self, optimizer: OptimizerPlacement, params: ParamsPlacement) -> TierBytes:
+        """Disk bytes of states and weights, but for what rounding to blocks adds."""
+        working = self.weights if params == "disk" else 0
+        if optimizer != "disk":
+            return TierBytes(working=working)
         return TierBytes(
+            working=working,
             master=sum(
                 p.numel * _host_master_bytes(p, self.config)
                 for p in self.trainable
@@ -275,6 +301,13 @@ class _Sizes:
             ),
             moments=sum(p.numel * p.moment_bytes for p in self.trainable),
         )
+
+    def cache(self, wanted_bytes: int) -> CacheSize:
+        """What weights on disk pass through, at most `wanted_bytes` unless that is too little."""
+        units: dict[str, list[int]] = {}
+        for p in self.parameters:
+            units.setdefault(p.unit, []).append(p.numel * p.itemsize)
+        return plan_cache([image_bytes(sizes) for sizes in units.values()], wanted_bytes, self.config.disk_block_bytes)
 
     def window(self, host_bytes_left: int) -> DiskWindow:
         """What states on disk pass through, of what the host budget leaves."""
@@ -329,7 +362,10 @@ def _candidates(config: Config, *, may_store: bool = True) -> list[_Choice]:
     if optimizer == "disk" or (optimizer == "auto" and config.disk_path is not None and may_store):
         places: tuple[Placement, ...] = ("device", "host")
         on_disk = [("disk", place) for place in places if _allows(config.gradients, place)]
-    return _with_params(pairs, config) + _with_params(on_disk, config)
+    choices = _with_params(pairs, config) + _with_params(on_disk, config)
+    if config.params == "auto" and config.disk_path is not None and may_store:
+        choices.append((*(on_disk or pairs)[-1], "disk"))
+    return choices
 
 
 def _with_params(pairs: list[tuple[OptimizerPlacement, Placement]], config: Config) -> list[_Choice]:
@@ -337,6 +373,8 @@ def _with_params(pairs: list[tuple[OptimizerPlacement, Placement]], config: Conf
     on_host: list[_Choice] = [(*pair, "host") for pair in pairs]
     if config.params == "auto":
         return [*on_device, *on_host[-1:]]  # weights go last
+    if config.params == "disk":
+        return [(*pair, "disk") for pair in pairs]
     return on_host if config.params == "host" else on_device
 
 
@@ -351,7 +389,8 @@ def _words(choice: _Choice) -> str:
     optimizer, gradients, params = choice
     states = "optimizer in part on the host" if optimizer == "mixed" else f"optimizer on the {optimizer}"
     states = "optimizer on disk" if optimizer == "disk" else states
-    return f"{states}, gradients on the {gradients} and params on the {params}"
+    weights = "params on disk" if params == "disk" else f"params on the {params}"
+    return f"{states}, gradients on the {gradients} and {weights}"
 
 
 def _allows(asked: Tier | Literal["mixed"], placement: OptimizerPlacement) -> bool:
@@ -403,11 +442,12 @@ def _too_small(
     config: Config,
 ) -> str:
     needed = device.total if tier == "device" else host.total
-    offloads_all = _candidates(config)[-1] in (("host", "host", "host"), ("disk", "host", "host"))
+    states, gradients, params = _candidates(config)[-1]
+    offloads_all = states in ("host", "disk") and gradients == "host" and params in ("host", "disk")
     if tier == "host":
         remedy = "raise host_budget, free host memory, or keep more on the device"
         if config.disk_path is None:
-            remedy += "; with disk_path= optimizer states may live on disk"
+            remedy += "; with disk_path= optimizer states and weights may live on disk"
     elif offloads_all:
         remedy = "raise device_budget, or use a model with smaller units: this is what offloading all of it leaves"
     else:

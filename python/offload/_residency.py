@@ -71,6 +71,7 @@ class Residency:
         self._begins = [self._offsets[id(parameter)] for parameter in self.parameters]
         self.is_placed = False
         self._buffer: Any = None
+        self._begin: int | None = None
         self._flat: Tensor | None = None
         # That of `_flat`: asking for it costs as much as resizing it.
         self._storage: torch.UntypedStorage
@@ -85,18 +86,27 @@ class Residency:
 
     # --- the host -------------------------------------------------------------------------------------------
 
-    def take_host_bytes(self, buffer: Any) -> None:
-        """`buffer` has `address` and the buffer protocol, and `nbytes` of its own."""
+    def take_host_bytes(self, buffer: Any, begin: int | None = None) -> None:
+        """`buffer` has `address` and the buffer protocol, and `nbytes` of its own; or from `begin` on, for a while."""
         self._buffer = buffer
+        self._begin = begin
+
+    def lose_host_bytes(self) -> None:
+        """They are not in memory any more: nobody may ask for them."""
+        self._buffer = None
 
     @property
     def host_address(self) -> int:
         address: int = self._buffer.address
-        return address
+        return address + (self._begin or 0)
+
+    def offset_of(self, parameter: Parameter) -> int:
+        """Where its bytes begin in those of the residency."""
+        return self._offsets[id(parameter)]
 
     def on_host(self, parameter: Parameter) -> Tensor:
         """The host bytes of a parameter, as a tensor like it."""
-        dtype, offset = parameter.dtype, self._offsets[id(parameter)]
+        dtype, offset = parameter.dtype, (self._begin or 0) + self._offsets[id(parameter)]
         flat = torch.frombuffer(self._buffer, dtype=dtype, count=parameter.numel(), offset=offset)
         return flat.as_strided(parameter.shape, parameter.stride())
 
@@ -217,6 +227,8 @@ class Residency:
             copies = self.resident_copies(where_made=True)
         except (RuntimeError, MemoryError):  # there is no memory for them: the parameters keep the host bytes
             copies = [self.on_host(parameter) for parameter in self.parameters]
+            if self._begin is not None:  # or, where they are lent for a while, copies of them
+                copies = [copy.clone() for copy in copies]
         self.leave(copies)
         self._buffer = None
 

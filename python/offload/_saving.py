@@ -39,9 +39,9 @@ from ._durable_files import WrittenFile
 from ._errors import InvalidArgument
 from ._moments import Int8Moment
 from ._optimizer import OffloadOptimizer
-from ._parameter_state import SplitMaster, StoredValue
 from ._probe import probe_host
 from ._snapshot import CopyBeforeChange, TensorFile, Value, copied, shared_names
+from ._stored_values import LentWeight, SplitMaster, StoredValue
 from ._wrap import as_list, engine_of
 
 __all__ = ["CheckpointSave", "finish_saves", "save_checkpoint"]
@@ -265,11 +265,14 @@ def _contents(
     }
     state_bytes = _serialized(state)
     current = _on_host(model, optimizers, weights) if staged else {}
-    values: dict[str, Value] = {
-        name: copied(value) if staged and name not in current else current.get(name, value)
-        for name, value in weights.items()
-        if name not in tied
-    }
+    values: dict[str, Value] = {}
+    for name, value in weights.items():
+        if name in tied:
+            continue
+        if isinstance(value, LentWeight):  # on disk: read when it is written, or before it changes
+            values[name] = value.stored
+        else:
+            values[name] = copied(value) if staged and name not in current else current.get(name, value)
     if staged:
         states = {name: _staged(value) for name, value in states.items()}
     return state_bytes, TensorFile(states, _METADATA), TensorFile(values, _METADATA)
@@ -313,7 +316,7 @@ def _on_host(
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         state, weight = engine.states.get(id(parameter)), weights.get(name)
-        if weight is None or (state is not None and id(parameter) not in watched):
+        if weight is None or isinstance(weight, LentWeight) or (state is not None and id(parameter) not in watched):
             continue
         if parameter in engine.streaming:
             if weight.data_ptr() == engine.streaming.host_weight(parameter).data_ptr():

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ._moments import Int8Moment
-from ._parameter_state import SplitMaster, StoredValue
 from ._safetensors import lay_out
+from ._stored_values import LentWeight, SplitMaster, StoredValue, StoredWeight
 
 __all__ = ["Cast", "CopyBeforeChange", "TensorFile", "Value", "copied", "shared_names"]
 
@@ -38,7 +38,7 @@ class Cast:
         return self.value.to(self.dtype)
 
 
-Value = Tensor | SplitMaster | StoredValue | Cast | Int8Moment
+Value = Tensor | SplitMaster | StoredValue | StoredWeight | Cast | Int8Moment
 
 
 class TensorFile:
@@ -164,6 +164,9 @@ class _Source:
         if isinstance(value, StoredValue) and value.is_contiguous():
             value.read_into(out.view(torch.float32), begin // 4)
             return
+        if isinstance(value, StoredWeight) and value.is_contiguous():
+            value.read_into(out.view(value.dtype), begin // value.dtype.itemsize)
+            return
         if self._bytes is None:
             whole = value if isinstance(value, Tensor) else value.join()
             self._bytes = whole.detach().contiguous().view(-1).view(torch.uint8)
@@ -204,7 +207,8 @@ def shared_names(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in tensors.items():
         if tensor.numel() == 0:
             continue
-        key = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        place = id(tensor.stored) if isinstance(tensor, LentWeight) else tensor.data_ptr()
+        key = (place, tensor.device, tensor.dtype, tensor.shape, tensor.stride())
         if key in first:
             shared[name] = first[key]
         else:

@@ -16,6 +16,7 @@ from ._native_state import NativeState
 from ._parameter_state import ParameterState
 from ._plan import Plan
 from ._state_store import StateStore
+from ._stored_values import StoredWeight
 from ._streaming import Streaming
 
 State = TypeVar("State", bound=ParameterState)
@@ -105,6 +106,8 @@ class StateHomes:
         form: dict[str, Any] = {}
         if issubclass(kind, NativeState):
             form = {"moments": self._config.moments, "rounding_seed": self._config.rounding_seed}
+        if self._plan.params == "disk" and streamed and on_host:
+            form["weight_home"] = _WeightOnDisk(self._streaming, parameter)
         return kind(
             name,
             parameter,
@@ -121,15 +124,17 @@ class StateHomes:
     def slot_of(state: NativeState) -> dict[str, Any]:
         """The arguments of `StepPipeline.add_slot`."""
         parameter, weight = state.parameter, state.working_weight()
-        master = state.remainder if state.remainder is not None else state.master
+        in_memory = state.has_host_weight()
+        is_master = parameter.dtype == torch.float32
+        master = state.remainder if state.remainder is not None else weight if is_master and in_memory else state.master
         on_disk = {} if state.stored is None else state.stored.dtypes
         is_split = state.remainder is not None or on_disk.get("master") == torch.int16
-        in_memory = state.has_host_weight()
         slot = {
             "name": state.name,
             "master": 0 if master is None else master.data_ptr(),
             "master_format": _native.MASTER_SPLIT if is_split else _native.MASTER_FLOAT32,
-            "weight": weight.data_ptr() if in_memory and weight is not state.master else 0,
+            # Of weights on disk each job says where they are.
+            "weight": weight.data_ptr() if in_memory and not is_master else 0,
             "weight_format": FORMATS[parameter.dtype],
             **state.native_moments(),
             "count": parameter.numel(),
@@ -141,3 +146,17 @@ class StateHomes:
         if state.stored is not None:
             slot |= {"layout": state.stored.layout, "disk_offset": state.stored.offset}
         return slot
+
+
+class _WeightOnDisk:
+    """See `_parameter_state.WeightHome`."""
+
+    def __init__(self, streaming: Streaming, parameter: Parameter) -> None:
+        self._streaming = streaming
+        self._parameter = parameter
+
+    def present(self) -> Tensor:
+        return self._streaming.host_weight(self._parameter)
+
+    def stored(self) -> StoredWeight:
+        return self._streaming.stored_weight(self._parameter)

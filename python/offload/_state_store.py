@@ -19,7 +19,7 @@ from ._disk import DiskPath, DiskRange, DiskStore
 from ._disk_window import DiskWindow
 from ._errors import StorageError
 
-__all__ = ["ARRAYS", "StateStore", "StoredArrays", "StoredChunk"]
+__all__ = ["ARRAYS", "StateStore", "StoredArrays", "StoredChunk", "open_store"]
 
 # In the order of the native core (csrc/pipeline/state_layout.h).
 ARRAYS = ("master", "exp_avg", "exp_avg_sq")
@@ -37,22 +37,19 @@ class StoredChunk:
     array_offsets: Mapping[str, int]
 
 
-class StateStore:
-    """One process's states on disk, in files under `paths`.
+def open_store(paths: Sequence[DiskPath], *, block_bytes: int, queue_depth: int | None) -> DiskStore:
+    """Files under `paths` for states and weights. Raises `StorageError` for a path that cannot be used."""
+    return DiskStore(paths, block_bytes=block_bytes, **_depths(queue_depth))
 
-    Raises `StorageError` for a path that cannot be used, `OutOfHostMemory` when the window does not fit the pool.
+
+class StateStore:
+    """One process's states on disk, in the files of `store`.
+
+    Raises `OutOfHostMemory` when the window does not fit the pool.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[DiskPath],
-        pool: _native.HostPool,
-        window: DiskWindow,
-        *,
-        block_bytes: int,
-        queue_depth: int | None,
-    ) -> None:
-        self.store = DiskStore(paths, block_bytes=block_bytes, **_depths(queue_depth))
+    def __init__(self, store: DiskStore, pool: _native.HostPool, window: DiskWindow) -> None:
+        self.store = store
         self._chunk_elements = window.chunk_elements
         pool.reserve(window.nbytes)
         self.window = self.store.state_window(pool, window.frame_bytes, window.frame_count)
@@ -101,8 +98,7 @@ class StateStore:
         self._written.clear()
 
     def close(self) -> None:
-        """Gives up files and memory, whoever still refers to a state. Use nothing after it."""
-        self.store.close()
+        """Gives up its memory, whoever still refers to a state. Use nothing after it."""
         del self.store, self.window, self._edit_frames, self._read_frame
 
     # --- for StoredArrays -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Streamed parameters: they are on the device while their unit is in the window, and on the host else.
+"""Streamed parameters: they are on the device while their unit is in the window, and on the host or on disk else.
 
 [Note: touches] A unit is made ready by a touch: the forward of one of its modules begins (in backward too, where a
 checkpoint recomputes it), or backward comes to a node that made an output of it. A touch brings the unit, frees
@@ -23,9 +23,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._away import AwayParameter
 from ._cuda_graphs import refuse_capture
 from ._errors import OffloadError, StateError
-from ._residency import Residency, group_by_units, host_runs, trim_heap
+from ._residency import Residency, group_by_units, trim_heap
+from ._stored_values import LentWeight, StoredWeight
 from ._touch_order import TouchOrder
 from ._units import Unit
 from ._weight_window import WeightStore, WeightWindow
@@ -66,8 +68,23 @@ class Streaming:
     # --- begin and end --------------------------------------------------------------------------------------
 
     def host_weight(self, parameter: Parameter) -> Tensor:
-        """The host bytes of a streamed parameter, as a tensor like it."""
-        return self._residency_of[id(parameter)].on_host(parameter)
+        """The host bytes of a streamed parameter, as a tensor like it; on disk they stay until another one's are asked.
+
+        Raises `StorageError` when they cannot be read.
+        """
+        residency = self._residency_of[id(parameter)]
+        self._store.hold(residency)
+        return residency.on_host(parameter)
+
+    def residency_of(self, parameter: Parameter) -> Residency | None:
+        """What a streamed parameter travels with."""
+        return self._residency_of.get(id(parameter))
+
+    def stored_weight(self, parameter: Parameter) -> StoredWeight:
+        """The value of a weight on disk, for who reads it before it changes."""
+        stored = self._store.stored_weight(self._residency_of[id(parameter)], parameter)
+        assert stored is not None
+        return stored
 
     def present_value(self, parameter: Parameter) -> Tensor:
         """The same, with what was written to the parameter while it is on the device."""
@@ -75,38 +92,45 @@ class Streaming:
         if self.window.is_ready(residency):
             # All parameters: writes through `.data` show in no version.
             self.window.write_back(residency, residency.parameters)
-        return residency.on_host(parameter)
+        return self.host_weight(parameter)
 
     def place(self, more_host_bytes: int) -> None:
-        """Values go from where they are to the host, one residency after another, and the parameters leave.
+        """Values go from where they are to their homes, one residency after another, and the parameters leave.
 
         Each gives up its memory before the next one's is taken: beside the weights there is one residency more, or a
         run of small ones. more_host_bytes: to be obtained with theirs. After an error `give_back()` undoes it.
         """
         itself = weakref.ref(self)  # the parameters must not keep the engine
-        for run, nbytes in host_runs(self.residencies, more_host_bytes, self._store.host_budget_bytes):
-            self._store.reserve_host_bytes(nbytes)
+        for run in self._store.reserve(self.residencies, more_host_bytes):
             for residency in run:
-                residency.take_host_bytes(self._store.acquire_weights(residency.nbytes))
-                answers = [_Away(itself, weakref.ref(parameter)) for parameter in residency.parameters]
+                self._store.give_host_bytes(residency)
+                answers = [AwayParameter(itself, weakref.ref(parameter)) for parameter in residency.parameters]
                 residency.place(answers, self.device)
             trim_heap()
 
     def give_back(self) -> None:
         """Undoes `place`, or what happened of it: the parameters are plain and where the user made them."""
-        for residency in self.residencies:
+        for residency in self._store.in_memory_first(self.residencies):
             if residency.is_placed:
                 with contextlib.suppress(OffloadError):  # nobody asks for the weights on the device any more
                     for upload in self.uploads_of(residency.parameters[0]):
                         upload.wait()
                 self.window.forget(residency)
+                self._store.hold_or_lose(residency)
                 residency.return_home()
-                self._store.return_free_pages()
+                self._store.take_host_bytes_back(residency)
         self._residency_of = {}
 
-    def resident_copies(self) -> list[tuple[Residency, list[Tensor]]]:
-        """What `leave` gives back; the values as they are on the host. Nothing is changed."""
-        return [(residency, residency.resident_copies()) for residency in self.residencies]
+    def resident_copies(self, *, lossy: bool) -> list[tuple[Residency, list[Tensor]]]:
+        """What `leave` gives back; the values as they are in their homes. Nothing is changed.
+
+        Raises `StorageError` for what cannot be read; with `lossy` that is NaN.
+        """
+        copies = []
+        for residency in self._store.in_memory_first(self.residencies):
+            (self._store.hold_or_lose if lossy else self._store.hold)(residency)
+            copies.append((residency, residency.resident_copies()))
+        return copies
 
     def leave(self, copies: Iterable[tuple[Residency, Sequence[Tensor]]]) -> None:
         """The parameters are plain and resident again, with these values."""
@@ -218,9 +242,19 @@ class Streaming:
         needed = [residency for number in wanted for residency in self._needs[number]]
         predicted = [residency for number in ahead for residency in self._needs[number]]
         self._free_all_but({*needed, *predicted})
+        self._store.expect(lambda: self._residencies_of(self._order.ahead()))
         self.window.bring(needed)
         self.window.bring(predicted)
+        self._store.read_ahead()
         self.window.make_ready(needed)
+
+    def next_pass(self) -> Iterator[Residency]:
+        """The residencies in the order in which the next pass needs them."""
+        return self._residencies_of(self._order.next_pass())
+
+    def _residencies_of(self, units: Iterable[int]) -> Iterator[Residency]:
+        for unit in units:
+            yield from self._needs[unit]
 
     def _watch_end_of_backward(self) -> None:
         """Empties the window when the outermost backward ends; those within it end before."""
@@ -249,8 +283,10 @@ class Streaming:
         """Empties the window and sends for the units that the next forward begins with."""
         self.empty()
         if not self._holds:
+            self._store.expect(self.next_pass)
             for unit in self._order.first(1 + self._prefetch):
                 self.window.bring(self._needs[unit])
+            self._store.read_ahead()
 
     @contextlib.contextmanager
     def present(self, parameters: Iterable[Parameter] | None = None) -> Iterator[None]:
@@ -311,8 +347,10 @@ class Streaming:
         self._store.settle_updates([parameter])
         known = None if self._copies is None else self._copies.get(id(parameter))
         if known is None:
+            residency = self._residency_of[id(parameter)]
+            stored = self._store.stored_weight(residency, parameter) if self._lends else None
             with torch.inference_mode(False):
-                known = self.host_weight(parameter)
+                known = self.host_weight(parameter) if stored is None else LentWeight(stored)
                 if not self._lends:
                     known = known.clone()
             if self._copies is not None:
@@ -324,7 +362,10 @@ class Streaming:
 
     @contextlib.contextmanager
     def lending(self) -> Iterator[None]:
-        """Inside the context state_dict() gives the host bytes themselves, to be read before a weight changes."""
+        """Inside the context state_dict() gives the host bytes themselves, to be read before a weight changes.
+
+        Weights on disk are `LentWeight`s.
+        """
         self._lends = True
         try:
             yield
@@ -346,7 +387,7 @@ class Streaming:
             return self.copy_of(parameter)
         if not self._forward_runs:
             raise StateError(
-                f"{self._store.name_of(parameter)} is on the host (params='host'): read and write weights inside "
+                f"{self._store.name_of(parameter)} is on the host or on disk (params=): read and write weights inside "
                 "`with offload.full_params(model):`; call offload.unwrap before model.to(), .half() and the like"
             )
         # A weight of a unit that is used from outside of its forward: nothing announces that, so it stays from now on.
@@ -355,33 +396,6 @@ class Streaming:
         self.window.bring([residency])
         self.window.make_ready([residency])
         return None
-
-
-class _Away:
-    """What a parameter that is not on the device answers with; see `_pending.make_pending`."""
-
-    def __init__(self, streaming: weakref.ref[Streaming], parameter: weakref.ref[Parameter]) -> None:
-        self._streaming = streaming
-        self._parameter = parameter
-
-    def _those(self) -> tuple[Streaming, Parameter]:
-        streaming, parameter = self._streaming(), self._parameter()
-        if streaming is None or parameter is None:
-            raise StateError("this parameter is of a wrapped model that is gone, and so are its bytes on the host")
-        return streaming, parameter
-
-    def __call__(self) -> Tensor | None:
-        streaming, parameter = self._those()
-        return streaming.read_away(parameter)
-
-    def copy(self) -> Parameter:
-        """A resident parameter with its value."""
-        streaming, parameter = self._those()
-        value = streaming.copy_of(parameter).to(parameter.device, copy=True)
-        return Parameter(value, requires_grad=parameter.requires_grad)
-
-    def __reduce__(self) -> Any:
-        raise StateError("a parameter that is on the host cannot be pickled by its attributes: save model.state_dict()")
 
 
 class _BackwardEnd:

@@ -14,7 +14,8 @@ class TierBytes:
     """Bytes of one tier by kind.
 
     working: host copies of weights, the source of their upload; gradients: also, on the host,
-    the copies that a host update of device gradients reads; window: what states on disk pass through.
+    the copies that a host update of device gradients reads; window: what states on disk pass through; cache: what
+    weights on disk do.
     """
 
     weights: int = 0
@@ -23,6 +24,7 @@ class TierBytes:
     moments: int = 0
     gradients: int = 0
     window: int = 0
+    cache: int = 0
 
     @property
     def total(self) -> int:
@@ -32,7 +34,8 @@ class TierBytes:
 def table(device: TierBytes, host: TierBytes, disk: TierBytes | None = None) -> str:
     """One line a kind, one column a tier; the disk's only where something is there."""
     tiers = {"device": device, "host": host} | ({"disk": disk} if disk is not None and disk.total else {})
-    kinds = [field.name for field in dataclasses.fields(TierBytes) if field.name != "window" or host.window]
+    of_disk = {"window": host.window, "cache": host.cache}
+    kinds = [field.name for field in dataclasses.fields(TierBytes) if of_disk.get(field.name, 1)]
     rows = [("", *tiers)]
     rows += [(kind, *(format_size(getattr(tier, kind)) for tier in tiers.values())) for kind in kinds]
     rows.append(("total", *(format_size(tier.total) for tier in tiers.values())))

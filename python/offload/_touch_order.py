@@ -51,4 +51,12 @@ class TouchOrder:
 
     def first(self, count: int) -> list[int]:
         """The first `count` different units of the pass that comes next."""
-        return list(dict.fromkeys(unit for unit, _ in (self._present or self._last)))[:count]
+        return list(dict.fromkeys(self.next_pass()))[:count]
+
+    def ahead(self) -> list[int]:
+        """The units of what is left of the pass, and then of another such pass; none while the first is recorded."""
+        return [unit for unit, _ in (*self._last[self._position :], *self._last)]
+
+    def next_pass(self) -> list[int]:
+        """The units of the pass that comes next."""
+        return [unit for unit, _ in (self._present or self._last)]

@@ -6,7 +6,7 @@ One is away, on its way or ready. Whatever is not ready wears `PendingParameter`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn import Parameter
 
 from ._errors import OffloadError
 from ._residency import Residency
+from ._stored_values import StoredWeight
 
 __all__ = ["WeightStore", "WeightWindow"]
 
@@ -22,17 +23,35 @@ __all__ = ["WeightStore", "WeightWindow"]
 class WeightStore(Protocol):
     """What moves the bytes and knows the updates: the engine."""
 
-    @property
-    def host_budget_bytes(self) -> int: ...
+    def reserve(self, residencies: Sequence[Residency], more_bytes: int) -> Iterator[list[Residency]]:
+        """The residencies in runs, each when there is room for its host bytes; for `more_bytes` at the end too."""
 
-    def reserve_host_bytes(self, nbytes: int) -> None:
-        """Obtains pages for `nbytes`, beside those that are free."""
+    def give_host_bytes(self, residency: Residency) -> None:
+        """The residency has host bytes, for values that it writes there next."""
 
-    def return_free_pages(self) -> None:
-        """Gives pages that hold nothing back to the system."""
+    def in_memory_first(self, residencies: Sequence[Residency]) -> Sequence[Residency]:
+        """In the order in which they go home after an error."""
 
-    def acquire_weights(self, nbytes: int) -> Any:
-        """Host bytes for the weights of a residency."""
+    def take_host_bytes_back(self, residency: Residency) -> None:
+        """They are not needed any more."""
+
+    def hold(self, residency: Residency, *, for_writing: bool = False) -> None:
+        """Its host bytes are in memory, and current, until those of another one are asked for.
+
+        Raises `StorageError` when they cannot be read.
+        """
+
+    def hold_or_lose(self, residency: Residency) -> None:
+        """As hold() after a failure: what cannot be read is NaN."""
+
+    def stored_weight(self, residency: Residency, parameter: Parameter) -> StoredWeight | None:
+        """Its present value on disk, for who reads it before it changes; None: it is in memory all the time."""
+
+    def expect(self, coming: Callable[[], Iterable[Residency]]) -> None:
+        """Their host bytes are needed in this order next, as far as it is known."""
+
+    def read_ahead(self) -> None:
+        """Sends for host bytes in that order."""
 
     def no_upload(self) -> Any:
         """For start_weights(), which makes it an upload; until then it has ended."""
@@ -43,7 +62,7 @@ class WeightStore(Protocol):
         It is `upload` from then on, with nothing in between that a signal could tear.
         """
 
-    def wait_weights(self, upload: Any) -> None:
+    def wait_weights(self, residency: Residency, upload: Any) -> None:
         """The compute stream waits for what start_weights() started; raises its error."""
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
@@ -106,7 +125,7 @@ class WeightWindow:
                 continue
             try:
                 self._store.settle_updates(residency.parameters)
-                self._store.wait_weights(upload)
+                self._store.wait_weights(residency, upload)
             except BaseException:
                 self._free(residency)  # the next touch sends for it again
                 raise
@@ -137,6 +156,7 @@ class WeightWindow:
             return
         if self.before_write_back is not None:
             self.before_write_back()
+        self._store.hold(residency, for_writing=True)
         with torch.no_grad():
             for parameter in parameters:
                 residency.take_home(parameter, self._store.name_of(parameter))
@@ -162,4 +182,4 @@ class WeightWindow:
         upload = self.last_upload.get(residency)
         if upload is not None and not upload.done:
             with contextlib.suppress(OffloadError):  # whoever asks for the weights is told
-                self._store.wait_weights(upload)
+                self._store.wait_weights(residency, upload)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._config import Config
 from ._engine import Engine
-from ._errors import InvalidArgument, StateError
+from ._errors import InvalidArgument, StateError, StorageError
 from ._grad_dtype import check_grad_dtype
 from ._hooks import Hooks
 from ._host_grad import HostGrad
@@ -65,7 +65,7 @@ def wrap(
             computes where it is, or on `device`: parameters and buffers that are on the CPU then go there, without any
             that are on the device already, and keep their identity. With `params="host"` their values go straight to
             the host pool, unit by unit, and never lie on the device or twice on the host as a whole, so the model may
-            be larger than the device. Gradients that it has on the CPU are refused.
+            be larger than the device; with `"disk"` they go on to files. Gradients that it has on the CPU are refused.
         optim: a torch optimizer over its parameters, or several. Fresh, or with states to go on from. Of torch's,
             `Adam`, `AdamW` and `Adagrad` run in native code, and so does `offload.Lion`; any other class runs as itself
             over fp32 masters, at its own speed. None: nothing is trained, weights come and go for evaluation.
@@ -137,7 +137,9 @@ def unwrap(
     plain tensors again. To keep fp32 moments and masters of a 16-bit model, take `optim.state_dict()` first.
 
     After a failed update that was raised, the states are no longer those of one step: they and gradients on the host
-    are given up, weights may be of either step, and the plain model and optimizer are ready to load a checkpoint.
+    are given up, weights may be of either step (NaN where a disk has lost them), and the plain model and optimizer are
+    ready to load a checkpoint. States or weights on disk that cannot be read raise `StorageError` and count as such a
+    failure: the next call gives those up too.
 
     Raises `StateError` if the model is not wrapped, `InvalidArgument` if `optim` is not what wrap returned with it, and
     the error of an update in flight; nothing was changed then.
@@ -149,7 +151,8 @@ def unwrap(
             f"unwrap was given {len(wrapped)} optimizers: pass all {len(known)} that offload.wrap returned"
         )
     held = [(p, p.grad.cell) for p in model.parameters() if isinstance(p.grad, HostGrad)]
-    if engine.has_failed:
+    lossy = engine.has_failed
+    if lossy:
         engine.abandon()
         gradients: list[Tensor | None] = [None] * len(held)
         states: list[dict[Tensor, Any]] = [{}] * len(wrapped)
@@ -157,8 +160,13 @@ def unwrap(
         engine.synchronize()
         engine.streaming.empty()
         gradients = [cell.materialize().to(p.dtype) for p, cell in held]
-        states = [one.plain_states() for one in wrapped]
-    resident = engine.streaming.resident_copies()
+    try:
+        if not lossy:
+            states = [one.plain_states() for one in wrapped]
+        resident = engine.streaming.resident_copies(lossy=lossy)
+    except StorageError as error:
+        engine.fail(str(error))  # who calls again gives up what cannot be read
+        raise
     # Nothing was changed until here, and nothing fails from here on.
     with Uninterrupted():
         for parameter, _ in held:
@@ -178,8 +186,8 @@ def full_params(model: nn.Module, parameters: Iterable[nn.Parameter] | None = No
     """Inside the context every parameter of the wrapped `model` is present and current, for reading and writing.
 
     parameters: only these, and those that travel with them; None means all. In-place writes re-seed the optimizer's
-    masters at the next step. With `params="host"` the weights are on the device until the context ends: copy what is
-    to outlive it, as autograd does with weights that it saves inside.
+    masters at the next step. With `params="host"` or `"disk"` the weights are on the device until the context ends:
+    copy what is to outlive it, as autograd does with weights that it saves inside.
     """
     engine, *_ = _parts_of(model)
     engine.synchronize()
@@ -327,6 +335,11 @@ def _check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> Non
             raise InvalidArgument(
                 f"{type(optimizer).__name__} cannot have a share of its states on the host: its own step may compute "
                 "over several parameters at once, in one place; pass optimizer='host' or optimizer='device'"
+            )
+        if plan.params == "disk":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot train weights on disk: its own step computes over all of them at "
+                "once; pass params='host', or use Adam, AdamW, Adagrad or offload.Lion"
             )
         if plan.optimizer == "disk":
             raise InvalidArgument(

@@ -252,6 +252,42 @@ void options_are_checked() {
   CHECK(test::names_in(directory.path).empty());
 }
 
+void what_waits_for_tickets_comes_after_them(Setting setting) {
+  Fixture fixture(setting);
+  BlockFile& file = *fixture.file;
+  file.allocate(4 * kBlock);
+  fixture.write(0, "first");
+  AlignedBytes image(kBlock), place(kBlock, '?');
+  std::memcpy(image.data(), "other", 5);
+  const Ticket update = Ticket::pending(), upload = Ticket::pending();
+  // As weights go: written when their update has ended, and another's read into the place after that.
+  const Ticket written = file.submit_write_after(update, 0, image.data(), 5);
+  const Ticket read = file.submit_read_after({written, upload}, 0, place.data(), 5);
+  CHECK(!written.done() && !read.done());
+  upload.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "of somebody else")));
+  CHECK(!written.done() && !read.done());
+  CHECK(place[0] == '?');
+  update.complete();
+  read.wait();
+  CHECK(written.done() && std::string(place.data(), 5) == "other");
+
+  const Ticket failing = Ticket::pending();
+  const Ticket unwritten = file.submit_write_after(failing, 0, place.data(), 5);
+  failing.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "the update failed")));
+  CHECK_THROWS(ErrorKind::kDevice, "the update failed", unwritten.wait());
+  CHECK(fixture.read(0, 5) == "other");
+  // What submit_read would throw is the ticket's: this block was never written.
+  CHECK_THROWS(ErrorKind::kState, "never written", file.submit_read_after({}, kBlock, place.data(), 5).wait());
+
+  const Ticket never = Ticket::pending();
+  const Ticket late_write = file.submit_write_after(never, 0, image.data(), 5);
+  const Ticket late_read = file.submit_read_after({never, late_write}, 0, place.data(), 5);
+  fixture.file.reset();
+  never.complete();
+  CHECK_THROWS(ErrorKind::kState, "given up", late_write.wait());
+  CHECK_THROWS(ErrorKind::kState, "given up", late_read.wait());
+}
+
 }  // namespace
 }  // namespace offload
 
@@ -266,6 +302,7 @@ int main() {
     a_truncated_file_is_found(setting);
     the_file_is_private_and_nameless(setting);
     what_has_not_begun_when_the_file_goes_is_told(setting);
+    what_waits_for_tickets_comes_after_them(setting);
   }
   users_of_one_directory_share_its_lock();
   stale_files_are_removed();

@@ -41,15 +41,20 @@ PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_plan", "_stats"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
+<<<<<<< HEAD
         "_unified_pool", "_disk", "_state_store", "_probe", "_environment", "_trace", "_grad_dtype",
+=======
+        "_unified_pool", "_disk", "_state_store", "_stored_values", "_probe", "_trace", "_grad_dtype",
+>>>>>>> e8641ef13b1be7d23cc4905ee435c13aa612ca1f
     ),
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_weight_window",
-        "_streaming", "_activations", "_saved_ranges", "_weight_casts", "_parameter_state", "_moments", "_native_state",
+        "_streaming", "_away", "_activations", "_saved_ranges", "_weight_casts", "_parameter_state", "_moments",
+        "_native_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
-    ("_weight_lane", "_state_homes", "_engine", "_engine_stats"),
+    ("_weight_cache", "_weight_lane", "_state_homes", "_engine", "_engine_stats"),
     ("_checkpoint",),
     ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater", "_resident_move"),
     ("_wrap",),
@@ -58,10 +63,15 @@ PYTHON_FLOORS = (
 DOORS = ("__init__", "__main__", "unified")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
 # The lanes are the engine's own way of copying and stores of gradients and weights, and _state_homes the place of
-# states, in files of their own; _state_store is the disk tier's.
+# states, in files of their own; _state_store and _weight_cache are the disk tier's.
 MAY_IMPORT_NATIVE = (
+<<<<<<< HEAD
     "_engine", "_copy_lanes", "_gradient_lanes", "_weight_lane", "_state_homes", "_adamw", "_lion", "_adagrad",
     "_kernels", "_unified", "_unified_pool", "_disk", "_state_store", "_environment", "_trace",
+=======
+    "_engine", "_copy_lanes", "_gradient_lanes", "_weight_cache", "_weight_lane", "_state_homes", "_adamw", "_lion",
+    "_adagrad", "_kernels", "_unified", "_unified_pool", "_disk", "_state_store", "_probe", "_trace",
+>>>>>>> e8641ef13b1be7d23cc4905ee435c13aa612ca1f
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,21 @@ def test_train_with_states_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture
     assert report["stats"]["pool"]["peak_used_bytes"] <= 3 << 20 < on_disk
     assert report["stats"]["disk"]["allocated_bytes"] >= on_disk and report["stats"]["host_bytes"]["moments"] == 0
     assert "states on disk" in output.err and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("disk_calls")
+def test_train_with_states_and_weights_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = ["train", "--layers", "5", "--hidden", "128", "--length", "16", "--batch", "2", "--accumulate", "1"]
+    where = ["--optimizer", "disk", "--params", "disk", "--disk-path", str(tmp_path), "--host-budget", "5MiB"]
+    assert main([*demo, *where, "--steps", "3", "--check", "--json"]) == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert report["check"]["nothing_offloaded"]["ok"] and "equal bit for bit" in output.err
+    memory, disk = report["host_memory"], report["stats"]["disk"]
+    assert memory["obtained_bytes"] <= memory["budget_bytes"] == 5 << 20 < sum(report["bytes"]["disk"].values())
+    assert re.search(r"host memory +\S+ MiB used at most, \S+ MiB obtained: within the budget of 5.0 MiB", output.err)
+    assert report["bytes"]["host"]["cache"] < report["bytes"]["disk"]["working"]
+    assert disk["weights_read_bytes"] > 3 * report["bytes"]["disk"]["working"] and list(tmp_path.iterdir()) == []
 
 
 def test_train_with_check(capsys: pytest.CaptureFixture[str]) -> None:

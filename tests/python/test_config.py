@@ -77,7 +77,7 @@ def test_budgets_and_device_are_normalised() -> None:
         ({"disk_block": "2GiB"}, ["disk_block='2GiB'", "1GiB"]),
         ({"disk_queue_depth": 0}, ["disk_queue_depth=0", "1 to 4096"]),
         ({"gradients": "disk"}, ["gradients='disk'", "not yet"]),
-        ({"params": "disk"}, ["params='disk'", "not yet", "'device', 'host', 'auto'"]),
+        ({"params": "disk"}, ["params='disk'", "disk_path"]),
         ({"prefetch": 0}, ["prefetch=0", "1 or more"]),
         ({"units": "blocks"}, ["units='blocks'", "classes and names"]),
         ({"units": [3]}, ["units=[3]"]),

@@ -268,7 +268,7 @@ def test_auto_is_filled_by_path() -> None:
         ("old_language_model", "host device", "fp16", 0),
         ("chat_zero3_bf16", "host host", "bf16", 0),
         ("masked_language_model", "", "", 2),
-        ("infinity_nvme", "", "", 1),
+        ("infinity_nvme", "disk disk", "bf16", 0),
     ],
 )
 def test_configs_as_people_have_them(name: str, placement: str, dtype: str, refused: int) -> None:
@@ -286,8 +286,22 @@ def test_nvme_and_aio_become_the_disk_tier(tmp_path: Path) -> None:
     config = {"train_batch_size": 1, "gradient_clipping": 0.0, "zero_optimization": zero}
     place = quiet(config).placement
     assert (place.optimizer, place.gradients, place.params) == ("disk", "host", "device")
-    assert (place.disk_path, place.disk_block, place.disk_queue_depth) == (str(tmp_path), None, None)
+    assert (place.disk_path, place.disk_block, place.disk_queue_depth) == ((str(tmp_path),), None, None)
     place = quiet({**config, "aio": {"block_size": 5000, "queue_depth": 16, "intra_op_parallelism": 4}}).placement
     assert (place.disk_block, place.disk_queue_depth) == (8192, 64)
     place = quiet({**config, "aio": {"queue_depth": 5000}}).placement
     assert (place.disk_block, place.disk_queue_depth) == (1 << 20, 4096)
+
+
+def test_params_on_nvme_become_the_disk_tier(tmp_path: Path) -> None:
+    nvme = [{"device": "nvme", "nvme_path": str(tmp_path / name)} for name in ("a", "b")]
+    config = {"train_batch_size": 1, "gradient_clipping": 0.0, "aio": {"block_size": 8192}}
+    place = quiet({**config, "zero_optimization": {"stage": 3, "offload_param": nvme[0]}}).placement
+    assert (place.optimizer, place.gradients, place.params) == ("device", "device", "disk")
+    assert (place.disk_path, place.disk_block) == ((str(tmp_path / "a"),), 8192)
+    zero = {"stage": 3, "offload_param": nvme[0], "offload_optimizer": nvme[1]}
+    place = quiet({**config, "zero_optimization": zero}).placement
+    assert (place.optimizer, place.params) == ("disk", "disk")
+    assert place.disk_path == (str(tmp_path / "b"), str(tmp_path / "a"))
+    zero = {"stage": 3, "offload_param": nvme[0], "offload_optimizer": nvme[0]}
+    assert quiet({**config, "zero_optimization": zero}).placement.disk_path == (str(tmp_path / "a"),)

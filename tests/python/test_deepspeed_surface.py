@@ -123,10 +123,17 @@ def test_explain_knows_what_the_trainer_fills_in(
 
 
 def test_explain_shows_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["config", "explain", str(CONFIGS / "infinity_nvme.json")]) == 0
+    assert main(["config", "explain", str(CONFIGS / "masked_language_model.json")]) == 0
     text = capsys.readouterr().out
-    assert "error: zero_optimization.offload_param.device='nvme': weights do not live on disk" in text
-    assert "resolved" not in text
+    assert text.count("error: ") == 2 and "resolved" not in text
+
+
+def test_explain_says_what_lives_on_disk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["config", "explain", str(CONFIGS / "infinity_nvme.json")]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert "weights disk, through a cache in host memory, on the device while in use" in lines
+    assert "optimizer states, master weights disk" in lines and "files /local_nvme" in lines
 
 
 def test_a_missing_file_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:

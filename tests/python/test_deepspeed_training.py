@@ -89,10 +89,13 @@ def test_the_ratio_of_states_that_leave(precision: dict[str, Any]) -> None:
 
 @pytest.mark.usefixtures("disk_calls")
 @pytest.mark.parametrize("precision", PRECISIONS.values(), ids=PRECISIONS.keys())
-def test_states_on_nvme(precision: tuple[dict[str, Any], torch.dtype], tmp_path: Path) -> None:
+@pytest.mark.parametrize("params", ["cpu", "nvme"])
+def test_states_and_weights_on_nvme(params: str, precision: tuple[dict[str, Any], torch.dtype], tmp_path: Path) -> None:
     weights = []
     for target in ({"device": "cpu"}, {"device": "nvme", "nvme_path": str(tmp_path / "made" / "for it")}):
-        zero = {"stage": 3, "offload_optimizer": target, "offload_param": {"device": "cpu"}}
+        on_disk = target["device"] == "nvme"
+        weights_at = target if on_disk and params == "nvme" else {"device": "cpu"}
+        zero = {"stage": 3, "offload_optimizer": target, "offload_param": weights_at}
         aio = {"block_size": 4096, "queue_depth": 4, "single_submit": True, "overlap_events": False}
         config = config_of(zero=zero, aio=aio, gradient_clipping=0.5, **precision[0])
         engine, *_ = offload.initialize(model=make_model(), config=config)
@@ -105,7 +108,8 @@ def test_states_on_nvme(precision: tuple[dict[str, Any], torch.dtype], tmp_path:
         engine.reload_states()
         train_engine(engine, 1)
         plan, stats = engine.optimizer.plan, engine.optimizer.stats()
-        assert (plan.optimizer == "disk") == bool(stats.disk) == (target["device"] == "nvme")
+        assert (plan.optimizer == "disk") == bool(stats.disk) == on_disk
+        assert (plan.params == "disk") == ("weights_read_bytes" in stats.disk) == (on_disk and params == "nvme")
         if stats.disk:
             assert stats.host_bytes["moments"] == 0 and stats.disk["written_bytes"] > 0
         weights.append({name: value.clone() for name, value in engine.module.state_dict().items()})

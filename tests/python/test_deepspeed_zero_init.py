@@ -88,9 +88,9 @@ def test_weights_never_lie_twice_on_the_host(
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"remote_device": "nvme"}, "remote_device='nvme'.*disk tier has not landed; use 'cpu'"),
+        ({"remote_device": "nvme"}, "remote_device='nvme'.*go to disk in initialize.*; use 'cpu'"),
         ({"remote_device": "elsewhere"}, "remote_device='elsewhere'.*no such place"),
-        ({"param_swapper": object()}, "param_swapper.*disk tier"),
+        ({"param_swapper": object()}, "param_swapper.*go to disk"),
         ({"dtype": torch.float64}, r"dtype=torch\.float64.*legal are torch\.float32"),
         ({"config": {}, "config_dict_or_path": {}}, "both given"),
         ({"config_dict_or_path": config_of(bf16={"enabled": "perhaps"})}, "bf16.enabled='perhaps'"),

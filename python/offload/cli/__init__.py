@@ -98,10 +98,10 @@ def _add_env(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     train = commands.add_parser(
         "train",
-        help="train a small language model with optimizer and gradients on the host or on disk",
+        help="train a small language model with optimizer, gradients and weights on the host or on disk",
         description="Trains a Llama-style model with random weights on the Python standard library's own "
-        "sources (byte tokens), with optimizer states and gradients on the host, or the states on disk. Needs "
-        "`transformers`.",
+        "sources (byte tokens), with optimizer states and gradients on the host, or states and weights on disk. "
+        "Needs `transformers`.",
         epilog=_EPILOG,
     )
     train.add_argument("--size", type=_count, default=5_000_000, metavar="N", help="parameters, about (default 5M)")
@@ -116,11 +116,11 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="WHERE",
         help="where optimizer states are: host (default), device, disk, auto, or the share on the host such as 0.7",
     )
-    train.add_argument("--disk-path", nargs="+", default=None, metavar="DIR", help="directories for states on disk")
+    train.add_argument("--disk-path", nargs="+", default=None, metavar="DIR", help="directories for what is on disk")
     train.add_argument("--host-budget", default=None, metavar="SIZE", help="on the host, as '8GiB' (default: measured)")
     train.add_argument(
         "--params",
-        choices=("auto", "device", "host"),
+        choices=("auto", "device", "host", "disk"),
         default="auto",
         help="where weights are; auto keeps them on the device if its budget holds them (default auto)",
     )

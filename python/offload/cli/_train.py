@@ -17,7 +17,7 @@ from ._training import Run, train
 __all__ = ["run_train"]
 
 _CHECK_STEPS = 20
-_KINDS = ("weights", "working", "master", "moments", "gradients", "window")
+_KINDS = ("weights", "working", "master", "moments", "gradients", "window", "cache")
 _EXIT_CHECK_FAILED = 1
 _EXIT_INTERRUPTED = 130
 # Plain torch.optim.AdamW orders its operations differently, so each step differs by a few fp32 roundings, which
@@ -117,6 +117,11 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
             "disk": {kind: getattr(run.plan.disk, kind) for kind in _KINDS},
         },
         "peak_device": {"bytes": run.peak.nbytes, "source": run.peak.source},
+        "host_memory": {
+            "used_bytes": run.stats.pool["peak_used_bytes"],
+            "obtained_bytes": run.stats.pool["mapped_bytes"],
+            "budget_bytes": run.plan.host_capacity,
+        },
         "hidden_share": run.stats.hidden_share,
         "stats": run.stats.to_dict(),
     }
@@ -138,6 +143,7 @@ def _text(report: dict[str, Any]) -> str:
         ("tokens/s", f"{report['tokens_per_s']:,.0f}"),
         ("weights on the device", f"{format_bytes(stats['peak_weight_bytes'])} at most"),
         ("peak on the device", _peak(report)),
+        ("host memory", _host_memory(report)),
         ("host update", f"{stats['update_s']:.2f} s in all ({stats['isa']})"),
         ("of it hidden", hidden),
     ]
@@ -145,8 +151,15 @@ def _text(report: dict[str, Any]) -> str:
         left, saved = (format_bytes(stats["activations"][key]) for key in ("offloaded_bytes", "saved_bytes"))
         facts.append(("activations off the device", f"{left} of {saved} a forward"))
     if stats["disk"]:
-        read, written, kept = (format_bytes(stats["disk"][f"{verb}_bytes"]) for verb in ("read", "written", "kept"))
-        facts.append(("states on disk", f"{read} read, {written} written, {kept} found in the window"))
+        moved = stats["disk"]
+        facts.append(
+            ("disk", f"{format_bytes(moved['read_bytes'])} read, {format_bytes(moved['written_bytes'])} written")
+        )
+        if moved["window_bytes"]:
+            facts.append(("states on disk", f"{format_bytes(moved['kept_bytes'])} found in the window, not read"))
+        if "weights_cache_bytes" in moved:
+            read, kept = (format_bytes(moved[f"weights_{verb}_bytes"]) for verb in ("read", "kept"))
+            facts.append(("weights on disk", f"{read} read, {kept} found in the cache, not read"))
     facts += [(f"check: {name.replace('_', ' ')}", _verdict(name, entry)) for name, entry in _checks(report)]
     width = max(len(name) for name, _ in facts)
     return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts) + "\n\n" + table(rows)
@@ -169,6 +182,13 @@ def _peak(report: dict[str, Any]) -> str:
     resident = report.get("check", {}).get("nothing_offloaded", {}).get("peak_device_bytes")
     beside = "" if not resident else f", {format_bytes(resident)} with nothing offloaded"
     return f"{format_bytes(peak['bytes'])}{beside}, activations included ({peak['source']})"
+
+
+def _host_memory(report: dict[str, Any]) -> str:
+    memory = report["host_memory"]
+    used, obtained, budget = (format_bytes(memory[f"{kind}_bytes"]) for kind in ("used", "obtained", "budget"))
+    holds = memory["obtained_bytes"] <= memory["budget_bytes"]
+    return f"{used} used at most, {obtained} obtained: {'within' if holds else 'OVER'} the budget of {budget}"
 
 
 def _verdict(name: str, entry: dict[str, Any]) -> str:

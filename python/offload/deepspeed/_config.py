@@ -202,10 +202,9 @@ def _loss_scale(fp16: Mapping[str, Any], report: Report) -> LossScale:
 def _placement(values: Mapping[str, Any], report: Report, *, has_aio: bool) -> Placement:
     zero = values["zero_optimization"]
     stage, optimizer, params = zero["stage"], zero["offload_optimizer"], zero["offload_param"]
-    if params["device"] == "nvme":
-        report.errors.append("zero_optimization.offload_param.device='nvme': weights do not live on disk: write 'cpu'")
-    if optimizer["device"] == "nvme" and not optimizer["nvme_path"]:
-        report.errors.append("zero_optimization.offload_optimizer.device='nvme': needs nvme_path, a directory")
+    for name, section in (("offload_param", params), ("offload_optimizer", optimizer)):
+        if section["device"] == "nvme" and not section["nvme_path"]:
+            report.errors.append(f"zero_optimization.{name}.device='nvme': needs nvme_path, a directory")
     if params["device"] != "none" and stage < 3:
         report.doubts.append(
             f"zero_optimization.offload_param.device={params['device']!r}: read at stage 3 only, and the stage is "
@@ -215,16 +214,19 @@ def _placement(values: Mapping[str, Any], report: Report, *, has_aio: bool) -> P
         report.notices.append("zero_optimization.stage=0: offload_optimizer is honoured at this stage too")
     sections = [section for section in (optimizer, params) if section["device"] != "none"]
     tier = _TIERS[optimizer["device"]]
+    weights = _TIERS[params["device"]] if stage == 3 else "device"
+    on_disk = [section for section, place in ((optimizer, tier), (params, weights)) if place == "disk"]
+    paths = tuple(dict.fromkeys(str(section["nvme_path"]) for section in on_disk))
     return Placement(
         stage=stage,
         optimizer=tier,
         gradients="host" if tier == "disk" else tier,
-        params=_TIERS[params["device"]] if stage == 3 else "device",
+        params=weights,
         activations="host" if values["activation_checkpointing"]["cpu_checkpointing"] else "device",
         optimizer_ratio=optimizer["ratio"],
         pin_memory=any(section["pin_memory"] for section in sections) if sections else True,
-        disk_path=str(optimizer["nvme_path"]) if tier == "disk" else None,
-        **(_disk_lanes(values["aio"]) if has_aio and tier == "disk" else {}),
+        disk_path=paths or None,
+        **(_disk_lanes(values["aio"]) if has_aio and on_disk else {}),
     )
 
 

@@ -54,8 +54,8 @@ The machine decides how fast, the config decides what is learnt: where tensors l
 - **`Adam` decays weights as `AdamW` does** unless `adam_w_mode` is false, as in DeepSpeed.
 - **One process**: the world size is 1, so `train_batch_size` is `train_micro_batch_size_per_gpu` times
   `gradient_accumulation_steps`. Give two of them, or one of the first two; the rest follows.
-- **`nvme` is for optimizer states**: `offload_optimizer` takes it, `offload_param` does not. Files have a checksum for
-  each block, are private, and go with the process.
+- **`nvme`**: optimizer states and weights live in files that have a checksum for each block, are private, and go with
+  the process. Host memory is a cache of the weights. Gradients are in host memory.
 - **`warmup_num_steps: 0` works.**
 
 ### Files

@@ -12,6 +12,11 @@ __all__ = ["key_rows", "placement_rows"]
 
 _STANDINGS = {"honoured": "honoured", "accepted": "no effect", "refused": "refused"}
 _VALUE_WIDTH = 24
+_WEIGHTS = {
+    "device": "device",
+    "host": "host, on the device while in use",
+    "disk": "disk, through a cache in host memory, on the device while in use",
+}
 
 
 def key_rows(report: Report) -> list[tuple[str, str, str, str]]:
@@ -37,8 +42,9 @@ def placement_rows(settings: Settings, report: Report) -> list[tuple[str, str]]:
         ("resolved", ""),
         ("optimizer states, master weights", optimizer),
         ("gradients", place.gradients),
-        ("weights", place.params if place.params == "device" else f"{place.params}, on the device while in use"),
+        ("weights", _WEIGHTS[place.params]),
         ("checkpointed activations", place.activations),
+        *([("files", ", ".join(place.disk_path))] if place.disk_path else []),
         ("host memory", "page-locked" if place.pin_memory else "pageable"),
         ("precision", _precision_text(settings, report)),
         ("samples a step", batch_text),

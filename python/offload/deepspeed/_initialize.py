@@ -111,7 +111,7 @@ def initialize(
             on_accelerator=device.type != "cpu",
         )
     cast_model(model, settings.precision)
-    if settings.placement.params != "host":
+    if settings.placement.params == "device":
         model.to(device)
     options = wrap_options(settings.placement) | {"device": str(device), "grad_dtype": settings.precision.grad_dtype}
     placed = Placed(model, plain, options)

@@ -61,13 +61,13 @@ class Placed:
         self.module = module
         self.wrapped: offload.OffloadOptimizer | None = None
         self._options = options
+        for path in options["disk_path"] or ():  # DeepSpeed makes it too
+            os.makedirs(path, exist_ok=True)
         if optimizer is not None:
-            if options.get("disk_path") is not None:  # DeepSpeed makes it too
-                os.makedirs(options["disk_path"], exist_ok=True)
             _, self.wrapped = offload.wrap(module, optimizer, **options)
             self._first = _places(self.wrapped.plan)
             _wrapped.add(module)
-        elif options["params"] == "host":
+        elif options["params"] != "device":
             offload.wrap(module, None, **options | {"optimizer": "device", "gradients": "device"})
             _wrapped.add(module)
 
@@ -76,8 +76,9 @@ class Placed:
         assert self.wrapped is not None
         options = dict(self._options)
         if tier is not None:
-            states = "disk" if options["optimizer"] == "disk" else tier  # off the device already
-            options |= {"optimizer": states, "gradients": tier, "params": tier}
+            # What is on disk is off the device already.
+            states, weights = ("disk" if options[kind] == "disk" else tier for kind in ("optimizer", "params"))
+            options |= {"optimizer": states, "gradients": tier, "params": weights}
         wanted = (options["optimizer"], options["gradients"], options["params"])
         if _places(self.wrapped.plan) == (self._first if tier is None else wanted):
             return self.wrapped

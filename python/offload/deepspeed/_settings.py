@@ -110,7 +110,7 @@ class Placement:
     optimizer_ratio: `offload_optimizer.ratio`: the share of the optimizer states that is where `optimizer` says; the
         others stay on the device.
     pin_memory: page-lock host memory; that of `offload_optimizer` or `offload_param`, whichever asks for it.
-    disk_path: `offload_optimizer.nvme_path`; given exactly when optimizer is on disk.
+    disk_path: the different `nvme_path`s of `offload_optimizer` and `offload_param`; given exactly when one is on disk.
     disk_block, disk_queue_depth: of the section `aio`, bytes of a transfer and transfers under way; None: ours.
     """
 
@@ -121,7 +121,7 @@ class Placement:
     activations: Tier = "device"
     optimizer_ratio: float = 1.0
     pin_memory: bool = True
-    disk_path: str | None = None
+    disk_path: tuple[str, ...] | None = None
     disk_block: int | None = None
     disk_queue_depth: int | None = None
 

@@ -144,7 +144,7 @@ SECTIONS = (
     ),
     Section(
         "aio",
-        "How files on NVMe are read and written, with `offload_optimizer.device` `nvme`: by io_uring, else by threads. "
+        "How files on NVMe are read and written, where a `device` is `nvme`: by io_uring, else by threads. "
         "Without this section 16 transfers of 1 MiB are under way at once, by threads 8.",
         (
             honoured(

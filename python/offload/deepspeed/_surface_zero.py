@@ -12,7 +12,7 @@ _ALONE = "One process has nobody to exchange gradients or weights with."
 _UNITS = "Weights travel by whole units of the model, as many ahead as the device budget holds."
 _WINDOW = "States on disk pass through a window of host memory, of a size that the host's memory decides."
 _OVERLAP = "States are always read ahead of their update, and written behind it."
-_NO_DISK = "Weights do not live on disk."
+_CACHE = "Weights on disk pass through a cache of host memory, of a size that the host's memory decides."
 
 _MOE_BLOCKS = [
     f"transformers.models.{module}.modeling_{module}.{name}SparseMoeBlock"
@@ -152,14 +152,21 @@ _OFFLOAD_PARAM = (
         "device",
         ("none", "cpu", "nvme"),
         "none",
-        "`cpu`: weights live in host memory and visit the device unit by unit. `nvme` is refused: write `cpu`.",
+        "`cpu`: weights live in host memory and visit the device unit by unit. `nvme`: they live in files under "
+        "`nvme_path`, and host memory is a cache of them; Adam, AdamW, Lion and Adagrad can train them there.",
         trainer="Accelerate's offload_param_device",
     ),
-    accepted("nvme_path", "path?", None, _NO_DISK, trainer="Accelerate's offload_param_nvme_path"),
+    honoured(
+        "nvme_path",
+        "path?",
+        None,
+        "As that of `offload_optimizer`. Where the two differ, states and weights are striped over both.",
+        trainer="Accelerate's offload_param_nvme_path",
+    ),
     honoured("pin_memory", "bool", True, "Host memory is page-locked, exactly the bytes in use."),
-    accepted("buffer_count", "int", 5, _NO_DISK, low=0),
-    accepted("buffer_size", "int", 100_000_000, f"{_NO_DISK} A parameter of any size fits.", low=0),
-    accepted("max_in_cpu", "int", 1_000_000_000, _NO_DISK, low=0),
+    accepted("buffer_count", "int", 5, _CACHE, low=0),
+    accepted("buffer_size", "int", 100_000_000, _CACHE, low=0),
+    accepted("max_in_cpu", "int", 1_000_000_000, _CACHE, low=0),
 )
 
 _ZENFLOW = (

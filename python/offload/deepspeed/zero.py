@@ -71,10 +71,12 @@ class Init:
     ) -> None:
         where = getattr(remote_device, "value", remote_device)
         if where not in (None, "none", "cpu"):
-            word = "the disk tier has not landed" if where == "nvme" else "there is no such place"
+            word = "there is no such place"
+            if where == "nvme":
+                word = "a model is built in host memory, and its weights go to disk in initialize()"
             raise offload.InvalidArgument(f"zero.Init(remote_device={where!r}): {word}; use 'cpu'")
         if param_swapper is not None:
-            raise offload.InvalidArgument("zero.Init(param_swapper=...): the disk tier has not landed; leave it out")
+            raise offload.InvalidArgument("zero.Init(param_swapper=...): weights go to disk without one; leave it out")
         if config is not None and config_dict_or_path is not None:
             raise offload.InvalidArgument("zero.Init: config_dict_or_path and config are both given: keep the first")
         if dtype is not None and dtype not in TORCH_DTYPES.values():
