@@ -178,6 +178,7 @@ class Link:
             self.facts = cuda.facts()
         else:
             native = _native.HostDevice()
+        self.native = native
         compute_stream = torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
         on_device = {lane: torch.zeros(nbytes, dtype=torch.uint8, device=device) for lane in MODES["both"]}
 

@@ -51,6 +51,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "pin_refusal": link.pin_refusal or None,
         "raw": "cuMemcpyAsync from page-locked memory" if device.type == "cuda" else "memmove in a thread",
         "rows": rows,
+        "sends_batches": link.native.sends_batches,
         "small": [_row(link, ("lanes", "batches", "raw"), mode, nbytes, rounds) for mode, nbytes in small],
         "submission_us": _submission_us(link, rounds),
         "host_memory": _host_memory(link, options.quick),
