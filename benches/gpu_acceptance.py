@@ -72,7 +72,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
 
     shared = [
         *tests(device, quick=quick),
-        bench("link", 60, f"link --device {device}"),
+        bench("link", 90, f"link --device {device}"),
         bench("adamw", 80, "adamw"),
         bench("pool", 40, "pool"),
         bench("step", 50, f"step --device {device}"),

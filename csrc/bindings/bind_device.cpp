@@ -3,7 +3,9 @@
 #include <cmath>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "base/clock.h"
 #include "base/error.h"
@@ -56,6 +58,17 @@ py::object submit(TransferQueue& self, uintptr_t destination, uintptr_t source, 
                            : py::cast(std::move(submitted));
 }
 
+Ticket submit_batch(TransferQueue& self, const std::string& lane,
+                    const std::vector<std::tuple<uintptr_t, uintptr_t, size_t>>& copies,
+                    uintptr_t compute_stream) {
+  std::vector<CopySpan> spans;
+  for (const auto& [destination, source, bytes] : copies) {
+    spans.push_back({reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes});
+  }
+  GilReleased released;
+  return self.submit(direction_of(lane), spans, compute_stream);
+}
+
 void bind_base(py::module_& module) {
   py::class_<Ticket>(module, "Ticket")
       .def(py::init<>())
@@ -91,7 +104,9 @@ void bind_base(py::module_& module) {
 }
 
 void bind_host_device(py::module_& module) {
-  py::class_<Device, std::shared_ptr<Device>>(module, "Device").def_property_readonly("kind", &Device::kind);
+  py::class_<Device, std::shared_ptr<Device>>(module, "Device")
+      .def_property_readonly("kind", &Device::kind)
+      .def_property_readonly("sends_batches", &Device::sends_batches);
 
   py::class_<HostDevice, Device, std::shared_ptr<HostDevice>>(module, "HostDevice")
       .def(py::init([](std::shared_ptr<ManualClock> clock, double to_host_rate, double to_device_rate) {
@@ -140,6 +155,7 @@ void bind_transfer_queue(py::module_& module) {
       .def("submit_to_device", &submit<Direction::kToDevice>, py::arg("destination"), py::arg("source"),
            py::arg("nbytes"), py::arg("compute_stream") = 0, py::arg("after") = py::none(),
            py::arg("ticket") = py::none(), py::arg("buffer") = py::none())
+      .def("submit_batch", &submit_batch, py::arg("lane"), py::arg("copies"), py::arg("compute_stream") = 0)
       .def(
           "wait_on_stream",
           [](TransferQueue& self, uintptr_t compute_stream, const Ticket& ticket) {

@@ -20,7 +20,7 @@ CudaPrimaryContext::Current::~Current() {
 }
 
 CudaPrimaryContext::CudaPrimaryContext(const CudaDriver& driver, CudaOrdinal ordinal)
-    : driver_(driver), ordinal_(ordinal) {
+    : driver_(driver), ordinal_(ordinal), sends_batches_(driver.MemcpyBatchAsync != nullptr) {
   driver_.check(driver_.DevicePrimaryCtxRetain(&handle_, ordinal_), "cuDevicePrimaryCtxRetain");
 }
 

@@ -8,6 +8,7 @@
 //             have been submitted: CUDA binds a wait to the record before it.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -41,6 +42,10 @@ class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContex
   const CudaDriver& driver() const noexcept { return driver_; }
   const ForkGuard& owner() const noexcept { return owner_; }
 
+  // Whether several copies go in one call: the driver has it and has not refused it.
+  bool sends_batches() const noexcept { return sends_batches_; }
+  void refuse_batches() noexcept { sends_batches_ = false; }
+
   // A new event, or one that nobody holds any more. The context must be current.
   std::shared_ptr<CudaEvent> acquire_event();
 
@@ -52,6 +57,7 @@ class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContex
   const CudaDriver& driver_;
   const CudaOrdinal ordinal_;
   CudaContext handle_ = nullptr;
+  std::atomic<bool> sends_batches_;
 
   std::mutex mutex_;
   // guarded by mutex_

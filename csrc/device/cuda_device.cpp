@@ -1,6 +1,7 @@
 #include "device/cuda_device.h"
 
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
 #include "device/cuda_stream.h"
@@ -61,14 +62,23 @@ std::unique_ptr<Stream> CudaDevice::create_stream(const std::string& name) {
   return std::make_unique<CudaStream>(context_, name, drain_ns_);
 }
 
-Ticket CudaDevice::submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
-                               size_t bytes) {
+Ticket CudaDevice::submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) {
   context_->owner().require_owner("this CudaDevice");
-  const void* host = direction == Direction::kToHost ? destination : source;
-  PinnedRanges::Cut cut = pinned_.cut(reinterpret_cast<uintptr_t>(host), bytes);
-  if (!cut.pinned) pageable_copy_count_.fetch_add(1, std::memory_order_relaxed);
-  return static_cast<CudaStream&>(stream).submit(direction, destination, source, std::move(cut.parts_bytes),
-                                                 cut.pinned);
+  std::vector<CopySpan> parts;
+  parts.reserve(copies.size());
+  bool pinned = true;
+  for (CopySpan copy : copies) {
+    const void* host = direction == Direction::kToHost ? copy.destination : copy.source;
+    const PinnedRanges::Cut cut = pinned_.cut(reinterpret_cast<uintptr_t>(host), copy.bytes);
+    if (!cut.pinned) pageable_copy_count_.fetch_add(1, std::memory_order_relaxed);
+    pinned &= cut.pinned;
+    for (const size_t bytes : cut.parts_bytes) {
+      parts.push_back({copy.destination, copy.source, bytes});
+      copy.destination = static_cast<char*>(copy.destination) + bytes;
+      copy.source = static_cast<const char*>(copy.source) + bytes;
+    }
+  }
+  return static_cast<CudaStream&>(stream).submit(direction, std::move(parts), pinned);
 }
 
 void CudaDevice::wait_ticket(Stream& stream, const Ticket& ticket) {

@@ -49,8 +49,8 @@ class CudaDevice final : public Device {
 
   const char* kind() const noexcept override { return "cuda"; }
   std::unique_ptr<Stream> create_stream(const std::string& name) override;
-  Ticket submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
-                     size_t bytes) override;
+  Ticket submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) override;
+  bool sends_batches() const noexcept override { return context_->sends_batches(); }
   void wait_ticket(Stream& stream, const Ticket& ticket) override;
   void wait_compute(Stream& stream, uintptr_t compute_stream) override;
   bool compute_wait(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns = -1) override;

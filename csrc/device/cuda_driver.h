@@ -27,6 +27,18 @@ struct CudaUuid {
   unsigned char bytes[16];
 };
 
+struct CudaMemoryLocation {  // CUmemLocation
+  int type;
+  int id;
+};
+
+struct CudaCopyAttributes {  // CUmemcpyAttributes
+  int source_access_order;
+  CudaMemoryLocation source_hint;
+  CudaMemoryLocation destination_hint;
+  unsigned flags;
+};
+
 // X(name, exported symbol, the CUDA version whose cuGetProcAddress gives that symbol, parameters)
 #define OFFLOAD_CUDA_ENTRIES(X)                                                                          \
   X(Init, cuInit, 2000, (unsigned flags))                                                                \
@@ -72,6 +84,10 @@ struct CudaUuid {
 
 // Those that came after kOldestVersion: null in a driver that is older than they are.
 #define OFFLOAD_CUDA_LATER_ENTRIES(X)                                                      \
+  X(MemcpyBatchAsync, cuMemcpyBatchAsync, 12080,                                           \
+    (CudaAddress * destinations, CudaAddress * sources, size_t* sizes_bytes, size_t count, \
+     CudaCopyAttributes* attributes, size_t* first_of_attributes, size_t attribute_count,  \
+     size_t* failed_index, CudaStreamHandle stream))                                       \
   X(MemDiscardBatchAsync, cuMemDiscardBatchAsync, 13000,                                   \
     (CudaAddress * addresses, size_t* sizes_bytes, size_t count, unsigned long long flags, \
      CudaStreamHandle stream))

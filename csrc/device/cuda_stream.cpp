@@ -6,7 +6,6 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
-#include <numeric>
 #include <thread>
 #include <utility>
 
@@ -16,6 +15,7 @@ namespace offload {
 namespace {
 
 constexpr unsigned kNonBlocking = 0x1;  // CU_STREAM_NON_BLOCKING: torch computes on the legacy stream
+constexpr int kInStreamOrder = 0x1;     // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 
 // One thing that a copy starts after: a position of a compute stream, or else a ticket.
 struct Wait {
@@ -25,10 +25,8 @@ struct Wait {
 
 struct Copy {
   Direction direction;
-  void* destination;
-  const void* source;
-  std::vector<size_t> parts_bytes;
-  bool pinned;  // its host side
+  std::vector<CopySpan> parts;
+  bool pinned;  // its host sides
   std::vector<Wait> waits;
   Ticket ticket;
   std::shared_ptr<CudaCopyMark> mark;
@@ -38,7 +36,12 @@ struct Copy {
   bool recorded = false;  // the event, behind them
   std::exception_ptr error;
 
-  size_t total_bytes() const { return std::accumulate(parts_bytes.begin(), parts_bytes.end(), size_t{0}); }
+  std::string text() const {
+    size_t bytes = 0;
+    for (const CopySpan& part : parts) bytes += part.bytes;
+    return "a copy of " + std::to_string(bytes) + " bytes " +
+           (direction == Direction::kToHost ? "to_host" : "to_device");
+  }
 };
 
 void name_thread(const std::string& name) {
@@ -95,6 +98,7 @@ class CudaStream::Worker : public std::enable_shared_from_this<Worker> {
   void issue(Copy& copy) noexcept;
   void arm(const Wait& wait, Copy& copy);
   void send(const Copy& copy);
+  bool sent_as_batch(const Copy& copy);
   bool saw_end(Copy& copy) noexcept;
   void end(Copy& copy) noexcept;
   void abandon(std::unique_lock<std::mutex> lock);
@@ -237,20 +241,36 @@ void CudaStream::Worker::arm(const Wait& wait, Copy& copy) {
 }
 
 void CudaStream::Worker::send(const Copy& copy) {
-  auto* destination = static_cast<char*>(copy.destination);
-  const auto* source = static_cast<const char*>(copy.source);
-  for (const size_t bytes : copy.parts_bytes) {
+  if (copy.parts.size() > 1 && copy.pinned && sent_as_batch(copy)) return;
+  for (const auto& [destination, source, bytes] : copy.parts) {
     const CudaResult code =
         copy.direction == Direction::kToHost
             ? driver_.MemcpyDtoHAsync(destination, reinterpret_cast<CudaAddress>(source), bytes, handle_)
             : driver_.MemcpyHtoDAsync(reinterpret_cast<CudaAddress>(destination), source, bytes, handle_);
-    if (code != 0) {
-      throw driver_.error(code, "a copy of " + std::to_string(copy.total_bytes()) + " bytes " +
-                                    (copy.direction == Direction::kToHost ? "to_host" : "to_device"));
-    }
-    destination += bytes;
-    source += bytes;
+    if (code != 0) throw driver_.error(code, copy.text());
   }
+}
+
+// False when the parts are to be sent one by one. Should the driver have taken some of them before it
+// refused, that writes the same bytes again.
+bool CudaStream::Worker::sent_as_batch(const Copy& copy) {
+  if (!context_->sends_batches()) return false;
+  std::vector<CudaAddress> destinations, sources;
+  std::vector<size_t> sizes;
+  for (const auto& [destination, source, bytes] : copy.parts) {
+    destinations.push_back(reinterpret_cast<CudaAddress>(destination));
+    sources.push_back(reinterpret_cast<CudaAddress>(source));
+    sizes.push_back(bytes);
+  }
+  CudaCopyAttributes attributes{
+      .source_access_order = kInStreamOrder, .source_hint = {}, .destination_hint = {}, .flags = 0};
+  size_t first = 0, failed_index = 0;
+  if (driver_.MemcpyBatchAsync(destinations.data(), sources.data(), sizes.data(), sizes.size(), &attributes,
+                               &first, 1, &failed_index, handle_) == 0) {
+    return true;
+  }
+  context_->refuse_batches();
+  return false;
 }
 
 void CudaStream::Worker::end(Copy& copy) noexcept {
@@ -269,8 +289,7 @@ bool CudaStream::Worker::saw_end(Copy& copy) noexcept {
     copy.recorded = true;
     const CudaResult code = copy.event->synchronize();
     if (code == 0) return true;
-    throw driver_.error(code, "a copy of " + std::to_string(copy.total_bytes()) + " bytes " +
-                                  (copy.direction == Direction::kToHost ? "to_host" : "to_device"));
+    throw driver_.error(code, copy.text());
   } catch (...) {
     if (!copy.error) copy.error = std::current_exception();
     return false;
@@ -334,12 +353,9 @@ void CudaStream::wait_ticket(const Ticket& ticket) { worker_->wait_ticket(ticket
 
 void CudaStream::wait_compute(CudaStreamHandle compute_stream) { worker_->wait_compute(compute_stream); }
 
-Ticket CudaStream::submit(Direction direction, void* destination, const void* source,
-                          std::vector<size_t> parts_bytes, bool pinned) {
+Ticket CudaStream::submit(Direction direction, std::vector<CopySpan> parts, bool pinned) {
   return worker_->submit({.direction = direction,
-                          .destination = destination,
-                          .source = source,
-                          .parts_bytes = std::move(parts_bytes),
+                          .parts = std::move(parts),
                           .pinned = pinned,
                           .waits = {},
                           .ticket = {},

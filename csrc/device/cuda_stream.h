@@ -33,9 +33,8 @@ class CudaStream final : public Stream {
   void wait_ticket(const Ticket& ticket);
   void wait_compute(CudaStreamHandle compute_stream);
 
-  // `parts_bytes`: what the driver takes in one call each, one after the other. `pinned`: the host side.
-  Ticket submit(Direction direction, void* destination, const void* source, std::vector<size_t> parts_bytes,
-                bool pinned);
+  // One submission of copies that share no byte; each lies in one registration. `pinned`: the host sides.
+  Ticket submit(Direction direction, std::vector<CopySpan> parts, bool pinned);
 
  private:
   class Worker;

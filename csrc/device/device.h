@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "base/ticket.h"
@@ -17,6 +18,12 @@
 namespace offload {
 
 enum class Direction { kToHost, kToDevice };
+
+struct CopySpan {
+  void* destination;
+  const void* source;
+  size_t bytes;
+};
 
 class Stream {
  public:
@@ -30,9 +37,18 @@ class Device {
 
   virtual std::unique_ptr<Stream> create_stream(const std::string& name) = 0;
 
-  // Enqueues a copy; the ticket ends when the bytes are in place or the copy has failed.
-  virtual Ticket submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
-                             size_t bytes) = 0;
+  // Enqueues copies that share no byte and may run in any order among themselves. The one ticket ends when
+  // all bytes are in place or a copy has failed; then any of them may have run.
+  virtual Ticket submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) = 0;
+
+  // Whether copies of one submission cost one submission, and not one each.
+  virtual bool sends_batches() const noexcept = 0;
+
+  Ticket submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
+                     size_t bytes) {
+    const CopySpan copy{destination, source, bytes};
+    return submit_copies(stream, direction, {&copy, 1});
+  }
 
   // Later work of `stream` starts only after `ticket` ended. When the ticket failed, the next copy of the
   // stream fails with the same error; the copies after that one run.

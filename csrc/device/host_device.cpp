@@ -48,13 +48,17 @@ using Links = std::array<std::shared_ptr<HostLink>, 2>;
 
 struct Copy {
   Direction direction;
-  void* destination;
-  const void* source;
-  size_t bytes;
+  std::vector<CopySpan> spans;
   int64_t submitted_ns;
   size_t failing_nth;         // 0: this copy is meant to work
   std::vector<Ticket> after;  // the waits submitted before it
   Ticket ticket;
+
+  size_t total_bytes() const {
+    size_t sum = 0;
+    for (const CopySpan& span : spans) sum += span.bytes;
+    return sum;
+  }
 };
 
 // What the thread of a stream works on; outlives the stream only in a forked child.
@@ -100,16 +104,19 @@ class StreamWorker {
     std::exception_ptr error = wait_tickets(copy.after, stop);
     const int64_t end_ns = occupy(link, copy, error != nullptr, stop);
     if (!error && copy.failing_nth > 0) {
-      error = std::make_exception_ptr(Error(
-          ErrorKind::kDevice, "copy " + std::to_string(copy.failing_nth) + " of lane " + link.name + " (" +
-                                  std::to_string(copy.bytes) + " bytes) failed: asked for by fail_copy"));
+      error = std::make_exception_ptr(
+          Error(ErrorKind::kDevice, "copy " + std::to_string(copy.failing_nth) + " of lane " + link.name +
+                                        " (" + std::to_string(copy.total_bytes()) +
+                                        " bytes) failed: asked for by fail_copy"));
     }
     if (!error) {
       // The bytes move when the time has passed: a source changed too early, or a destination read too
       // early, shows.
       if (end_ns != INT64_MIN) clock_->sleep_until(end_ns, stop);
       // memmove, for on this device both sides may be the same memory.
-      if (copy.bytes > 0) std::memmove(copy.destination, copy.source, copy.bytes);
+      for (const CopySpan& span : copy.spans) {
+        if (span.bytes > 0) std::memmove(span.destination, span.source, span.bytes);
+      }
     }
     // Before the ticket: who waited for the ticket sees the copy gone.
     link.pending_count.fetch_sub(1, std::memory_order_relaxed);
@@ -141,7 +148,7 @@ class StreamWorker {
     // From the times of the causes and not from now: a manual clock gives the same end however late
     // this thread gets here.
     const int64_t start_ns = std::max({copy.submitted_ns, link.released_ns, link.free_ns, earliest_ns_});
-    const double duration_ns = std::ceil(static_cast<double>(copy.bytes) / link.bytes_per_s * 1e9);
+    const double duration_ns = std::ceil(static_cast<double>(copy.total_bytes()) / link.bytes_per_s * 1e9);
     link.free_ns = start_ns + static_cast<int64_t>(duration_ns);
     return link.free_ns;
   }
@@ -202,13 +209,10 @@ std::unique_ptr<Stream> HostDevice::create_stream(const std::string& name) {
   return std::make_unique<HostStream>(std::make_unique<StreamWorker>(name, clock_, links_));
 }
 
-Ticket HostDevice::submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
-                               size_t bytes) {
+Ticket HostDevice::submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) {
   HostLink& target = link(direction);
   Copy copy{.direction = direction,
-            .destination = destination,
-            .source = source,
-            .bytes = bytes,
+            .spans = {copies.begin(), copies.end()},
             .submitted_ns = clock_->now_ns(),
             .failing_nth = 0,
             .after = {},

@@ -36,8 +36,8 @@ class HostDevice final : public Device {
 
   const char* kind() const noexcept override { return "cpu"; }
   std::unique_ptr<Stream> create_stream(const std::string& name) override;
-  Ticket submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
-                     size_t bytes) override;
+  Ticket submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) override;
+  bool sends_batches() const noexcept override { return true; }
   void wait_ticket(Stream& stream, const Ticket& ticket) override;
   void wait_compute(Stream& stream, uintptr_t compute_stream) override;
   bool compute_wait(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns = -1) override;
@@ -52,11 +52,11 @@ class HostDevice final : public Device {
   // rate that is negative or not finite.
   void limit(Direction direction, double bytes_per_s);
 
-  // The nth copy submitted in the direction (or the nth pin) from now on fails, 1 being the next; 0 disarms.
+  // The nth submission in the direction (or the nth pin) from now on fails, 1 being the next; 0 disarms.
   void fail_copy(Direction direction, size_t nth);
   void fail_pin(size_t nth);
 
-  size_t pending_count(Direction direction) const;  // copies submitted and not yet ended
+  size_t pending_count(Direction direction) const;  // submissions that have not ended
   size_t pinned_bytes() const;
 
  private:

@@ -11,11 +11,26 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <utility>
 
+#include "base/error.h"
 #include "base/ticket.h"
 
 namespace offload {
+
+// The same error, of the same kind, with the parameter and what it was doing in front.
+inline std::exception_ptr with_slot(const std::string& slot, const char* stage,
+                                    const std::exception_ptr& error) {
+  const std::string prefix = "parameter '" + slot + "': " + stage + ": ";
+  try {
+    std::rethrow_exception(error);
+  } catch (const Error& cause) {
+    return std::make_exception_ptr(Error(cause.kind(), prefix + cause.what(), cause.system_code()));
+  } catch (const std::exception& cause) {
+    return std::make_exception_ptr(Error(ErrorKind::kInternal, prefix + cause.what()));
+  }
+}
 
 // The error of the first job, in submission order, that failed by itself.
 class FirstError {

@@ -16,6 +16,7 @@
 #include "base/fork_guard.h"
 #include "base/worker_pool.h"
 #include "pipeline/job_end.h"
+#include "pipeline/weight_uploads.h"
 
 namespace offload {
 namespace {
@@ -33,16 +34,13 @@ int64_t steady_now_ns() {
       .count();
 }
 
-// The same error, of the same kind, with the parameter and what it was doing in front.
-std::exception_ptr with_slot(const std::string& slot, const char* stage, const std::exception_ptr& error) {
-  const std::string prefix = "parameter '" + slot + "': " + stage + ": ";
-  try {
-    std::rethrow_exception(error);
-  } catch (const Error& cause) {
-    return std::make_exception_ptr(Error(cause.kind(), prefix + cause.what(), cause.system_code()));
-  } catch (const std::exception& cause) {
-    return std::make_exception_ptr(Error(ErrorKind::kInternal, prefix + cause.what()));
-  }
+// `master`: in its frame, where the slot has no other copy of the weight on the host.
+CopySpan upload_of(const ParameterSlot& slot, size_t begin, size_t count, const void* master) {
+  const size_t element_bytes = slot.weight_bytes / slot.span.count;
+  const void* const source = slot.upload_source == nullptr
+                                 ? master
+                                 : static_cast<const char*>(slot.upload_source) + begin * element_bytes;
+  return {static_cast<char*>(slot.device_weight) + begin * element_bytes, source, count * element_bytes};
 }
 
 }  // namespace
@@ -52,7 +50,10 @@ class StepPipeline::Sequencer {
  public:
   Sequencer(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
             std::shared_ptr<StateWindow> window)
-      : transfers_(std::move(transfers)), chunk_elements_(chunk_elements), window_(std::move(window)) {}
+      : transfers_(std::move(transfers)),
+        chunk_elements_(chunk_elements),
+        window_(std::move(window)),
+        uploads_(transfers_) {}
 
   bool forked() const noexcept { return owner_.forked(); }
   int64_t add_slot(ParameterSlot slot);
@@ -90,8 +91,6 @@ class StepPipeline::Sequencer {
   void update_from_disk(const QueuedJob& queued, const UpdateSpan& span, const std::vector<Factor>& factors,
                         const std::shared_ptr<JobEnd>& end, std::stop_token stop);
   void update_span(const UpdateSpan& span, const StepJob& job, const std::vector<Factor>& factors);
-  Ticket upload(const ParameterSlot& slot, size_t begin, size_t count, const void* master,
-                const std::shared_ptr<JobEnd>& end);
   int64_t drain_remaining_ns();
 
   const ForkGuard owner_;
@@ -105,6 +104,7 @@ class StepPipeline::Sequencer {
   std::atomic<uint64_t> blocked_ns_{0};
 
   // used by the sequencer's thread alone
+  WeightUploads uploads_;
   Ticket last_uploading_job_;  // the lane is ordered: when it ended, every upload has
   std::optional<int64_t> drain_deadline_ns_;
 
@@ -249,7 +249,13 @@ void StepPipeline::Sequencer::run(std::stop_token stop) {
 // Null once the stop is requested and nothing is left that may run.
 std::optional<StepPipeline::Sequencer::QueuedJob> StepPipeline::Sequencer::next(std::stop_token stop) {
   std::unique_lock lock(mutex_);
-  if (!changed_.wait(lock, stop, [&] { return !held_ && !queue_.empty(); })) return std::nullopt;
+  const auto ready = [&] { return !held_ && !queue_.empty(); };
+  if (!ready()) {
+    lock.unlock();
+    uploads_.flush();
+    lock.lock();
+  }
+  if (!changed_.wait(lock, stop, ready)) return std::nullopt;
   QueuedJob queued = std::move(queue_.front());
   queue_.pop_front();
   return queued;
@@ -284,6 +290,7 @@ void StepPipeline::Sequencer::run_job(const QueuedJob& queued, std::stop_token s
 }
 
 void StepPipeline::Sequencer::wait_ended(const Ticket& ticket, std::stop_token stop) {
+  if (!ticket.done()) uploads_.flush();
   if (ticket.wait_ended(stop) || ticket.wait_ended(drain_remaining_ns())) return;
   throw Error(ErrorKind::kState, "the step pipeline was destroyed before that");
 }
@@ -313,11 +320,19 @@ void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_
   span.gradient_format = queued.job.gradient_format;
   if (queued.job.weight != nullptr) place_weight(span, queued.job.weight);
   if (slot.device_weight != nullptr) last_uploading_job_ = queued.ticket;
+  const bool small = slot.weight_bytes <= WeightUploads::kSmallBytes && span.count <= chunk_elements_;
+  if (!small || slot.on_disk) uploads_.flush();
   if (slot.on_disk) return update_from_disk(queued, span, factors, end, stop);
   for (size_t begin = 0; begin < span.count; begin += chunk_elements_) {
     const size_t count = std::min(chunk_elements_, span.count - begin);
     update_span(slice(span, begin, count), queued.job, factors);
-    if (slot.device_weight != nullptr) upload(slot, begin, count, nullptr, end);
+    if (slot.device_weight == nullptr) continue;
+    const CopySpan copy = upload_of(slot, begin, count, nullptr);
+    if (small) {
+      uploads_.add_small(slot.name, copy, end);
+    } else {
+      uploads_.submit(slot.name, copy, end);
+    }
   }
 }
 
@@ -334,7 +349,9 @@ void StepPipeline::Sequencer::update_from_disk(const QueuedJob& queued, const Up
         in_frame(slice(span, chunk.begin, chunk.count), layout, chunk, StateWindow::address(frame));
     update_span(part, queued.job, factors);
     Ticket uploaded;
-    if (slot.device_weight != nullptr) uploaded = upload(slot, chunk.begin, chunk.count, part.master, end);
+    if (slot.device_weight != nullptr) {
+      uploaded = uploads_.submit(slot.name, upload_of(slot, chunk.begin, chunk.count, part.master), end);
+    }
     const Ticket written = window_->write_back(frame, uploaded);
     end->add_part();
     written.on_end([end, name = slot.name](const std::exception_ptr& error) {
@@ -353,24 +370,6 @@ void StepPipeline::Sequencer::update_span(const UpdateSpan& span, const StepJob&
                            job.flush_denormals, active_isa());
   }
   update_ns_.fetch_add(static_cast<uint64_t>(steady_now_ns() - start_ns), std::memory_order_relaxed);
-}
-
-// `master`: in its frame, where the slot has no other copy of the weight on the host.
-Ticket StepPipeline::Sequencer::upload(const ParameterSlot& slot, size_t begin, size_t count,
-                                       const void* master, const std::shared_ptr<JobEnd>& end) {
-  const size_t element_bytes = slot.weight_bytes / slot.span.count;
-  const void* const source = slot.upload_source == nullptr
-                                 ? master
-                                 : static_cast<const char*>(slot.upload_source) + begin * element_bytes;
-  const Ticket ticket = transfers_->submit_after(
-      Direction::kToDevice, static_cast<char*>(slot.device_weight) + begin * element_bytes, source,
-      count * element_bytes, Ticket());
-  end->add_part();
-  // The name is copied: the lane may end after the pipeline.
-  ticket.on_end([end, name = slot.name](const std::exception_ptr& error) {
-    end->end_part(error ? with_slot(name, "its upload failed", error) : nullptr);
-  });
-  return ticket;
 }
 
 // What is left of kDrainNs, counted from the first time that a dying pipeline would have to wait.

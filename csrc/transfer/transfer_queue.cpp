@@ -13,33 +13,43 @@ TransferQueue::TransferQueue(std::shared_ptr<Device> device) : device_(std::move
   to_device_.stream = device_->create_stream("to_device");
 }
 
-Ticket TransferQueue::submit(Direction direction, void* destination, const void* source, size_t bytes,
-                             uintptr_t compute_stream, const Ticket& after) {
+Ticket TransferQueue::submit(Direction direction, std::span<const CopySpan> copies, uintptr_t compute_stream,
+                             const Ticket& after) {
   Lane& target = lane(direction);
   std::lock_guard lock(target.mutex);
   device_->wait_compute(*target.stream, compute_stream);
-  return submit_locked(target, direction, destination, source, bytes, after);
+  return submit_locked(target, direction, copies, after);
 }
 
-Ticket TransferQueue::submit_after(Direction direction, void* destination, const void* source, size_t bytes,
+Ticket TransferQueue::submit(Direction direction, void* destination, const void* source, size_t bytes,
+                             uintptr_t compute_stream, const Ticket& after) {
+  const CopySpan copy{destination, source, bytes};
+  return submit(direction, {&copy, 1}, compute_stream, after);
+}
+
+Ticket TransferQueue::submit_after(Direction direction, std::span<const CopySpan> copies,
                                    const Ticket& after) {
   Lane& target = lane(direction);
   std::lock_guard lock(target.mutex);
-  return submit_locked(target, direction, destination, source, bytes, after);
+  return submit_locked(target, direction, copies, after);
 }
 
-Ticket TransferQueue::submit_locked(Lane& target, Direction direction, void* destination, const void* source,
-                                    size_t bytes, const Ticket& after) {
+Ticket TransferQueue::submit_locked(Lane& target, Direction direction, std::span<const CopySpan> copies,
+                                    const Ticket& after) {
+  size_t total_bytes = 0;
   // Before the wait: a copy that is refused must not leave its wait to the next one.
-  if (bytes > 0 && (destination == nullptr || source == nullptr)) {
-    throw Error(ErrorKind::kInvalidArgument, "a copy of " + std::to_string(bytes) + " bytes got a null " +
-                                                 (source == nullptr ? "source" : "destination") +
-                                                 "; pass the address of live memory");
+  for (const auto& [destination, source, bytes] : copies) {
+    if (bytes > 0 && (destination == nullptr || source == nullptr)) {
+      throw Error(ErrorKind::kInvalidArgument, "a copy of " + std::to_string(bytes) + " bytes got a null " +
+                                                   (source == nullptr ? "source" : "destination") +
+                                                   "; pass the address of live memory");
+    }
+    total_bytes += bytes;
   }
   device_->wait_ticket(*target.stream, after);
-  Ticket ticket = device_->submit_copy(*target.stream, direction, destination, source, bytes);
-  target.bytes.fetch_add(bytes, std::memory_order_relaxed);
-  target.count.fetch_add(1, std::memory_order_relaxed);
+  Ticket ticket = device_->submit_copies(*target.stream, direction, copies);
+  target.bytes.fetch_add(total_bytes, std::memory_order_relaxed);
+  target.count.fetch_add(copies.size(), std::memory_order_relaxed);
   return ticket;
 }
 

@@ -2,8 +2,8 @@
 //
 // Ownership: owns one persistent stream per direction; shares the device.
 // Threads: every member may be called from any thread.
-// Stream order: copies of one direction run in submission order; the two lanes are independent. Each
-//               copy starts after what the named compute stream had been given at the call.
+// Stream order: submissions of one direction run in their order; the two lanes are independent. Each
+//               starts after what the named compute stream had been given at the call.
 // Units: bytes. Callers keep source and destination alive until the ticket ended.
 #pragma once
 
@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <span>
 
 #include "base/ticket.h"
 #include "device/device.h"
@@ -29,13 +30,15 @@ class TransferQueue {
  public:
   explicit TransferQueue(std::shared_ptr<Device> device);
 
-  // `after`: the copy also waits for this ticket (default: none).
+  // Copies that share no byte: see Device::submit_copies. `after`: they also wait for this ticket (default:
+  // none).
+  Ticket submit(Direction direction, std::span<const CopySpan> copies, uintptr_t compute_stream,
+                const Ticket& after = {});
   Ticket submit(Direction direction, void* destination, const void* source, size_t bytes,
                 uintptr_t compute_stream, const Ticket& after = {});
 
   // As submit, but ordered after `after` alone: for copies whose destination no compute stream touches.
-  Ticket submit_after(Direction direction, void* destination, const void* source, size_t bytes,
-                      const Ticket& after);
+  Ticket submit_after(Direction direction, std::span<const CopySpan> copies, const Ticket& after);
 
   // Later copies of the lane start only after everything given to the compute stream so far.
   void wait_compute(Direction direction, uintptr_t compute_stream);
@@ -55,7 +58,7 @@ class TransferQueue {
     std::atomic<uint64_t> count{0};
   };
 
-  Ticket submit_locked(Lane& target, Direction direction, void* destination, const void* source, size_t bytes,
+  Ticket submit_locked(Lane& target, Direction direction, std::span<const CopySpan> copies,
                        const Ticket& after);
   Lane& lane(Direction direction) noexcept { return direction == Direction::kToHost ? to_host_ : to_device_; }
 

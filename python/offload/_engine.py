@@ -225,6 +225,8 @@ class Engine:
         work = list(zip(states, updates, strict=True))
         order = {unit: position for position, unit in enumerate(self._touched)}
         of_host = reading_metadata(lambda: [pair for pair in work if pair[0].on_host and pair[0].parameter.numel() > 0])
+        # Of a unit, the small ones first: those beside each other share an upload.
+        reading_metadata(lambda: of_host.sort(key=lambda pair: pair[0].parameter.numel()))
         of_host.sort(key=lambda pair: self._position(pair[0], order))
         if self._goes_backwards([state for state, _ in of_host]):
             of_host.reverse()

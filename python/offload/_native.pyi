@@ -47,6 +47,9 @@ Lane = Literal["to_host", "to_device"]
 class Device:
     @property
     def kind(self) -> str: ...
+    @property
+    def sends_batches(self) -> bool:
+        """Whether copies of one submission cost one submission, and not one each."""
 
 @final
 class HostDevice(Device):
@@ -117,6 +120,9 @@ class TransferQueue:
         buffer: HostBuffer | None = None,
     ) -> Ticket:
         """As submit_to_host()."""
+
+    def submit_batch(self, lane: Lane, copies: Sequence[tuple[int, int, int]], compute_stream: int = 0) -> Ticket:
+        """Copies (destination, source, nbytes) that share no byte, in any order among themselves, with one ticket."""
 
     def wait_on_stream(self, compute_stream: int, ticket: Ticket) -> None: ...
     def stats(self) -> dict[str, int]:

@@ -381,6 +381,8 @@ void use_everything(CudaDevice& device, std::vector<char>& host, std::vector<Tic
   device.wait_ticket(*to_device, gate);
   copy(*to_device, Direction::kToDevice, on_device + 48, host.data() + 16);
   copy(*to_host, Direction::kToHost, pageable.data(), on_device);
+  const CopySpan batch[] = {{on_device + 16, host.data(), 4}, {on_device + 24, host.data() + 8, 4}};
+  tickets.push_back(device.submit_copies(*to_device, Direction::kToDevice, batch));
   gate.complete();
   for (const Ticket& ticket : std::vector<Ticket>(tickets)) device.compute_wait(0, ticket, kHangNs);
   for (const Ticket& ticket : tickets) ticket.wait_ended(kHangNs);
@@ -419,6 +421,7 @@ void every_entry_may_fail_at_every_call() {
       {"cuEventDestroy_v2", true},
       {"cuMemcpyHtoDAsync_v2", false},
       {"cuMemcpyDtoHAsync_v2", false},
+      {"cuMemcpyBatchAsync", false},
   };
   const char* const kinds[] = {"contexts", "streams", "events", "registrations"};
   CudaDeviceOptions options;

@@ -35,7 +35,11 @@ void entries_are_found_by_every_way() {
   CHECK(&CudaDriver::load(path) == &CudaDriver::load(path));
   CHECK(CudaDriver::load(path).MemDiscardBatchAsync != nullptr);
   double_set_version(12090);  // before that entry came
-  CHECK(CudaDriver::load(fresh_path()).MemDiscardBatchAsync == nullptr);
+  const std::string before_13 = fresh_path();
+  CHECK(CudaDriver::load(before_13).MemDiscardBatchAsync == nullptr);
+  CHECK(CudaDriver::load(before_13).MemcpyBatchAsync != nullptr);
+  double_set_version(12070);
+  CHECK(CudaDriver::load(fresh_path()).MemcpyBatchAsync == nullptr);
 }
 
 void what_is_no_usable_driver_is_refused() {

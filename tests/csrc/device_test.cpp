@@ -101,6 +101,22 @@ void compute_waits_for_a_copy_and_sees_its_error(test::DeviceKind kind) {
   CHECK_THROWS(ErrorKind::kStorage, "the disk is gone", f.device.compute_wait(0, behind));
 }
 
+void copies_of_one_submission_end_together(test::DeviceKind kind) {
+  Fixture f(kind);
+  char* const host = f.any.host_memory.data();
+  const CopySpan batch[] = {
+      {&f.destination[8], host, 4}, {&f.destination[0], host + 64, 4}, {nullptr, nullptr, 0}};
+  f.any.hold(kLane);
+  const Ticket ticket = f.device.submit_copies(*f.stream, kLane, batch);
+  const Ticket behind = f.copy(2, 128, 2);
+  CHECK(!ticket.done());
+  f.any.release(kLane);
+  CHECK(behind.wait());
+  CHECK(ticket.done());
+  CHECK_EQ(std::string(f.destination.data(), 13), "1122....0000.");
+  CHECK(f.device.submit_copies(*f.stream, kLane, {}).wait());
+}
+
 void destruction_cancels_a_wait_that_cannot_end(test::DeviceKind kind) {
   Fixture f(kind);
   f.device.wait_ticket(*f.stream, Ticket::pending());
@@ -131,6 +147,7 @@ int main() {
     a_wait_for_a_ticket_that_failed_fails_the_next_copy(kind);
     a_copy_of_one_stream_waits_for_another_stream(kind);
     compute_waits_for_a_copy_and_sees_its_error(kind);
+    copies_of_one_submission_end_together(kind);
     destruction_cancels_a_wait_that_cannot_end(kind);
     a_copy_of_nothing_is_done_in_its_turn(kind);
   }

@@ -21,6 +21,7 @@ namespace {
 struct Driver {
 #define DRIVER_ENTRY(name, symbol, version, parameters) CudaResult(*name) parameters = nullptr;
   OFFLOAD_CUDA_ENTRIES(DRIVER_ENTRY)
+  OFFLOAD_CUDA_LATER_ENTRIES(DRIVER_ENTRY)
 #undef DRIVER_ENTRY
 
   Driver() {
@@ -30,6 +31,7 @@ struct Driver {
   name = reinterpret_cast<decltype(name)>(dlsym(library, #symbol)); \
   CHECK(name != nullptr);
     OFFLOAD_CUDA_ENTRIES(DRIVER_FIND)
+    OFFLOAD_CUDA_LATER_ENTRIES(DRIVER_FIND)
 #undef DRIVER_FIND
   }
 };
@@ -127,6 +129,56 @@ void test_pageable_copies() {
   CHECK_EQ(session.to_host(pageable.data()), 0);  // done when the call returns
   CHECK_EQ(pageable[0], 7);
   CHECK_EQ(pageable[1023], 7);
+}
+
+// As cuMemcpyBatchAsync, of whole ints.
+struct Batch {
+  std::vector<CudaAddress> destinations, sources;
+  std::vector<size_t> sizes;
+  size_t failed = 0;
+
+  void add(int* destination, int* source, size_t count) {
+    destinations.push_back(address(destination));
+    sources.push_back(address(source));
+    sizes.push_back(count * sizeof(int));
+  }
+
+  CudaResult send(CudaStreamHandle stream, int access_order = 1) {
+    CudaCopyAttributes attributes{access_order, {}, {}, 0};
+    size_t first = 0;
+    return driver().MemcpyBatchAsync(destinations.data(), sources.data(), sizes.data(), sizes.size(),
+                                     &attributes, &first, 1, &failed, stream);
+  }
+};
+
+void test_batches_copy_both_ways() {
+  Session session;
+  Batch batch;
+  std::vector<int> more(16, 3);
+  CHECK_EQ(batch.send(session.stream), 1);  // of nothing
+  batch.add(&session.device[0], &session.host[512], 4);
+  batch.add(&session.host[0], &session.device[512], 8);
+  CHECK_EQ(batch.send(session.stream, 0), 1);
+  CHECK_EQ(double_live("pending_copies"), 0u);
+  CHECK_EQ(batch.send(session.stream), 0);
+  CHECK_EQ(batch.failed, SIZE_MAX);
+  CHECK_EQ(driver().EventRecord(session.event, session.stream), 0);
+  CHECK_EQ(driver().EventSynchronize(session.event), 0);
+  CHECK_EQ(session.device[3], 1);
+  CHECK_EQ(session.device[4], 2);
+  CHECK_EQ(session.host[7], 2);
+  CHECK_EQ(session.host[8], 1);
+  batch.add(more.data(), more.data() + 8, 8);  // pageable
+  CHECK_EQ(batch.send(session.stream), 1);
+  CHECK_EQ(batch.failed, 2u);
+  CHECK_EQ(double_misuses(), 0u);
+  CHECK_EQ(batch.send(nullptr), 1);
+  Batch overlapping;
+  overlapping.add(&session.device[0], &session.host[0], 4);
+  overlapping.add(&session.device[3], &session.host[8], 4);
+  CHECK_EQ(overlapping.send(session.stream), 0);
+  CHECK_EQ(double_misuses(), 2u);
+  CHECK_EQ(std::string(double_first_misuse()), "a batch in the legacy stream");
 }
 
 void test_destroyed_stream_finishes_its_work() {
@@ -267,6 +319,7 @@ int main() {
   test_streams_run_in_order_and_wait_for_events();
   test_default_stream_waits_in_the_call();
   test_pageable_copies();
+  test_batches_copy_both_ways();
   test_destroyed_stream_finishes_its_work();
   test_failing_copy_loses_the_context();
   test_nth_call_fails();

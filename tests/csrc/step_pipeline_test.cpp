@@ -2,6 +2,8 @@
 
 #include <cmath>
 #include <memory>
+#include <string>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -232,6 +234,96 @@ void a_failed_upload_of_any_chunk_fails_its_job_and_the_later_ones() {
   CHECK_THROWS(ErrorKind::kState, "parameter 'bad'", f.submit(slots[0], good));
 }
 
+// Parameters a, b, ... of 300 elements, one chunk each, and their jobs of one step.
+struct SmallOnes {
+  std::vector<Parameter> parameters;
+  std::vector<int64_t> slots;
+  std::vector<StepJob> jobs;
+
+  SmallOnes(Fixture& f, size_t count) : parameters(count, Parameter(300)) {
+    for (size_t i = 0; i < count; ++i) {
+      slots.push_back(f.pipeline->add_slot(parameters[i].slot(std::string(1, static_cast<char>('a' + i)))));
+      jobs.push_back({.slot = slots[i],
+                      .gradient = parameters[i].gradient.data(),
+                      .gradient_format = FloatFormat::kFloat32,
+                      .tickets = {},
+                      .scalars = kScalars,
+                      .factors = {},
+                      .flush_denormals = false});
+    }
+  }
+
+  bool uploaded(size_t i) const { return parameters[i].on_device == parameters[i].master; }
+};
+
+void small_uploads_go_together() {
+  Fixture f;
+  SmallOnes small(f, 20);
+  Parameter expected(300);
+  expected.update();
+  f.device->hold(Direction::kToDevice);
+  const std::vector<Ticket> tickets = f.pipeline->submit(small.jobs, 0);
+  Parameter last(10);
+  f.submit(f.pipeline->add_slot(last.slot("last", false)), last).wait();
+  // 16 are enough for a submission of their own; the others' comes when nothing is left to do.
+  while (f.device->pending_count(Direction::kToDevice) < 2) std::this_thread::yield();
+  CHECK_EQ(f.device->pending_count(Direction::kToDevice), 2u);
+  f.device->release(Direction::kToDevice);
+  CHECK(f.pipeline->wait(tickets));
+  for (size_t i = 0; i < 20; ++i) CHECK(small.uploaded(i) && small.parameters[i].same_states(expected));
+  CHECK_EQ(f.transfers->stats().to_device_count, 20u);
+}
+
+void a_small_upload_waits_for_no_gradient_and_no_long_update() {
+  Fixture f;
+  SmallOnes small(f, 2);
+  Parameter large(1001);
+  const Ticket gate = Ticket::pending();
+  small.jobs[1].tickets = {gate};
+  const std::vector<Ticket> tickets = f.pipeline->submit(small.jobs, 0);
+  CHECK(tickets[0].wait(10'000'000'000));  // though the sequencer waits for the second's gradient
+  CHECK(small.uploaded(0));
+  const Ticket behind = f.submit(f.pipeline->add_slot(large.slot("large")), large);
+  f.device->hold(Direction::kToDevice);
+  gate.complete();
+  while (f.device->pending_count(Direction::kToDevice) < 3) std::this_thread::yield();
+  bool first = false;
+  tickets[1].on_end([&](const std::exception_ptr&) { first = large.on_device[0] == -1.0f; });
+  f.device->release(Direction::kToDevice);
+  CHECK(f.pipeline->wait({tickets[1], behind}));
+  CHECK(first);  // before any chunk of the large one
+}
+
+void a_slot_is_updated_again_while_its_upload_would_wait_for_others() {
+  Fixture f;
+  SmallOnes small(f, 1);
+  Parameter expected(300);
+  const std::vector<Ticket> tickets = f.pipeline->submit({small.jobs[0], small.jobs[0]}, 0);
+  CHECK(f.pipeline->wait(tickets, 10'000'000'000));
+  expected.update();
+  expected.update();
+  CHECK(small.parameters[0].same_states(expected) && small.uploaded(0));
+}
+
+void a_failed_batch_fails_each_of_its_jobs() {
+  Fixture f;
+  SmallOnes small(f, 3);
+  f.device->fail_copy(Direction::kToDevice, 1);
+  const std::vector<Ticket> tickets = f.pipeline->submit(small.jobs, 0);
+  for (const Ticket& ticket : tickets) {
+    CHECK_THROWS(ErrorKind::kDevice, "parameter 'a': its upload failed: copy 1", ticket.wait());
+  }
+  CHECK_THROWS(ErrorKind::kState, "parameter 'a'", f.pipeline->submit(small.jobs, 0));
+}
+
+void destruction_sends_what_waits_for_others() {
+  Fixture f;
+  SmallOnes small(f, 3);
+  const std::vector<Ticket> tickets = f.pipeline->submit(small.jobs, 0);
+  f.pipeline.reset();
+  for (size_t i = 0; i < 3; ++i) CHECK(tickets[i].done() && !tickets[i].error() && small.uploaded(i));
+}
+
 void illegal_jobs_are_refused_as_a_whole() {
   Fixture f;
   Parameter parameter(500), before(500);
@@ -304,6 +396,11 @@ int main() {
   a_failed_gradient_touches_nothing_and_stops_the_pipeline();
   a_failure_leaves_earlier_jobs_alone();
   a_failed_upload_of_any_chunk_fails_its_job_and_the_later_ones();
+  small_uploads_go_together();
+  a_small_upload_waits_for_no_gradient_and_no_long_update();
+  a_slot_is_updated_again_while_its_upload_would_wait_for_others();
+  a_failed_batch_fails_each_of_its_jobs();
+  destruction_sends_what_waits_for_others();
   illegal_jobs_are_refused_as_a_whole();
   destruction_finishes_what_was_submitted();
   destruction_gives_up_what_cannot_end();

@@ -37,7 +37,8 @@ void a_copy_waits_for_the_other_lane(test::DeviceKind kind) {
   char first = '7', last = '.';
   f.any.hold(Direction::kToHost);
   const Ticket down = f.queue.submit(Direction::kToHost, f.host, &first, 1, 0);
-  const Ticket up = f.queue.submit_after(Direction::kToDevice, &last, f.host, 1, down);
+  const CopySpan copy{&last, f.host, 1};
+  const Ticket up = f.queue.submit_after(Direction::kToDevice, {&copy, 1}, down);
   CHECK(!up.done());
   f.any.release(Direction::kToHost);
   CHECK(f.queue.wait_on_stream(0, up));
@@ -52,6 +53,9 @@ void a_refused_copy_leaves_nothing_behind(test::DeviceKind kind) {
   failed.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "broken")));
   CHECK_THROWS(ErrorKind::kInvalidArgument, "null destination",
                f.queue.submit(Direction::kToDevice, nullptr, f.host, 1, 0, failed));
+  const CopySpan half_null[] = {{&copy, f.host, 1}, {&copy, nullptr, 1}};
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "null source",
+               f.queue.submit(Direction::kToDevice, half_null, 0, failed));
   CHECK(f.queue.submit(Direction::kToDevice, &copy, f.host, 1, 0).wait());
   CHECK_EQ(copy, '3');
   CHECK_EQ(f.queue.stats().to_device_count, 1u);
@@ -63,11 +67,13 @@ void stats_count_bytes_by_direction(test::DeviceKind kind) {
   f.queue.submit(Direction::kToHost, f.host, on_device.data(), 24, 0).wait();
   f.queue.submit(Direction::kToDevice, on_device.data(), f.host, 8, 0).wait();
   f.queue.submit(Direction::kToDevice, nullptr, nullptr, 0, 0).wait();
+  const CopySpan batch[] = {{on_device.data(), f.host, 2}, {on_device.data() + 2, f.host, 3}};
+  f.queue.submit(Direction::kToDevice, batch, 0).wait();
   const TransferStats stats = f.queue.stats();
   CHECK_EQ(stats.to_host_bytes, 24u);
   CHECK_EQ(stats.to_host_count, 1u);
-  CHECK_EQ(stats.to_device_bytes, 8u);
-  CHECK_EQ(stats.to_device_count, 2u);
+  CHECK_EQ(stats.to_device_bytes, 13u);
+  CHECK_EQ(stats.to_device_count, 4u);
 }
 
 // Writes down which submission each call belongs to, and lets other threads in between the calls.
@@ -75,10 +81,11 @@ class RecordingDevice final : public Device {
  public:
   const char* kind() const noexcept override { return "recording"; }
   std::unique_ptr<Stream> create_stream(const std::string&) override { return std::make_unique<Stream>(); }
-  Ticket submit_copy(Stream&, Direction, void* destination, const void*, size_t) override {
-    record(reinterpret_cast<uintptr_t>(destination));
+  Ticket submit_copies(Stream&, Direction, std::span<const CopySpan> copies) override {
+    record(reinterpret_cast<uintptr_t>(copies.front().destination));
     return {};
   }
+  bool sends_batches() const noexcept override { return true; }
   void wait_ticket(Stream&, const Ticket&) override { std::this_thread::yield(); }
   void wait_compute(Stream&, uintptr_t compute_stream) override {
     record(compute_stream);

@@ -11,6 +11,13 @@ namespace {
 
 constexpr uintptr_t kFirstContext = 0xC0000;  // of ordinal 0; the others follow
 
+struct CopyAttributes {  // CUmemcpyAttributes
+  int source_access_order;
+  int source_hint[2];
+  int destination_hint[2];
+  unsigned flags;
+};
+
 // The live stream of a handle in the current context; null otherwise, which is a misuse.
 std::shared_ptr<Stream> stream_of(const char* entry, void* handle) {
   State& all = state();
@@ -28,23 +35,47 @@ Event* event_of(const char* entry, void* handle) {
   return nullptr;
 }
 
+Operation copy_operation(Direction direction, void* destination, const void* source, size_t bytes) {
+  return Operation{.kind = Operation::kCopy,
+                   .completion = std::make_shared<Completion>(),
+                   .direction = direction,
+                   .destination = destination,
+                   .source = source,
+                   .bytes = bytes,
+                   .staged = {},
+                   .registration = nullptr,
+                   .failure = 0};
+}
+
+// Whether a copy of the batch writes what another one of it reads or writes.
+bool overlap(const std::vector<Operation>& batch) {
+  const auto meets = [](const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
+    const auto begin = reinterpret_cast<uintptr_t>(a), other = reinterpret_cast<uintptr_t>(b);
+    return begin < other + b_bytes && other < begin + a_bytes;
+  };
+  for (size_t i = 0; i < batch.size(); ++i) {
+    for (size_t j = 0; j < batch.size(); ++j) {
+      if (i == j) continue;
+      const Operation &one = batch[i], &other = batch[j];
+      if (meets(one.destination, one.bytes, other.destination, other.bytes) ||
+          meets(one.destination, one.bytes, other.source, other.bytes)) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
 int copy(const char* entry, Direction direction, void* destination, const void* source, size_t bytes,
          void* stream_handle) {
   Call call(entry, Needs::kContext);
   if (call.refused()) return call.code();
   std::shared_ptr<Stream> stream;
   if (stream_handle != nullptr && !(stream = stream_of(entry, stream_handle))) return kInvalidHandle;
-  Operation copy{.kind = Operation::kCopy,
-                 .completion = std::make_shared<Completion>(),
-                 .direction = direction,
-                 .destination = destination,
-                 .source = source,
-                 .bytes = bytes,
-                 .staged = {},
-                 .registration = nullptr,
-                 .failure = 0};
+  Operation copy = copy_operation(direction, destination, source, bytes);
   const std::shared_ptr<Completion> completion = copy.completion;
-  if (const int code = prepare_copy(copy); code != kSuccess) return code;
+  if (const int code = check_copy(copy); code != kSuccess) return code;
+  arm_copy(copy);
   if (!stream) {
     run_copy(call.lock(), copy);
     return state().lost;
@@ -263,6 +294,47 @@ int cuMemcpyHtoDAsync_v2(unsigned long long destination, const void* source, siz
 int cuMemcpyDtoHAsync_v2(void* destination, unsigned long long source, size_t bytes, void* stream) {
   return copy("cuMemcpyDtoHAsync_v2", kToHost, destination, reinterpret_cast<const void*>(source), bytes,
               stream);
+}
+
+// The one of 12.8, with an index of what failed. Takes the copies in the order that a caller expects least,
+// and those alone whose host memory is registered.
+int cuMemcpyBatchAsync(unsigned long long* destinations, unsigned long long* sources, size_t* sizes,
+                       size_t count, CopyAttributes* attributes, size_t* first_of_attributes,
+                       size_t attribute_count, size_t* failed_index, void* stream_handle) {
+  Call call("cuMemcpyBatchAsync", Needs::kContext);
+  if (call.refused()) return call.code();
+  State& all = state();
+  *failed_index = SIZE_MAX;
+  if (stream_handle == nullptr) {
+    all.misuse("a batch in the legacy stream");
+    return kInvalidValue;
+  }
+  const std::shared_ptr<Stream> stream = stream_of("cuMemcpyBatchAsync", stream_handle);
+  if (!stream) return kInvalidHandle;
+  constexpr int kStreamOrder = 1;
+  if (count == 0 || attribute_count != 1 || first_of_attributes[0] != 0 ||
+      attributes[0].source_access_order != kStreamOrder || attributes[0].flags != 0) {
+    return kInvalidValue;
+  }
+  std::vector<Operation> batch;
+  for (size_t i = 0; i < count; ++i) {
+    bool partly = false;
+    auto* const destination = reinterpret_cast<void*>(destinations[i]);
+    const auto* const source = reinterpret_cast<const void*>(sources[i]);
+    const bool from_host = registration_of(source, sizes[i], partly) != nullptr;
+    batch.push_back(copy_operation(from_host ? kToDevice : kToHost, destination, source, sizes[i]));
+    if (sizes[i] == 0 || check_copy(batch.back()) != kSuccess || !batch.back().registration) {
+      *failed_index = i;
+      return kInvalidValue;
+    }
+  }
+  if (overlap(batch)) all.misuse("copies of a batch that share bytes");
+  for (auto operation = batch.rbegin(); operation != batch.rend(); ++operation) {
+    arm_copy(*operation);
+    stream->queue.push_back(std::move(*operation));
+  }
+  all.changed.notify_all();
+  return kSuccess;
 }
 
 }  // extern "C"

@@ -52,7 +52,8 @@ size_t double_live(const char* what);
 // none): a call without a current context, use of a destroyed stream or event or of one of another context, a
 // copy from or to host memory that is only partly in one registration, registering overlapping ranges,
 // unregistering what is not registered or what a queued copy uses, a stream that is not non-blocking, freeing
-// what is not allocated or what a queued copy uses, a batch in the legacy stream.
+// what is not allocated or what a queued copy uses, a batch in the legacy stream, a batch whose copies share
+// bytes.
 size_t double_misuses();
 const char* double_first_misuse();
 }

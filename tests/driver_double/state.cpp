@@ -15,19 +15,6 @@ struct ExitMark {
   ~ExitMark() { state().deinitialized = true; }
 } exit_mark;
 
-// The registration that holds the whole range. `partly`: one holds a part of it, which no copy may do; two
-// adjacent ones do not make one.
-std::shared_ptr<Registration> registration_of(const void* address, size_t bytes, bool& partly) {
-  const auto begin = reinterpret_cast<uintptr_t>(address);
-  partly = false;
-  for (const auto& [start, registration] : state().registrations) {
-    const uintptr_t end = start + registration->bytes;
-    if (begin >= start && begin + bytes <= end) return registration;
-    if (begin < end && start < begin + bytes) partly = true;
-  }
-  return nullptr;
-}
-
 void finish(Operation& operation) {
   if (operation.kind == Operation::kWait) return;  // it is the event's
   operation.completion->done = true;
@@ -160,7 +147,18 @@ uintptr_t start_stream(int ordinal) {
   return handle;
 }
 
-int prepare_copy(Operation& copy) {
+std::shared_ptr<Registration> registration_of(const void* address, size_t bytes, bool& partly) {
+  const auto begin = reinterpret_cast<uintptr_t>(address);
+  partly = false;
+  for (const auto& [start, registration] : state().registrations) {
+    const uintptr_t end = start + registration->bytes;
+    if (begin >= start && begin + bytes <= end) return registration;
+    if (begin < end && start < begin + bytes) partly = true;
+  }
+  return nullptr;
+}
+
+int check_copy(Operation& copy) {
   State& all = state();
   const void* host = copy.direction == kToHost ? copy.destination : copy.source;
   if (copy.bytes > 0) {
@@ -177,11 +175,14 @@ int prepare_copy(Operation& copy) {
       copy.staged.assign(bytes, bytes + copy.bytes);
     }
   }
-  Lane& lane = all.lanes[copy.direction];
+  return kSuccess;
+}
+
+void arm_copy(Operation& copy) {
+  Lane& lane = state().lanes[copy.direction];
   if (lane.until_failure > 0 && --lane.until_failure == 0) copy.failure = lane.code;
   ++lane.pending;
   if (copy.registration) ++copy.registration->copies;
-  return kSuccess;
 }
 
 void run_copy(std::unique_lock<std::mutex>& lock, Operation& copy) {

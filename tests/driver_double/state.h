@@ -178,8 +178,13 @@ class Call {
 
 uintptr_t start_stream(int ordinal);
 
-// Fills in what a copy needs to run and arms it. Returns 0 or what a refused copy returns.
-int prepare_copy(Operation& copy);
+// The registration that holds the whole range, null if none does. `partly`: one holds a part of it, which no
+// copy may do; two adjacent ones do not make one.
+std::shared_ptr<Registration> registration_of(const void* address, size_t bytes, bool& partly);
+
+// Fills in what a copy needs to run. Returns 0 or what a refused copy returns.
+int check_copy(Operation& copy);
+void arm_copy(Operation& copy);  // from here on it is pending
 void run_copy(std::unique_lock<std::mutex>& lock, Operation& copy);
 
 // Waits until `completion` is done. Returns 0, or what the context was lost with.

@@ -37,6 +37,7 @@ using namespace driver_double;
   X("cuEventDestroy", cuEventDestroy_v2, 4000)                        \
   X("cuMemcpyHtoDAsync", cuMemcpyHtoDAsync_v2, 3020)                  \
   X("cuMemcpyDtoHAsync", cuMemcpyDtoHAsync_v2, 3020)                  \
+  X("cuMemcpyBatchAsync", cuMemcpyBatchAsync, 12080)                  \
   X("cuCtxSynchronize", cuCtxSynchronize, 2000)                       \
   X("cuMemAllocManaged", cuMemAllocManaged, 6000)                     \
   X("cuMemFree", cuMemFree_v2, 3020)                                  \

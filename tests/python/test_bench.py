@@ -1,4 +1,4 @@
-"""`offload bench link` and `train`: what they report, and that a wrong figure cannot be reported. Never how fast."""
+"""`offload bench train` and others: what they report, and that a wrong figure cannot be reported. Never how fast."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ import torch
 import offload
 from offload import _activations
 from offload.cli import _bench_engine, _bench_model, _bench_peers, _bench_train, main
-from offload.cli._bench_link import Copy, Link, Side
 from offload.cli._model_shapes import shapes
 from offload.deepspeed._engine import Engine
 
@@ -140,59 +139,6 @@ def test_update_reports_ours_beside_a_copy(tmp_path: Path, capsys: pytest.Captur
     assert result["share_of_copy"]["offload fp32"] == pytest.approx(updated / copied)
     (fallback,) = result["fallbacks"]
     assert "separate torch operations" in fallback and fallback in capsys.readouterr().err
-
-
-# --- link ---------------------------------------------------------------------------------------------------
-
-
-def test_link_reports_every_size_and_direction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "result.json"
-    assert main(["bench", "link", "--quick", "--json", str(path)]) == 0
-    result = report(path)["link"]
-    assert [(row["mode"], row["bytes"]) for row in result["rows"]] == [
-        (mode, 65536 * 4**power) for mode in ("to_host", "to_device", "both") for power in range(4)
-    ]
-    for row in result["rows"]:
-        rates = row["gb_per_s"]
-        assert {"lanes", "raw"} <= set(rates) and len(rates["raw"]["samples"]) == 3
-        assert row["share_of_raw"] == rates["lanes"]["median"] / rates["raw"]["median"] > 0
-    assert result["submission_us"]["lanes"]["to_host"]["median"] > 0
-    assert result["pin_refusal"] is None
-    output = capsys.readouterr()
-    assert "share of raw" in output.err and json.loads(output.out)["results"]["link"] == result
-
-
-@pytest.mark.parametrize("name", ["lanes", "raw"])
-def test_both_sides_move_the_bytes(name: str) -> None:
-    Link(torch.device("cpu"), 1 << 16).sides[name].check()
-
-
-@pytest.mark.parametrize("lane", ["to_host", "to_device"])
-def test_a_side_that_leaves_bytes_behind_is_found(lane: str) -> None:
-    honest = Link(torch.device("cpu"), 1 << 16).sides["raw"]
-
-    class Lossy:
-        def submit(self, copies: Sequence[Copy]) -> None:
-            honest.copier.submit([c._replace(nbytes=c.nbytes - (c.lane == lane)) for c in copies])
-
-        def wait(self) -> None:
-            honest.copier.wait()
-
-    with pytest.raises(AssertionError, match=f"Lossy left bytes of the lane {lane} behind"):
-        Side(Lossy(), honest.pairs).check()  # type: ignore[arg-type]
-
-
-def test_copies_stay_inside_their_own_buffers() -> None:
-    side = Link(torch.device("cpu"), 1024).sides["lanes"]
-    copies = side.copies("both", 256, 6)  # four fit, so two start over
-    assert [copy.lane for copy in copies] == ["to_host", "to_device"] * 6
-    for lane, (device, host) in side.pairs.items():
-        destination, source = (host, device) if lane == "to_host" else (device, host)
-        offsets = [256 * (index % 4) for index in range(6)]
-        mine = [copy for copy in copies if copy.lane == lane]
-        assert [copy.destination - destination.data_ptr() for copy in mine] == offsets
-        assert [copy.source - source.data_ptr() for copy in mine] == offsets
-    assert {copy.nbytes for copy in side.copies("to_host", 256, 6)} == {256}
 
 
 # --- train --------------------------------------------------------------------------------------------------

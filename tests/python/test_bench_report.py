@@ -54,7 +54,12 @@ LINK = {
         for mode in ("to_host", "to_device", "both")
         for size in (65536, 262144)
     ],
+    "small": [{"mode": "to_device", "bytes": 4096, "gb_per_s": {"batches": spread(3.0)}}],
     "submission_us": {"lanes": {"to_host": spread(5.0)}},
+    "host_memory": [
+        {"copies": None, "gb_per_s": 160.0, "copies_gb_per_s": None},
+        {"copies": "both", "gb_per_s": 125.0, "copies_gb_per_s": spread(88.0)},
+    ],
 }
 
 
@@ -119,6 +124,9 @@ def test_an_acceptance_report_shows_all_of_it(acceptance: Path, capsys: pytest.C
         "| tests | failed | 400.0 | 900 passed, 1 skipped, 1 failed; test_x::test_y[cuda] |",
         "| pool | stopped | 40.0 | killed \\| at last |",
         "| to_host | 64 | 48 (24 to 96) | 50 (25 to 100) | 0.960 |",
+        "| to_device | 4 | 3 (1.5 to 6) |",
+        "| none | 160 | - |",
+        "| both | 125 | 88 (44 to 176) |",
         "| submission_us, lanes, to_host | 5 (2.5 to 10) |",
         "Ceilings, GB/s: to_host 50.0, host_memory_while_copying 150.0.",
         "| resident | 16,384 | 3 (1.5 to 6) | 5,461 | - | - | - | - | - | - | - | 108.0 |",

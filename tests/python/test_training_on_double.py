@@ -46,7 +46,7 @@ def test_bits_equal_host_device_and_resident(double: DriverDouble, dtype: torch.
     on_double = wrapped_run(model, PINNED, steps=3, **loop)
     assert_offloaded(on_double.optimizer)
     assert on_double.optimizer.stats().pinned
-    assert double.calls("cuMemcpyDtoHAsync_v2") > 0 and double.calls("cuMemcpyHtoDAsync_v2") > 0
+    assert double.calls("cuMemcpyDtoHAsync_v2") > 0 and double.calls("cuMemcpyBatchAsync") > 0
     assert double.misuses() == (0, "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_engine, "open_device", lambda _: _native.HostDevice())
@@ -97,6 +97,20 @@ def test_pageable_memory_trains_with_the_same_bits(double: DriverDouble) -> None
         pageable = wrapped_run(model, PINNED, steps=2)
     assert not pageable.optimizer.stats().pinned
     assert_same_bits(pinned, pageable)
+
+
+def test_small_weights_go_in_batches_where_the_driver_takes_them(double: DriverDouble) -> None:
+    model = make_model(depth=1)
+    together = wrapped_run(model, PINNED, steps=2)
+    assert together.optimizer.stats().fallbacks == ()
+    assert double.calls("cuMemcpyBatchAsync") > 0
+    uploads = double.calls("cuMemcpyHtoDAsync_v2")
+    double.fail("cuMemcpyBatchAsync", 1, 801, lasting=True)  # CUDA_ERROR_NOT_SUPPORTED
+    one_by_one = wrapped_run(model, PINNED, steps=2)
+    assert "one by one" in one_by_one.optimizer.stats().fallbacks[0]
+    assert double.calls("cuMemcpyHtoDAsync_v2") > 2 * uploads
+    assert_same_bits(together, one_by_one)
+    assert double.misuses() == (0, "")
 
 
 def test_everything_is_given_back(double: DriverDouble) -> None:

@@ -101,6 +101,24 @@ def test_a_refused_submission_leaves_the_ticket_and_the_block_alone(link: AnyLin
     assert pool.stats()["waiting_bytes"] == 0
 
 
+@pytest.mark.parametrize("lane", ["to_host", "to_device"])
+def test_a_batch_is_several_copies_with_one_ticket(link: AnyLink, lane: str) -> None:
+    places = [(link.destination[first:].data_ptr(), link.source[first:].data_ptr(), 4 * 8) for first in (0, 40, 16)]
+    link.hold(lane)
+    ticket = link.queue.submit_batch(lane, places)  # type: ignore[arg-type]
+    assert not ticket.done and int(link.destination.max()) == -1
+    link.release(lane)
+    assert ticket.wait()
+    copied = [*range(0, 8), *range(16, 24), *range(40, 48)]
+    assert [value for value in link.destination.tolist() if value >= 0] == copied
+    assert link.destination[copied].tolist() == copied
+    assert link.queue.stats()[f"{lane}_count"] == 3 and link.queue.stats()[f"{lane}_bytes"] == 96
+    with pytest.raises(InvalidArgument, match="null source"):
+        link.queue.submit_batch(lane, [places[0], (places[1][0], 0, 4)])  # type: ignore[arg-type]
+    with pytest.raises(InvalidArgument, match="no lane 'up'"):
+        link.queue.submit_batch("up", places)  # type: ignore[arg-type]
+
+
 def test_a_held_lane_keeps_its_copies_and_leaves_the_other_lane_alone(link: AnyLink) -> None:
     link.hold("to_host")
     held = link.to_host()

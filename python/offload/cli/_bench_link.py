@@ -1,226 +1,37 @@
-"""`offload bench link`: our copy lanes beside raw copies over the same link, in one run.
+"""`offload bench link`: our copy lanes beside raw copies over the same link, and what copies leave of host memory.
 
-The raw side is as little as the machine allows: on CUDA `cuMemcpyAsync` called through ctypes from page-locked memory,
-one stream a direction; on the CPU `memmove` in one thread a direction, as the streams of the CPU device are threads.
-Lanes and raw copies take turns, round after round, over buffers of the same size.
+All sides take turns, round after round, over buffers of the same size (see `_bench_copies`).
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import itertools
-import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import torch
-from torch import Tensor
-
-import offload
-
-from .. import _native
 from ._bench import summary
+from ._bench_adamw import streaming_bytes_per_s
+from ._bench_copies import COPIES_AT_MOST, MODES, Link, busy_link
 from ._device import compute_device
 from ._table import table
 
-__all__ = ["raw_bytes_per_s", "run", "text"]
+__all__ = ["run", "text"]
 
 _KIB, _MIB = 2**10, 2**20
 _SIZES = tuple(64 * _KIB * 4**power for power in range(7))  # 64 KiB to 256 MiB
 _QUICK_SIZES = _SIZES[:4]
-_MODES: dict[str, tuple[_native.Lane, ...]] = {
-    "to_host": ("to_host",),
-    "to_device": ("to_device",),
-    "both": ("to_host", "to_device"),
-}
-_PASSES = 2  # over the buffers in a sample: waiting for its end must not be a part of it that counts
-_COPIES_AT_MOST = 256  # in flight: well under the depth at which a driver makes the submitting thread wait
-_SMALL_BYTES = 4 * _KIB  # of a copy whose submission is timed: the copy itself costs next to nothing
-
-
-class Copy(NamedTuple):
-    lane: _native.Lane
-    destination: int
-    source: int
-    nbytes: int
-
-
-class Lanes:
-    """Our side: the transfer queue. `submit` enqueues, `wait` returns when all copies have ended."""
-
-    def __init__(self, device: _native.Device, compute_stream: int) -> None:
-        self._queue = _native.TransferQueue(device)
-        self._compute_stream = compute_stream
-        self._last: dict[_native.Lane, _native.Ticket] = {}
-
-    def submit(self, copies: Sequence[Copy]) -> None:
-        submit_on = {"to_host": self._queue.submit_to_host, "to_device": self._queue.submit_to_device}
-        for lane, destination, source, nbytes in copies:
-            self._last[lane] = submit_on[lane](destination, source, nbytes, self._compute_stream)
-
-    def wait(self) -> None:
-        for ticket in self._last.values():  # a lane is ordered: its last ticket ends last
-            ticket.wait()
-        self._last.clear()
-
-
-class RawCudaCopies:
-    """`cuMemcpyAsync` on one stream a direction, nothing between the caller and the driver but ctypes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._copy = ctypes.CDLL("libcuda.so.1").cuMemcpyAsync
-        self._copy.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
-        self._streams = {lane: torch.cuda.Stream(device) for lane in _MODES["both"]}  # type: ignore[no-untyped-call]
-
-    def submit(self, copies: Sequence[Copy]) -> None:
-        handles = {lane: stream.cuda_stream for lane, stream in self._streams.items()}
-        for lane, destination, source, nbytes in copies:
-            error = self._copy(destination, source, nbytes, handles[lane])
-            if error != 0:
-                raise offload.DeviceError(f"cuMemcpyAsync of {nbytes} bytes {lane} gave the CUDA error {error}")
-
-    def wait(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
-
-
-class RawHostCopies:
-    """`memmove` in one thread a direction; ctypes lets go of the interpreter's lock for the call."""
-
-    def __init__(self) -> None:
-        self._threads = {lane: ThreadPoolExecutor(max_workers=1) for lane in _MODES["both"]}
-        self._running: list[Any] = []
-
-    def submit(self, copies: Sequence[Copy]) -> None:
-        for lane, thread in self._threads.items():
-            mine = [copy for copy in copies if copy.lane == lane]
-            self._running.append(thread.submit(_move, mine))
-
-    def wait(self) -> None:
-        for future in self._running:
-            future.result()
-        self._running.clear()
-
-
-def _move(copies: Sequence[Copy]) -> None:
-    for _, destination, source, nbytes in copies:
-        ctypes.memmove(destination, source, nbytes)
-
-
-Copier = Lanes | RawCudaCopies | RawHostCopies
-
-
-class Side(NamedTuple):
-    """Who copies, and between which tensors: (device, host) by lane, so that the directions share no byte."""
-
-    copier: Copier
-    pairs: dict[_native.Lane, tuple[Tensor, Tensor]]
-
-    def copies(self, mode: str, nbytes: int, count: int) -> list[Copy]:
-        """`count` copies a lane, the lanes in turn, each to the next place of the buffers."""
-        places = itertools.cycle(range(0, self.pairs["to_host"][0].nbytes - nbytes + 1, nbytes))
-        copies = []
-        for offset in itertools.islice(places, count):
-            for lane in _MODES[mode]:
-                device, host = (tensor.data_ptr() + offset for tensor in self.pairs[lane])
-                ends = (host, device) if lane == "to_host" else (device, host)
-                copies.append(Copy(lane, *ends, nbytes))
-        return copies
-
-    def seconds(self, copies: Sequence[Copy]) -> float:
-        """From the first submission until the last byte is in place."""
-        start = time.perf_counter()
-        self.copier.submit(copies)
-        self.copier.wait()
-        return time.perf_counter() - start
-
-    def submission_us(self, copies: Sequence[Copy]) -> float:
-        """Microseconds that the submitting thread spends on each copy."""
-        start = time.perf_counter()
-        self.copier.submit(copies)
-        elapsed = time.perf_counter() - start
-        self.copier.wait()
-        return elapsed / len(copies) * 1e6
-
-    def check(self) -> None:
-        """A figure for bytes that did not move would be the best of all."""
-        for lane, (device, host) in self.pairs.items():
-            source, destination = (device, host) if lane == "to_host" else (host, device)
-            source.fill_(165)
-            destination.zero_()
-            if source.is_cuda or destination.is_cuda:
-                torch.cuda.synchronize()
-            self.seconds(self.copies(lane, source.nbytes, 1))
-            if not torch.equal(source.cpu(), destination.cpu()):
-                raise AssertionError(f"{type(self.copier).__name__} left bytes of the lane {lane} behind")
-
-
-class Link:
-    """The link to one device: buffers, and the sides that take turns on it."""
-
-    def __init__(self, device: torch.device, nbytes: int) -> None:
-        self.device = device
-        on_cuda = device.type == "cuda"
-        native: _native.Device
-        self.facts: dict[str, Any] = {}
-        if on_cuda:
-            native = cuda = _native.CudaDevice(device.index)
-            self.facts = cuda.facts()
-        else:
-            native = _native.HostDevice()
-        compute_stream = torch.cuda.current_stream(device).cuda_stream if on_cuda else 0
-        on_device = {lane: torch.zeros(nbytes, dtype=torch.uint8, device=device) for lane in _MODES["both"]}
-
-        def side(copier: Copier, host: Callable[[], Tensor]) -> Side:
-            return Side(copier, {lane: (on_device[lane], host()) for lane in on_device})
-
-        def pooled(pool: _native.HostPool) -> Tensor:
-            return torch.frombuffer(pool.acquire(nbytes, "staging"), dtype=torch.uint8)
-
-        lanes = Lanes(native, compute_stream)
-        raw = RawCudaCopies(device) if on_cuda else RawHostCopies()
-        pinned_pool = _native.HostPool(native, pin=True)
-        self.sides = {
-            "lanes": side(lanes, partial(pooled, pinned_pool)),
-            "raw": side(raw, lambda: torch.zeros(nbytes, dtype=torch.uint8, pin_memory=on_cuda)),
-        }
-        self.pin_refusal: str = pinned_pool.stats()["pin_refusal"]
-        if on_cuda:  # the CPU has no such difference
-            self.sides["lanes, pageable"] = side(lanes, partial(pooled, _native.HostPool(native)))
-            torch.cuda.synchronize()  # the zeros above are written on the compute stream, raw copies on another
-
-    def measure(self, names: Sequence[str], mode: str, nbytes: int, rounds: int) -> dict[str, list[float]]:
-        """Bytes a second (of both directions together) by side, one sample a round; the sides take turns."""
-        capacity = self.sides["raw"].pairs["to_host"][0].nbytes
-        count = min(_COPIES_AT_MOST, _PASSES * capacity // nbytes)
-        copies = {name: self.sides[name].copies(mode, nbytes, count) for name in names}
-        rates: dict[str, list[float]] = {name: [] for name in names}
-        for number in range(rounds + 1):
-            for name in names:
-                seconds = self.sides[name].seconds(copies[name])
-                if number > 0:  # the first pays for pages and clocks
-                    rates[name].append(nbytes * len(copies[name]) / seconds)
-        return rates
-
-
-def raw_bytes_per_s(device: torch.device, quick: bool) -> dict[str, float]:
-    """The median raw bandwidth of each direction alone, with large copies: the link's part in a step's bound."""
-    nbytes = (4 if quick else 64) * _MIB
-    link = Link(device, 4 * nbytes)
-    return {
-        lane: summary(link.measure(["raw"], lane, nbytes, 3 if quick else 9)["raw"])["median"]
-        for lane in _MODES["both"]
-    }
+_SMALL_SIZES = (4 * _KIB, 16 * _KIB, 64 * _KIB)  # of what shares a submission
+_SUBMISSION_BYTES = 4 * _KIB  # of a copy whose submission is timed: the copy itself costs next to nothing
+_UPDATE_FORMAT = "split"  # of what host memory streams meanwhile: as the update of bf16 weights
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Times every size and mode. Bandwidths are GB/s (1e9 bytes), of both directions together under "both".
 
-    Yields a JSON-able dict: `rows`, each with `mode`, `bytes` and by side a summary of samples, and
-    `share_of_raw` of the lanes; `submission_us`, the cost of one small copy to the submitting thread.
+    Yields a JSON-able dict: `rows`, each with `mode`, `bytes` and by side a summary of samples, and `share_of_raw` of
+    the lanes; `small`, the same for copies that share submissions; `submission_us`, the cost of one small copy to the
+    submitting thread; `host_memory`, what all threads stream while raw copies run, and what the copies get meanwhile.
     """
     device = compute_device(options.device)
     sizes, rounds = (_QUICK_SIZES, 3) if options.quick else (_SIZES, 9)
@@ -228,12 +39,11 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for side in link.sides.values():
         side.check()
     rows: list[dict[str, Any]] = []
-    for mode, nbytes in itertools.product(_MODES, sizes):
-        rates = link.measure(list(link.sides), mode, nbytes, rounds)
-        row: dict[str, Any] = {"mode": mode, "bytes": nbytes}
-        row["gb_per_s"] = {name: summary([rate / 1e9 for rate in samples]) for name, samples in rates.items()}
+    for mode, nbytes in itertools.product(MODES, sizes):
+        row = _row(link, [name for name in link.sides if name != "batches"], mode, nbytes, rounds)
         row["share_of_raw"] = row["gb_per_s"]["lanes"]["median"] / row["gb_per_s"]["raw"]["median"]
         rows.append(row)
+    small = itertools.product(("to_host", "to_device"), _SMALL_SIZES)
     yield {
         "name": "link",
         "device": str(device),
@@ -241,35 +51,78 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "pin_refusal": link.pin_refusal or None,
         "raw": "cuMemcpyAsync from page-locked memory" if device.type == "cuda" else "memmove in a thread",
         "rows": rows,
+        "sends_batches": link.native.sends_batches,
+        "small": [_row(link, ("lanes", "batches", "raw"), mode, nbytes, rounds) for mode, nbytes in small],
         "submission_us": _submission_us(link, rounds),
+        "host_memory": _host_memory(link, options.quick),
     }
+
+
+def _row(link: Link, names: Sequence[str], mode: str, nbytes: int, rounds: int) -> dict[str, Any]:
+    rates = link.measure(names, mode, nbytes, rounds)
+    by_side = {name: summary([rate / 1e9 for rate in samples]) for name, samples in rates.items()}
+    return {"mode": mode, "bytes": nbytes, "gb_per_s": by_side}
+
+
+def _host_memory(link: Link, quick: bool) -> list[dict[str, Any]]:
+    """By what is copied meanwhile (None: nothing), GB/s read and written by all threads, and those of the copies."""
+    elements, rounds = (1 if quick else 64) * _MIB, 3
+    nbytes = (4 if quick else 64) * _MIB
+
+    def stream() -> float:
+        return streaming_bytes_per_s(_UPDATE_FORMAT, elements, rounds) / 1e9
+
+    rows: list[dict[str, Any]] = [{"copies": None, "gb_per_s": stream(), "copies_gb_per_s": None}]
+    for mode in MODES:
+        with busy_link(link.sides["raw"], mode, nbytes) as rates:
+            rate = stream()
+        copied = summary([one / 1e9 for one in rates])
+        rows.append({"copies": mode, "gb_per_s": rate, "copies_gb_per_s": copied})
+    return rows
 
 
 def _submission_us(link: Link, rounds: int) -> dict[str, Any]:
     """By side and lane; the raw side of the CPU hands over all copies in one call and has no such cost."""
-    names = ["lanes", "raw"] if link.device.type == "cuda" else ["lanes"]
-    samples: dict[str, dict[str, list[float]]] = {name: {lane: [] for lane in _MODES["both"]} for name in names}
-    for number, name, lane in itertools.product(range(rounds + 1), names, _MODES["both"]):
+    names = ["lanes", "batches", *(["raw"] if link.device.type == "cuda" else [])]
+    samples: dict[str, dict[str, list[float]]] = {name: {lane: [] for lane in MODES["both"]} for name in names}
+    for number, name, lane in itertools.product(range(rounds + 1), names, MODES["both"]):
         side = link.sides[name]
-        cost = side.submission_us(side.copies(lane, _SMALL_BYTES, _COPIES_AT_MOST))
+        cost = side.submission_us(side.copies(lane, _SUBMISSION_BYTES, COPIES_AT_MOST))
         if number > 0:
             samples[name][lane].append(cost)
     return {
-        name: {lane: {"bytes": _SMALL_BYTES, **summary(costs)} for lane, costs in by_lane.items()}
+        name: {lane: {"bytes": _SUBMISSION_BYTES, **summary(costs)} for lane, costs in by_lane.items()}
         for name, by_lane in samples.items()
     }
 
 
 def text(result: dict[str, Any]) -> str:
-    """The table of a result."""
+    """The tables of a result."""
     sides = list(result["rows"][0]["gb_per_s"])
     rows = [("GB/s", "KiB", *sides, "share of raw")]
     for row in result["rows"]:
         rates = [f"{row['gb_per_s'][name]['median']:.2f}" for name in sides]
         rows.append((row["mode"], f"{row['bytes'] // _KIB}", *rates, f"{row['share_of_raw']:.3f}"))
+    sides = list(result["small"][0]["gb_per_s"])
+    small = [("GB/s", "KiB", *sides)]
+    for row in result["small"]:
+        rates = [f"{row['gb_per_s'][name]['median']:.2f}" for name in sides]
+        small.append((row["mode"], f"{row['bytes'] // _KIB}", *rates))
+    memory = [("GB/s", "host memory", "the copies")]
+    for row in result["host_memory"]:
+        copied = "-" if row["copies"] is None else f"{row['copies_gb_per_s']['median']:.2f}"
+        memory.append((row["copies"] or "no copies", f"{row['gb_per_s']:.2f}", copied))
     costs = [
         f"{name} {lane} {cost['median']:.2f} us"
         for name, by_lane in result["submission_us"].items()
         for lane, cost in by_lane.items()
     ]
-    return f"{result['device']}, raw: {result['raw']}\n{table(rows)}\nsubmitting a small copy: {', '.join(costs)}"
+    return "\n".join(
+        (
+            f"{result['device']}, raw: {result['raw']}",
+            table(rows),
+            f"submitting a small copy: {', '.join(costs)}",
+            table(small),
+            table(memory),
+        )
+    )

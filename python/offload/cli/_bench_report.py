@@ -108,7 +108,10 @@ def _chapter(entry: Entry) -> list[str]:
     if entry.part == "train":
         return _train(result)
     if entry.part == "link":
-        return [_table(_link(result)), *_figures({"submission_us": result["submission_us"]})]
+        tables = [_table(_link(result[kind])) for kind in ("rows", "small") if kind in result]
+        if "host_memory" in result:
+            tables.append(_table(_host_memory(result["host_memory"])))
+        return [*tables, *_figures({"submission_us": result["submission_us"]})]
     if entry.part == "adamw":
         return [_table(_adamw(result)), *_figures({"times as fast": result["ratios"]})]
     if entry.part == "largest":
@@ -133,12 +136,21 @@ def _sections(sections: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _link(result: Mapping[str, Any]) -> Rows:
-    sides = list(result["rows"][0]["gb_per_s"])
-    rows: Rows = [("copies", "KiB", *(f"{side}, GB/s" for side in sides), "share of raw")]
-    for row in result["rows"]:
+def _link(measured: Sequence[Mapping[str, Any]]) -> Rows:
+    sides = list(measured[0]["gb_per_s"])
+    shares = ["share of raw"] if "share_of_raw" in measured[0] else []
+    rows: Rows = [("copies", "KiB", *(f"{side}, GB/s" for side in sides), *shares)]
+    for row in measured:
         rates = [_spread(row["gb_per_s"][side]) for side in sides]
-        rows.append((row["mode"], str(row["bytes"] // 1024), *rates, f"{row['share_of_raw']:.3f}"))
+        rows.append((row["mode"], str(row["bytes"] // 1024), *rates, *(f"{row['share_of_raw']:.3f}" for _ in shares)))
+    return rows
+
+
+def _host_memory(measured: Sequence[Mapping[str, Any]]) -> Rows:
+    rows: Rows = [("copies meanwhile", "host memory, GB/s", "the copies, GB/s")]
+    for row in measured:
+        copied = _spread(row["copies_gb_per_s"]) if row["copies"] else "-"
+        rows.append((row["copies"] or "none", _value(row["gb_per_s"]), copied))
     return rows
 
 

@@ -18,7 +18,7 @@ import offload
 
 from .. import _native
 from ._bench import summary
-from ._bench_link import raw_bytes_per_s
+from ._bench_copies import raw_bytes_per_s
 from ._bench_step import hook_costs, sleep_on, wait_for_compute
 from ._device import compute_device
 from ._table import table
