@@ -78,6 +78,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         bench("step", 50, f"step --device {device}"),
         bench("swap", 60, f"swap --device {device}"),
         bench("update", 60, f"update --device {device}"),
+        bench("unified", 60, f"unified --device {device}"),
     ]
     resident = "--beside compute resident --offload"
     if device == "cpu":

@@ -86,9 +86,8 @@ class Engine:
         self.config = config
         self.device = open_device(device)
         options = {"pin": config.pins_on(device.type), "poison": config.poison_enabled}
-        self.pool = _native.HostPool(
-            self.device, budget_bytes=plan.host_capacity - plan.activation_host_bytes, **options
-        )
+        beside = plan.activation_host_bytes + plan.unified.total
+        self.pool = _native.HostPool(self.device, budget_bytes=plan.host_capacity - beside, **options)
         self.transfers = _native.TransferQueue(self.device)
         store: StateStore | None = None
         if plan.disk_window is not None:
@@ -135,7 +134,7 @@ class Engine:
         streamed = units if plan.params == "host" else ()
         lane = WeightLane(self)
         self.streaming = Streaming(streamed, lane, device, prefetch=plan.prefetch, poison=config.poison_enabled)
-        self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)
+        self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names, device)
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
         self._finalizer = weakref.finalize(
@@ -156,6 +155,7 @@ class Engine:
         if self.homes.store is not None:
             self.homes.store.reserve(sum(self.homes.disk_bytes(parameter, kind) for parameter, kind in parameters))
         self.streaming.place(sum(self.homes.host_bytes(parameter, kind) for parameter, kind in parameters))
+        self.homes.reserve_unified(parameters)
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
@@ -536,8 +536,7 @@ class Engine:
         _engines.discard(self)
         self._finalizer()
         self.drop_states()
-        if self.homes.store is not None:
-            self.homes.store.close()
+        self.homes.close()
         self.activations = None  # what graphs still hold keeps its lanes
         del self.pipeline, self.homes, self.lanes, self.transfers, self.pool, self.device, self.streaming
 

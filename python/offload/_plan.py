@@ -11,11 +11,12 @@ from ._disk_window import DiskWindow, plan_window
 from ._errors import InvalidArgument, OutOfHostMemory
 from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes, table
+from ._unified_plan import MemoryKind, check_room, words_of_unified
 
 __all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
 
 Placement = Literal["device", "host"]
-OptimizerPlacement = Literal["device", "host", "disk", "mixed"]
+OptimizerPlacement = Literal["device", "host", "disk", "unified", "mixed"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
 MasterForm = Literal["none", "fp32", "split", "mixed"]
 
@@ -42,7 +43,8 @@ _HOST_SHARE_FOR_OTHERS = 0.10
 class Plan:
     """What was chosen, what it takes and why.
 
-    `device`, `host` and `disk` are bytes by kind; `resident` is what the device would hold with nothing offloaded.
+    `device`, `host`, `disk` and `unified` are bytes by kind, of which `unified` counts against the host's budget;
+    `resident` is what the device would hold with nothing offloaded.
     Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what activations may take
     on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params on the host.
     kept_states: with a mixed optimizer, the parameters whose states stay on the device. disk_window: with the optimizer
@@ -68,10 +70,11 @@ class Plan:
     kept_states: frozenset[str] = frozenset()
     disk: TierBytes = dataclasses.field(default_factory=TierBytes)
     disk_window: DiskWindow | None = None
+    unified: TierBytes = dataclasses.field(default_factory=TierBytes)
 
     def keeps_state(self, name: str) -> bool:
-        """Whether the optimizer state of this parameter is on the device."""
-        return self.optimizer == "device" or name in self.kept_states
+        """Whether the optimizer state of this parameter is the device's: there, or in unified memory."""
+        return self.optimizer in _UPDATED_BY_DEVICE or name in self.kept_states
 
     def gradient_leaves(self, name: str) -> bool:
         """Whether the gradient of this parameter leaves the device: not to come back for a state that stays."""
@@ -79,7 +82,8 @@ class Plan:
 
     def explain(self) -> str:
         """The plan as text: one line a kind, then the reasons."""
-        return table(self.device, self.host, self.disk) + "\n" + "\n".join(f"- {line}" for line in self.reason)
+        tiers = table(self.device, self.host, self.disk, self.unified)
+        return tiers + "\n" + "\n".join(f"- {line}" for line in self.reason)
 
 
 # [Note: bytes a parameter] By tier, for weights of 2 bytes (bf16, fp16) and of 4 (fp32):
@@ -87,6 +91,7 @@ class Plan:
 #            more than are sent for ahead
 #   states on the device   moments 4 + 4 (Lion, Adagrad: 4), in bf16 half of it, in int8 a quarter and 4 for each scale;
 #            master 4 for 16-bit weights; an fp32 weight is its own master
+#   states in unified memory   as on the device: the master of an fp32 weight is the weight, and is there
 #   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
 #   states on disk         as on the host, but for the working copy of 16-bit weights, which stays there; an fp32 weight
@@ -97,6 +102,7 @@ class Plan:
 # gradients on the host are those of the states there.
 
 _Choice = tuple[OptimizerPlacement, Placement, Placement]  # optimizer, gradients, params
+_UPDATED_BY_DEVICE: tuple[OptimizerPlacement, ...] = ("device", "unified")
 
 
 def make_plan(
@@ -107,13 +113,15 @@ def make_plan(
     device_bytes: int,
     host_bytes: int,
     gradient_itemsize: int | None = None,
+    memory_kind: MemoryKind | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Chooses placements for `parameters` and counts bytes.
 
     device_kind: `"cpu"`, `"cuda"`, ...; device_bytes: free device memory, including what these weights
     already take there; host_bytes: available host memory. Budgets of `config` replace the measured figures.
-    gradient_itemsize: bytes of a gradient element, None for that of the parameter. notes: further reasons.
+    gradient_itemsize: bytes of a gradient element, None for that of the parameter. memory_kind: what a CUDA device
+    shares with the host, for states in unified memory. notes: further reasons.
 
     Raises InvalidArgument when the device budget is too small for what was asked, or for anything under
     "auto", and OutOfHostMemory when the host budget is; both list what is needed and available by kind.
@@ -126,29 +134,32 @@ def make_plan(
     tried: list[str] = []
     refusal: str | None = None  # of the least offloading that fits the device, and not the host
     for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
-        device, host = sizes.by_tier(*choice)
+        kept = sizes.kept_states(choice[0], choice[2])
+        device, host = sizes.by_tier(*choice, kept=kept)
         window = sizes.window(host_capacity - host.total) if choice[0] == "disk" else None
         if window is not None:
             host = dataclasses.replace(host, window=window.nbytes)
+        unified = sizes.in_unified(choice[0])
+        on_host = host.total + unified.total
         if device.total > device_capacity:
-            tried.append(_over(choice, device, device_capacity, "device"))
-        elif host.total > host_capacity:
-            tried.append(_over(choice, host, host_capacity, "host"))
-            refusal = refusal or _too_small("host", device, host, host_capacity, host_note, config)
+            tried.append(_over(choice, device.total, device_capacity, "device"))
+        elif on_host > host_capacity:
+            tried.append(_over(choice, on_host, host_capacity, "host"))
+            refusal = refusal or _too_small("host", (device, host, unified), host_capacity, host_note, config)
         else:
             break
     else:
         if refusal is not None:
             raise OutOfHostMemory(refusal)
-        raise InvalidArgument(_too_small("device", device, host, device_capacity, device_note, config))
+        raise InvalidArgument(_too_small("device", (device, host, unified), device_capacity, device_note, config))
 
     optimizer, gradients, params = choice
-    kept = sizes.kept_states(optimizer, params)
+    check_room(memory_kind, unified.total, device.total, device_bytes)
     if optimizer == "mixed" and not kept:
         optimizer = "host"
     prefetch = config.prefetch or _LEAST_PREFETCH
     if config.prefetch is None and params == "host":
-        wider, _ = sizes.by_tier(*choice, prefetch=_WANTED_PREFETCH)
+        wider, _ = sizes.by_tier(*choice, kept=kept, prefetch=_WANTED_PREFETCH)
         if wider.total <= device_capacity:
             device, prefetch = wider, _WANTED_PREFETCH
     reason = [*tried, f"{_words(choice)}: {_chosen(config)}"]
@@ -157,14 +168,16 @@ def make_plan(
         reason.append(f"units of weights sent for ahead of their use: {prefetch}")
     if kept:
         reason.append(sizes.words_of(kept))
-    reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
+    reason.append(f"host: {format_size(on_host)} of {format_size(host_capacity)} ({host_note})")
+    if optimizer == "unified":
+        reason.append(words_of_unified(memory_kind, unified.total, sizes.copied_bytes()))
     disk = sizes.on_disk(params) if optimizer == "disk" else TierBytes()
     if window is not None:
         reason.append(
             f"disk: {format_size(disk.total)} in {', '.join(config.disk_paths)}, through a window of "
             f"{format_size(window.nbytes)} host memory"
         )
-    activations, activation_host_bytes = _activations(config, host_capacity - host.total)
+    activations, activation_host_bytes = _activations(config, host_capacity - on_host)
     if activations == "device":
         reason.append("activations stay on the device")
     else:
@@ -195,6 +208,7 @@ def make_plan(
         kept_states=kept,
         disk=disk,
         disk_window=window,
+        unified=unified,
     )
 
 
@@ -211,7 +225,7 @@ class _Sizes:
         self.prefetch = config.prefetch or _LEAST_PREFETCH
 
     def kept_states(self, optimizer: OptimizerPlacement, params: Placement) -> frozenset[str]:
-        """The parameters whose states stay on the device while those of others leave."""
+        """The parameters whose states stay on the device when a share of them is to leave."""
         if optimizer != "mixed":
             return frozenset()
         assert isinstance(self.config.optimizer, float)
@@ -228,7 +242,7 @@ class _Sizes:
     def master_form(self, optimizer: OptimizerPlacement, kept: frozenset[str]) -> MasterForm:
         """How the masters that are stored beside weights are stored."""
         forms: set[MasterForm] = {
-            "fp32" if optimizer == "device" or p.name in kept else _host_master_of(p, self.config)
+            "fp32" if optimizer in _UPDATED_BY_DEVICE or p.name in kept else _host_master_of(p, self.config)
             for p in self.trainable
             if p.itemsize == 2
         }
@@ -237,13 +251,18 @@ class _Sizes:
         return "mixed" if len(forms) > 1 else forms.pop()
 
     def by_tier(
-        self, optimizer: OptimizerPlacement, gradients: Placement, params: Placement, *, prefetch: int | None = None
+        self,
+        optimizer: OptimizerPlacement,
+        gradients: Placement,
+        params: Placement,
+        *,
+        kept: frozenset[str] = frozenset(),
+        prefetch: int | None = None,
     ) -> tuple[TierBytes, TierBytes]:
         """Device and host bytes of one choice. prefetch: None for the configured or least one."""
         window = self.stays + (1 + (prefetch or self.prefetch)) * self.largest_unit
-        kept = self.kept_states(optimizer, params)
-        staying = [p for p in self.trainable if optimizer == "device" or p.name in kept]
-        leaving = [p for p in self.trainable if optimizer != "device" and p.name not in kept]
+        staying = [p for p in self.trainable if optimizer in _UPDATED_BY_DEVICE or p.name in kept]
+        leaving = [p for p in self.trainable if optimizer not in _UPDATED_BY_DEVICE and p.name not in kept]
         working = sum(p.numel * p.itemsize for p in leaving if p.itemsize == 2)
         on_disk = optimizer == "disk"
         if params == "host":  # fp32 masters on the host are what their weights are uploaded from
@@ -251,10 +270,10 @@ class _Sizes:
             if not on_disk:
                 working -= sum(p.numel * p.itemsize for p in leaving if p.itemsize == 4)
         gone = [] if gradients == "device" else leaving or staying
-        device = TierBytes(
+        states = _states_of_device(staying if optimizer != "unified" else ())
+        device = dataclasses.replace(
+            states,
             weights=self.weights if params == "device" else min(self.weights, window),
-            master=sum(p.numel * FP32_MASTER_BYTES for p in staying if p.itemsize == 2),
-            moments=sum(p.moments for p in staying),
             gradients=self._gradient_bytes(self.trainable) - self._gradient_bytes(gone),
         )
         host = TierBytes(
@@ -264,6 +283,14 @@ class _Sizes:
             gradients=self._gradient_bytes(leaving or gone),
         )
         return device, host
+
+    def in_unified(self, optimizer: OptimizerPlacement) -> TierBytes:
+        """Bytes of the states in unified memory."""
+        return _states_of_device(self.trainable if optimizer == "unified" else ())
+
+    def copied_bytes(self) -> int:
+        """What an update on the host copies at a step: gradients there, and weights back."""
+        return self._gradient_bytes(self.trainable) + sum(p.numel * p.itemsize for p in self.trainable)
 
     def on_disk(self, params: Placement) -> TierBytes:
         """Disk bytes of the states, but for what rounding to blocks adds."""
@@ -286,6 +313,14 @@ class _Sizes:
 
     def _gradient_bytes(self, parameters: Sequence[ParameterSize]) -> int:
         return sum(p.numel * (self.gradient_itemsize or p.itemsize) for p in parameters)
+
+
+def _states_of_device(parameters: Sequence[ParameterSize]) -> TierBytes:
+    """Masters and moments in the form that the device updates."""
+    return TierBytes(
+        master=sum(p.numel * FP32_MASTER_BYTES for p in parameters if p.itemsize == 2),
+        moments=sum(p.moments for p in parameters),
+    )
 
 
 def _host_master_of(parameter: ParameterSize, config: Config) -> Literal["fp32", "split"]:
@@ -318,9 +353,11 @@ def _candidates(config: Config, *, may_store: bool = True) -> list[_Choice]:
         ("device", "device"),
         ("host", "device"),
         ("mixed", "device"),
+        ("unified", "device"),
         ("device", "host"),
         ("host", "host"),
         ("mixed", "host"),
+        ("unified", "host"),
     ]
     if optimizer == config.gradients == "auto":
         order.remove(("device", "host"))  # optimizer states go first
@@ -350,12 +387,12 @@ def _optimizer_of(config: Config) -> Tier | Literal["mixed"]:
 def _words(choice: _Choice) -> str:
     optimizer, gradients, params = choice
     states = "optimizer in part on the host" if optimizer == "mixed" else f"optimizer on the {optimizer}"
-    states = "optimizer on disk" if optimizer == "disk" else states
+    states = {"disk": "optimizer on disk", "unified": "optimizer in unified memory"}.get(optimizer, states)
     return f"{states}, gradients on the {gradients} and params on the {params}"
 
 
 def _allows(asked: Tier | Literal["mixed"], placement: OptimizerPlacement) -> bool:
-    return asked == placement or (asked == "auto" and placement != "mixed")
+    return asked == placement or (asked == "auto" and placement not in ("mixed", "unified"))
 
 
 def _device_capacity(config: Config, device_bytes: int) -> tuple[int, str]:
@@ -396,14 +433,15 @@ def _chosen(config: Config) -> str:
 
 def _too_small(
     tier: Literal["device", "host"],
-    device: TierBytes,
-    host: TierBytes,
+    tiers: tuple[TierBytes, TierBytes, TierBytes],
     capacity: int,
     note: str,
     config: Config,
 ) -> str:
-    needed = device.total if tier == "device" else host.total
-    offloads_all = _candidates(config)[-1] in (("host", "host", "host"), ("disk", "host", "host"))
+    device, host, unified = tiers
+    needed = device.total if tier == "device" else host.total + unified.total
+    optimizer, *others = _candidates(config)[-1]
+    offloads_all = optimizer not in ("device", "mixed") and others == ["host", "host"]
     if tier == "host":
         remedy = "raise host_budget, free host memory, or keep more on the device"
         if config.disk_path is None:
@@ -416,9 +454,9 @@ def _too_small(
         )
     return (
         f"the {tier} budget is too small: {format_size(needed)} needed, {format_size(capacity)} available "
-        f"({note}); {remedy}\n{table(device, host)}"
+        f"({note}); {remedy}\n{table(device, host, unified=unified)}"
     )
 
 
-def _over(choice: _Choice, needed: TierBytes, capacity: int, tier: str) -> str:
-    return f"{_words(choice)} would take {format_size(needed.total)} of {format_size(capacity)} {tier} memory"
+def _over(choice: _Choice, needed: int, capacity: int, tier: str) -> str:
+    return f"{_words(choice)} would take {format_size(needed)} of {format_size(capacity)} {tier} memory"

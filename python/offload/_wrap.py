@@ -29,6 +29,8 @@ from ._probe import probe_device, probe_host
 from ._residency import can_be_streamed
 from ._resident_move import ResidentMove
 from ._torch_updater import TorchUpdater, check_torch_optimizer
+from ._unified import classify
+from ._unified_plan import MemoryKind, advised_against
 from ._units import Unit, find_units
 
 # More bytes than any machine has.
@@ -328,6 +330,11 @@ def _check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> Non
                 f"{type(optimizer).__name__} cannot have a share of its states on the host: its own step may compute "
                 "over several parameters at once, in one place; pass optimizer='host' or optimizer='device'"
             )
+        if plan.optimizer == "unified":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot have its states in unified memory: its own step makes them on the "
+                "device; pass optimizer='host', or use Adam, AdamW, Adagrad or offload.Lion"
+            )
         if plan.optimizer == "disk":
             raise InvalidArgument(
                 f"{type(optimizer).__name__} cannot have its states on disk: its own step computes over tensors; pass "
@@ -414,15 +421,25 @@ def _plan(
         device_bytes = probe_device(str(device)).free_bytes + there
         host_bytes += sum(size.numel * size.itemsize for size in sizes) - there
     others = sorted({type(o).__name__ for o in optimizers if _updater_of(o) is TorchUpdater})
-    return make_plan(
+    memory_kind = _memory_kind_of(device) if settings.optimizer == "unified" else None
+    plan = make_plan(
         sizes,
         settings,
         gradient_itemsize=settings.gradient_itemsize,
         device_kind=device.type,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
+        memory_kind=memory_kind,
         notes=[f"{name}: what it keeps is not known before it runs, two fp32 moments are charged" for name in others],
     )
+    if advised_against(memory_kind):
+        why = next(line for line in plan.reason if line.startswith("unified memory"))
+        warnings.warn(f"optimizer='unified': {why}", stacklevel=3)  # the caller of wrap()
+    return plan
+
+
+def _memory_kind_of(device: torch.device) -> MemoryKind | None:
+    return classify(device).kind if device.type == "cuda" else None
 
 
 def _parameter_sizes(
