@@ -76,7 +76,9 @@ class Config:
         `offload.unified.classify`): states of a native optimizer lie on the host's side within host_budget, the device
         updates them there, and nothing is copied; `"auto"` never takes it. It is also a
         share (a float, 0.0 to 1.0): at least so much of the bytes of its states lives on the host, the other states
-        stay, the first in the model's order, and gradients with them. The bits of training do not depend on it.
+        stay, the first in the model's order, and gradients with them. Where the states of native optimizers do not all
+        fit a CUDA device beside the weights, `"auto"` measures for a moment and keeps there, within the budget, those
+        with which a step's update is shortest. The bits of training do not depend on it.
     activations: what autograd saves in forward: `"device"`, `"host"`, `"checkpoints"` (only what
         torch.utils.checkpoint saves leaves, the inputs of its blocks), a share (a float, 0.0 to 1.0: so much of it
         may leave, the first that was saved) or host bytes (`"8GiB"`, an int: no more may leave). `"auto"` keeps them

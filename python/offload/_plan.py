@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ._config import Config, Tier, format_size
 from ._disk_window import DiskWindow, plan_window
 from ._errors import InvalidArgument, OutOfHostMemory
+from ._hybrid import Rates, StateBytes, keep_fastest
 from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes, table
 from ._unified_plan import MemoryKind, check_room, words_of_unified
@@ -114,6 +116,7 @@ def make_plan(
     host_bytes: int,
     gradient_itemsize: int | None = None,
     memory_kind: MemoryKind | None = None,
+    measure: Callable[[], Rates] | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Chooses placements for `parameters` and counts bytes.
@@ -121,7 +124,8 @@ def make_plan(
     device_kind: `"cpu"`, `"cuda"`, ...; device_bytes: free device memory, including what these weights
     already take there; host_bytes: available host memory. Budgets of `config` replace the measured figures.
     gradient_itemsize: bytes of a gradient element, None for that of the parameter. memory_kind: what a CUDA device
-    shares with the host, for states in unified memory. notes: further reasons.
+    shares with the host, for states in unified memory. measure: gives the machine's rates; asked once, where "auto"
+    finds that not all states fit the device and may keep some of them there. notes: further reasons.
 
     Raises InvalidArgument when the device budget is too small for what was asked, or for anything under
     "auto", and OutOfHostMemory when the host budget is; both list what is needed and available by kind.
@@ -133,9 +137,17 @@ def make_plan(
 
     tried: list[str] = []
     refusal: str | None = None  # of the least offloading that fits the device, and not the host
+    measured = None if measure is None or config.optimizer != "auto" else functools.cache(measure)
     for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
         kept = sizes.kept_states(choice[0], choice[2])
         device, host = sizes.by_tier(*choice, kept=kept)
+        hybrid = None
+        room = device_capacity - device.total
+        if measured is not None and choice[0] == "host" and choice[2] == "device" and room > 0:
+            hybrid = keep_fastest(sizes.state_bytes(choice[1]), room, measured())
+            if hybrid.kept:
+                choice, kept = ("mixed", *choice[1:]), hybrid.kept
+                device, host = sizes.by_tier(*choice, kept=kept)
         window = sizes.window(host_capacity - host.total) if choice[0] == "disk" else None
         if window is not None:
             host = dataclasses.replace(host, window=window.nbytes)
@@ -168,6 +180,8 @@ def make_plan(
         reason.append(f"units of weights sent for ahead of their use: {prefetch}")
     if kept:
         reason.append(sizes.words_of(kept))
+    if hybrid is not None:
+        reason.append(hybrid.words())
     reason.append(f"host: {format_size(on_host)} of {format_size(host_capacity)} ({host_note})")
     if optimizer == "unified":
         reason.append(words_of_unified(memory_kind, unified.total, sizes.copied_bytes()))
@@ -230,6 +244,26 @@ class _Sizes:
             return frozenset()
         assert isinstance(self.config.optimizer, float)
         return states_that_stay(self.trainable, self.config.optimizer, by_unit=params == "host")
+
+    def state_bytes(self, gradients: Placement) -> list[StateBytes]:
+        """Each state as `keep_fastest` weighs it, with weights on the device."""
+        return [self._state_bytes_of(p, gradients) for p in self.trainable]
+
+    def _state_bytes_of(self, parameter: ParameterSize, gradients: Placement) -> StateBytes:
+        gradient, weight = self._gradient_bytes([parameter]), parameter.numel * parameter.itemsize
+        master = parameter.numel * _host_master_bytes(parameter, self.config)
+        # The host reads and writes the states. A gradient comes in and is read; a 16-bit weight is written, read where
+        # it is half of the master, and goes out; an fp32 one, which is the master, goes out.
+        passes = 1 if parameter.itemsize == 4 else 3 if _host_master_of(parameter, self.config) == "split" else 2
+        return StateBytes(
+            name=parameter.name,
+            kept=parameter.state_bytes + (gradient if gradients == "host" else 0),
+            to_host=gradient,
+            to_device=weight,
+            host_update=2 * (gradient + parameter.moments + master) + passes * weight,
+            # There an fp32 weight is read and written as its own master.
+            device_update=gradient + 2 * parameter.state_bytes + (2 if parameter.itemsize == 4 else 1) * weight,
+        )
 
     def words_of(self, kept: frozenset[str]) -> str:
         total = sum(p.state_bytes for p in self.trainable)

@@ -38,11 +38,11 @@ CSRC_FLOORS = {
 
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
-    ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_plan",
+    ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid", "_plan",
      "_stats"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
-        "_unified_pool", "_unified_states", "_disk", "_state_store", "_probe", "_trace", "_grad_dtype",
+        "_unified_pool", "_unified_states", "_disk", "_state_store", "_probe", "_rates", "_trace", "_grad_dtype",
     ),
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (
@@ -62,7 +62,7 @@ PUBLIC_API_ONLY = ("cli", "deepspeed")
 # states, in files of their own; _state_store is the disk tier's.
 MAY_IMPORT_NATIVE = (
     "_engine", "_copy_lanes", "_gradient_lanes", "_weight_lane", "_state_homes", "_adamw", "_lion", "_adagrad",
-    "_kernels", "_unified", "_unified_pool", "_unified_states", "_disk", "_state_store", "_probe", "_trace",
+    "_kernels", "_unified", "_unified_pool", "_unified_states", "_disk", "_state_store", "_probe", "_rates", "_trace",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")
