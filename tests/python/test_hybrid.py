@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offload
@@ -176,6 +176,7 @@ sizes = st.lists(
 speeds = st.floats(1e6, 1e13)
 
 
+@settings(deadline=None)
 @given(sizes, st.integers(0, 10**8), st.builds(Rates, speeds, speeds, speeds, speeds))
 def test_it_is_bounded_and_no_longer_than_all_on_the_host(model: list[Any], budget: int, rates: Rates) -> None:
     parameters = [
@@ -194,6 +195,7 @@ def test_it_is_bounded_and_no_longer_than_all_on_the_host(model: list[Any], budg
     assert plan.device.total <= budget and plan.host.total <= plain.host.total
 
 
+@settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 12), st.builds(Rates, speeds, speeds, speeds, speeds))
 def test_of_equal_states_no_number_is_faster(count: int, fitting: int, rates: Rates) -> None:
     states = [StateBytes(f"s{i}", 14, 2, 2, 30, 28) for i in range(count)]
