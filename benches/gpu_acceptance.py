@@ -37,6 +37,7 @@ _OUTPUT_CHARACTERS = 4000  # of a section that is not done, the last ones
 _SOURCES = {".py", ".pyi", ".cpp", ".h", ".inl", ".cu", ".toml", ".txt"}
 _PEERS = ("fsdp2", "torchao", "deepspeed")
 _ON_HOST, _HALF, _STREAMED = "optimizer+gradients", "optimizer:0.5+gradients", "optimizer+gradients+params"
+_UNIFIED = "optimizer:unified"
 _TEST_PARTS = 4  # each fits a call, also on the slowest of hosts
 _QUICK_TESTS = ("test_cuda_device", "test_copies", "test_stream_rules", "test_together")
 
@@ -78,6 +79,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         bench("step", 50, f"step --device {device}"),
         bench("swap", 60, f"swap --device {device}"),
         bench("update", 60, f"update --device {device}"),
+        bench("unified", 60, f"unified --device {device}"),
     ]
     resident = "--beside compute resident --offload"
     if device == "cpu":
@@ -86,7 +88,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         return [
             *shared,
             train("activations", 60, f"{small} {resident} {_ON_HOST}+activations"),
-            train("train-tiny", 60, f"{tiny} {resident} {_ON_HOST} {_HALF} {_STREAMED}"),
+            train("train-tiny", 60, f"{tiny} {resident} {_ON_HOST} {_HALF} {_UNIFIED} {_STREAMED}"),
             *peers(60, "tiny", tiny),
             bench("largest", 60, f"largest --device {device} --size tiny --device-budget 1MiB --host-budget 4MiB"),
         ]
@@ -109,6 +111,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         *shared,
         train("activations", 150, f"--size 1b --tokens 16384 {kept} --steps 5 {resident} {_ON_HOST}+activations"),
         train("train-1b", 280, f"--size 1b {five} {model} --steps 3 {resident} {_ON_HOST} {_HALF} {_STREAMED}"),
+        train("train-1b-unified", 150, f"--size 1b {two} {model} --steps 2 {resident} {_UNIFIED}"),
         train("train-8b", 320, f"{large} {_ON_HOST}"),
         train("train-8b-hybrid", 320, f"{large} {_HALF}"),
         train("train-8b-streamed", 320, f"{large} {_STREAMED}"),

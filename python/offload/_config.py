@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 __all__ = ["Config", "Master", "Moments", "Tier", "format_size", "parse_size"]
 
-Tier = Literal["device", "host", "disk", "auto"]
+Tier = Literal["device", "host", "disk", "unified", "auto"]
 Master = Literal["auto", "fp32", "split"]
 Moments = Literal["fp32", "bf16", "int8"]
 
 _TIERS = ("device", "host", "disk", "auto")
 # What this release can do; the rest of _TIERS is refused as "not yet".
 _SUPPORTED_TIERS: dict[str, tuple[str, ...]] = {
-    "optimizer": ("device", "host", "disk", "auto"),
+    "optimizer": ("device", "host", "disk", "unified", "auto"),
     "gradients": ("device", "host", "auto"),
     "params": ("device", "host", "disk", "auto"),
 }
@@ -72,9 +72,13 @@ class Config:
     optimizer, gradients, params: where each kind of tensor lives: `"device"`, `"host"` or `"auto"` (the least that
         fits the budgets is offloaded, optimizer states first). optimizer is also `"disk"`: masters and moments of a
         native optimizer live in files, and pass through a window of host memory while they are updated; `"auto"` takes
-        it last of all, and only with a disk_path. It is also a
+        it last of all, and only with a disk_path. `"unified"` is for devices that share memory with the host (see
+        `offload.unified.classify`): states of a native optimizer lie on the host's side within host_budget, the device
+        updates them there, and nothing is copied; `"auto"` never takes it. It is also a
         share (a float, 0.0 to 1.0): at least so much of the bytes of its states lives on the host, the other states
-        stay, the first in the model's order, and gradients with them. The bits of training do not depend on it.
+        stay, the first in the model's order, and gradients with them. Where the states of native optimizers do not all
+        fit a CUDA device beside the weights, `"auto"` measures for a moment and keeps there, within the budget, those
+        with which a step's update is shortest. The bits of training do not depend on it.
         params is also `"disk"`: weights live in such files, and pass through a cache of host memory, within
         host_budget, on their way to the device; native optimizers only. `"auto"` takes that after states on disk.
     activations: what autograd saves in forward: `"device"`, `"host"`, `"checkpoints"` (only what
@@ -261,9 +265,9 @@ def _check_optimizer(value: object, supported: tuple[str, ...]) -> None:
 
 
 def _check_tier(kind: str, value: object, supported: tuple[str, ...]) -> None:
-    _check_choice(kind, value, _TIERS)
-    if value not in supported:
+    if value in _TIERS and value not in supported:
         raise InvalidArgument(f"{kind}={value!r}: not yet in this release; legal now: {_quoted(supported)}")
+    _check_choice(kind, value, supported)
 
 
 def _check_disk_path(paths: Any) -> tuple[str, ...] | None:

@@ -86,9 +86,8 @@ class Engine:
         self.config = config
         self.device = open_device(device)
         options = {"pin": config.pins_on(device.type), "poison": config.poison_enabled}
-        self.pool = _native.HostPool(
-            self.device, budget_bytes=plan.host_capacity - plan.activation_host_bytes, **options
-        )
+        beside = plan.activation_host_bytes + plan.unified.total
+        self.pool = _native.HostPool(self.device, budget_bytes=plan.host_capacity - beside, **options)
         self.transfers = _native.TransferQueue(self.device)
         self.disk = open_store(config.disk_paths, **config.disk_settings) if plan.disk.total else None
         store: StateStore | None = None
@@ -141,7 +140,7 @@ class Engine:
             self.weights = DiskWeightLane(self, self.disk, plan.weight_cache)
         poison = config.poison_enabled
         self.streaming = Streaming(streamed, self.weights, device, prefetch=plan.prefetch, poison=poison)
-        self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)
+        self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names, device)
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
         self._finalizer = weakref.finalize(
@@ -163,6 +162,7 @@ class Engine:
             self.homes.store.reserve(sum(self.homes.disk_bytes(parameter, kind) for parameter, kind in parameters))
         self.streaming.place(sum(self.homes.host_bytes(parameter, kind) for parameter, kind in parameters))
         self.weights.flush()
+        self.homes.reserve_unified(parameters)
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
@@ -557,8 +557,7 @@ class Engine:
         _engines.discard(self)
         self._finalizer()
         self.drop_states()
-        if self.homes.store is not None:
-            self.homes.store.close()
+        self.homes.close()
         self.weights.close()
         if self.disk is not None:
             self.disk.close()

@@ -38,10 +38,12 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         ),
     }
     on_device = [state for state in engine.states.values() if not state.on_host]
+    unified: dict[str, int] = {}
     if on_device:
-        device["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
+        tier = unified if all(map(engine.homes.is_unified, on_device)) else device
+        tier["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
         native = [state for state in on_device if isinstance(state, NativeState)]
-        device["moments"] = sum(moment.nbytes for state in native for moment in state.moments.values())
+        tier["moments"] = sum(moment.nbytes for state in native for moment in state.moments.values())
     host = {tag: sum(pool["tag_bytes"][tag] for pool in pools) for tag in pools[0]["tag_bytes"]}
     if engine.torch_optimizers:
         tier = host if engine.plan.optimizer == "host" else device
@@ -87,6 +89,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         activations=activations,
         resident_weights=tuple(_resident_weights(engine, parameters, buffers)),
         disk=_disk_counters(engine, paths, pipeline) if paths else {},
+        unified_bytes=unified,
     )
 
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ._config import Config, Tier, format_size
 from ._disk_window import CacheSize, DiskWindow, image_bytes, plan_cache, plan_window
 from ._errors import InvalidArgument, OutOfHostMemory
+from ._hybrid import Rates, StateBytes, keep_fastest
 from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes, table
+from ._unified_plan import MemoryKind, check_room, words_of_unified
 
 __all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
 
 Placement = Literal["device", "host"]
 ParamsPlacement = Literal["device", "host", "disk"]
-OptimizerPlacement = Literal["device", "host", "disk", "mixed"]
+OptimizerPlacement = Literal["device", "host", "disk", "unified", "mixed"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
 MasterForm = Literal["none", "fp32", "split", "mixed"]
 
@@ -46,7 +49,8 @@ _HOST_SHARE_FOR_OTHERS = 0.10
 class Plan:
     """What was chosen, what it takes and why.
 
-    `device`, `host` and `disk` are bytes by kind; `resident` is what the device would hold with nothing offloaded.
+    `device`, `host`, `disk` and `unified` are bytes by kind, of which `unified` counts against the host's budget;
+    `resident` is what the device would hold with nothing offloaded.
     Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what activations may take
     on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params off the device.
     kept_states: with a mixed optimizer, the parameters whose states stay on the device. disk_window: with the optimizer
@@ -73,10 +77,11 @@ class Plan:
     disk: TierBytes = dataclasses.field(default_factory=TierBytes)
     disk_window: DiskWindow | None = None
     weight_cache: CacheSize | None = None
+    unified: TierBytes = dataclasses.field(default_factory=TierBytes)
 
     def keeps_state(self, name: str) -> bool:
-        """Whether the optimizer state of this parameter is on the device."""
-        return self.optimizer == "device" or name in self.kept_states
+        """Whether the optimizer state of this parameter is the device's: there, or in unified memory."""
+        return self.optimizer in _UPDATED_BY_DEVICE or name in self.kept_states
 
     def gradient_leaves(self, name: str) -> bool:
         """Whether the gradient of this parameter leaves the device: not to come back for a state that stays."""
@@ -84,7 +89,8 @@ class Plan:
 
     def explain(self) -> str:
         """The plan as text: one line a kind, then the reasons."""
-        return table(self.device, self.host, self.disk) + "\n" + "\n".join(f"- {line}" for line in self.reason)
+        tiers = table(self.device, self.host, self.disk, self.unified)
+        return tiers + "\n" + "\n".join(f"- {line}" for line in self.reason)
 
 
 # [Note: bytes a parameter] By tier, for weights of 2 bytes (bf16, fp16) and of 4 (fp32):
@@ -92,6 +98,7 @@ class Plan:
 #            more than are sent for ahead
 #   states on the device   moments 4 + 4 (Lion, Adagrad: 4), in bf16 half of it, in int8 a quarter and 4 for each scale;
 #            master 4 for 16-bit weights; an fp32 weight is its own master
+#   states in unified memory   as on the device: the master of an fp32 weight is the weight, and is there
 #   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
 #   states on disk         as on the host, but for the working copy of 16-bit weights, which stays there; an fp32 weight
@@ -104,6 +111,7 @@ class Plan:
 # gradients on the host are those of the states there.
 
 _Choice = tuple[OptimizerPlacement, Placement, ParamsPlacement]  # optimizer, gradients, params
+_UPDATED_BY_DEVICE: tuple[OptimizerPlacement, ...] = ("device", "unified")
 
 
 def make_plan(
@@ -114,13 +122,17 @@ def make_plan(
     device_bytes: int,
     host_bytes: int,
     gradient_itemsize: int | None = None,
+    memory_kind: MemoryKind | None = None,
+    measure: Callable[[], Rates] | None = None,
     notes: Sequence[str] = (),
 ) -> Plan:
     """Chooses placements for `parameters` and counts bytes.
 
     device_kind: `"cpu"`, `"cuda"`, ...; device_bytes: free device memory, including what these weights
     already take there; host_bytes: available host memory. Budgets of `config` replace the measured figures.
-    gradient_itemsize: bytes of a gradient element, None for that of the parameter. notes: further reasons.
+    gradient_itemsize: bytes of a gradient element, None for that of the parameter. memory_kind: what a CUDA device
+    shares with the host, for states in unified memory. measure: gives the machine's rates; asked once, where "auto"
+    finds that not all states fit the device and may keep some of them there. notes: further reasons.
 
     Raises InvalidArgument when the device budget is too small for what was asked, or for anything under
     "auto", and OutOfHostMemory when the host budget is; both list what is needed and available by kind.
@@ -132,35 +144,48 @@ def make_plan(
 
     tried: list[str] = []
     refusal: str | None = None  # of the least offloading that fits the device, and not the host
+    measured = None if measure is None or config.optimizer != "auto" else functools.cache(measure)
     for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
-        device, host = sizes.by_tier(*choice)
+        kept = sizes.kept_states(choice[0], choice[2])
+        device, host = sizes.by_tier(*choice, kept=kept)
+        hybrid = None
+        room = device_capacity - device.total
+        if measured is not None and choice[0] == "host" and choice[2] == "device" and room > 0:
+            hybrid = keep_fastest(sizes.state_bytes(choice[1]), room, measured())
+            if hybrid.kept:
+                choice, kept = ("mixed", *choice[1:]), hybrid.kept
+                device, host = sizes.by_tier(*choice, kept=kept)
+        unified = sizes.in_unified(choice[0])
+        on_host = host.total + unified.total
         cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
-        left = host_capacity - host.total - (0 if cache is None else cache.nbytes)
+        left = host_capacity - on_host - (0 if cache is None else cache.nbytes)
         window = sizes.window(left) if choice[0] == "disk" else None
         if window is not None:
             host = dataclasses.replace(host, window=window.nbytes)
+            on_host += window.nbytes
         if cache is not None:
-            cache = sizes.cache(int((host_capacity - host.total) * _CACHE_SHARE))
+            cache = sizes.cache(int((host_capacity - on_host) * _CACHE_SHARE))
             host = dataclasses.replace(host, cache=cache.nbytes)
+            on_host += cache.nbytes
         if device.total > device_capacity:
-            tried.append(_over(choice, device, device_capacity, "device"))
-        elif host.total > host_capacity:
-            tried.append(_over(choice, host, host_capacity, "host"))
-            refusal = refusal or _too_small("host", device, host, host_capacity, host_note, config)
+            tried.append(_over(choice, device.total, device_capacity, "device"))
+        elif on_host > host_capacity:
+            tried.append(_over(choice, on_host, host_capacity, "host"))
+            refusal = refusal or _too_small("host", (device, host, unified), host_capacity, host_note, config)
         else:
             break
     else:
         if refusal is not None:
             raise OutOfHostMemory(refusal)
-        raise InvalidArgument(_too_small("device", device, host, device_capacity, device_note, config))
+        raise InvalidArgument(_too_small("device", (device, host, unified), device_capacity, device_note, config))
 
     optimizer, gradients, params = choice
-    kept = sizes.kept_states(optimizer, params)
+    check_room(memory_kind, unified.total, device.total, device_bytes)
     if optimizer == "mixed" and not kept:
         optimizer = "host"
     prefetch = config.prefetch or _LEAST_PREFETCH
     if config.prefetch is None and params != "device":
-        wider, _ = sizes.by_tier(*choice, prefetch=_WANTED_PREFETCH)
+        wider, _ = sizes.by_tier(*choice, kept=kept, prefetch=_WANTED_PREFETCH)
         if wider.total <= device_capacity:
             device, prefetch = wider, _WANTED_PREFETCH
     reason = [*tried, f"{_words(choice)}: {_chosen(config)}"]
@@ -169,14 +194,18 @@ def make_plan(
         reason.append(f"units of weights sent for ahead of their use: {prefetch}")
     if kept:
         reason.append(sizes.words_of(kept))
-    reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
+    if hybrid is not None:
+        reason.append(hybrid.words())
+    reason.append(f"host: {format_size(on_host)} of {format_size(host_capacity)} ({host_note})")
+    if optimizer == "unified":
+        reason.append(words_of_unified(memory_kind, unified.total, sizes.copied_bytes()))
     disk = sizes.on_disk(optimizer, params)
     if disk.total:
         ways = [f"a window of {format_size(host.window)}"] if window is not None else []
         ways += [f"a cache of {format_size(host.cache)} for weights"] if params == "disk" else []
         where = ", ".join(config.disk_paths)
         reason.append(f"disk: {format_size(disk.total)} in {where}, through {' and '.join(ways)} in host memory")
-    activations, activation_host_bytes = _activations(config, host_capacity - host.total)
+    activations, activation_host_bytes = _activations(config, host_capacity - on_host)
     if activations == "device":
         reason.append("activations stay on the device")
     else:
@@ -208,6 +237,7 @@ def make_plan(
         disk=disk,
         disk_window=window,
         weight_cache=cache,
+        unified=unified,
     )
 
 
@@ -225,11 +255,31 @@ class _Sizes:
         self.prefetch = config.prefetch or _LEAST_PREFETCH
 
     def kept_states(self, optimizer: OptimizerPlacement, params: ParamsPlacement) -> frozenset[str]:
-        """The parameters whose states stay on the device while those of others leave."""
+        """The parameters whose states stay on the device when a share of them is to leave."""
         if optimizer != "mixed":
             return frozenset()
         assert isinstance(self.config.optimizer, float)
         return states_that_stay(self.trainable, self.config.optimizer, by_unit=params != "device")
+
+    def state_bytes(self, gradients: Placement) -> list[StateBytes]:
+        """Each state as `keep_fastest` weighs it, with weights on the device."""
+        return [self._state_bytes_of(p, gradients) for p in self.trainable]
+
+    def _state_bytes_of(self, parameter: ParameterSize, gradients: Placement) -> StateBytes:
+        gradient, weight = self._gradient_bytes([parameter]), parameter.numel * parameter.itemsize
+        master = parameter.numel * _host_master_bytes(parameter, self.config)
+        # The host reads and writes the states. A gradient comes in and is read; a 16-bit weight is written, read where
+        # it is half of the master, and goes out; an fp32 one, which is the master, goes out.
+        passes = 1 if parameter.itemsize == 4 else 3 if _host_master_of(parameter, self.config) == "split" else 2
+        return StateBytes(
+            name=parameter.name,
+            kept=parameter.state_bytes + (gradient if gradients == "host" else 0),
+            to_host=gradient,
+            to_device=weight,
+            host_update=2 * (gradient + parameter.moments + master) + passes * weight,
+            # There an fp32 weight is read and written as its own master.
+            device_update=gradient + 2 * parameter.state_bytes + (2 if parameter.itemsize == 4 else 1) * weight,
+        )
 
     def words_of(self, kept: frozenset[str]) -> str:
         total = sum(p.state_bytes for p in self.trainable)
@@ -242,7 +292,7 @@ class _Sizes:
     def master_form(self, optimizer: OptimizerPlacement, kept: frozenset[str]) -> MasterForm:
         """How the masters that are stored beside weights are stored."""
         forms: set[MasterForm] = {
-            "fp32" if optimizer == "device" or p.name in kept else _host_master_of(p, self.config)
+            "fp32" if optimizer in _UPDATED_BY_DEVICE or p.name in kept else _host_master_of(p, self.config)
             for p in self.trainable
             if p.itemsize == 2
         }
@@ -256,13 +306,13 @@ class _Sizes:
         gradients: Placement,
         params: ParamsPlacement,
         *,
+        kept: frozenset[str] = frozenset(),
         prefetch: int | None = None,
     ) -> tuple[TierBytes, TierBytes]:
         """Device and host bytes of one choice. prefetch: None for the configured or least one."""
         window = self.stays + (1 + (prefetch or self.prefetch)) * self.largest_unit
-        kept = self.kept_states(optimizer, params)
-        staying = [p for p in self.trainable if optimizer == "device" or p.name in kept]
-        leaving = [p for p in self.trainable if optimizer != "device" and p.name not in kept]
+        staying = [p for p in self.trainable if optimizer in _UPDATED_BY_DEVICE or p.name in kept]
+        leaving = [p for p in self.trainable if optimizer not in _UPDATED_BY_DEVICE and p.name not in kept]
         # What stays on the device has a copy on the host, and is counted so though most of it has it on disk.
         copied = [p for p in leaving if params != "disk" or p.stays]
         working = sum(p.numel * p.itemsize for p in copied if p.itemsize == 2)
@@ -273,10 +323,10 @@ class _Sizes:
             if not on_disk:
                 working -= sum(p.numel * p.itemsize for p in leaving if p.itemsize == 4)
         gone = [] if gradients == "device" else leaving or staying
-        device = TierBytes(
+        states = _states_of_device(staying if optimizer != "unified" else ())
+        device = dataclasses.replace(
+            states,
             weights=self.weights if params == "device" else min(self.weights, window),
-            master=sum(p.numel * FP32_MASTER_BYTES for p in staying if p.itemsize == 2),
-            moments=sum(p.moments for p in staying),
             gradients=self._gradient_bytes(self.trainable) - self._gradient_bytes(gone),
         )
         host = TierBytes(
@@ -286,6 +336,14 @@ class _Sizes:
             gradients=self._gradient_bytes(leaving or gone),
         )
         return device, host
+
+    def in_unified(self, optimizer: OptimizerPlacement) -> TierBytes:
+        """Bytes of the states in unified memory."""
+        return _states_of_device(self.trainable if optimizer == "unified" else ())
+
+    def copied_bytes(self) -> int:
+        """What an update on the host copies at a step: gradients there, and weights back."""
+        return self._gradient_bytes(self.trainable) + sum(p.numel * p.itemsize for p in self.trainable)
 
     def on_disk(self, optimizer: OptimizerPlacement, params: ParamsPlacement) -> TierBytes:
         """Disk bytes of states and weights, but for what rounding to blocks adds."""
@@ -321,6 +379,14 @@ class _Sizes:
         return sum(p.numel * (self.gradient_itemsize or p.itemsize) for p in parameters)
 
 
+def _states_of_device(parameters: Sequence[ParameterSize]) -> TierBytes:
+    """Masters and moments in the form that the device updates."""
+    return TierBytes(
+        master=sum(p.numel * FP32_MASTER_BYTES for p in parameters if p.itemsize == 2),
+        moments=sum(p.moments for p in parameters),
+    )
+
+
 def _host_master_of(parameter: ParameterSize, config: Config) -> Literal["fp32", "split"]:
     if parameter.may_split and parameter.dtype_name == "bfloat16" and config.master != "fp32":
         return "split"
@@ -351,9 +417,11 @@ def _candidates(config: Config, *, may_store: bool = True) -> list[_Choice]:
         ("device", "device"),
         ("host", "device"),
         ("mixed", "device"),
+        ("unified", "device"),
         ("device", "host"),
         ("host", "host"),
         ("mixed", "host"),
+        ("unified", "host"),
     ]
     if optimizer == config.gradients == "auto":
         order.remove(("device", "host"))  # optimizer states go first
@@ -388,13 +456,13 @@ def _optimizer_of(config: Config) -> Tier | Literal["mixed"]:
 def _words(choice: _Choice) -> str:
     optimizer, gradients, params = choice
     states = "optimizer in part on the host" if optimizer == "mixed" else f"optimizer on the {optimizer}"
-    states = "optimizer on disk" if optimizer == "disk" else states
+    states = {"disk": "optimizer on disk", "unified": "optimizer in unified memory"}.get(optimizer, states)
     weights = "params on disk" if params == "disk" else f"params on the {params}"
     return f"{states}, gradients on the {gradients} and {weights}"
 
 
 def _allows(asked: Tier | Literal["mixed"], placement: OptimizerPlacement) -> bool:
-    return asked == placement or (asked == "auto" and placement != "mixed")
+    return asked == placement or (asked == "auto" and placement not in ("mixed", "unified"))
 
 
 def _device_capacity(config: Config, device_bytes: int) -> tuple[int, str]:
@@ -435,15 +503,15 @@ def _chosen(config: Config) -> str:
 
 def _too_small(
     tier: Literal["device", "host"],
-    device: TierBytes,
-    host: TierBytes,
+    tiers: tuple[TierBytes, TierBytes, TierBytes],
     capacity: int,
     note: str,
     config: Config,
 ) -> str:
-    needed = device.total if tier == "device" else host.total
+    device, host, unified = tiers
+    needed = device.total if tier == "device" else host.total + unified.total
     states, gradients, params = _candidates(config)[-1]
-    offloads_all = states in ("host", "disk") and gradients == "host" and params in ("host", "disk")
+    offloads_all = states not in ("device", "mixed") and gradients == "host" and params in ("host", "disk")
     if tier == "host":
         remedy = "raise host_budget, free host memory, or keep more on the device"
         if config.disk_path is None:
@@ -456,9 +524,9 @@ def _too_small(
         )
     return (
         f"the {tier} budget is too small: {format_size(needed)} needed, {format_size(capacity)} available "
-        f"({note}); {remedy}\n{table(device, host)}"
+        f"({note}); {remedy}\n{table(device, host, unified=unified)}"
     )
 
 
-def _over(choice: _Choice, needed: TierBytes, capacity: int, tier: str) -> str:
-    return f"{_words(choice)} would take {format_size(needed.total)} of {format_size(capacity)} {tier} memory"
+def _over(choice: _Choice, needed: int, capacity: int, tier: str) -> str:
+    return f"{_words(choice)} would take {format_size(needed)} of {format_size(capacity)} {tier} memory"

@@ -1,8 +1,8 @@
-"""Where the states of parameters live, and what they take there: the device, the engine's pool, or the disk."""
+"""Where the states of parameters live, and what they take: the device, unified memory, the engine's pool, the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +18,9 @@ from ._plan import Plan
 from ._state_store import StateStore
 from ._stored_values import StoredWeight
 from ._streaming import Streaming
+from ._unified_states import BLOCK_BYTES, UnifiedStates
 
 State = TypeVar("State", bound=ParameterState)
-
-# Blocks of the pool are multiples of this (csrc/memory/host_pool.h).
-_BLOCK_BYTES = 256
 
 
 class StateHomes:
@@ -36,6 +34,7 @@ class StateHomes:
         streaming: Streaming,
         store: StateStore | None,
         names: Mapping[int, str],
+        device: torch.device,
     ) -> None:
         self._plan = plan
         self._config = config
@@ -43,6 +42,7 @@ class StateHomes:
         self._streaming = streaming
         self.store = store
         self._names = names
+        self._unified = UnifiedStates(device) if plan.optimizer == "unified" else None
 
     def updates_on_host(self, parameter: Parameter) -> bool:
         """Whether its update runs on the host: then its state is there or on disk."""
@@ -83,7 +83,24 @@ class StateHomes:
                 sizes.append((2 if self._splits(parameter, kind) else 4) * numel)
         if self.updates_on_host(parameter) or self._plan.gradient_leaves(self._name_of(parameter)):
             sizes.append((self._config.gradient_itemsize or parameter.element_size()) * numel)
-        return sum(-(-size // _BLOCK_BYTES) * _BLOCK_BYTES for size in sizes)
+        return _in_blocks(sizes)
+
+    def reserve_unified(self, parameters: Sequence[tuple[Parameter, type[ParameterState]]]) -> None:
+        """Obtains the unified memory that the states of these take. Raises as `offload.unified.empty`."""
+        if self._unified is None:
+            return
+        sizes = [4 * parameter.numel() for parameter, _ in parameters if parameter.dtype != torch.float32]
+        for parameter, kind in parameters:
+            if issubclass(kind, NativeState):
+                sizes += kind.moment_sizes(self._config.moments, parameter.numel())
+        self._unified.reserve(_in_blocks(sizes))
+
+    def close(self) -> None:
+        """Gives up what no state holds."""
+        if self.store is not None:
+            self.store.close()
+        if self._unified is not None:
+            self._unified.close()
 
     def make(self, name: str, parameter: Parameter, kind: type[State]) -> State:
         """The state of a parameter; raises `OutOfHostMemory` over the budget, `StorageError` without disk space."""
@@ -94,6 +111,9 @@ class StateHomes:
         def allocate(dtype: torch.dtype, tag: Any, count: int | None = None) -> Tensor:
             if streamed and on_host and dtype == parameter.dtype and tag != "moments":
                 return self._streaming.host_weight(parameter)
+            if self._unified is not None:
+                row = self._unified.take(dtype, parameter.numel() if count is None else count)
+                return row if count is not None else row.as_strided(parameter.shape, parameter.stride())
             if not on_host or parameter.numel() == 0:
                 tier = torch.device("cpu") if on_host else parameter.device
                 if count is not None:
@@ -119,6 +139,10 @@ class StateHomes:
             store=self._store_of(parameter),
             **form,
         )
+
+    def is_unified(self, state: ParameterState) -> bool:
+        """Whether the state lies in unified memory."""
+        return self._unified is not None and not state.on_host
 
     @staticmethod
     def slot_of(state: NativeState) -> dict[str, Any]:
@@ -160,3 +184,8 @@ class _WeightOnDisk:
 
     def stored(self) -> StoredWeight:
         return self._streaming.stored_weight(self._parameter)
+
+
+def _in_blocks(sizes: Iterable[int]) -> int:
+    """What arrays of these bytes take, each from the beginning of a block (csrc/memory/host_pool.h has the same)."""
+    return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes)

@@ -6,8 +6,9 @@ import dataclasses
 import os
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar, overload
 
 import torch
@@ -19,6 +20,7 @@ from ._errors import InvalidArgument, StateError, StorageError
 from ._grad_dtype import check_grad_dtype
 from ._hooks import Hooks
 from ._host_grad import HostGrad
+from ._hybrid import Rates
 from ._interrupts import Uninterrupted
 from ._native_state import AdagradState, AdamWState
 from ._native_updater import NativeUpdater
@@ -26,9 +28,12 @@ from ._optimizer import OffloadOptimizer
 from ._parameter_state import ParameterState
 from ._plan import ParameterSize, Plan, make_plan
 from ._probe import probe_device, probe_host
+from ._rates import measure_rates
 from ._residency import can_be_streamed
 from ._resident_move import ResidentMove
 from ._torch_updater import TorchUpdater, check_torch_optimizer
+from ._unified import classify
+from ._unified_plan import MemoryKind, advised_against
 from ._units import Unit, find_units
 
 # More bytes than any machine has.
@@ -341,6 +346,11 @@ def _check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> Non
                 f"{type(optimizer).__name__} cannot train weights on disk: its own step computes over all of them at "
                 "once; pass params='host', or use Adam, AdamW, Adagrad or offload.Lion"
             )
+        if plan.optimizer == "unified":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot have its states in unified memory: its own step makes them on the "
+                "device; pass optimizer='host', or use Adam, AdamW, Adagrad or offload.Lion"
+            )
         if plan.optimizer == "disk":
             raise InvalidArgument(
                 f"{type(optimizer).__name__} cannot have its states on disk: its own step computes over tensors; pass "
@@ -427,15 +437,33 @@ def _plan(
         device_bytes = probe_device(str(device)).free_bytes + there
         host_bytes += sum(size.numel * size.itemsize for size in sizes) - there
     others = sorted({type(o).__name__ for o in optimizers if _updater_of(o) is TorchUpdater})
-    return make_plan(
+    memory_kind = _memory_kind_of(device) if settings.optimizer == "unified" else None
+    plan = make_plan(
         sizes,
         settings,
         gradient_itemsize=settings.gradient_itemsize,
         device_kind=device.type,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
+        memory_kind=memory_kind,
+        measure=None if others else _measure(device, settings),
         notes=[f"{name}: what it keeps is not known before it runs, two fp32 moments are charged" for name in others],
     )
+    if advised_against(memory_kind):
+        why = next(line for line in plan.reason if line.startswith("unified memory"))
+        warnings.warn(f"optimizer='unified': {why}", stacklevel=3)  # the caller of wrap()
+    return plan
+
+
+def _measure(device: torch.device, settings: Config) -> Callable[[], Rates] | None:
+    """Of the CPU as the device nothing is asked: a state that stays there saves no copy."""
+    if device.type == "cpu":
+        return None
+    return partial(measure_rates, device, pin=settings.pins_on(device.type), kernels=settings.moments == "fp32")
+
+
+def _memory_kind_of(device: torch.device) -> MemoryKind | None:
+    return classify(device).kind if device.type == "cuda" else None
 
 
 def _parameter_sizes(

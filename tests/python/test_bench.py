@@ -101,7 +101,7 @@ def test_an_engine_that_trains_otherwise_is_not_reported(monkeypatch: pytest.Mon
 # --- every part ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["engine", "link", "step", "swap", "train", "update"])
+@pytest.mark.parametrize("part", ["engine", "link", "step", "swap", "train", "unified", "update"])
 @pytest.mark.parametrize(("name", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "supported")])
 def test_a_device_that_cannot_be_measured_is_named(
     part: str, name: str, reason: str, capsys: pytest.CaptureFixture[str]
@@ -213,10 +213,10 @@ def test_train_goes_on_when_a_run_does_not_fit(
 @pytest.mark.usefixtures("torch_settings")
 def test_train_with_several_placements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_activations, "MIN_BYTES", 1)  # the model is small
-    names = ["optimizer+gradients+params+activations", "optimizer:0.5+gradients"]
+    names = ["optimizer+gradients+params+activations", "optimizer:0.5+gradients", "optimizer:unified+gradients"]
     sizes = ["--steps", "1", "--tokens", "64", "--micro-batch", "32", "--vocabulary", "128", "--no-checkpointing"]
     result = train(tmp_path / "result.json", *sizes, "--beside", "compute", "resident", "--offload", *names)
-    everything, half = (result["runs"][name] for name in names)
+    everything, half, unified = (result["runs"][name] for name in names)
     assert result["losses_equal_resident"] and everything["losses_equal_resident"] and half["losses_equal_resident"]
     assert everything["stats"]["host_bytes"]["weights"] > 1.9 * result["parameters"]
     assert everything["stats"]["activations"]["offloaded_bytes"] > 0
@@ -230,6 +230,10 @@ def test_train_with_several_placements(tmp_path: Path, monkeypatch: pytest.Monke
     assert halved["host_update_s"] == pytest.approx(bound["host_update_s"] / 2)
     assert halved["to_host_s"] == pytest.approx(bound["to_host_s"] / 2)
     assert halved["to_device_s"] == pytest.approx(moved / 2 / rates["to_device"])
+    assert unified["losses_equal_resident"] and unified["stats"]["unified_bytes"]["moments"] == moments
+    crossing = unified["steps"][0]["bound"]  # masters and moments, and the gradients of two micro-batches
+    assert set(crossing) == {"compute_s", "to_host_s", "to_device_s"}
+    assert crossing["to_device_s"] == pytest.approx((12 / 2 + 2) * moved / rates["to_device"])
 
 
 @pytest.mark.parametrize(
@@ -240,6 +244,7 @@ def test_train_with_several_placements(tmp_path: Path, monkeypatch: pytest.Monke
         (["--micro-batch", "48"], "--micro-batch 48"),
         (["--offload", "optimizer", "weights"], "--offload weights"),
         (["--offload", "optimizer:half"], "--offload optimizer:half"),
+        (["--offload", "gradients:unified"], "--offload gradients:unified"),
         (["--offload", "optimizer:1.5"], "optimizer=1.5"),
         (["--device-cap", "4", "--device", "cpu"], "only CUDA's allocator"),
     ],

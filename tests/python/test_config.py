@@ -68,7 +68,7 @@ def test_budgets_and_device_are_normalised() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"optimizer": "gpu"}, ["optimizer='gpu'", "'device', 'host', 'disk', 'auto'"]),
+        ({"optimizer": "gpu"}, ["optimizer='gpu'", "'device', 'host', 'disk', 'unified', 'auto'"]),
         ({"optimizer": "disk"}, ["optimizer='disk'", "disk_path"]),
         ({"disk_path": 7}, ["disk_path=7", "list of directories"]),
         ({"disk_path": []}, ["disk_path=[]", "a directory"]),

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import offload
-from offload import _engine, _native
+from offload import _engine, _native, _wrap
 from training import HOST, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
 
 
@@ -174,7 +174,8 @@ def test_add_param_group_after_wrap() -> None:
     assert len(wrapped.param_groups) == 2
 
 
-def test_auto_offloads_the_least_that_fits() -> None:
+def test_auto_offloads_the_least_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_wrap, "_measure", lambda *_: None)  # else a card keeps what fits of the states
     count = sum(p.numel() for p in make_model().parameters())
     placements = []
     for budget in (20 * count, 9 * count, 5 * count):

@@ -114,7 +114,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_place_or_share,
         default="host",
         metavar="WHERE",
-        help="where optimizer states are: host (default), device, disk, auto, or the share on the host such as 0.7",
+        help="where optimizer states are: host (default), device, disk, unified, auto, or the host's share, as 0.7",
     )
     train.add_argument("--disk-path", nargs="+", default=None, metavar="DIR", help="directories for what is on disk")
     train.add_argument("--host-budget", default=None, metavar="SIZE", help="on the host, as '8GiB' (default: measured)")
@@ -177,6 +177,11 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("swap", on_device, "what streamed weights cost, and how much of the link they use")
     add("engine", on_device, "what the DeepSpeed engine costs over wrap, step by step")
     add("update", on_device, "the update of states that stay on the device beside its memory's own speed and torch")
+    add(
+        "unified",
+        on_device,
+        "the device's update of states in unified memory beside the host's, and over pinned memory",
+    )
     add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
@@ -185,7 +190,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "all",
         on_device,
-        "all of these but engine, update, checkpoint, disk, train and largest, which take their time or room",
+        "all of these but engine, update, unified, checkpoint, disk, train and largest, which take their time or room",
     )
 
 
@@ -208,7 +213,7 @@ def _add_bench_train(train: argparse.ArgumentParser) -> None:
         default=["optimizer+gradients"],
         metavar="KINDS",
         help="placements: kinds on the host (optimizer, gradients, params, activations) joined by +, or a share of one "
-        "as optimizer:0.5 (default optimizer+gradients)",
+        "as optimizer:0.5, or optimizer:unified (default optimizer+gradients)",
     )
     train.add_argument(
         "--beside",

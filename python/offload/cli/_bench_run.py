@@ -41,7 +41,7 @@ NO_LIMIT = 1 << 62  # bytes: what does not fit shows when it is allocated, and i
 _WARMUP_STEPS = 2
 _WARMUP_MICRO_BATCHES = 2
 
-Place = str | float  # "host", "device", or the share that is on the host
+Place = str | float  # "host", "device", "unified" (of the optimizer), or the share that is on the host
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,6 +39,8 @@ _BYTES_OF_A_RUN = 18
 _SHARE_FOR_ALL_RUNS = 0.5
 # DRAM bytes a parameter of the host update with split masters: docs/benchmarks.md, the bound of a step.
 _UPDATE_BYTES = 30
+# Of states in unified memory, what crosses the link each way: master and moments.
+_UNIFIED_BYTES = 12
 
 _SIZES: dict[str, tuple[ModelShape, int, int, int]] = {  # shape, tokens a step, of a sequence, steps
     "tiny": (TINY, 64, 32, 6),
@@ -80,14 +82,17 @@ def parse_places(text: str) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for part in text.split("+"):
         kind, _, share = part.partition(":")
+        if part == "optimizer:unified":
+            places[kind] = share
+            continue
         try:
             places[kind] = float(share) if share else "host"
         except ValueError:
             kind = ""
         if kind not in KINDS:
             raise offload.InvalidArgument(
-                f"--offload {text}: give kinds joined by '+', of {', '.join(KINDS)}, such as optimizer+gradients or "
-                "optimizer:0.5+gradients for half of the states"
+                f"--offload {text}: give kinds joined by '+', of {', '.join(KINDS)}, such as optimizer+gradients, "
+                "optimizer:0.5+gradients for half of the states, or optimizer:unified"
             )
     return places
 
@@ -227,18 +232,24 @@ def bound(
     """Seconds that each resource takes at least in a step of `count` 16-bit parameters with `places` on the host.
 
     Gradients cross to the host and weights or gradients back, whichever of the kinds is offloaded; of a share of the
-    states, the share. In every micro-batch gradients leave, and streamed weights come for forward and for backward.
-    Activations do not count. micro_batch_s: forward and backward of one, alone.
+    states, the share. States in unified memory cross as they are, both ways. In every micro-batch gradients leave, and
+    streamed weights come for forward and for backward. Activations do not count. micro_batch_s: forward and backward of
+    one, alone.
     """
     on_host = {kind: float(place == "host") if isinstance(place, str) else place for kind, place in places.items()}
     states = on_host["optimizer"]
     leaving = states or 1.0  # with states on the device all gradients leave, if any do
     departures = micro_batches if on_host["gradients"] else 1
     uploads = 2 * micro_batches if on_host["params"] else leaving
+    to_host, to_device = 2 * leaving * departures, 2 * uploads
+    if places["optimizer"] == "unified":
+        copied = on_host["gradients"] * departures  # away and back
+        to_host = _UNIFIED_BYTES + 2 * copied
+        to_device = _UNIFIED_BYTES + 2 * (copied + on_host["params"] * uploads)
     parts = {
         "compute_s": micro_batches * micro_batch_s,
-        "to_host_s": 2 * count * leaving * departures / rates["to_host"],
-        "to_device_s": 2 * count * uploads / rates["to_device"],
+        "to_host_s": count * to_host / rates["to_host"],
+        "to_device_s": count * to_device / rates["to_device"],
     }
     if states:
         parts["host_update_s"] = _UPDATE_BYTES * count * states / rates["host_memory_while_copying"]

@@ -115,6 +115,7 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
             "device": {kind: getattr(run.plan.device, kind) for kind in _KINDS},
             "host": {kind: getattr(run.plan.host, kind) for kind in _KINDS},
             "disk": {kind: getattr(run.plan.disk, kind) for kind in _KINDS},
+            "unified": {kind: getattr(run.plan.unified, kind) for kind in _KINDS},
         },
         "peak_device": {"bytes": run.peak.nbytes, "source": run.peak.source},
         "host_memory": {
@@ -129,8 +130,8 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 def _text(report: dict[str, Any]) -> str:
     sizes, stats = report["bytes"], report["stats"]
-    if not stats["disk"]:
-        sizes = {tier: kinds for tier, kinds in sizes.items() if tier != "disk"}
+    unused = {tier for tier, key in (("disk", "disk"), ("unified", "unified_bytes")) if not stats[key]}
+    sizes = {tier: kinds for tier, kinds in sizes.items() if tier not in unused}
     tiers = [tier.replace("_without_offload", ", nothing offloaded") for tier in sizes]
     rows: list[tuple[str, ...]] = [("bytes", *tiers)]
     rows += [(kind, *(format_bytes(sizes[tier][kind]) for tier in sizes)) for kind in _KINDS]

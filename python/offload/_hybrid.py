@@ -1,0 +1,117 @@
+"""Which optimizer states stay on the device when not all of them fit: those with which a step's update is shortest.
+
+[Note: the time of an update] The host updates its states while the device updates its own, so the longer of the two
+counts. The host's part is as long as the slowest of three that run at once: gradients that leave, weights that come
+back, and the traffic of host memory, copies included, for they share it. Compute is left out: what of the host's part
+hides behind the next forward is not known before a model runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+__all__ = ["Hybrid", "Rates", "StateBytes", "keep_fastest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rates:
+    """Bytes a second, measured on this machine.
+
+    to_host, to_device: of copies. host_update, device_update: what AdamW reads and writes in the memory it runs over.
+    """
+
+    to_host: float
+    to_device: float
+    host_update: float
+    device_update: float
+
+    def __str__(self) -> str:
+        return ", ".join(
+            f"{field.name.replace('_', ' ')} {getattr(self, field.name) / 1e9:.3g} GB/s"
+            for field in dataclasses.fields(self)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """The state of one parameter, in bytes.
+
+    kept: what it takes on the device, with the gradient where that leaves unless the state stays. The others are what
+    one update copies, reads and writes, if it runs on the host or on the device.
+    """
+
+    name: str
+    kept: int
+    to_host: int
+    to_device: int
+    host_update: int
+    device_update: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """Bytes of one update of all states: the host's part, and the device's."""
+
+    to_host: int
+    to_device: int
+    host_update: int
+    device_update: int
+
+    def keeping(self, state: StateBytes) -> _Work:
+        """With this one on the device."""
+        return _Work(
+            self.to_host - state.to_host,
+            self.to_device - state.to_device,
+            self.host_update - state.host_update,
+            self.device_update + state.device_update,
+        )
+
+    def seconds(self, rates: Rates) -> tuple[float, float]:
+        """Of the host's part and of the device's."""
+        copies = max(self.to_host / rates.to_host, self.to_device / rates.to_device)
+        return max(copies, self.host_update / rates.host_update), self.device_update / rates.device_update
+
+
+@dataclasses.dataclass(frozen=True)
+class Hybrid:
+    """Whose states stay, and the seconds of an update: of both parts, and with all states on the host."""
+
+    kept: frozenset[str]
+    host_seconds: float
+    device_seconds: float
+    all_on_host_seconds: float
+    rates: Rates
+
+    def words(self) -> str:
+        longer = max(self.host_seconds, self.device_seconds)
+        return (
+            f"an update is predicted to take {longer * 1e3:.3g} ms ({self.host_seconds * 1e3:.3g} on the host beside "
+            f"{self.device_seconds * 1e3:.3g} on the device), and {self.all_on_host_seconds * 1e3:.3g} ms with all "
+            f"states on the host; measured: {self.rates}"
+        )
+
+
+def keep_fastest(states: Sequence[StateBytes], room_bytes: int, rates: Rates) -> Hybrid:
+    """Keeps, in the model's order, each state that fits into `room_bytes` and makes the update shorter.
+
+    The first ones, as in `states_that_stay`: the next forward begins with them, and it would wait for the host.
+    """
+    work = _Work(
+        sum(state.to_host for state in states),
+        sum(state.to_device for state in states),
+        sum(state.host_update for state in states),
+        0,
+    )
+    all_on_host = shortest = max(work.seconds(rates))
+    kept = []
+    for state in states:
+        if not 0 < state.kept <= room_bytes:
+            continue
+        tried = work.keeping(state)
+        seconds = max(tried.seconds(rates))
+        if seconds < shortest:
+            work, shortest = tried, seconds
+            room_bytes -= state.kept
+            kept.append(state.name)
+    return Hybrid(frozenset(kept), *work.seconds(rates), all_on_host, rates)

@@ -1,0 +1,39 @@
+"""`offload bench unified`: what it reports, and that a step that went wrong is not reported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from offload.cli import _bench_unified, main
+
+
+def test_unified_stands_beside_the_hosts_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "unified.json"
+    assert main(["bench", "unified", "--quick", "--device", "cpu", "--json", str(path)]) == 0
+    result = json.loads(path.read_text())["results"]["unified"]
+    assert set(result["seconds"]) == {"device", "unified", "host"} and result["kind"] is None
+    ((name, why),) = result["refused"].items()
+    assert name == "mapped pinned" and why in capsys.readouterr().err
+    moved = 12 * result["count"] / result["seconds"]["unified"]["median"]
+    slower = min(result["gb_per_s"]["to_host"], result["gb_per_s"]["to_device"]) * 1e9
+    assert result["share_of_link"] == {"unified": pytest.approx(moved / slower)}
+    assert set(result["host_over"]) == {"device", "unified"}
+
+
+def test_unified_over_states_that_differ_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = _bench_unified._wrapped
+
+    def other(place: str, count: int, device: torch.device) -> Any:
+        weight, step = made(place, count, device)
+        if place == "host":
+            weight.mul_(2)
+        return weight, step
+
+    monkeypatch.setattr(_bench_unified, "_wrapped", other)
+    with pytest.raises(AssertionError, match="weights of (host and device|device and host) differ"):
+        main(["bench", "unified", "--quick", "--device", "cpu"])
