@@ -277,8 +277,7 @@ Ticket BlockFile::submit_write_after(const Ticket& after, uint64_t offset, const
   char* const address = static_cast<char*>(const_cast<void*>(source));
   after.on_end([=, door = door_](const std::exception_ptr& error) {
     if (error) return ended.fail(error);
-    door->submit(ended,
-                 [=](State& file) { return file.submit(/*is_write=*/true, offset, address, bytes); });
+    door->submit(ended, [=](State& file) { return file.submit(/*is_write=*/true, offset, address, bytes); });
   });
   return ended;
 }

@@ -5,9 +5,9 @@
 // Threads: every member may be called from any thread; in a forked child all throw kState.
 // Units: bytes. Offsets are multiples of block_bytes. Addresses are multiples of kDiskAlignment, and memory
 //        reaches to the next multiple of it behind the last byte.
-// Invariants: operations on one block take effect in the order of submission (what waits for tickets is submitted
-//             when they have ended); a read gives the bytes of the
-//             last write or fails with kStorage. Space is on the disk before an offset is given out.
+// Invariants: operations on one block take effect in the order of submission (those that wait for tickets
+//             are submitted when these have ended); a read gives the bytes of the last write or fails with
+//             kStorage. Space is on the disk before an offset is given out.
 #pragma once
 
 #include <cstddef>

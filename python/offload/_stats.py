@@ -36,8 +36,9 @@ class Stats:
     activations: of the latest forward, bytes that could leave, that left, and that the host budget kept on the device.
     resident_weights: with `params="host"`, what does not come and go with its unit, and why: always on the device, or
     from the beginning of a forward to the end of its backward.
-    disk: with states on disk, bytes that the files and the window take, that were read and written, and that needed no
-    reading, being in the window still (kept_bytes); wait_ns: how long the update waited for the disk.
+    disk: with states or weights on disk, bytes that the files and the window of the states take, that were read and
+    written, and that needed no reading, being in the window still (kept_bytes); wait_ns: how long the update waited for
+    the states. weights_*: of weights alone, what their cache takes, and reads and writes of it that were asked for.
     """
 
     steps: int

@@ -6,6 +6,7 @@ A `WeightLane` has their host bytes in the pool, a `DiskWeightLane` in files, be
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -162,6 +163,8 @@ class DiskWeightLane(WeightLane):
 
     def hold_or_lose(self, residency: Residency) -> None:
         if not self.cache.hold_or_lose(residency):
+            names = ", ".join(map(self.name_of, residency.parameters))
+            warnings.warn(f"the disk has lost {names}: they are NaN until you load a checkpoint", stacklevel=4)
             residency.take_host_bytes(bytearray(b"\xff") * residency.nbytes)  # NaN in every format
 
     def stored_weight(self, residency: Residency, parameter: Parameter) -> StoredWeight:

@@ -277,7 +277,8 @@ void what_waits_for_tickets_comes_after_them(Setting setting) {
   CHECK_THROWS(ErrorKind::kDevice, "the update failed", unwritten.wait());
   CHECK(fixture.read(0, 5) == "other");
   // What submit_read would throw is the ticket's: this block was never written.
-  CHECK_THROWS(ErrorKind::kState, "never written", file.submit_read_after({}, kBlock, place.data(), 5).wait());
+  CHECK_THROWS(ErrorKind::kState, "never written",
+               file.submit_read_after({}, kBlock, place.data(), 5).wait());
 
   const Ticket never = Ticket::pending();
   const Ticket late_write = file.submit_write_after(never, 0, image.data(), 5);

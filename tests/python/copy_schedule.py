@@ -31,7 +31,7 @@ class _Gated:
     gate: _native.Ticket
     ticket: _native.Ticket
     end: _native.Ticket
-    after: list[_native.Ticket]
+    after: list[_Gated | _native.Ticket]
 
 
 class CopySchedule:
@@ -47,6 +47,8 @@ class CopySchedule:
         self._updates: deque[_Gated] = deque()
         self._lanes: dict[str, deque[_Gated]] = {"to_host": deque(), "to_device": deque()}
         self._queues = [*self._lanes.values(), self._updates]
+        # Reads and writes of weights on disk, and what begins them: they run by themselves then.
+        self._chained: dict[int, tuple[Any, list[_Gated | _native.Ticket]]] = {}
         self.awaited_count = 0
         self.early_count = 0
         for lane in self._lanes:
@@ -54,6 +56,9 @@ class CopySchedule:
         monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
         monkeypatch.setattr(_native.StepPipeline, "submit", self._updating())
         monkeypatch.setattr(_native.StepPipeline, "wait", self._waiting_for_updates())
+        for name in ("submit_read_after", "submit_write_after"):
+            monkeypatch.setattr(_native.BlockFile, name, self._chaining(name))
+        monkeypatch.setattr(_native.Ticket, "end_with", self._ending())
         schedule = self
 
         def wait(ticket: _native.Ticket, timeout_s: float | None = None) -> bool:
@@ -76,11 +81,12 @@ class CopySchedule:
         def call(
             queue: Any, destination: int, source: int, nbytes: int, stream: int = 0, after: Any = None, *given: Any
         ) -> _native.Ticket:
+            needs = self._needs_of([] if after is None else [after])
             gate = _native.Ticket.pending()
             submit(queue, 0, 0, 0, 0, gate)  # no bytes: what follows in the lane waits behind it
             ticket: _native.Ticket = submit(queue, destination, source, nbytes, stream, after, *given)
             end = submit(queue, 0, 0, 0, 0)
-            self._lanes[lane].append(_Gated(gate, ticket, end, [] if after is None else [after]))
+            self._lanes[lane].append(_Gated(gate, ticket, end, needs))
             self._go_on()
             return ticket
 
@@ -101,10 +107,11 @@ class CopySchedule:
 
         def call(pipeline: Any, jobs: Any, stream: int = 0, **options: Any) -> list[_native.Ticket]:
             gates = [_native.Ticket.pending() for _ in jobs]
+            needs = [self._needs_of(job[3]) for job in jobs]
             gated = [(*job[:3], [*job[3], gate], *job[4:]) for job, gate in zip(jobs, gates, strict=True)]
             tickets: list[_native.Ticket] = submit(pipeline, gated, stream, **options)
-            for job, gate, ticket in zip(jobs, gates, tickets, strict=True):
-                self._updates.append(_Gated(gate, ticket, ticket, list(job[3])))
+            for need, gate, ticket in zip(needs, gates, tickets, strict=True):
+                self._updates.append(_Gated(gate, ticket, ticket, need))
             self._go_on()
             return tickets
 
@@ -120,6 +127,27 @@ class CopySchedule:
 
         return call
 
+    def _chaining(self, name: str) -> Any:
+        submit = getattr(_native.BlockFile, name)
+
+        def call(file: Any, after: Any, offset: int, address: int, nbytes: int) -> _native.Ticket:
+            needs = self._needs_of([after] if isinstance(after, _native.Ticket) else after)
+            ticket: _native.Ticket = submit(file, after, offset, address, nbytes)
+            self._chained[id(ticket)] = (ticket, needs)
+            self._go_on()
+            return ticket
+
+        return call
+
+    def _ending(self) -> Any:
+        end_with = _native.Ticket.end_with
+
+        def call(ticket: _native.Ticket, other: _native.Ticket) -> None:
+            end_with(ticket, other)
+            self._chained[id(ticket)] = (ticket, self._needs_of([other]))
+
+        return call
+
     # --- gates ----------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
@@ -131,16 +159,28 @@ class CopySchedule:
 
     def _reach(self, ticket: _native.Ticket) -> None:
         """Lets go what `ticket` needs, and no more."""
-        for queue in self._queues:
-            while any(work.ticket is ticket for work in queue):
-                self._open(queue)
-                self.awaited_count += 1
+        self._release(self._needs_of([ticket]))
+
+    def _release(self, needs: list[_Gated | _native.Ticket]) -> None:
+        for need in needs:
+            for queue in self._queues:
+                while need in queue:
+                    self._open(queue)
+                    self.awaited_count += 1
+            self._release(self._chained.pop(id(need), (None, []))[1])
+
+    def _needs_of(self, tickets: Any) -> list[_Gated | _native.Ticket]:
+        """What they are the tickets of now, else themselves: a copy's ticket may become a later one's."""
+        needs: list[_Gated | _native.Ticket] = []
+        for ticket in tickets:
+            works = [work for queue in self._queues for work in queue if work.ticket is ticket]
+            needs += works or [ticket]
+        return needs
 
     def _open(self, queue: deque[_Gated]) -> None:
         """Lets the next of `queue` go, after what it needs, and waits until it has run."""
         work = queue[0]
-        for ticket in self._random.sample(work.after, len(work.after)):
-            self._reach(ticket)
+        self._release(self._random.sample(work.after, len(work.after)))
         queue.popleft()
         work.gate.complete()
         with contextlib.suppress(offload.OffloadError):  # whoever asks for it is told

@@ -17,10 +17,10 @@ class Trainer:
 
     PHASES = ("forward", "backward", "clip", "step", "wait", "state_dict", "zero_grad")
 
-    def __init__(self, placement: dict[str, str], dtype: torch.dtype, scaled: bool) -> None:
+    def __init__(self, placement: dict[str, Any], dtype: torch.dtype, scaled: bool) -> None:
         model = make_model(dtype, width=8, depth=2, vocabulary=11, tied=True)
         self.model, self.optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
-        self.streams = placement.get("params") == "host"
+        self.streams = placement.get("params") in ("host", "disk")
         self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=scaled)
         self.loss: Any = None
 

@@ -54,7 +54,7 @@ def scratch_files(directory: Path) -> Iterator[str]:
         ("set_lock", errno.ENOLCK, "locking"),
     ],
 )
-@pytest.mark.parametrize("params", ["device", "host"])
+@pytest.mark.parametrize("params", ["device", "host", "disk"])
 def test_a_refusal_at_wrap_leaves_a_plain_pair(
     params: str, call: str, code: int, text: str, tmp_path: Path, disk_calls: Calls
 ) -> None:
@@ -231,7 +231,7 @@ calls.pretend_file_system(0xEF53)
 _state_store.DiskStore = functools.partial(_disk.DiskStore, calls=calls)
 from test_disk_states import begin, on_disk, wide
 from training import train, batches, loss_of
-model, optimizer = begin(wide(), on_disk(sys.argv[1]))
+model, optimizer = begin(wide(), on_disk(sys.argv[1], params="disk"))
 train(model, optimizer, steps=1)
 """
 

@@ -35,8 +35,9 @@ def budget_for(model: nn.Module, placement: dict[str, Any], images: float = 2) -
     plan = optimizer.plan
     offload.unwrap(wrapped, optimizer)
     largest = max(sum(p.nbytes for p in block.parameters()) for block in model.blocks)
-    # Sums of gradients over micro-batches take what the cache leaves.
-    return plan.host.total - plan.host.cache + int((images * largest + (32 << 10)) / 0.75)
+    # Sums of gradients over micro-batches take what the cache leaves. Blocks are rounded up.
+    rounding = 3 * 256 * sum(1 for _ in model.parameters())
+    return plan.host.total - plan.host.cache + rounding + int((images * largest + (32 << 10)) / 0.75)
 
 
 def run(model: nn.Module, placement: dict[str, Any], **loop: Any) -> Run:

@@ -103,19 +103,29 @@ def legal_gradients(twin: Trainer, tokens: Tensor) -> list[list[Tensor | None]]:
 
 
 # The last number: every so many lines. They differ little, and the first takes them all.
-CASES = {
+CASES: dict[str, tuple[dict[str, Any], torch.dtype, bool, int]] = {
     "fp32 on the host": (HOST, torch.float32, False, 1),
     "bf16 on the host": (HOST, torch.bfloat16, False, 7),
     "fp32 scaled, gradients on the device": ({"optimizer": "host", "gradients": "device"}, torch.float32, True, 7),
     "states on the device": ({"optimizer": "device", "gradients": "host"}, torch.float32, False, 7),
     "states in part on the device": ({"optimizer": 0.5, "gradients": "host"}, torch.float32, False, 7),
     "streamed weights": ({**HOST, "params": "host"}, torch.float32, False, 11),
+    # Of four units the cache holds two.
+    "weights on disk": (
+        {**HOST, "params": "disk", "disk_block": 4096, "host_budget": "40KiB"},
+        torch.bfloat16,
+        False,
+        23,
+    ),
 }
 
 
+@pytest.mark.usefixtures("disk_calls")
 @pytest.mark.parametrize("case", CASES)
-def test_ctrl_c_at_every_line_of_a_step(case: str) -> None:
+def test_ctrl_c_at_every_line_of_a_step(case: str, tmp_path: Path) -> None:
     placement, dtype, scaled, stride = CASES[case]
+    if placement.get("params") == "disk":
+        placement = placement | {"disk_path": tmp_path}
     trainer, twin = Trainer(placement, dtype, scaled), Trainer(RESIDENT, dtype, scaled)
     tokens = next(batches(1, vocabulary=11, size=2, length=3))
     trainer.step(tokens)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 import offload
 from copy_schedule import CopySchedule
-from offload import _activations, _copy_lanes, _engine, _native
+from offload import _activations, _copy_lanes, _engine, _native, _plan
+from test_disk_weights import weights_on_disk
 from training import HOST, RESIDENT, Run, TinyLM, assert_same_bits, batches, loss_of
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
@@ -174,6 +176,24 @@ def test_lanes_that_overtake_each_other(
     schedule = CopySchedule(monkeypatch, seed=prefetch, progress=progress)
     assert_streamed_exactly(training(MODELS[name], ALL, torch.bfloat16, prefetch=prefetch), expected)
     assert schedule.awaited_count > 0 and schedule.early_count > 0
+    schedule.finish()
+
+
+@pytest.mark.usefixtures("disk_calls")
+@pytest.mark.parametrize(("progress", "prefetch", "optimizer"), [(0.0, 2, "host"), (0.3, 1, "disk"), (0.7, 3, "host")])
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_on_disk_whatever_goes_first(
+    name: str, progress: float, prefetch: int, optimizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache holds two of the units: every place changes hands while copies and updates of others are put off."""
+    expected = resident(name, torch.bfloat16)
+    monkeypatch.setattr(_plan, "_CACHE_SHARE", 0.0)  # memory for gradients is not waited for: gates would not open
+    placement = weights_on_disk(tmp_path, optimizer=optimizer, prefetch=prefetch)
+    schedule = CopySchedule(monkeypatch, seed=prefetch, progress=progress)
+    run = training(MODELS[name], placement, torch.bfloat16)
+    assert_same_bits(run, expected)
+    assert run.optimizer.stats().disk["weights_read_bytes"] > 10 * run.optimizer.plan.disk.working
+    assert schedule.awaited_count > 0
     schedule.finish()
 
 
