@@ -18,8 +18,6 @@ namespace py = pybind11;
 namespace offload::bindings {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
-
 // A format code of the module (FLOAT32, ...): a number below `count`.
 template <typename Format>
 Format format_of(int code, int count, const char* argument) {

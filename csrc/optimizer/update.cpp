@@ -25,13 +25,13 @@ namespace {
 constexpr size_t kBlockElements = size_t{32} << 10;
 static_assert(kBlockElements % kMomentBlock == 0);
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
-
 const UpdateKernels& kernels_for(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx2: return kernels_avx2;
     case Isa::kAvx512: return kernels_avx512;
+#elif defined(__aarch64__)
+    case Isa::kNeon: return kernels_neon;
 #endif
     default: return kernels_scalar;
   }
@@ -179,6 +179,7 @@ bool isa_available(Isa isa) noexcept {
     case Isa::kScalar: return true;
     case Isa::kAvx2: return cpu_has_avx2();
     case Isa::kAvx512: return cpu_has_avx512();
+    case Isa::kNeon: return cpu_has_neon();
   }
   return false;
 }
@@ -188,6 +189,7 @@ const char* isa_name(Isa isa) noexcept {
     case Isa::kScalar: return "scalar";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kNeon: return "neon";
   }
   return "unknown";
 }
