@@ -121,9 +121,11 @@ void check(const UpdateSpan& span, const UpdateScalars& scalars, const Factor* f
     require(span.weight_format == FloatFormat::kBFloat16, "a split master needs a BFLOAT16 weight");
     require(span.weight != nullptr || span.count == 0,
             "a split master needs a weight: half of it lies there");
+  } else if (span.master_format == MasterFormat::kBFloat16) {
+    require(span.weight == nullptr, "a bf16 master is the weight itself: weight must be null");
   } else {
     require(span.master_format == MasterFormat::kFloat32,
-            "master_format must be MASTER_FLOAT32 or MASTER_SPLIT");
+            "master_format must be MASTER_FLOAT32, MASTER_SPLIT or MASTER_BFLOAT16");
     require(span.weight == nullptr || span.weight_format == FloatFormat::kBFloat16 ||
                 span.weight_format == FloatFormat::kFloat16,
             "beside a fp32 master the weight must be BFLOAT16 or FLOAT16, or null: the master is the weight");
@@ -211,7 +213,7 @@ UpdateSpan slice(const UpdateSpan& span, size_t begin, size_t count) noexcept {
   const size_t scale_bytes = begin / kMomentBlock * sizeof(float);
   UpdateSpan part = span;
   part.gradient = advanced(span.gradient, begin * element_bytes(span.gradient_format));
-  part.master = advanced(span.master, begin * (span.master_format == MasterFormat::kSplit ? 2 : 4));
+  part.master = advanced(span.master, begin * (span.master_format == MasterFormat::kFloat32 ? 4 : 2));
   part.weight = advanced(span.weight, begin * element_bytes(span.weight_format));
   part.exp_avg = advanced(span.exp_avg, moment_bytes);
   part.exp_avg_sq = advanced(span.exp_avg_sq, moment_bytes);

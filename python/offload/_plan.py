@@ -9,7 +9,7 @@ from typing import Literal
 from ._config import Config, Tier, format_size
 from ._disk_window import DiskWindow, plan_window
 from ._errors import InvalidArgument, OutOfHostMemory
-from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
+from ._parameter_size import MASTER_BYTES, MasterFormat, ParameterSize, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes, table
 
 __all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
@@ -17,10 +17,9 @@ __all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
 Placement = Literal["device", "host"]
 OptimizerPlacement = Literal["device", "host", "disk", "mixed"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
-MasterForm = Literal["none", "fp32", "split", "mixed"]
+MasterForm = Literal["none", "fp32", "split", "bf16", "mixed"]
 
 # See [Note: bytes a parameter].
-_SPLIT_MASTER_BYTES = 2
 # Of a measured device, what is left to activations and workspace: their size is not known before the
 # first step, and a quarter is what transformer training with checkpointing rarely exceeds.
 _ACTIVATION_SHARE = 0.25
@@ -89,6 +88,7 @@ class Plan:
 #            master 4 for 16-bit weights; an fp32 weight is its own master
 #   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
+#   bf16 masters           none: the weight on the device, or the working copy on the host, is the master
 #   states on disk         as on the host, but for the working copy of 16-bit weights, which stays there; an fp32 weight
 #            on the device has none, and one on the host is its own master there. The host has the window too
 #   weights on the host    a working copy of 2 | 4, where no state on the host has it already
@@ -172,6 +172,8 @@ def make_plan(
         reason.append(f"{what} in forward and may take {format_size(activation_host_bytes)} on the host")
     if config.moments != "fp32":
         reason.append(f"moments are rounded to {config.moments}: lossy, training differs from fp32 moments")
+    if any(p.is_master for p in sizes.trainable):
+        reason.append("masters are the bf16 weights, rounded stochastically: lossy, training differs from fp32 masters")
     reason += notes
     if device_kind == "cpu":
         reason.append("the compute device is the CPU: both tiers are one memory, and offloading saves none")
@@ -228,7 +230,7 @@ class _Sizes:
     def master_form(self, optimizer: OptimizerPlacement, kept: frozenset[str]) -> MasterForm:
         """How the masters that are stored beside weights are stored."""
         forms: set[MasterForm] = {
-            "fp32" if optimizer == "device" or p.name in kept else _host_master_of(p, self.config)
+            "fp32" if not p.is_master and (optimizer == "device" or p.name in kept) else _host_master_of(p, self.config)
             for p in self.trainable
             if p.itemsize == 2
         }
@@ -253,7 +255,7 @@ class _Sizes:
         gone = [] if gradients == "device" else leaving or staying
         device = TierBytes(
             weights=self.weights if params == "device" else min(self.weights, window),
-            master=sum(p.numel * FP32_MASTER_BYTES for p in staying if p.itemsize == 2),
+            master=sum(p.device_master for p in staying),
             moments=sum(p.moments for p in staying),
             gradients=self._gradient_bytes(self.trainable) - self._gradient_bytes(gone),
         )
@@ -288,14 +290,16 @@ class _Sizes:
         return sum(p.numel * (self.gradient_itemsize or p.itemsize) for p in parameters)
 
 
-def _host_master_of(parameter: ParameterSize, config: Config) -> Literal["fp32", "split"]:
+def _host_master_of(parameter: ParameterSize, config: Config) -> MasterFormat:
+    if parameter.is_master:
+        return "bf16"
     if parameter.may_split and parameter.dtype_name == "bfloat16" and config.master != "fp32":
         return "split"
     return "fp32"
 
 
 def _host_master_bytes(parameter: ParameterSize, config: Config) -> int:
-    return _SPLIT_MASTER_BYTES if _host_master_of(parameter, config) == "split" else FP32_MASTER_BYTES
+    return MASTER_BYTES[_host_master_of(parameter, config)]
 
 
 def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
@@ -305,9 +309,10 @@ def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
                 f"parameter {parameter.name!r} is {parameter.dtype_name}: trainable parameters are float32, "
                 "bfloat16 or float16; convert it or set requires_grad=False"
             )
-        if parameter.trainable and parameter.dtype_name == "float16" and config.master == "split":
+        if parameter.trainable and parameter.dtype_name == "float16" and config.master in ("split", "bf16"):
             raise InvalidArgument(
-                f"master='split' needs bfloat16 and parameter {parameter.name!r} is float16: use 'auto' or 'fp32'"
+                f"master={config.master!r} needs bfloat16 and parameter {parameter.name!r} is float16: use 'auto' or "
+                "'fp32'"
             )
 
 

@@ -23,7 +23,7 @@ void every_isa_and_alignment_gives_the_same_bits_on_every_tail() {
         States expected(layout, count, 0);
         const States start(layout, count, 0);
         update_states(expected.span_for(scalars), scalars, kFactors, 4, false, Isa::kScalar);
-        CHECK(count == 0 || !(expected == start));
+        CHECK(count < 8 || !(expected == start));  // a few in small formats may all be rounded back
         for (Isa isa : kAllIsas) {
           if (!isa_available(isa)) continue;
           States seen(layout, count, count % 5);
@@ -175,6 +175,10 @@ void spans_that_are_not_legal_are_refused() {
   bad = good;
   bad.master_format = MasterFormat::kSplit;
   CHECK_THROWS(ErrorKind::kInvalidArgument, "split", update(bad));
+  bad = good;
+  bad.master_format = MasterFormat::kBFloat16;
+  bad.weight = memory;
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "weight must be null", update(bad));
   bad = good;
   bad.gradient_format = static_cast<FloatFormat>(9);
   CHECK_THROWS(ErrorKind::kInvalidArgument, "gradient_format", update(bad));

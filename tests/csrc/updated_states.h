@@ -59,6 +59,7 @@ inline std::vector<Layout> all_layouts() {
       layouts.push_back({gradient, MasterFormat::kFloat32, true, FloatFormat::kBFloat16, moments});
       layouts.push_back({gradient, MasterFormat::kFloat32, true, FloatFormat::kFloat16, moments});
       layouts.push_back({gradient, MasterFormat::kSplit, true, FloatFormat::kBFloat16, moments});
+      layouts.push_back({gradient, MasterFormat::kBFloat16, false, FloatFormat::kBFloat16, moments});
     }
   }
   return layouts;
@@ -115,7 +116,7 @@ struct States {
       : layout_(layout),
         count_(count),
         gradient(count, bytes_of(layout.gradient), offset),
-        master(count, layout.master == MasterFormat::kSplit ? 2 : 4, offset),
+        master(count, layout.master == MasterFormat::kFloat32 ? 4 : 2, offset),
         weight(count, 2, offset),
         exp_avg(count, bytes_of(layout.moments), offset),
         exp_avg_sq(count, bytes_of(layout.moments), offset),
@@ -132,6 +133,9 @@ struct States {
       }
       if (layout.master == MasterFormat::kSplit) {
         split_master(&p, weight.as<uint16_t>() + i, master.as<int16_t>() + i, 1);
+      } else if (layout.master == MasterFormat::kBFloat16) {
+        int16_t remainder;
+        split_master(&p, master.as<uint16_t>() + i, &remainder, 1);
       } else {
         master.as<float>()[i] = p;
       }
