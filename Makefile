@@ -9,7 +9,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 NVRTC := 'cuda-core>=1.0' 'cuda-bindings>=12.9' 'nvidia-cuda-nvrtc>=12.9'
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: demo test compat lint sanitize soak bench install gpu-build gpu-test gpu-acceptance clean
+.PHONY: demo test compat lint sanitize test-aarch64 soak bench install gpu-build gpu-test gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -55,6 +55,19 @@ sanitize: $(VENV)/.tools
 	  cmake --build $$build -j $(JOBS) && \
 	  ctest --test-dir $$build --output-on-failure || exit 1; \
 	done
+
+# What has a body or an instruction of its own on aarch64, cross-compiled and run by qemu.
+AARCH64 := aarch64-linux-gnu
+
+test-aarch64: $(VENV)/.tools
+	@command -v $(AARCH64)-g++ && command -v qemu-aarch64 || \
+	  { echo "needs Debian's packages g++-aarch64-linux-gnu and qemu-user, or their like: apt-get install both"; exit 1; }
+	cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -S . -B build/aarch64 -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 -DCMAKE_CXX_COMPILER=$(AARCH64)-g++ \
+	  -DCMAKE_CROSSCOMPILING_EMULATOR='qemu-aarch64;-L;/usr/$(AARCH64)' \
+	  -DOFFLOAD_BUILD_PYTHON=OFF -DOFFLOAD_BUILD_TESTS=ON
+	cmake --build build/aarch64 -j $(JOBS)
+	ctest --test-dir build/aarch64 --output-on-failure -R '^(update|update_digest|block_file)_test$$'
 
 # Memory, threads, files and objects must not grow over so many steps; about 4 ms a step.
 STEPS ?= 10000

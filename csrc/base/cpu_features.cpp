@@ -44,12 +44,16 @@ bool cpu_has_crc32c() noexcept {
   return has_sse42;
 }
 
+bool cpu_has_neon() noexcept { return false; }
+
 #else
 
 #if defined(__aarch64__)
 bool cpu_has_crc32c() noexcept { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
+bool cpu_has_neon() noexcept { return true; }
 #else
 bool cpu_has_crc32c() noexcept { return false; }
+bool cpu_has_neon() noexcept { return false; }
 #endif
 
 bool cpu_has_avx2() noexcept { return false; }

@@ -18,8 +18,6 @@ namespace py = pybind11;
 namespace offload::bindings {
 namespace {
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
-
 // A format code of the module (FLOAT32, ...): a number below `count`.
 template <typename Format>
 Format format_of(int code, int count, const char* argument) {
@@ -80,7 +78,7 @@ void update(uintptr_t gradient, int gradient_format, uintptr_t master, int maste
                            .count = count,
                            .gradient_format = float_format(gradient_format, "gradient_format"),
                            .weight_format = float_format(weight_format, "weight_format"),
-                           .master_format = format_of<MasterFormat>(master_format, 2, "master_format"),
+                           .master_format = format_of<MasterFormat>(master_format, 3, "master_format"),
                            .moment_format = format_of<MomentFormat>(moment_format, 3, "moment_format"),
                            .exp_avg_scales = static_cast<float*>(pointer(exp_avg_scales)),
                            .exp_avg_sq_scales = static_cast<float*>(pointer(exp_avg_sq_scales)),
@@ -165,6 +163,7 @@ void bind_update(py::module_& module) {
   module.attr("FLOAT16") = static_cast<int>(FloatFormat::kFloat16);
   module.attr("MASTER_FLOAT32") = static_cast<int>(MasterFormat::kFloat32);
   module.attr("MASTER_SPLIT") = static_cast<int>(MasterFormat::kSplit);
+  module.attr("MASTER_BFLOAT16") = static_cast<int>(MasterFormat::kBFloat16);
   module.attr("MOMENTS_FLOAT32") = static_cast<int>(MomentFormat::kFloat32);
   module.attr("MOMENTS_BFLOAT16") = static_cast<int>(MomentFormat::kBFloat16);
   module.attr("MOMENTS_INT8") = static_cast<int>(MomentFormat::kInt8);

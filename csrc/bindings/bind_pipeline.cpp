@@ -154,7 +154,7 @@ int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int mas
         ErrorKind::kInvalidArgument,
         "slot '" + name + "': moment_format must be a MOMENTS_ code, got " + std::to_string(moment_format));
   }
-  if (master_format < 0 || master_format > static_cast<int>(MasterFormat::kSplit) || weight_format < 0 ||
+  if (master_format < 0 || master_format > static_cast<int>(MasterFormat::kBFloat16) || weight_format < 0 ||
       weight_format > static_cast<int>(FloatFormat::kFloat16)) {
     throw Error(ErrorKind::kInvalidArgument,
                 "slot '" + name +

@@ -25,13 +25,13 @@ namespace {
 constexpr size_t kBlockElements = size_t{32} << 10;
 static_assert(kBlockElements % kMomentBlock == 0);
 
-constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512};
-
 const UpdateKernels& kernels_for(Isa isa) {
   switch (isa) {
 #if defined(__x86_64__)
     case Isa::kAvx2: return kernels_avx2;
     case Isa::kAvx512: return kernels_avx512;
+#elif defined(__aarch64__)
+    case Isa::kNeon: return kernels_neon;
 #endif
     default: return kernels_scalar;
   }
@@ -121,9 +121,11 @@ void check(const UpdateSpan& span, const UpdateScalars& scalars, const Factor* f
     require(span.weight_format == FloatFormat::kBFloat16, "a split master needs a BFLOAT16 weight");
     require(span.weight != nullptr || span.count == 0,
             "a split master needs a weight: half of it lies there");
+  } else if (span.master_format == MasterFormat::kBFloat16) {
+    require(span.weight == nullptr, "a bf16 master is the weight itself: weight must be null");
   } else {
     require(span.master_format == MasterFormat::kFloat32,
-            "master_format must be MASTER_FLOAT32 or MASTER_SPLIT");
+            "master_format must be MASTER_FLOAT32, MASTER_SPLIT or MASTER_BFLOAT16");
     require(span.weight == nullptr || span.weight_format == FloatFormat::kBFloat16 ||
                 span.weight_format == FloatFormat::kFloat16,
             "beside a fp32 master the weight must be BFLOAT16 or FLOAT16, or null: the master is the weight");
@@ -179,6 +181,7 @@ bool isa_available(Isa isa) noexcept {
     case Isa::kScalar: return true;
     case Isa::kAvx2: return cpu_has_avx2();
     case Isa::kAvx512: return cpu_has_avx512();
+    case Isa::kNeon: return cpu_has_neon();
   }
   return false;
 }
@@ -188,6 +191,7 @@ const char* isa_name(Isa isa) noexcept {
     case Isa::kScalar: return "scalar";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kNeon: return "neon";
   }
   return "unknown";
 }
@@ -209,7 +213,7 @@ UpdateSpan slice(const UpdateSpan& span, size_t begin, size_t count) noexcept {
   const size_t scale_bytes = begin / kMomentBlock * sizeof(float);
   UpdateSpan part = span;
   part.gradient = advanced(span.gradient, begin * element_bytes(span.gradient_format));
-  part.master = advanced(span.master, begin * (span.master_format == MasterFormat::kSplit ? 2 : 4));
+  part.master = advanced(span.master, begin * (span.master_format == MasterFormat::kFloat32 ? 4 : 2));
   part.weight = advanced(span.weight, begin * element_bytes(span.weight_format));
   part.exp_avg = advanced(span.exp_avg, moment_bytes);
   part.exp_avg_sq = advanced(span.exp_avg_sq, moment_bytes);

@@ -22,14 +22,18 @@ class WorkerPool;
 // The kind of scalars names the optimizer.
 using UpdateScalars = std::variant<AdamWScalars, LionScalars, AdagradScalars>;
 
-enum class Isa : uint8_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : uint8_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
+// The better ones of an architecture come later.
+inline constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kNeon};
 
-// The instruction set chosen at load: the best this CPU has, or OFFLOAD_FORCE_ISA=scalar|avx2|avx512.
+// The instruction set chosen at load: the best this CPU has, or OFFLOAD_FORCE_ISA=scalar|avx2|avx512|neon.
 Isa active_isa();
 bool isa_available(Isa isa) noexcept;
 const char* isa_name(Isa isa) noexcept;
 
-// `flush_denormals`: the calling thread's MXCSR/FPCR is set accordingly for the call and restored.
+// `flush_denormals`: the calling thread's MXCSR/FPCR is set accordingly for the call and restored. Where
+// results are flushed, x86-64 and aarch64 differ in one case: what only rounding makes the least normal
+// number is zero on aarch64, which looks before it rounds.
 void update_states(const UpdateSpan& span, const UpdateScalars& scalars, const Factor* factors,
                    size_t factor_count, bool flush_denormals, Isa isa);
 void update_states_parallel(WorkerPool& pool, const UpdateSpan& span, const UpdateScalars& scalars,

@@ -19,10 +19,11 @@ struct Float16Gradient {
   static Floats round(Floats value) { return round_to_float16(value); }
 };
 
-// How the master and the working weight lie in memory. `Element` is of `master`.
+// How the master and the working weight lie in memory. `Element` is of `master`; one that kIsRounded is
+// rounded stochastically to bf16 before it is stored.
 struct Float32Master {
   using Element = float;
-  static constexpr bool kHasWeight = false;
+  static constexpr bool kHasWeight = false, kIsRounded = false;
   static Floats load(const Element* master, const uint16_t*) {
     return *reinterpret_cast<const UnalignedFloats*>(master);
   }
@@ -47,7 +48,7 @@ struct Float16WeightMaster : Float32Master {
 };
 struct SplitMaster {
   using Element = uint16_t;  // the pattern of the signed remainder
-  static constexpr bool kHasWeight = true;
+  static constexpr bool kHasWeight = true, kIsRounded = false;
   static Floats load(const Element* master, const uint16_t* weight) {
     const Words remainder = widen(master);
     // Adds the remainder with its sign: 2^16 less where its top bit is set.
@@ -59,17 +60,27 @@ struct SplitMaster {
     narrow(low_bits & 0xffffu, high_bits & 0xffffu, master);
   }
 };
+struct BFloat16Master {
+  using Element = uint16_t;  // the pattern of the weight
+  static constexpr bool kHasWeight = false, kIsRounded = true;
+  static Floats load(const Element* master, const uint16_t*) { return floats_of(widen(master) << 16); }
+  static void store_pair(Floats low, Floats high, Element* master, uint16_t*) {
+    narrow(bits_of(low) >> 16, bits_of(high) >> 16, master);
+  }
+};
 
 template <typename Gradient, typename Master>
 struct Arrays {
   const typename Gradient::Element* gradient;
   typename Master::Element* master;
-  uint16_t* weight;  // unused unless Master::kHasWeight
+  uint16_t* weight;    // unused unless Master::kHasWeight
+  RandomWords random;  // unused unless Master::kIsRounded
 
-  explicit Arrays(const UpdateSpan& span)
+  Arrays(const UpdateSpan& span, uint32_t key)
       : gradient(static_cast<const typename Gradient::Element*>(span.gradient)),
         master(static_cast<typename Master::Element*>(span.master)),
-        weight(static_cast<uint16_t*>(span.weight)) {}
+        weight(static_cast<uint16_t*>(span.weight)),
+        random(span, scrambled(key)) {}
 };
 
 template <typename Rule>
@@ -92,14 +103,16 @@ ALWAYS_INLINE Floats scaled_gradient(Floats gradient, const Step<Rule>& step) {
   return gradient;
 }
 
-// Returns the new master.
+// Returns the new master, as it is to be stored.
 template <typename Gradient, typename Master, typename Rule>
 ALWAYS_INLINE Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step,
                                   Moments& moments) {
   Floats gradient = scaled_gradient<Gradient>(Gradient::load(arrays.gradient + at), step);
   gradient = floats_of(bits_of(gradient) ^ step.gradient_sign);
   const Floats weight = Master::load(arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));
-  return step.rule.update(gradient, weight, moments);
+  const Floats updated = step.rule.update(gradient, weight, moments);
+  if (!Master::kIsRounded) return updated;
+  return floats_of(to_bfloat16_stochastic(canonical_bits(updated), arrays.random.from(at) & 0xffffu) << 16);
 }
 
 template <typename Gradient, typename Master, typename Rule, typename Kept>
@@ -116,7 +129,7 @@ ALWAYS_INLINE void update_pair(const Arrays<Gradient, Master>& arrays, size_t at
 // The first elements of a span, as far as they fill groups; returns their number.
 template <typename Gradient, typename Master, typename Kept, typename Rule>
 ALWAYS_INLINE size_t update_groups(const UpdateSpan& span, const Step<Rule>& step) {
-  const Arrays<Gradient, Master> arrays(span);
+  const Arrays<Gradient, Master> arrays(span, step.key);
   size_t begin = 0;
   for (; begin + Kept::kGroup <= span.count; begin += Kept::kGroup) {
     Kept kept(span, begin, step.key);
@@ -192,6 +205,8 @@ template <typename Gradient, typename Rule>
 void update_by_master(const UpdateSpan& span, const Step<Rule>& step) {
   if (span.master_format == MasterFormat::kSplit) {
     update_by_moments<Gradient, SplitMaster>(span, step);
+  } else if (span.master_format == MasterFormat::kBFloat16) {
+    update_by_moments<Gradient, BFloat16Master>(span, step);
   } else if (span.weight == nullptr) {
     update_by_moments<Gradient, Float32Master>(span, step);
   } else if (span.weight_format == FloatFormat::kBFloat16) {

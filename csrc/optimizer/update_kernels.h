@@ -23,6 +23,6 @@ struct UpdateKernels {
   UpdateKernel<AdagradScalars>* adagrad;
 };
 
-extern const UpdateKernels kernels_scalar, kernels_avx2, kernels_avx512;
+extern const UpdateKernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_neon;
 
 }  // namespace offload

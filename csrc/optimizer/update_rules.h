@@ -15,8 +15,9 @@ namespace offload {
 enum class FloatFormat : uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // kFloat32: `master` holds fp32. kSplit: the fp32 master is the bf16 working weight plus the signed
-// 16-bit remainder in `master`; bits(master) = (weight << 16) + remainder.
-enum class MasterFormat : uint8_t { kFloat32 = 0, kSplit = 1 };
+// 16-bit remainder in `master`; bits(master) = (weight << 16) + remainder. kBFloat16: `master` is the bf16
+// working weight, and all there is of it: rounded stochastically, it changes the arithmetic.
+enum class MasterFormat : uint8_t { kFloat32 = 0, kSplit = 1, kBFloat16 = 2 };
 
 // How the moments lie in memory: fp32, bf16, or a byte each with a scale for every kMomentBlock elements.
 // The small ones change the arithmetic: [Note: small moments].
@@ -34,8 +35,8 @@ struct Factor {
 
 struct UpdateSpan {
   const void* gradient;  // in gradient_format
-  void* master;          // float[count], or int16_t[count] when master_format is kSplit
-  void* weight;          // working weight in weight_format; null when the fp32 master is the weight itself
+  void* master;          // float[count]; 16-bit patterns when master_format is kSplit or kBFloat16
+  void* weight;          // working weight in weight_format; null when the master is the weight itself
   void* exp_avg;         // first moment, in moment_format; not read by Adagrad
   void* exp_avg_sq;      // second moment, and Adagrad's sum of squares; not read by Lion
   size_t count;
@@ -57,14 +58,17 @@ struct UpdateSpan {
 //   if maximize: g = -g
 //   ... the optimizer's own lines, which leave the new master in p ...
 // and the working weight is p rounded half up in magnitude for bf16 (bits + 0x8000 >> 16; NaN becomes
-// the canonical quiet NaN of its sign, remainder 0), to nearest even for fp16.
+// the canonical quiet NaN of its sign, remainder 0), to nearest even for fp16. A bf16 master is rounded
+// stochastically instead.
 // The scalars of one step are rounded to fp32 from the double expressions in parentheses.
 
 // [Note: stochastic rounding] A moment that moves by less than half a unit in its last place would never move
-// under rounding to nearest: with beta2 = 0.999 a bf16 second moment would not decay. So small formats round
-// up with the probability of what is left out. Element i of a parameter takes the word hash(i + hash(seed +
-// hash(step))), all modulo 2^32, its low half for the first moment, its high half for the second. Neither
-// threads nor chunks nor the place of a state change it. hash is scrambled() of float_formats.inl.
+// under rounding to nearest: with beta2 = 0.999 a bf16 second moment would not decay, and a bf16 weight would
+// stand still under a small learning rate. So small formats round up with the probability of what is left
+// out. With key = hash(seed + hash(step)), element i of a parameter takes the word hash(i + key), all modulo
+// 2^32, its low half for the first moment, its high half for the second, and the low half of hash(i +
+// hash(key)) for a bf16 master. Neither threads nor chunks nor the place of a state change it. hash is
+// scrambled() of float_formats.inl.
 
 // [Note: small moments] The step computes with fp32 moments and only then rounds what it keeps.
 //   bf16   both moments, rounded stochastically

@@ -38,6 +38,9 @@ void check(const ParameterSlot& slot, const StateWindow* window) {
       (span.weight == nullptr || span.weight_format != FloatFormat::kBFloat16)) {
     refuse("a split master needs a bf16 working weight");
   }
+  if (span.master_format == MasterFormat::kBFloat16 && (span.weight != nullptr || slot.on_disk)) {
+    refuse("a bf16 master is the working weight: in host memory, and weight is null");
+  }
   if (span.master_format == MasterFormat::kFloat32 && span.weight != nullptr &&
       span.weight_format == FloatFormat::kFloat32) {
     refuse(

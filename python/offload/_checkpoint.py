@@ -1,7 +1,7 @@
 """Optimizer states in torch's own layout: what is saved, and what is checked before any of it is loaded.
 
 A native state holds `step`, its moments in fp32 (of smaller formats: their values) and, for a 16-bit parameter, its
-fp32 `master`.
+`master`: in fp32, or the bf16 weight that is its own.
 Stock torch loads that too (it casts the moments and has no use for the master), and what stock torch saved loads here.
 """
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Config", "Master", "Moments", "Tier", "format_size", "parse_size"]
 
 Tier = Literal["device", "host", "disk", "unified", "auto"]
-Master = Literal["auto", "fp32", "split"]
+Master = Literal["auto", "fp32", "split", "bf16"]
 Moments = Literal["fp32", "bf16", "int8"]
 
 _TIERS = ("device", "host", "disk", "auto")
@@ -100,11 +100,13 @@ class Config:
     prefetch: how many units of weights are sent for ahead of their use, with params off the device: 1 or more; None
         lets the plan choose.
     master: the fp32 master of a 16-bit weight: `"split"` stores it as the bf16 weight plus a 16-bit remainder
-        (bf16 only, exact), `"fp32"` beside the weight, `"auto"` splits where it can. fp32 weights need none.
+        (bf16 only, exact), `"fp32"` beside the weight, `"auto"` splits where it can. fp32 weights need none. `"bf16"`
+        is lossy and for bf16 weights under native optimizers: the weight itself is all that is kept, and each step
+        rounds it stochastically.
     moments: how Adam, AdamW and Lion store their moments: `"fp32"`, and lossy `"bf16"` (half the bytes) and `"int8"`
         (a quarter, with a scale for every 256 elements). The step computes in fp32 and then rounds what it keeps,
         stochastically: the losses differ from those of fp32, and not between placements, devices and thread counts.
-    rounding_seed: which random bits `moments` are rounded with.
+    rounding_seed: which random bits `moments` and a bf16 `master` are rounded with.
     lazy: `step()` returns while the update still runs; every read waits for it. False waits in `step()`.
     pin: page-lock host memory; `"auto"` does so when the device is an accelerator.
     poison: fill memory that must not be read with NaN (for tests); None reads `OFFLOAD_POISON`.
@@ -165,13 +167,19 @@ class Config:
                 f"prefetch={self.prefetch!r}: give the number of units to send for ahead, 1 or more, or None"
             )
         object.__setattr__(self, "units", _check_units(self.units))
-        _check_choice("master", self.master, ("auto", "fp32", "split"))
+        _check_choice("master", self.master, ("auto", "fp32", "split", "bf16"))
         _check_choice("moments", self.moments, ("fp32", "bf16", "int8"))
         if self.moments != "fp32" and self.optimizer == "disk":
             raise InvalidArgument(
                 f"moments={self.moments!r} with optimizer='disk': moments on disk are fp32; pass moments='fp32', or "
                 "optimizer='host'"
             )
+        for option in ("optimizer", "params"):
+            if self.master == "bf16" and getattr(self, option) == "disk":
+                raise InvalidArgument(
+                    f"master='bf16' with {option}='disk': masters on disk are exact; pass master='auto', or "
+                    f"{option}='host'"
+                )
         if isinstance(self.rounding_seed, bool) or not isinstance(self.rounding_seed, int):
             raise InvalidArgument(f"rounding_seed={self.rounding_seed!r}: give an integer")
         _check_choice("lazy", self.lazy, (True, False))

@@ -1,4 +1,4 @@
-"""How the moments of native optimizers are stored: in fp32, or lossy in bf16 or int8.
+"""How the moments of native optimizers are stored: in fp32, or lossy in bf16 or int8; and stochastic rounding.
 
 The formats and the bits that they are rounded with are fixed in csrc/optimizer/update_rules.h, [Note: small moments]
 and [Note: stochastic rounding]. The native core rounds states on the host; these are the same formats in torch
@@ -33,7 +33,7 @@ def moment_bytes(form: str) -> tuple[int, int]:
 
 
 def seed_of(name: str, seed: int) -> int:
-    """What the moments of the parameter of this name are rounded with, when the run's `rounding_seed` is `seed`."""
+    """What the state of the parameter of this name is rounded with, when the run's `rounding_seed` is `seed`."""
     key: int = zlib.crc32(name.encode()) + _scrambled(seed & _WORD)
     return key & _WORD
 
@@ -44,10 +44,17 @@ class RandomWords:
     def __init__(self, seed: int, step: int) -> None:
         self._key = _scrambled((seed + _scrambled(step & _WORD)) & _WORD)
 
-    def of(self, begin: int, end: int, device: torch.device) -> Tensor:
-        """Those of the elements from `begin` to `end`, as int64."""
+    def bits(self, begin: int, end: int, argument: str, device: torch.device) -> Tensor:
+        """16 for each element from `begin` to `end`, as int64: those of a moment, or of the `"master"`."""
+        if argument == "master":
+            return self._words(_scrambled(self._key), begin, end, device) & 0xFFFF
+        words = self._words(self._key, begin, end, device)
+        return words & 0xFFFF if argument == "exp_avg" else words >> 16
+
+    @staticmethod
+    def _words(key: int, begin: int, end: int, device: torch.device) -> Tensor:
         index = torch.arange(begin, end, dtype=torch.int64, device=device)
-        words: Tensor = _scrambled((index + self._key) & _WORD)
+        words: Tensor = _scrambled((index + key) & _WORD)
         return words
 
 
@@ -56,6 +63,16 @@ def _scrambled(words: Any) -> Any:
     words = ((words ^ (words >> 16)) * 0x7FEB352D) & _WORD
     words = ((words ^ (words >> 15)) * 0x846CA68B) & _WORD
     return words ^ (words >> 16)
+
+
+def round_stochastically_(kept: Tensor, value: Tensor, words: RandomWords, argument: str) -> None:
+    """Makes `kept`, in bf16, the fp32 `value` of its strides; NaN is kept. argument: as for `RandomWords.bits`."""
+    kept, flat = _flat(kept), _flat(value)
+    for begin, end in _chunks(kept.numel()):
+        part = flat[begin:end]
+        raised = (_words_of(part) + words.bits(begin, end, argument, part.device)) >> 16
+        quiet = (_words_of(part) >> 16 & 0x8000) | 0x7FC0
+        kept[begin:end].view(torch.int16).copy_(torch.where(part.isnan(), quiet, raised).to(torch.int16))
 
 
 # --- the formats --------------------------------------------------------------------------------------------
@@ -135,12 +152,7 @@ class BFloat16Moment:
         self._value.fill_(value)
 
     def keep(self, value: Tensor, words: RandomWords) -> None:
-        kept, flat = _flat(self._value), _flat(value)
-        for begin, end in _chunks(kept.numel()):
-            part = flat[begin:end]
-            raised = (_words_of(part) + _random_of(words, begin, end, self._argument, part.device)) >> 16
-            quiet = (_words_of(part) >> 16 & 0x8000) | 0x7FC0
-            kept[begin:end].view(torch.int16).copy_(torch.where(part.isnan(), quiet, raised).to(torch.int16))
+        round_stochastically_(self._value, value, words, self._argument)
 
     def native(self) -> dict[str, int]:
         return {self._argument: self._value.data_ptr(), "moment_format": MOMENT_FORMATS["bf16"]}
@@ -226,7 +238,7 @@ class Int8Moment:
             self.scales[_blocks(begin, end)] = scales
             to_level = torch.where(scales > 0, torch.ones_like(scales) / scales, 0)
             level = magnitude * to_level.repeat_interleave(MOMENT_BLOCK)[: end - begin]
-            random = None if words is None else _random_of(words, begin, end, self._argument, part.device)
+            random = None if words is None else words.bits(begin, end, self._argument, part.device)
             code = self._levels.encoded(level, random)
             if self._is_root:  # never zero for what is not: the step divides by it
                 code = torch.maximum(code, (level != 0).to(code.dtype))
@@ -300,9 +312,3 @@ def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
 def _words_of(value: Tensor) -> Tensor:
     """The bits of fp32 values, as int64."""
     return value.view(torch.int32).to(torch.int64) & _WORD
-
-
-def _random_of(words: RandomWords, begin: int, end: int, argument: str, device: torch.device) -> Tensor:
-    """16 random bits each: the low half of a word for a first moment, the high half for a second."""
-    word = words.of(begin, end, device)
-    return word & 0xFFFF if argument == "exp_avg" else word >> 16

@@ -14,8 +14,8 @@ from ._adamw import adamw_step_, round_to_weight
 from ._grad_factors import scaled
 from ._kernels import Found, find_kernels
 from ._lion import lion_step_
-from ._moments import MOMENTS, Float32Moment, Moment, RandomWords, moment_bytes, seed_of
-from ._parameter_size import MOMENT_BLOCK
+from ._moments import MOMENTS, Float32Moment, Moment, RandomWords, moment_bytes, round_stochastically_, seed_of
+from ._parameter_size import MOMENT_BLOCK, MasterFormat
 from ._parameter_state import Allocate, ParameterState, WeightHome
 from ._state_store import StateStore
 
@@ -54,7 +54,7 @@ class NativeState(ParameterState):
         value: Tensor,
         *,
         on_host: bool,
-        split: bool,
+        master_format: MasterFormat,
         streamed: bool,
         allocate: Allocate,
         store: StateStore | None = None,
@@ -63,9 +63,16 @@ class NativeState(ParameterState):
         rounding_seed: int,
     ) -> None:
         super().__init__(
-            name, parameter, value, on_host=on_host, split=split, streamed=streamed, allocate=allocate, store=store,
+            name,
+            parameter,
+            value,
+            on_host=on_host,
+            master_format=master_format,
+            streamed=streamed,
+            allocate=allocate,
+            store=store,
             weight_home=weight_home,
-        )  # fmt: skip
+        )
         self.rounding_seed = seed_of(name, rounding_seed)
         self.initial_moment = 0.0
         if self.stored is None:
@@ -75,9 +82,12 @@ class NativeState(ParameterState):
             self._write_first_values(value)
         # Of states on the device: what updates them, or why torch operations do.
         found = Found(None, None)
-        if not on_host:
-            small = Found(None, f"moments={moments!r}: kernels are for fp32 moments")
-            found = find_kernels(parameter.device) if moments == "fp32" else small
+        if not on_host and moments != "fp32":
+            found = Found(None, f"moments={moments!r}: kernels are for fp32 moments")
+        elif not on_host and master_format == "bf16":
+            found = Found(None, "master='bf16': kernels are for fp32 masters")
+        elif not on_host:
+            found = find_kernels(parameter.device)
         self.kernels, self.kernel_refusal = found
 
     @classmethod
@@ -146,7 +156,7 @@ class NativeState(ParameterState):
 
         gradient: there, with the parameter's strides; grad_scale multiplies it in fp32.
         """
-        master = self.master_value()
+        master = self.master_value().to(torch.float32)  # itself, but for a bf16 weight that is its own
         if self.kernels is not None:
             weight = None if self.master is None else self.working_weight()
             self.kernels.update_(self.kernel, master, weight, self.native_moments(), gradient, scalars, grad_scale)
@@ -156,7 +166,9 @@ class NativeState(ParameterState):
         words = RandomWords(self.rounding_seed, scalars["step"])
         for kept, value in zip(self.moments.values(), moments, strict=True):
             kept.keep(value, words)
-        if self.parameter.dtype != torch.float32:
+        if self.master_format == "bf16":
+            round_stochastically_(self.working_weight(), master, words, "master")
+        elif self.parameter.dtype != torch.float32:
             self.working_weight().copy_(round_to_weight(master, self.parameter.dtype))
 
 

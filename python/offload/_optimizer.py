@@ -231,9 +231,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
         Current values: reading it waits for the submitted update. Tensors lie where the states do, and as in torch
         they are the live ones, which the next `step()` writes to: save them, or deep-copy them, before it. A split
-        master is joined into a new tensor, and `moments` in bf16 or int8 are given as new ones in fp32; use
-        `load_state_dict` to write them. States on disk are read into new tensors, all of them and beside the host
-        budget: `offload.save_checkpoint` streams them.
+        master is joined into a new tensor, a bf16 one is the weight itself, and `moments` in bf16 or int8 are given as
+        new ones in fp32; use `load_state_dict` to write them. States on disk are read into new tensors, all of them and
+        beside the host budget: `offload.save_checkpoint` streams them.
         """
         if not self._adopting:
             return defaultdict(dict)

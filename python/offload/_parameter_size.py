@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
-__all__ = ["FP32_MASTER_BYTES", "MOMENT_BLOCK", "ParameterSize", "largest_unit", "states_that_stay"]
+__all__ = ["MASTER_BYTES", "MOMENT_BLOCK", "MasterFormat", "ParameterSize", "largest_unit", "states_that_stay"]
 
-FP32_MASTER_BYTES = 4
+# The master of a 16-bit weight: in fp32 beside it; the weight and 16 bits that make it fp32; the bf16 weight itself.
+MasterFormat = Literal["fp32", "split", "bf16"]
+# An element, beside the weight.
+MASTER_BYTES: dict[MasterFormat, int] = {"fp32": 4, "split": 2, "bf16": 0}
 # Elements that share a scale where moments are int8.
 MOMENT_BLOCK = 256
 
@@ -19,7 +23,7 @@ class ParameterSize:
     numel counts elements, itemsize is bytes an element, dtype_name is torch's (`"bfloat16"`). may_split: its
     optimizer can use a split master; may_be_stored: it can have its states on disk. moment_bytes: what that keeps
     beside a master, an element, and moment_block_bytes for each MOMENT_BLOCK elements. unit: what it is streamed with;
-    stays: it is on the device all the same.
+    stays: it is on the device all the same. is_master: it is bf16, and all there is of its master.
     """
 
     name: str
@@ -33,6 +37,7 @@ class ParameterSize:
     moment_block_bytes: int = 0
     stays: bool = False
     may_be_stored: bool = True
+    is_master: bool = False
 
     @property
     def moments(self) -> int:
@@ -40,9 +45,14 @@ class ParameterSize:
         return self.numel * self.moment_bytes + -(-self.numel // MOMENT_BLOCK) * self.moment_block_bytes
 
     @property
+    def device_master(self) -> int:
+        """Bytes of a master on the device, where an fp32 weight is its own."""
+        return 0 if self.itemsize != 2 else self.numel * MASTER_BYTES["bf16" if self.is_master else "fp32"]
+
+    @property
     def state_bytes(self) -> int:
         """What its optimizer state takes on the device: moments, and the fp32 master of a 16-bit weight."""
-        return self.moments + (self.numel * FP32_MASTER_BYTES if self.itemsize == 2 else 0)
+        return self.moments + self.device_master
 
 
 def largest_unit(parameters: Sequence[ParameterSize]) -> int:

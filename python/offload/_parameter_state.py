@@ -1,10 +1,11 @@
 """The optimizer state of one parameter, wherever it lives.
 
-A state holds an exact fp32 master of the weight, in one of three forms:
+A state holds a master of the weight, exact and in fp32 but for the last of four forms:
 
 - fp32 parameter: `master` is the weight itself (on the host: its upload source);
 - split (bf16 on the host): the working weight plus an int16 `remainder`; no second copy of the weight exists;
-- 16-bit with an fp32 `master` beside the working weight.
+- 16-bit with an fp32 `master` beside the working weight;
+- bf16 and its own master: the working weight is all there is, rounded stochastically by every step.
 
 States on disk have the same forms, but for the working weight, which stays in memory: that of an fp32 parameter is the
 parameter itself. What changes a state goes over its pieces, of which one in memory has a single one.
@@ -31,6 +32,7 @@ from torch.nn import Parameter
 
 from ._adamw import round_to_weight, split_master, write_weight
 from ._errors import StateError
+from ._parameter_size import MasterFormat
 from ._state_store import StateStore, StoredArrays
 from ._stored_values import SplitMaster, StoredValue, StoredWeight, flat
 
@@ -71,10 +73,11 @@ class Piece:
             self.remainder.copy_(low)
             assert self.weight is not None
             self.weight.copy_(weight)
-        elif self.master is not None:
+            return
+        if self.master is not None:
             self.master.copy_(value)
-            if self.weight is not None:
-                self.weight.copy_(round_to_weight(value, self.weight.dtype))
+        if self.weight is not None:
+            self.weight.copy_(round_to_weight(value, self.weight.dtype))
 
     def adopt(self, changed: Tensor, weight: Tensor) -> None:
         """The 16-bit `weight` is the master where it has changed."""
@@ -113,7 +116,7 @@ class ParameterState:
         value: Tensor,
         *,
         on_host: bool,
-        split: bool,
+        master_format: MasterFormat,
         streamed: bool,
         allocate: Allocate,
         store: StateStore | None = None,
@@ -122,6 +125,7 @@ class ParameterState:
         self.name = name
         self.parameter = parameter
         self.on_host = on_host
+        self.master_format = master_format
         self.streamed = streamed
         self.step = 0
         self.remainder: Tensor | None = None
@@ -134,13 +138,13 @@ class ParameterState:
         self._weight_home = weight_home
         if on_host and parameter.dtype != torch.float32 and weight_home is None:
             self._host_weight = allocate(parameter.dtype, "weights")
-        arrays = self.arrays_on_disk(parameter.dtype, split=split, streamed=streamed)
+        arrays = self.arrays_on_disk(parameter.dtype, split=master_format == "split", streamed=streamed)
         if store is not None:
             self.stored = store.place(name, arrays, parameter.numel())
         if self.stored is None or "master" not in arrays:
-            if split:
+            if master_format == "split":
                 self.remainder = allocate(torch.int16, "master").zero_()
-            elif parameter.dtype != torch.float32 or (on_host and weight_home is None):
+            elif master_format == "fp32" and (parameter.dtype != torch.float32 or (on_host and weight_home is None)):
                 self.master = allocate(torch.float32, "master")
         with torch.no_grad():
             if self.has_host_weight() and not streamed:
@@ -231,7 +235,7 @@ class ParameterState:
         return [part for part in parts if part is not None]
 
     def master_value(self) -> Tensor:
-        """The fp32 master: the live tensor where one exists, a new one for a split master and for one on disk."""
+        """The master: the live tensor where one exists, a new one for a split master and for one on disk."""
         master = self.live_master()
         return master if isinstance(master, Tensor) else master.join()
 
@@ -256,6 +260,8 @@ class ParameterState:
 
         The parameter itself is not written: `adopt_parameter` decides at the next step whether it still agrees.
         """
+        if self.streamed and self.master_format == "bf16":
+            return  # the model's own weight
         tier = torch.device("cpu") if self.on_host else self.parameter.device
         if self.streamed and self.on_host:
             self._loaded = value.to(device=tier, dtype=torch.float32, copy=True)

@@ -11,7 +11,7 @@ from ._config import Config, Tier, format_size
 from ._disk_window import CacheSize, DiskWindow, image_bytes, plan_cache, plan_window
 from ._errors import InvalidArgument, OutOfHostMemory
 from ._hybrid import Rates, StateBytes, keep_fastest
-from ._parameter_size import FP32_MASTER_BYTES, ParameterSize, largest_unit, states_that_stay
+from ._parameter_size import MASTER_BYTES, MasterFormat, ParameterSize, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes, table
 from ._unified_plan import MemoryKind, check_room, words_of_unified
 
@@ -21,10 +21,9 @@ Placement = Literal["device", "host"]
 ParamsPlacement = Literal["device", "host", "disk"]
 OptimizerPlacement = Literal["device", "host", "disk", "unified", "mixed"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
-MasterForm = Literal["none", "fp32", "split", "mixed"]
+MasterForm = Literal["none", "fp32", "split", "bf16", "mixed"]
 
 # See [Note: bytes a parameter].
-_SPLIT_MASTER_BYTES = 2
 # Of a measured device, what is left to activations and workspace: their size is not known before the
 # first step, and a quarter is what transformer training with checkpointing rarely exceeds.
 _ACTIVATION_SHARE = 0.25
@@ -101,6 +100,7 @@ class Plan:
 #   states in unified memory   as on the device: the master of an fp32 weight is the weight, and is there
 #   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
+#   bf16 masters           none: the weight on the device, or the working copy on the host, is the master
 #   states on disk         as on the host, but for the working copy of 16-bit weights, which stays there; an fp32 weight
 #            on the device has none, and one on the host is its own master there. The host has the window too
 #   weights on the host    a working copy of 2 | 4, where no state on the host has it already
@@ -213,6 +213,8 @@ def make_plan(
         reason.append(f"{what} in forward and may take {format_size(activation_host_bytes)} on the host")
     if config.moments != "fp32":
         reason.append(f"moments are rounded to {config.moments}: lossy, training differs from fp32 moments")
+    if any(p.is_master for p in sizes.trainable):
+        reason.append("masters are the bf16 weights, rounded stochastically: lossy, training differs from fp32 masters")
     reason += notes
     if device_kind == "cpu":
         reason.append("the compute device is the CPU: both tiers are one memory, and offloading saves none")
@@ -269,16 +271,16 @@ class _Sizes:
         gradient, weight = self._gradient_bytes([parameter]), parameter.numel * parameter.itemsize
         master = parameter.numel * _host_master_bytes(parameter, self.config)
         # The host reads and writes the states. A gradient comes in and is read; a 16-bit weight is written, read where
-        # it is half of the master, and goes out; an fp32 one, which is the master, goes out.
-        passes = 1 if parameter.itemsize == 4 else 3 if _host_master_of(parameter, self.config) == "split" else 2
+        # it is the master or half of it, and goes out; an fp32 one, which is the master, goes out.
+        passes = 1 if parameter.itemsize == 4 else 2 if _host_master_of(parameter, self.config) == "fp32" else 3
         return StateBytes(
             name=parameter.name,
             kept=parameter.state_bytes + (gradient if gradients == "host" else 0),
             to_host=gradient,
             to_device=weight,
             host_update=2 * (gradient + parameter.moments + master) + passes * weight,
-            # There an fp32 weight is read and written as its own master.
-            device_update=gradient + 2 * parameter.state_bytes + (2 if parameter.itemsize == 4 else 1) * weight,
+            # There a weight that is its own master is read and written.
+            device_update=gradient + 2 * parameter.state_bytes + (1 if parameter.device_master else 2) * weight,
         )
 
     def words_of(self, kept: frozenset[str]) -> str:
@@ -292,7 +294,9 @@ class _Sizes:
     def master_form(self, optimizer: OptimizerPlacement, kept: frozenset[str]) -> MasterForm:
         """How the masters that are stored beside weights are stored."""
         forms: set[MasterForm] = {
-            "fp32" if optimizer in _UPDATED_BY_DEVICE or p.name in kept else _host_master_of(p, self.config)
+            "fp32"
+            if not p.is_master and (optimizer in _UPDATED_BY_DEVICE or p.name in kept)
+            else _host_master_of(p, self.config)
             for p in self.trainable
             if p.itemsize == 2
         }
@@ -381,20 +385,19 @@ class _Sizes:
 
 def _states_of_device(parameters: Sequence[ParameterSize]) -> TierBytes:
     """Masters and moments in the form that the device updates."""
-    return TierBytes(
-        master=sum(p.numel * FP32_MASTER_BYTES for p in parameters if p.itemsize == 2),
-        moments=sum(p.moments for p in parameters),
-    )
+    return TierBytes(master=sum(p.device_master for p in parameters), moments=sum(p.moments for p in parameters))
 
 
-def _host_master_of(parameter: ParameterSize, config: Config) -> Literal["fp32", "split"]:
+def _host_master_of(parameter: ParameterSize, config: Config) -> MasterFormat:
+    if parameter.is_master:
+        return "bf16"
     if parameter.may_split and parameter.dtype_name == "bfloat16" and config.master != "fp32":
         return "split"
     return "fp32"
 
 
 def _host_master_bytes(parameter: ParameterSize, config: Config) -> int:
-    return _SPLIT_MASTER_BYTES if _host_master_of(parameter, config) == "split" else FP32_MASTER_BYTES
+    return MASTER_BYTES[_host_master_of(parameter, config)]
 
 
 def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
@@ -404,9 +407,10 @@ def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
                 f"parameter {parameter.name!r} is {parameter.dtype_name}: trainable parameters are float32, "
                 "bfloat16 or float16; convert it or set requires_grad=False"
             )
-        if parameter.trainable and parameter.dtype_name == "float16" and config.master == "split":
+        if parameter.trainable and parameter.dtype_name == "float16" and config.master in ("split", "bf16"):
             raise InvalidArgument(
-                f"master='split' needs bfloat16 and parameter {parameter.name!r} is float16: use 'auto' or 'fp32'"
+                f"master={config.master!r} needs bfloat16 and parameter {parameter.name!r} is float16: use 'auto' or "
+                "'fp32'"
             )
 
 

@@ -13,6 +13,7 @@ from . import _native
 from ._adamw import FORMATS
 from ._config import Config
 from ._native_state import NativeState
+from ._parameter_size import MASTER_BYTES, MasterFormat
 from ._parameter_state import ParameterState
 from ._plan import Plan
 from ._state_store import StateStore
@@ -21,6 +22,12 @@ from ._streaming import Streaming
 from ._unified_states import BLOCK_BYTES, UnifiedStates
 
 State = TypeVar("State", bound=ParameterState)
+
+_MASTER_FORMATS: dict[MasterFormat, int] = {
+    "fp32": _native.MASTER_FLOAT32,
+    "split": _native.MASTER_SPLIT,
+    "bf16": _native.MASTER_BFLOAT16,
+}
 
 
 class StateHomes:
@@ -51,9 +58,12 @@ class StateHomes:
     def _name_of(self, parameter: Parameter) -> str:
         return self._names.get(id(parameter), "")
 
-    def _splits(self, parameter: Parameter, kind: type[ParameterState]) -> bool:
-        wanted = self.updates_on_host(parameter) and self._config.master != "fp32"
-        return kind.may_split and wanted and parameter.dtype == torch.bfloat16
+    def _master_format(self, parameter: Parameter, kind: type[ParameterState]) -> MasterFormat:
+        if not kind.may_split or parameter.dtype != torch.bfloat16 or self._config.master == "fp32":
+            return "fp32"
+        if self._config.master == "bf16":
+            return "bf16"
+        return "split" if self.updates_on_host(parameter) else "fp32"
 
     def _store_of(self, parameter: Parameter) -> StateStore | None:
         return self.store if self.updates_on_host(parameter) and parameter.numel() > 0 else None
@@ -62,7 +72,8 @@ class StateHomes:
         if self._store_of(parameter) is None:
             return {}
         streamed = parameter in self._streaming
-        return kind.arrays_on_disk(parameter.dtype, split=self._splits(parameter, kind), streamed=streamed)
+        split = self._master_format(parameter, kind) == "split"
+        return kind.arrays_on_disk(parameter.dtype, split=split, streamed=streamed)
 
     def disk_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
         """What its state takes on disk, to whole blocks."""
@@ -80,7 +91,7 @@ class StateHomes:
             if parameter.dtype != torch.float32 and not streamed:
                 sizes.append(2 * numel)
             if "master" not in on_disk and not (streamed and parameter.dtype == torch.float32):
-                sizes.append((2 if self._splits(parameter, kind) else 4) * numel)
+                sizes.append(MASTER_BYTES[self._master_format(parameter, kind)] * numel)
         if self.updates_on_host(parameter) or self._plan.gradient_leaves(self._name_of(parameter)):
             sizes.append((self._config.gradient_itemsize or parameter.element_size()) * numel)
         return _in_blocks(sizes)
@@ -89,8 +100,10 @@ class StateHomes:
         """Obtains the unified memory that the states of these take. Raises as `offload.unified.empty`."""
         if self._unified is None:
             return
-        sizes = [4 * parameter.numel() for parameter, _ in parameters if parameter.dtype != torch.float32]
+        sizes = []
         for parameter, kind in parameters:
+            if parameter.dtype != torch.float32:
+                sizes.append(MASTER_BYTES[self._master_format(parameter, kind)] * parameter.numel())
             if issubclass(kind, NativeState):
                 sizes += kind.moment_sizes(self._config.moments, parameter.numel())
         self._unified.reserve(_in_blocks(sizes))
@@ -133,7 +146,7 @@ class StateHomes:
             parameter,
             value,
             on_host=on_host,
-            split=self._splits(parameter, kind),
+            master_format=self._master_format(parameter, kind),
             streamed=streamed,
             allocate=allocate,
             store=self._store_of(parameter),
@@ -149,14 +162,12 @@ class StateHomes:
         """The arguments of `StepPipeline.add_slot`."""
         parameter, weight = state.parameter, state.working_weight()
         in_memory = state.has_host_weight()
-        is_master = parameter.dtype == torch.float32
+        is_master = parameter.dtype == torch.float32 or state.master_format == "bf16"
         master = state.remainder if state.remainder is not None else weight if is_master and in_memory else state.master
-        on_disk = {} if state.stored is None else state.stored.dtypes
-        is_split = state.remainder is not None or on_disk.get("master") == torch.int16
         slot = {
             "name": state.name,
             "master": 0 if master is None else master.data_ptr(),
-            "master_format": _native.MASTER_SPLIT if is_split else _native.MASTER_FLOAT32,
+            "master_format": _MASTER_FORMATS[state.master_format],
             # Of weights on disk each job says where they are.
             "weight": weight.data_ptr() if in_memory and not is_master else 0,
             "weight_format": FORMATS[parameter.dtype],

@@ -93,7 +93,7 @@ def wrap(
     _check_model(model)
     if optim is not None:
         _check_optimizers(model, optimizers)
-        _check_moments(settings, optimizers)
+        _check_formats(settings, optimizers)
     device = _device_of(model, settings)
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
@@ -216,7 +216,7 @@ def estimate(
     """
     settings = Config.resolve(config, {**options, "device_budget": _UNLIMITED, "host_budget": _UNLIMITED})
     trained = {id(p): AdamWState for p in model.parameters() if p.requires_grad}
-    sizes = _parameter_sizes(model, find_units(model, settings.units), trained, settings.moments)
+    sizes = _parameter_sizes(model, find_units(model, settings.units), trained, settings)
     if dtype is not None:
         name = str(dtype).removeprefix("torch.")
         sizes = [dataclasses.replace(size, itemsize=dtype.itemsize, dtype_name=name) for size in sizes]
@@ -316,10 +316,15 @@ def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer])
                     )
 
 
-def _check_moments(settings: Config, optimizers: list[torch.optim.Optimizer]) -> None:
-    if settings.moments == "fp32":
-        return
+def _check_formats(settings: Config, optimizers: list[torch.optim.Optimizer]) -> None:
     for optimizer in optimizers:
+        if settings.master == "bf16" and _updater_of(optimizer) is TorchUpdater:
+            raise InvalidArgument(
+                f"master='bf16': {type(optimizer).__name__} runs as itself, over fp32 masters; bf16 masters are for "
+                "Adam, AdamW, Adagrad and offload.Lion, pass master='auto'"
+            )
+        if settings.moments == "fp32":
+            continue
         if _updater_of(optimizer) is TorchUpdater:
             why = "runs as itself, with states of its own"
         elif _updater_of(optimizer).state_kind_of(optimizer) is AdagradState:
@@ -427,7 +432,7 @@ def _plan(
         for p in g["params"]
         if p.requires_grad
     }
-    sizes = _parameter_sizes(model, units, trained, settings.moments)
+    sizes = _parameter_sizes(model, units, trained, settings)
     host_bytes = probe_host().available_bytes
     if device.type == "cpu":
         device_bytes = host_bytes
@@ -467,13 +472,14 @@ def _memory_kind_of(device: torch.device) -> MemoryKind | None:
 
 
 def _parameter_sizes(
-    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]], moments: str
+    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]], settings: Config
 ) -> list[ParameterSize]:
     """The model's parameters as the plan sees them; `trained`: id -> the kind of its state."""
     unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
     # Its forward is open while any other's is.
     root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
-    charged = {id(p): trained[id(p)].moment_bytes(moments) for p in model.parameters() if id(p) in trained}
+    charged = {id(p): trained[id(p)].moment_bytes(settings.moments) for p in model.parameters() if id(p) in trained}
+    are_exact = settings.moments == "fp32" and settings.master != "bf16"
     return [
         ParameterSize(
             name=name,
@@ -485,7 +491,8 @@ def _parameter_sizes(
             may_split=id(parameter) in trained and trained[id(parameter)].may_split,
             moment_bytes=charged.get(id(parameter), (0, 0))[0],
             moment_block_bytes=charged.get(id(parameter), (0, 0))[1],
-            may_be_stored=id(parameter) not in trained or (trained[id(parameter)].may_be_stored and moments == "fp32"),
+            may_be_stored=id(parameter) not in trained or (trained[id(parameter)].may_be_stored and are_exact),
+            is_master=id(parameter) in trained and settings.master == "bf16" and parameter.dtype == torch.bfloat16,
             stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
         )
         for name, parameter in model.named_parameters()

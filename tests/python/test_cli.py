@@ -157,6 +157,13 @@ def test_train_with_small_moments(moments: str, capsys: pytest.CaptureFixture[st
     assert bytes_an_element == 4 if moments == "bf16" else 2 < bytes_an_element < 2.1
 
 
+def test_train_with_bf16_masters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, "--steps", "3", "--master", "bf16", "--moments", "int8", "--check", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["master"] == "bf16" and report["bytes"]["host"]["master"] == 0
+    assert report["check"].keys() == {"nothing_offloaded"} and report["check"]["nothing_offloaded"]["ok"]
+
+
 def test_train_in_fp32(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, "--steps", "3", "--check", "--dtype", "float32"]) == 0
     text = capsys.readouterr().out

@@ -87,7 +87,7 @@ def test_budgets_and_device_are_normalised() -> None:
         ({"activations": 1.5}, ["activations=1.5", "0.0 to 1.0"]),
         ({"activations": True}, ["activations=True", "'host'"]),
         ({"activations": None}, ["activations=None", "'host'"]),
-        ({"master": "bf16"}, ["master='bf16'", "'split'"]),
+        ({"master": "fp16"}, ["master='fp16'", "'split'", "'bf16'"]),
         ({"lazy": 1}, ["lazy=1", "True"]),
         ({"pin": "yes"}, ["pin='yes'", "'auto'"]),
         ({"poison": 0}, ["poison=0", "None"]),

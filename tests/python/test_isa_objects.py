@@ -15,8 +15,9 @@ FLAGS = {
     "scalar": [],
     "avx2": ["-mavx2", "-mf16c"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mf16c"],
+    "neon": [],
 }
-ISAS = list(FLAGS) if platform.machine() == "x86_64" else ["scalar"]
+ISAS = ["scalar", "avx2", "avx512"] if platform.machine() == "x86_64" else ["scalar", "neon"]
 ALLOWED_INCLUDES = {
     "immintrin.h",
     "emmintrin.h",

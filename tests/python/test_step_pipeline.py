@@ -268,7 +268,7 @@ def test_bad_jobs_are_refused_before_anything_runs() -> None:
         ("beside a fp32 master", {"weight": parameter.master.data_ptr()}),
         ("got null", {"master": 0}),
         ("got null", {"exp_avg": 0, "exp_avg_sq": 0}),
-        ("must be a MASTER_ code", {"master_format": 2}),
+        ("must be a MASTER_ code", {"master_format": 3}),
     ]
     for message, change in wrong_slots:
         with pytest.raises(InvalidArgument, match=message):

@@ -143,6 +143,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="fp32",
         help="how the optimizer stores them; bf16 and int8 are lossy (default fp32)",
     )
+    train.add_argument(
+        "--master",
+        choices=("auto", "fp32", "split", "bf16"),
+        default="auto",
+        help="what is kept of 16-bit weights beside them; bf16 keeps nothing and is lossy (default auto)",
+    )
     train.add_argument("--steps", type=_positive, default=200, help="optimizer steps (default 200)")
     train.add_argument("--batch", type=_positive, default=4, help="sequences a micro-batch (default 4)")
     train.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default 128)")

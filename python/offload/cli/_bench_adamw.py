@@ -34,6 +34,12 @@ _FORMATS = {
     "split": ("split", torch.float32),
     "split bf16 moments": ("split", torch.bfloat16),
     "split int8 moments": ("split", torch.uint8),
+    "bf16 master int8 moments": ("own", torch.uint8),
+}
+_MASTER_FORMATS = {
+    torch.float32: _native.MASTER_FLOAT32,
+    torch.int16: _native.MASTER_SPLIT,
+    torch.bfloat16: _native.MASTER_BFLOAT16,
 }
 _MOMENT_FORMATS = {
     torch.float32: _native.MOMENTS_FLOAT32,
@@ -67,7 +73,7 @@ class _Buffers:
 
     name: str
     gradient: Tensor
-    master: Tensor  # fp32, or the int16 remainder of a split master
+    master: Tensor  # fp32, the int16 remainder of a split master, or a bf16 weight that is its own
     weight: Tensor | None
     exp_avg: Tensor
     exp_avg_sq: Tensor
@@ -77,8 +83,10 @@ class _Buffers:
     def make(cls, name: str, count: int) -> _Buffers:
         kind, moments = _FORMATS[name]
         dtype = torch.float32 if kind == "fp32" else torch.bfloat16
-        weight = None if kind == "fp32" else torch.randn(count).to(dtype)
+        weight = None if kind in ("fp32", "own") else torch.randn(count).to(dtype)
         master = torch.zeros(count, dtype=torch.int16) if kind == "split" else torch.randn(count)
+        if kind == "own":
+            master = master.to(dtype)
         gradient = torch.randn(count).to(dtype)
         second = torch.full((count,), 127 if moments == torch.uint8 else 1e-4, dtype=moments)
         scales = torch.full((2, -(-count // _native.MOMENT_BLOCK)), 1e-4)
@@ -100,7 +108,7 @@ class _Buffers:
             gradient=self.gradient.data_ptr(),
             gradient_format=FORMATS[self.gradient.dtype],
             master=self.master.data_ptr(),
-            master_format=_native.MASTER_SPLIT if self.is_split else _native.MASTER_FLOAT32,
+            master_format=_MASTER_FORMATS[self.master.dtype],
             weight=0 if self.weight is None else self.weight.data_ptr(),
             weight_format=_native.FLOAT32 if self.weight is None else FORMATS[self.weight.dtype],
             exp_avg=self.exp_avg.data_ptr(),
@@ -248,6 +256,7 @@ def _ratios(medians: dict[str, float]) -> dict[str, float]:
         "split against torch fused": ("torch fp32 fused", "offload split" + ours),
         "split bf16 moments against torch fused": ("torch fp32 fused", "offload split bf16 moments" + ours),
         "split int8 moments against torch fused": ("torch fp32 fused", "offload split int8 moments" + ours),
+        "bf16 master int8 moments against torch fused": ("torch fp32 fused", "offload bf16 master int8 moments" + ours),
         "fp32 against deepspeed": ("deepspeed fp32", "offload fp32" + ours),
     }
     return {name: medians[peer] / medians[own] for name, (peer, own) in pairs.items() if peer in medians}

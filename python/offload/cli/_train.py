@@ -61,7 +61,7 @@ def _check(
     """Results by reference run, and whether Ctrl-C stopped the checks."""
     results: dict[str, Any] = {}
     references = [("nothing_offloaded", "device"), ("plain_torch", None)]
-    if options.moments != "fp32":  # plain torch has no such format
+    if options.moments != "fp32" or options.master == "bf16":  # plain torch has no such format
         references.pop()
     for name, placement in references:
         reference = train(
@@ -103,6 +103,7 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
         "steps": len(run.losses),
         "dtype": options.dtype,
         "moments": options.moments,
+        "master": run.plan.master,
         "device": run.plan.device_kind,
         "parameters": run.plan.trainable_count,
         "loss_first": run.losses[0] if run.losses else None,

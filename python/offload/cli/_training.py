@@ -187,7 +187,8 @@ def _prepare(
         model.to(device)
         return model, kind(list(model.parameters()), **settings), None
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    where: dict[str, Any] = {"optimizer": "device", "params": "device", "moments": options.moments}
+    where: dict[str, Any] = {"optimizer": "device", "params": "device"}
+    where |= {"moments": options.moments, "master": options.master}
     if placement == "host":
         where |= {
             "optimizer": options.optimizer,
