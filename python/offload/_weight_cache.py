@@ -47,7 +47,7 @@ class _Image:
         self.last_use = 0
         ended = _native.Ticket()
         self.read, self.written, self.upload = ended, ended, ended
-        # Of the last update since the read; it ends after that, for it waits for it.
+        # Of the last update since the read, which it waits for; one that fails before it began may end sooner.
         self.updated: _native.Ticket | None = None
 
     @property
@@ -56,7 +56,7 @@ class _Image:
         return self.read if self.updated is None else self.updated
 
     def in_use(self) -> list[_native.Ticket]:
-        return [ticket for ticket in (self.ready, self.written, self.upload) if not ticket.done]
+        return [ticket for ticket in (self.read, self.ready, self.written, self.upload) if not ticket.done]
 
 
 @dataclass(eq=False)

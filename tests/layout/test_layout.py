@@ -42,8 +42,8 @@ PYTHON_FLOORS = (
      "_stats"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
-        "_unified_pool", "_unified_states", "_disk", "_state_store", "_stored_values", "_probe", "_environment", "_rates",
-        "_trace", "_grad_dtype",
+        "_unified_pool", "_unified_states", "_disk", "_state_store", "_stored_values", "_probe", "_environment",
+        "_rates", "_trace", "_grad_dtype",
     ),
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (

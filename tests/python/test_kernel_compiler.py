@@ -185,7 +185,7 @@ def test_the_environment_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(_kernels, "find_kernels", lambda device: Found(None, f"no compiler for {device}"))
     assert "no compiler for" in offload.environment()["kernel_refusal"]
     assert main(["env"]) == 0
-    assert "kernels none: no compiler for" in capsys.readouterr().out
+    assert "kernels   no compiler for" in capsys.readouterr().out
     monkeypatch.setattr(_kernels, "find_kernels", lambda device: Found(None, None))
     assert main(["env"]) == 0
     assert "kernels compiled for this device" in capsys.readouterr().out
