@@ -4,8 +4,7 @@
 // Ownership: shares the queue. Memory of a weight is borrowed until its part of the job has ended.
 // Threads: used by the sequencer's thread alone.
 // Invariants: whoever is about to block, or to begin a long update, calls flush() first: a weight may wait
-// for
-//             the update of other small ones, and for nothing else. flush() comes before destruction.
+//             for the update of other small ones, and for nothing else. flush() comes before destruction.
 #pragma once
 
 #include <cstddef>
