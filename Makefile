@@ -15,10 +15,11 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -name 
 demo: $(VENV)/.installed
 	$(VENV)/bin/offload train --check
 
-# Two processes take 5 minutes on 2 cores, one takes 9:30. What a test counts or holds is its own process's.
+# Two processes take 7 minutes on 2 cores; with threads of torch's that spin while they wait, 15. What a test counts or
+# holds is its own process's.
 TEST_WORKERS ?= 2
 test: $(VENV)/.installed
-	OFFLOAD_POISON=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal tests
+	OFFLOAD_POISON=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal tests
 
 # Beside DeepSpeed itself, which brings packages of its own: in an environment of its own.
 COMPAT_VENV ?= .venv-compat

@@ -142,7 +142,7 @@ def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.Monk
     model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 512, 512, bias=False) for _ in range(count)))
     for parameter in model.parameters():
         nn.init.ones_(parameter)
-    assert resident_bytes() - before >= count * block
+    assert resident_bytes() - before >= count * block - slack
     seen = []
     reserve = _native.HostPool.reserve
 

@@ -188,4 +188,4 @@ def test_the_environment_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "kernels   no compiler for" in capsys.readouterr().out
     monkeypatch.setattr(_kernels, "find_kernels", lambda device: Found(None, None))
     assert main(["env"]) == 0
-    assert "kernels compiled for this device" in capsys.readouterr().out
+    assert "kernels   compiled for this device" in capsys.readouterr().out
