@@ -133,6 +133,7 @@ def test_weights_never_lie_twice_on_the_host(
 def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident pages of the process: malloc keeps freed blocks of this size in its heap, below those still in use."""
     run, count, block = 8 << 20, 48, 1 << 20
+    slack = 4 << 20  # what else the process needs, or gives back, meanwhile
     monkeypatch.setattr(_residency, "_RUN_BYTES", run)
     offload.wrap(nn.Linear(2, 2), None, params="host")  # threads and lanes of the process
     torch.empty(16 << 20, dtype=torch.uint8).fill_(1)  # from here on such blocks come from the heap
@@ -152,7 +153,6 @@ def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(_native.HostPool, "reserve", watched)
     offload.wrap(model, None, params="host")
-    slack = 4 << 20  # what else the process needs meanwhile
     assert len(seen) == count * block // run + 1 and max(seen) <= count * block + run + slack
     assert resident_bytes() - before <= count * block + slack
 
