@@ -15,7 +15,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -name 
 demo: $(VENV)/.installed
 	$(VENV)/bin/offload train --check
 
-# Two processes take 7 minutes on 2 cores; with threads of torch's that spin while they wait, 15. What a test counts or
+# Two processes take 6 minutes on 2 cores; with threads of torch's that spin while they wait, 15. What a test counts or
 # holds is its own process's.
 TEST_WORKERS ?= 2
 test: $(VENV)/.installed

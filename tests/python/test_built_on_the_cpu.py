@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,6 @@ def test_weights_never_lie_twice_on_the_host(
 def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     """Resident pages of the process: malloc keeps freed blocks of this size in its heap, below those still in use."""
     run, count, block = 8 << 20, 48, 1 << 20
-    slack = 4 << 20  # what else the process needs, or gives back, meanwhile
     monkeypatch.setattr(_residency, "_RUN_BYTES", run)
     # Threads and lanes of the process, and what torch imports for it.
     offload.wrap(nn.utils.skip_init(nn.Linear, 2, 2), None, params="host")
@@ -144,7 +142,7 @@ def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.Monk
     model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 512, 512, bias=False) for _ in range(count)))
     for parameter in model.parameters():
         nn.init.ones_(parameter)
-    assert resident_bytes() - before >= count * block - slack
+    assert resident_bytes() - before >= count * block
     seen = []
     reserve = _native.HostPool.reserve
 
@@ -154,12 +152,15 @@ def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(_native.HostPool, "reserve", watched)
     offload.wrap(model, None, params="host")
+    slack = 4 << 20  # what else the process needs meanwhile
     assert len(seen) == count * block // run + 1 and max(seen) <= count * block + run + slack
     assert resident_bytes() - before <= count * block + slack
 
 
 def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    """By counting the pages: statm's figure lags behind by some pages a CPU."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Rss:")) * 1024
 
 
 @pytest.mark.parametrize("kind", ["weights there", "weights on the CPU"])
