@@ -218,7 +218,6 @@ def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(capsys: pytest.Ca
     smallest = report("--device-budget", str(weights // 4), "--activations", "host")
     assert smallest["losses"] == resident["losses"] and smallest["stats"]["activations"]["offloaded_bytes"] > 0
     assert smallest["peak_device"]["bytes"] < 0.8 * streamed["peak_device"]["bytes"]
-    assert resident["peak_device"]["bytes"] - streamed["peak_device"]["bytes"] >= 0.7 * weights
     assert main(["train", *sizes]) == 0
     assert "weights on the device" in capsys.readouterr().out
 
