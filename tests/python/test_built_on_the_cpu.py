@@ -142,7 +142,8 @@ def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.Monk
     model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 512, 512, bias=False) for _ in range(count)))
     for parameter in model.parameters():
         nn.init.ones_(parameter)
-    assert resident_bytes() - before >= count * block
+    slack = 4 << 20  # what else the process needs or gives back meanwhile
+    assert resident_bytes() - before >= count * block - slack
     seen = []
     reserve = _native.HostPool.reserve
 
@@ -152,7 +153,6 @@ def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(_native.HostPool, "reserve", watched)
     offload.wrap(model, None, params="host")
-    slack = 4 << 20  # what else the process needs meanwhile
     assert len(seen) == count * block // run + 1 and max(seen) <= count * block + run + slack
     assert resident_bytes() - before <= count * block + slack
 

@@ -26,6 +26,7 @@ from training import (
 )
 
 pytestmark = pytest.mark.usefixtures("device")
+needs_grad_dtype = pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this torch has no Tensor.grad_dtype")
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "resident": RESIDENT,
@@ -53,6 +54,7 @@ def wide_sums(model: nn.Module, micro_batches: list[Tensor]) -> list[Tensor]:
     return sums
 
 
+@needs_grad_dtype
 @DTYPES
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_sums_are_those_of_widened_gradients(placement: dict[str, Any], dtype: torch.dtype) -> None:
@@ -80,6 +82,7 @@ def test_sums_are_those_of_widened_gradients(placement: dict[str, Any], dtype: t
     assert {p.grad.dtype for p in model.parameters()} == {dtype}
 
 
+@needs_grad_dtype
 @DTYPES
 @pytest.mark.parametrize("name", [name for name in PLACEMENTS if name != "resident"])
 def test_placements_train_alike(name: str, dtype: torch.dtype) -> None:
@@ -94,6 +97,7 @@ def test_placements_train_alike(name: str, dtype: torch.dtype) -> None:
     assert any(not same_bits(narrow.weights[key], value) for key, value in other.weights.items())
 
 
+@needs_grad_dtype
 @DTYPES
 def test_training_is_adamw_over_wide_sums(dtype: torch.dtype) -> None:
     """The oracle is plain torch: no hook, no HostGrad, and the sums are taken by hand."""
@@ -120,6 +124,7 @@ def test_training_is_adamw_over_wide_sums(dtype: torch.dtype) -> None:
         assert same_bits(weight, other), name
 
 
+@needs_grad_dtype
 @pytest.mark.parametrize("kind", ["gradients on the host", "gradients on the device", "Adagrad", "SGD"])
 def test_the_plan_counts_and_other_optimizers_read_them(kind: str) -> None:
     placement = PLACEMENTS["states on the host"] if kind.endswith("device") else HOST
@@ -144,6 +149,7 @@ def test_the_plan_counts_and_other_optimizers_read_them(kind: str) -> None:
     assert all(same_bits(value, expected[name]) for name, value in run(placement).items())
 
 
+@needs_grad_dtype
 def test_gradients_that_are_there_are_widened_and_fp32_weights_left_alone() -> None:
     model = make_model(torch.bfloat16)
     model.norm.float()
@@ -158,6 +164,7 @@ def test_gradients_that_are_there_are_widened_and_fp32_weights_left_alone() -> N
     assert model.norm.weight.grad_dtype == torch.float32
 
 
+@needs_grad_dtype
 def test_a_refused_wrap_leaves_them_narrow() -> None:
     model = make_model(torch.bfloat16)
     with pytest.raises(offload.OutOfHostMemory):
@@ -176,6 +183,7 @@ def test_a_torch_that_cannot_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         wrap(make_model(torch.bfloat16), HOST)
 
 
+@needs_grad_dtype
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_the_engine_adds_up_as_the_config_says(accumulation: int) -> None:
     config = config_of(

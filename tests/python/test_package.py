@@ -67,10 +67,10 @@ def test_import_alone_loads_no_torch() -> None:
 
 def test_import_is_cheap_beyond_torch() -> None:
     code = (
-        "import torch, time\nstart = time.process_time()\nimport offload\noffload.wrap, offload.AdamW\n"
-        "print(time.process_time() - start)"
+        "import torch.utils.checkpoint, time\nstart = time.process_time()\nimport offload\n"
+        "offload.wrap, offload.AdamW\nprint(time.process_time() - start)"
     )
-    # CPU time of the best of three: what other processes do cannot make it fail.
+    # CPU time of the best of three: other processes cannot make it fail. In torch 2.6 checkpointing brings sympy.
     assert min(float(run_python(code)) for _ in range(3)) < 0.3
 
 
