@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ._export import describe_checkpoint, export_checkpoint
     from ._lion import Lion
     from ._loading import Checkpoint, load_checkpoint
+    from ._memory import MemorySummary
     from ._optimizer import OffloadOptimizer
     from ._plan import Plan
     from ._saving import CheckpointSave, save_checkpoint
@@ -44,6 +45,7 @@ __all__ = [
     "InternalError",
     "InvalidArgument",
     "Lion",
+    "MemorySummary",
     "OffloadError",
     "OffloadOptimizer",
     "OutOfHostMemory",
@@ -77,6 +79,7 @@ _HOMES = {
     "InternalError": "_errors",
     "InvalidArgument": "_errors",
     "Lion": "_lion",
+    "MemorySummary": "_memory",
     "OffloadError": "_errors",
     "OffloadOptimizer": "_optimizer",
     "OutOfHostMemory": "_errors",
