@@ -26,12 +26,15 @@ if TYPE_CHECKING:
         StorageError,
     )
     from ._export import describe_checkpoint, export_checkpoint
+    from ._forecast import StepForecast, forecast
     from ._lion import Lion
     from ._loading import Checkpoint, load_checkpoint
     from ._optimizer import OffloadOptimizer
+    from ._parameter_size import ParameterSize
     from ._plan import Plan
     from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
+    from ._step_work import Machine, UnitWork, transformer_compute, unit_works
     from ._wrap import estimate, full_params, unwrap, wrap
     from .deepspeed import add_config_arguments, initialize
 
@@ -44,25 +47,32 @@ __all__ = [
     "InternalError",
     "InvalidArgument",
     "Lion",
+    "Machine",
     "OffloadError",
     "OffloadOptimizer",
     "OutOfHostMemory",
+    "ParameterSize",
     "Plan",
     "StateError",
     "Stats",
+    "StepForecast",
     "StorageError",
+    "UnitWork",
     "__version__",
     "add_config_arguments",
     "describe_checkpoint",
     "environment",
     "estimate",
     "export_checkpoint",
+    "forecast",
     "full_params",
     "initialize",
     "load_checkpoint",
     "offload_activations",
     "save_checkpoint",
+    "transformer_compute",
     "unified",
+    "unit_works",
     "unwrap",
     "wrap",
 ]
@@ -77,23 +87,30 @@ _HOMES = {
     "InternalError": "_errors",
     "InvalidArgument": "_errors",
     "Lion": "_lion",
+    "Machine": "_step_work",
     "OffloadError": "_errors",
     "OffloadOptimizer": "_optimizer",
     "OutOfHostMemory": "_errors",
+    "ParameterSize": "_parameter_size",
     "Plan": "_plan",
     "StateError": "_errors",
     "Stats": "_stats",
+    "StepForecast": "_forecast",
     "StorageError": "_errors",
+    "UnitWork": "_step_work",
     "add_config_arguments": "deepspeed",
     "estimate": "_wrap",
     "describe_checkpoint": "_export",
     "export_checkpoint": "_export",
     "environment": "_environment",
+    "forecast": "_forecast",
     "full_params": "_wrap",
     "initialize": "deepspeed",
     "load_checkpoint": "_loading",
     "offload_activations": "_activation_region",
     "save_checkpoint": "_saving",
+    "transformer_compute": "_step_work",
+    "unit_works": "_step_work",
     "unwrap": "_wrap",
     "wrap": "_wrap",
 }

@@ -8,8 +8,8 @@ from typing import Literal
 
 from ._config import Config
 from ._disk_window import CacheSize, DiskWindow, image_bytes, plan_cache, plan_window
-from ._hybrid import StateBytes
-from ._parameter_size import MASTER_BYTES, MasterFormat, ParameterSize, largest_unit, states_that_stay
+from ._hybrid import StateBytes, state_bytes
+from ._parameter_size import MASTER_BYTES, ParameterSize, host_master, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes
 
 __all__ = [
@@ -75,23 +75,10 @@ class PlanSizes:
 
     def state_bytes(self, gradients: Placement) -> list[StateBytes]:
         """Each state as `keep_fastest` weighs it, with weights on the device."""
-        return [self._state_bytes_of(p, gradients) for p in self.trainable]
-
-    def _state_bytes_of(self, parameter: ParameterSize, gradients: Placement) -> StateBytes:
-        gradient, weight = self._gradient_bytes([parameter]), parameter.numel * parameter.itemsize
-        master = parameter.numel * _host_master_bytes(parameter, self.config)
-        # The host reads and writes the states. A gradient comes in and is read; a 16-bit weight is written, read where
-        # it is the master or half of it, and goes out; an fp32 one, which is the master, goes out.
-        passes = 1 if parameter.itemsize == 4 else 2 if _host_master_of(parameter, self.config) == "fp32" else 3
-        return StateBytes(
-            name=parameter.name,
-            kept=parameter.state_bytes + (gradient if gradients == "host" else 0),
-            to_host=gradient,
-            to_device=weight,
-            host_update=2 * (gradient + parameter.moments + master) + passes * weight,
-            # There a weight that is its own master is read and written.
-            device_update=gradient + 2 * parameter.state_bytes + (1 if parameter.device_master else 2) * weight,
-        )
+        return [
+            state_bytes(p, self.config.master, self.gradient_itemsize, gradient_leaves=gradients == "host")
+            for p in self.trainable
+        ]
 
     def words_of(self, kept: frozenset[str]) -> str:
         total = sum(p.state_bytes for p in self.trainable)
@@ -106,7 +93,7 @@ class PlanSizes:
         forms: set[MasterForm] = {
             "fp32"
             if not p.is_master and (optimizer in UPDATED_BY_DEVICE or p.name in kept)
-            else _host_master_of(p, self.config)
+            else host_master(p, self.config.master)
             for p in self.trainable
             if p.itemsize == 2
         }
@@ -198,13 +185,5 @@ def _states_of_device(parameters: Sequence[ParameterSize]) -> TierBytes:
     return TierBytes(master=sum(p.device_master for p in parameters), moments=sum(p.moments for p in parameters))
 
 
-def _host_master_of(parameter: ParameterSize, config: Config) -> MasterFormat:
-    if parameter.is_master:
-        return "bf16"
-    if parameter.may_split and parameter.dtype_name == "bfloat16" and config.master != "fp32":
-        return "split"
-    return "fp32"
-
-
 def _host_master_bytes(parameter: ParameterSize, config: Config) -> int:
-    return MASTER_BYTES[_host_master_of(parameter, config)]
+    return MASTER_BYTES[host_master(parameter, config.master)]
