@@ -110,7 +110,7 @@ class Hybrid:
         return (
             f"an update is predicted to take {longer * 1e3:.3g} ms ({self.host_seconds * 1e3:.3g} on the host beside "
             f"{self.device_seconds * 1e3:.3g} on the device), and {self.all_on_host_seconds * 1e3:.3g} ms with all "
-            f"states on the host; measured: {self.rates}"
+            f"states on the host; rates: {self.rates}"
         )
 
 

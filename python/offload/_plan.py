@@ -10,7 +10,7 @@ from typing import Literal
 from ._config import Config, Tier, format_size
 from ._disk_window import CacheSize, DiskWindow
 from ._errors import InvalidArgument, OutOfHostMemory
-from ._hybrid import Rates, keep_fastest
+from ._hybrid import Hybrid, Rates, keep_fastest
 from ._parameter_size import ParameterSize
 from ._plan_sizes import (
     LEAST_PREFETCH,
@@ -24,7 +24,7 @@ from ._plan_sizes import (
 from ._tier_bytes import TierBytes, table
 from ._unified_plan import MemoryKind, check_room, words_of_unified
 
-__all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
+__all__ = ["Attempt", "ParameterSize", "Plan", "TierBytes", "make_plan", "try_placement"]
 
 ActivationPlacement = Literal["device", "host", "checkpoints"]
 
@@ -96,6 +96,31 @@ class Plan:
 _Choice = tuple[OptimizerPlacement, Placement, ParamsPlacement]  # optimizer, gradients, params
 
 
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One choice of (optimizer, gradients, params): what it takes by tier, and the capacities that it is for, in bytes.
+
+    kept, window, cache: as `kept_states`, `disk_window` and `weight_cache` of a Plan. hybrid: why those are kept.
+    """
+
+    choice: _Choice
+    device: TierBytes
+    host: TierBytes
+    unified: TierBytes
+    disk: TierBytes
+    kept: frozenset[str]
+    hybrid: Hybrid | None
+    window: DiskWindow | None
+    cache: CacheSize | None
+    device_capacity: int
+    host_capacity: int
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of host memory, unified ones included."""
+        return self.host.total + self.unified.total
+
+
 def make_plan(
     parameters: Sequence[ParameterSize],
     config: Config,
@@ -128,31 +153,12 @@ def make_plan(
     refusal: str | None = None  # of the least offloading that fits the device, and not the host
     measured = None if measure is None or config.optimizer != "auto" else functools.cache(measure)
     for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
-        kept = sizes.kept_states(choice[0], choice[2])
-        device, host = sizes.by_tier(*choice, kept=kept)
-        hybrid = None
-        room = device_capacity - device.total
-        if measured is not None and choice[0] == "host" and choice[2] == "device" and room > 0:
-            hybrid = keep_fastest(sizes.state_bytes(choice[1]), room, measured())
-            if hybrid.kept:
-                choice, kept = ("mixed", *choice[1:]), hybrid.kept
-                device, host = sizes.by_tier(*choice, kept=kept)
-        unified = sizes.in_unified(choice[0])
-        on_host = host.total + unified.total
-        cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
-        left = host_capacity - on_host - (0 if cache is None else cache.nbytes)
-        window = sizes.window(left) if choice[0] == "disk" else None
-        if window is not None:
-            host = dataclasses.replace(host, window=window.nbytes)
-            on_host += window.nbytes
-        if cache is not None:
-            cache = sizes.cache(int((host_capacity - on_host) * _CACHE_SHARE))
-            host = dataclasses.replace(host, cache=cache.nbytes)
-            on_host += cache.nbytes
+        attempt = _attempt(sizes, choice, device_capacity, host_capacity, measured)
+        choice, device, host, unified = attempt.choice, attempt.device, attempt.host, attempt.unified
         if device.total > device_capacity:
             tried.append(_over(choice, device.total, device_capacity, "device"))
-        elif on_host > host_capacity:
-            tried.append(_over(choice, on_host, host_capacity, "host"))
+        elif attempt.on_host > host_capacity:
+            tried.append(_over(choice, attempt.on_host, host_capacity, "host"))
             refusal = refusal or _too_small("host", (device, host, unified), host_capacity, host_note, config)
         else:
             break
@@ -161,6 +167,7 @@ def make_plan(
             raise OutOfHostMemory(refusal)
         raise InvalidArgument(_too_small("device", (device, host, unified), device_capacity, device_note, config))
 
+    kept, hybrid, window, on_host = attempt.kept, attempt.hybrid, attempt.window, attempt.on_host
     optimizer, gradients, params = choice
     check_room(memory_kind, unified.total, device.total, device_bytes)
     if optimizer == "mixed" and not kept:
@@ -181,7 +188,7 @@ def make_plan(
     reason.append(f"host: {format_size(on_host)} of {format_size(host_capacity)} ({host_note})")
     if optimizer == "unified":
         reason.append(words_of_unified(memory_kind, unified.total, sizes.copied_bytes()))
-    disk = sizes.on_disk(optimizer, params)
+    disk = attempt.disk
     if disk.total:
         ways = [f"a window of {format_size(host.window)}"] if window is not None else []
         ways += [f"a cache of {format_size(host.cache)} for weights"] if params == "disk" else []
@@ -220,9 +227,53 @@ def make_plan(
         kept_states=kept,
         disk=disk,
         disk_window=window,
-        weight_cache=cache,
+        weight_cache=attempt.cache,
         unified=unified,
     )
+
+
+def try_placement(
+    parameters: Sequence[ParameterSize],
+    config: Config,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    gradient_itemsize: int | None = None,
+) -> Attempt:
+    """What the first placement that `config` allows takes, whether or not it fits; arguments as of `make_plan`."""
+    sizes = PlanSizes(parameters, config, gradient_itemsize)
+    device_capacity, host_capacity = _device_capacity(config, device_bytes)[0], _host_capacity(config, host_bytes)[0]
+    return _attempt(sizes, _candidates(config)[0], device_capacity, host_capacity, None)
+
+
+def _attempt(
+    sizes: PlanSizes,
+    choice: _Choice,
+    device_capacity: int,
+    host_capacity: int,
+    measured: Callable[[], Rates] | None,
+) -> Attempt:
+    """Bytes by tier of one choice: with rates, of states on the host those stay that make an update shorter."""
+    kept = sizes.kept_states(choice[0], choice[2])
+    device, host = sizes.by_tier(*choice, kept=kept)
+    hybrid = None
+    room = device_capacity - device.total
+    if measured is not None and choice[0] == "host" and choice[2] == "device" and room > 0:
+        hybrid = keep_fastest(sizes.state_bytes(choice[1]), room, measured())
+        if hybrid.kept:
+            choice, kept = ("mixed", *choice[1:]), hybrid.kept
+            device, host = sizes.by_tier(*choice, kept=kept)
+    unified = sizes.in_unified(choice[0])
+    cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
+    left = host_capacity - host.total - unified.total - (0 if cache is None else cache.nbytes)
+    window = sizes.window(left) if choice[0] == "disk" else None
+    if window is not None:
+        host = dataclasses.replace(host, window=window.nbytes)
+    if cache is not None:
+        cache = sizes.cache(int((host_capacity - host.total - unified.total) * _CACHE_SHARE))
+        host = dataclasses.replace(host, cache=cache.nbytes)
+    disk = sizes.on_disk(choice[0], choice[2])
+    return Attempt(choice, device, host, unified, disk, kept, hybrid, window, cache, device_capacity, host_capacity)
 
 
 def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
@@ -297,20 +348,20 @@ def _allows(asked: Tier | Literal["mixed"], placement: OptimizerPlacement) -> bo
 def _device_capacity(config: Config, device_bytes: int) -> tuple[int, str]:
     given = config.device_budget_bytes
     if given is not None:
-        return given, f"the given budget; {format_size(device_bytes)} measured"
+        return given, f"the given budget; {format_size(device_bytes)} free"
     return (
         int(device_bytes * (1 - _ACTIVATION_SHARE)),
-        f"{format_size(device_bytes)} measured, {_ACTIVATION_SHARE:.0%} left to activations and workspace",
+        f"{format_size(device_bytes)} free, {_ACTIVATION_SHARE:.0%} left to activations and workspace",
     )
 
 
 def _host_capacity(config: Config, host_bytes: int) -> tuple[int, str]:
     given = config.host_budget_bytes
     if given is not None:
-        return given, f"the given budget; {format_size(host_bytes)} measured"
+        return given, f"the given budget; {format_size(host_bytes)} free"
     return (
         int(host_bytes * (1 - _HOST_SHARE_FOR_OTHERS)),
-        f"{format_size(host_bytes)} measured, {_HOST_SHARE_FOR_OTHERS:.0%} left to others",
+        f"{format_size(host_bytes)} free, {_HOST_SHARE_FOR_OTHERS:.0%} left to others",
     )
 
 
