@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from ._errors import InvalidArgument
-from ._simulator import window_schedule
-from ._step_work import LANES, Machine, UnitWork
+from ._simulator import Settings, simulate, uncached_share, window_schedule
+from ._step_work import Machine, UnitWork
 
 __all__ = ["StepForecast", "forecast"]
 
@@ -64,36 +64,47 @@ def forecast(
     for name, value in {"micro_batches": micro_batches, "prefetch": prefetch}.items():
         if value < 1:
             raise InvalidArgument(f"forecast: {name} is {value}; give 1 or more")
-    busy = _busy(units, machine, micro_batches=micro_batches, prefetch=prefetch, window_bytes=window_bytes)
-    bound_by = max(busy, key=busy.__getitem__)
-    exposed = dict.fromkeys(LANES, 0.0)
-    return StepForecast(busy[bound_by], busy[bound_by], bound_by, busy, exposed)
+    settings = Settings(
+        micro_batches=micro_batches,
+        prefetch=prefetch,
+        clips=clips,
+        lazy=lazy,
+        kept_activations=kept_activations,
+        window_bytes=window_bytes,
+        cache_bytes=cache_bytes,
+        ring_bytes=ring_bytes,
+    )
+    least = _least(units, machine, settings)
+    bound_by = max(least, key=least.__getitem__)
+    step = simulate(units, machine, settings)
+    return StepForecast(step.seconds, least[bound_by], bound_by, step.busy, step.exposed)
 
 
-def _busy(
-    units: Sequence[UnitWork], machine: Machine, *, micro_batches: int, prefetch: int, window_bytes: int
-) -> dict[str, float]:
+def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> dict[str, float]:
     """Seconds that each lane needs at least: see [Note: the bound of a step]."""
 
     def total(field: str) -> int:
         return sum(getattr(unit, field) for unit in units)
 
-    streamed = [unit.weight_bytes for unit in units if unit.weight_bytes]
-    fetched = sum(streamed[number] for sent in window_schedule(len(streamed), prefetch) for number in sent)
-    both_ways = micro_batches * total("activation_bytes")
-    sums = micro_batches * total("gradient_bytes")
+    streamed = [unit for unit in units if unit.weight_bytes]
+    sent = [streamed[number] for touch in window_schedule(len(streamed), settings.prefetch) for number in touch]
+    uncached = uncached_share(units, settings.cache_bytes)
+    count = settings.micro_batches
+    saved = count * (1 - settings.kept_activations) * total("activation_bytes")
+    gradients, stored = total("gradient_bytes"), total("stored_bytes")
     moved = {
-        "to_host": sums + both_ways + total("step_to_host_bytes"),
-        "to_device": micro_batches * fetched
-        + (sums - total("gradient_bytes") if micro_batches > 1 else 0)
-        + both_ways
+        "to_host": count * gradients + saved + total("step_to_host_bytes") + total("unified_bytes"),
+        "to_device": count * sum(unit.weight_bytes for unit in sent)
+        + (count - 1) * gradients
+        + saved
         + total("step_to_device_bytes")
+        + total("unified_bytes")
         + total("upload_bytes"),
         "host_update": total("host_update_bytes"),
-        "disk_read": max(0, total("disk_read_bytes") - window_bytes),
-        "disk_write": total("disk_write_bytes") + total("stored_bytes"),
-        "device_update": total("device_update_bytes"),
+        "disk_read": max(0, total("disk_read_bytes") - settings.window_bytes)
+        + uncached * (stored + count * sum(unit.stored_bytes for unit in sent)),
+        "disk_write": total("disk_write_bytes") + stored,
     }
-    seconds = {lane: machine.seconds(lane, nbytes) for lane, nbytes in moved.items()}
-    compute = micro_batches * sum(unit.forward_seconds + unit.backward_seconds for unit in units)
-    return {"compute": compute + seconds.pop("device_update")} | seconds
+    compute = count * sum(unit.forward_seconds + unit.backward_seconds for unit in units)
+    compute += machine.seconds("device_update", total("device_update_bytes"))
+    return {"compute": compute} | {lane: machine.seconds(lane, nbytes) for lane, nbytes in moved.items()}

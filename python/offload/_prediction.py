@@ -66,8 +66,9 @@ class PlacedBytes:
 class StepPrediction:
     """One step of `batch` sequences a card, `tokens` on all cards, in `micro_batches`, with that placement, by number.
 
-    activation_bytes: of one micro-batch; device_bytes: of a card with them. seconds, tokens_per_s: of a step. bound_by:
-    the busiest of busy, which has the seconds of each lane and of the network; exposed: what compute waits for each.
+    activation_bytes: of one micro-batch; device_bytes: of a card with them. seconds, tokens_per_s: of a step. busy: the
+    seconds of each lane, and of the network; bound_by: the one without which a step could be shortest; exposed: what
+    compute waits for each.
     """
 
     batch: int
@@ -257,8 +258,10 @@ class _Job:
             cache_bytes=0 if plan.weight_cache is None else plan.weight_cache.image_bytes,
         )
         network = self._network_seconds(plan, micro_batches)
-        busy = {**found.busy, "network": network} if self.gpus > 1 else dict(found.busy)
         seconds = max(found.seconds, network)
+        busy, exposed = dict(found.busy), dict(found.exposed)
+        if self.gpus > 1:
+            busy["network"], exposed["network"] = network, seconds - found.seconds
         tokens = batch * self.length * self.gpus
         return StepPrediction(
             batch=batch,
@@ -269,9 +272,9 @@ class _Job:
             device_bytes=candidate.placed.device.total + held,
             seconds=seconds,
             tokens_per_s=tokens / seconds,
-            bound_by=max(busy, key=busy.__getitem__),
+            bound_by=found.bound_by if network <= found.bound_seconds else "network",
             busy=busy,
-            exposed=dict(found.exposed),
+            exposed=exposed,
         )
 
     def _network_seconds(self, plan: Plan, micro_batches: int) -> float:

@@ -68,6 +68,7 @@ class UnitWork:
     gradient_bytes: leave in the backward of each micro-batch, and come back to be added to in each but the first.
     activation_bytes: of what its forward saves, what may leave and is back for its backward, in each micro-batch.
     step_to_host_bytes, step_to_device_bytes: are copied inside `step()`, before its update, while compute waits.
+    unified_bytes: of states in unified memory, cross the link both ways while the device updates them.
     host_update_bytes, device_update_bytes: that its update reads and writes in memory.
     upload_bytes: of resident weights, after their update on the host.
     disk_read_bytes, disk_write_bytes: of states, in an update.
@@ -83,6 +84,7 @@ class UnitWork:
     activation_bytes: int = 0
     step_to_host_bytes: int = 0
     step_to_device_bytes: int = 0
+    unified_bytes: int = 0
     host_update_bytes: int = 0
     device_update_bytes: int = 0
     upload_bytes: int = 0
@@ -170,10 +172,10 @@ def _costs(parameter: ParameterSize, plan: Plan, config: Config) -> dict[str, in
     if leaves:
         costs["gradient_bytes"] = gradient
     if plan.keeps_state(parameter.name):
-        # It comes to the device as a whole: gradient, streamed weight (and back), states in unified memory (and back).
-        both_ways = (weight if streams else 0) + (parameter.state_bytes if plan.optimizer == "unified" else 0)
-        costs["step_to_device_bytes"] = both_ways + (gradient if leaves else 0)
-        costs["step_to_host_bytes"] = both_ways
+        # The gradient and the streamed weight come to the device, and the weight goes back.
+        costs["step_to_device_bytes"] = (gradient if leaves else 0) + (weight if streams else 0)
+        costs["step_to_host_bytes"] = weight if streams else 0
+        costs["unified_bytes"] = parameter.state_bytes if plan.optimizer == "unified" else 0
         costs["device_update_bytes"] = one.device_update
         return costs
     if not leaves:

@@ -39,8 +39,8 @@ CSRC_FLOORS = {
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid",
-     "_plan_sizes", "_plan", "_step_work", "_simulator", "_forecast", "_hardware", "_token_costs", "_prediction",
-     "_stats"),
+     "_plan_sizes", "_plan", "_step_work", "_simulated_lanes", "_simulator", "_forecast", "_hardware", "_token_costs",
+     "_prediction", "_stats"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
         "_unified_pool", "_unified_states", "_disk", "_state_store", "_stored_values", "_probe", "_environment",

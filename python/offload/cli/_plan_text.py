@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ._table import table
@@ -11,6 +11,8 @@ from ._table import table
 __all__ = ["printed"]
 
 Rows = list[tuple[str, ...]]
+# Of a step, what is worth a word.
+_WORTH_SHOWING = 0.005
 _KINDS = {"optimizer": "optimizer", "gradients": "gradients", "params": "weights"}
 _LANES = {
     "compute": "compute",
@@ -40,13 +42,36 @@ def printed(result: Mapping[str, Any]) -> str:
 def _verdict(result: Mapping[str, Any]) -> str:
     if result["refusal"] is not None:
         return "It does not fit."
-    best = max((result["steps"][number] for number in result["fastest"]), key=lambda step: step["tokens_per_s"])
-    speed = f"{_figures(best['tokens_per_s'])} tokens/s at {best['tokens']:,} tokens a step"
+    steps, placements = result["steps"], result["placements"]
+    fastest = [steps[number] for number in result["fastest"]]
+    middle = fastest[len(fastest) // 2]
     if result["plan"] is None:
-        return f"It fits: about {speed}."
-    chosen = next(placed for placed in result["placements"] if _matches(placed, result["plan"]))
-    disk = ", disk_path=DIRECTORY" if "disk" in chosen["options"].values() else ""
-    return f"It fits: `offload.wrap(model, optim{disk})` takes {_off(chosen)} off the device; about {speed}."
+        return f"It fits, with {_off(placements[middle['placement']])} off the device: about {_pace(middle)}."
+    number = next(n for n, placed in enumerate(placements) if _matches(placed, result["plan"]))
+    call = f"`offload.wrap(model, optim{_disk_path(placements[number])})`"
+    own = [step for step in steps if step["placement"] == number and step["batch"] == middle["batch"]]
+    if not own:
+        by_itself = f"{call} leaves no room for activations"
+        return f"It fits with {_call(placements, middle)}, about {_pace(middle)}; {by_itself}."
+    taken = f"It fits: {call} takes {_off(placements[number])} off the device, about {_pace(own[0])}."
+    if middle["placement"] == number:
+        return taken
+    return f"{taken}\nFaster is {_call(placements, middle)}: about {_figures(middle['tokens_per_s'])} tokens/s there."
+
+
+def _call(placements: Sequence[Mapping[str, Any]], step: Mapping[str, Any]) -> str:
+    """The call that asks for the placement of a step."""
+    placed = placements[step["placement"]]
+    options = ", ".join(f"{kind}={place!r}" for kind, place in placed["options"].items())
+    return f"`offload.wrap(model, optim, {options}{_disk_path(placed)})`"
+
+
+def _disk_path(placed: Mapping[str, Any]) -> str:
+    return ", disk_path=DIRECTORY" if "disk" in placed["options"].values() else ""
+
+
+def _pace(step: Mapping[str, Any]) -> str:
+    return f"{_figures(step['tokens_per_s'])} tokens/s at {step['tokens']:,} tokens a step"
 
 
 def _heading(result: Mapping[str, Any]) -> list[str]:
@@ -116,7 +141,7 @@ def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
 
 def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
     rows: Rows = [
-        ("batch", "tokens", "in parts", "device", "step", "tokens/s", "computing", "bound by", "off the device")
+        ("batch", "tokens", "in parts", "device", "step", "tokens/s", "computing", "waits for", "off the device")
     ]
     for number in result["fastest"]:
         step = result["steps"][number]
@@ -129,7 +154,7 @@ def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
                 _seconds(step["seconds"]),
                 _figures(step["tokens_per_s"]),
                 f"{step['busy']['compute'] / step['seconds']:.0%}",
-                _LANES[step["bound_by"]],
+                _waits(step),
                 _off(result["placements"][step["placement"]]),
             )
         )
@@ -140,6 +165,13 @@ def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
         "Each batch with the placement that is fastest; in parts: micro-batches of a step, as many as memory asks for.",
         f"Batch {smallest['batch']} needs: {busy}.",
     ]
+
+
+def _waits(step: Mapping[str, Any]) -> str:
+    """The lane that compute waits for longest."""
+    lane = max(step["exposed"], key=step["exposed"].__getitem__)
+    seconds = step["exposed"][lane]
+    return f"{_LANES[lane]} {_seconds(seconds)}" if seconds > _WORTH_SHOWING * step["seconds"] else "nothing"
 
 
 def _largest(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
