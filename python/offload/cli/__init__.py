@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ._plan_options import add_plan
+
 __all__ = ["main"]
 
 EXIT_USAGE = 2
@@ -50,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._env import run_env
 
             return run_env(arguments)
+        if arguments.command == "plan":
+            from ._plan import run_plan
+
+            return run_plan(arguments)
         if arguments.part == "report":
             from ._bench_report import run_report
 
@@ -81,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"offload {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_env(commands)
+    add_plan(commands, _EPILOG, positive=_positive, count=_count)
     _add_train(commands)
     _add_memory(commands)
     _add_bench(commands)
