@@ -72,8 +72,11 @@ HostBufferHolder acquire(HostPool& pool, int64_t nbytes, const std::string& tag_
 }
 
 py::dict stats_dict(const HostPoolStats& stats) {
-  py::dict by_tag;
-  for (Tag tag : kTags) by_tag[tag_name(tag)] = stats.tag_bytes[static_cast<size_t>(tag)];
+  py::dict by_tag, peak_by_tag;
+  for (Tag tag : kTags) {
+    by_tag[tag_name(tag)] = stats.tag_bytes[static_cast<size_t>(tag)];
+    peak_by_tag[tag_name(tag)] = stats.tag_peak_bytes[static_cast<size_t>(tag)];
+  }
   py::dict result;
   result["budget_bytes"] = stats.budget_bytes;
   result["mapped_bytes"] = stats.mapped_bytes;
@@ -84,6 +87,7 @@ py::dict stats_dict(const HostPoolStats& stats) {
   result["waiting_bytes"] = stats.waiting_bytes;
   result["live_count"] = stats.live_count;
   result["tag_bytes"] = by_tag;
+  result["tag_peak_bytes"] = peak_by_tag;
   result["pin_refused"] = stats.pin_refused;
   result["pin_refusal"] = stats.pin_refusal;
   return result;

@@ -46,9 +46,10 @@ struct HostPoolStats {
   size_t peak_used_bytes = 0;
   size_t waiting_bytes = 0;  // given back, but a ticket is still pending
   size_t live_count = 0;
-  std::array<size_t, kTagCount> tag_bytes{};  // of used_bytes, by Tag
-  bool pin_refused = false;                   // pages are pageable although pinning was asked for
-  std::string pin_refusal;                    // why
+  std::array<size_t, kTagCount> tag_bytes{};       // of used_bytes, by Tag
+  std::array<size_t, kTagCount> tag_peak_bytes{};  // the most of each; their sum is not peak_used_bytes
+  bool pin_refused = false;                        // pages are pageable although pinning was asked for
+  std::string pin_refusal;                         // why
 };
 
 class HostPool;

@@ -185,7 +185,9 @@ bool HostPoolState::take_free(HostBlock& block) {
   block.address = *address;
   counters_.used_bytes += block.block_bytes;
   counters_.requested_bytes += block.requested_bytes;
-  counters_.tag_bytes[static_cast<size_t>(block.tag)] += block.block_bytes;
+  const size_t tag = static_cast<size_t>(block.tag);
+  counters_.tag_bytes[tag] += block.block_bytes;
+  counters_.tag_peak_bytes[tag] = std::max(counters_.tag_peak_bytes[tag], counters_.tag_bytes[tag]);
   counters_.peak_used_bytes = std::max(counters_.peak_used_bytes, counters_.used_bytes);
   ++counters_.live_count;
   return true;

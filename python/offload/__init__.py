@@ -26,13 +26,20 @@ if TYPE_CHECKING:
         StorageError,
     )
     from ._export import describe_checkpoint, export_checkpoint
+    from ._forecast import StepForecast, forecast
+    from ._hardware import Hardware
     from ._lion import Lion
     from ._loading import Checkpoint, load_checkpoint
+    from ._memory import MemorySummary
     from ._optimizer import OffloadOptimizer
+    from ._parameter_size import ParameterSize
     from ._plan import Plan
+    from ._predict import estimate, measure_hardware, predict
+    from ._prediction import PlacedBytes, Prediction, StepPrediction
     from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
-    from ._wrap import estimate, full_params, unwrap, wrap
+    from ._step_work import Machine, UnitWork, transformer_compute, unit_works
+    from ._wrap import full_params, unwrap, wrap
     from .deepspeed import add_config_arguments, initialize
 
 __all__ = [
@@ -41,28 +48,42 @@ __all__ = [
     "CheckpointSave",
     "Config",
     "DeviceError",
+    "Hardware",
     "InternalError",
     "InvalidArgument",
     "Lion",
+    "Machine",
+    "MemorySummary",
     "OffloadError",
     "OffloadOptimizer",
     "OutOfHostMemory",
+    "ParameterSize",
+    "PlacedBytes",
     "Plan",
+    "Prediction",
     "StateError",
     "Stats",
+    "StepForecast",
+    "StepPrediction",
     "StorageError",
+    "UnitWork",
     "__version__",
     "add_config_arguments",
     "describe_checkpoint",
     "environment",
     "estimate",
     "export_checkpoint",
+    "forecast",
     "full_params",
     "initialize",
     "load_checkpoint",
+    "measure_hardware",
     "offload_activations",
+    "predict",
     "save_checkpoint",
+    "transformer_compute",
     "unified",
+    "unit_works",
     "unwrap",
     "wrap",
 ]
@@ -74,26 +95,40 @@ _HOMES = {
     "CheckpointSave": "_saving",
     "Config": "_config",
     "DeviceError": "_errors",
+    "Hardware": "_hardware",
     "InternalError": "_errors",
     "InvalidArgument": "_errors",
     "Lion": "_lion",
+    "Machine": "_step_work",
+    "MemorySummary": "_memory",
     "OffloadError": "_errors",
     "OffloadOptimizer": "_optimizer",
     "OutOfHostMemory": "_errors",
+    "ParameterSize": "_parameter_size",
+    "PlacedBytes": "_prediction",
     "Plan": "_plan",
+    "Prediction": "_prediction",
     "StateError": "_errors",
     "Stats": "_stats",
+    "StepForecast": "_forecast",
+    "StepPrediction": "_prediction",
     "StorageError": "_errors",
+    "UnitWork": "_step_work",
     "add_config_arguments": "deepspeed",
-    "estimate": "_wrap",
+    "estimate": "_predict",
     "describe_checkpoint": "_export",
     "export_checkpoint": "_export",
     "environment": "_environment",
+    "forecast": "_forecast",
     "full_params": "_wrap",
     "initialize": "deepspeed",
     "load_checkpoint": "_loading",
+    "measure_hardware": "_predict",
     "offload_activations": "_activation_region",
+    "predict": "_predict",
     "save_checkpoint": "_saving",
+    "transformer_compute": "_step_work",
+    "unit_works": "_step_work",
     "unwrap": "_wrap",
     "wrap": "_wrap",
 }

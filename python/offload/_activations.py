@@ -59,6 +59,9 @@ class Lanes(Protocol):
     def wait_upload(self, ticket: Any) -> None: ...
     def reserve(self, nbytes: int) -> None: ...
     def pool_stats(self) -> dict[str, Any]: ...
+    def in_ring(self, *, leaving_only: bool = False) -> dict[int, int]: ...
+    @property
+    def peak_ring_bytes(self) -> int: ...
 
 
 class Forward:
@@ -133,6 +136,8 @@ class Activations:
         self._live_peak_bytes = 0  # in this pass
         self._earlier_peak_bytes = 0  # in the pass before
         self._device_bytes = 0
+        self._refused_bytes = 0  # of those beside _device_bytes that are there for good
+        self._device_peak_bytes = 0
         self._host_bytes = 0
         self._host_peak_bytes = 0
 
@@ -156,6 +161,16 @@ class Activations:
     def pool_stats(self) -> dict[str, Any]:
         """The counters of the host pool that activations leave for."""
         return self._lanes.pool_stats()
+
+    def device_bytes(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Of what is saved, and of copies that take it away, the bytes on the device: now, and the most at once."""
+        # A range on its way back counts as one that is there, for whom its copy is.
+        leaving = sum(self._lanes.in_ring(leaving_only=True).values())
+        now = {"activations": self._on_device(), "copies": leaving}
+        return now, {"activations": self._device_peak_bytes, "copies": self._lanes.peak_ring_bytes}
+
+    def _on_device(self) -> int:
+        return self._device_bytes + self._refused_bytes
 
     # --- forward --------------------------------------------------------------------------------------------
 
@@ -203,6 +218,7 @@ class Activations:
             self._device_bytes += saved.nbytes
             self._live_bytes += saved.nbytes
             self._live_peak_bytes = max(self._live_peak_bytes, self._live_bytes)
+            self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
             reference = weakref.ref(saved)
             forward.ranges.append(reference)
             self._recent.append(reference)
@@ -247,6 +263,7 @@ class Activations:
             self._device_bytes -= saved.nbytes
             if held is None:
                 saved.stays = True
+                self._refused_bytes += saved.nbytes
                 saved.forward.refused_bytes += saved.nbytes
                 return
             saved.held = held
@@ -259,6 +276,8 @@ class Activations:
         """Nothing refers to `saved` any more: its graph is gone."""
         with self._lock, Uninterrupted():
             self._live_bytes -= saved.nbytes
+            if saved.stays:
+                self._refused_bytes -= saved.nbytes
             if saved.copy is not None or (saved.source is not None and not saved.stays):
                 self._device_bytes -= saved.nbytes
             if saved.held is not None:
@@ -319,6 +338,7 @@ class Activations:
         with Uninterrupted():
             if saved.copy is None:
                 self._device_bytes += saved.nbytes
+                self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
             saved.copy = DeviceCopy(memory, memory._version, ticket, stream)
 
     def _prefetch(self, forward: Forward, stream: int) -> None:

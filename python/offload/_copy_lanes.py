@@ -39,12 +39,16 @@ class LandedBytes:
 
 @dataclass(eq=False, slots=True)
 class _Copy:
-    """A copy in flight, the device tensor that it reads or writes, its bytes and the compute stream it belongs to."""
+    """A copy in flight, the device tensor that it reads or writes, its bytes and the compute stream it belongs to.
+
+    leaves: it reads the tensor, which nobody else needs.
+    """
 
     ticket: _native.Ticket
     tensor: Tensor
     nbytes: int
     stream: int
+    leaves: bool
 
 
 class CopyLanes:
@@ -56,6 +60,7 @@ class CopyLanes:
         self._transfers = transfers
         self._ring: deque[_Copy] = deque()
         self._ring_bytes = 0
+        self.peak_ring_bytes = 0
         weakref.finalize(self, _drain, transfers, self._ring)
 
     def compute_stream(self) -> int:
@@ -72,7 +77,7 @@ class CopyLanes:
         """
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._pool.acquire(nbytes, tag)
-        copy = self._keep(tensor, nbytes, stream)
+        copy = self._keep(tensor, nbytes, stream, leaves=True)
         landed = LandedBytes(buffer, copy.ticket)
         self._transfers.submit_to_host(landed.address, tensor.data_ptr(), nbytes, stream, None, copy.ticket, buffer)
         self._wait_for_room(room)
@@ -82,7 +87,7 @@ class CopyLanes:
         """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
         assert isinstance(held, LandedBytes)
         nbytes = out.numel() * out.element_size()
-        copy = self._keep(out, nbytes, self.compute_stream())
+        copy = self._keep(out, nbytes, self.compute_stream(), leaves=False)
         self._transfers.submit_to_device(
             out.data_ptr(), held.address, nbytes, copy.stream, held.ticket, copy.ticket, held.buffer
         )
@@ -104,19 +109,25 @@ class CopyLanes:
         if nbytes > free:
             self._pool.reserve(nbytes - free)
 
+    def in_ring(self, *, leaving_only: bool = False) -> dict[int, int]:
+        """Bytes by address of the device memory that copies keep, ended or not."""
+        copies = [copy for copy in tuple(self._ring) if copy.leaves or not leaving_only]
+        return {copy.tensor.data_ptr(): copy.nbytes for copy in copies}
+
     def in_flight(self) -> list[_native.Ticket]:
         """The tickets of copies that may not have ended."""
         return [copy.ticket for copy in self._ring]
 
-    def _keep(self, tensor: Tensor, nbytes: int, stream: int) -> _Copy:
+    def _keep(self, tensor: Tensor, nbytes: int, stream: int, *, leaves: bool) -> _Copy:
         """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
         memory of others, whatever goes wrong in between. The submission gives the ticket its copy."""
         ring = self._ring
         while ring and ring[0].ticket.done:
             self._drop_oldest()
-        copy = _Copy(_native.Ticket(), tensor, nbytes, stream)
+        copy = _Copy(_native.Ticket(), tensor, nbytes, stream, leaves)
         ring.append(copy)
         self._ring_bytes += nbytes
+        self.peak_ring_bytes = max(self.peak_ring_bytes, self._ring_bytes)
         return copy
 
     def _drop_oldest(self) -> None:

@@ -111,6 +111,7 @@ class Engine:
         self.before_update: BeforeUpdate | None = None
         self.isa = _native.active_isa()
         self.step_count = 0
+        self.peak_gradient_bytes = 0  # of those on the device, which are all there at a step
         self._process = os.getpid()
         # Optimizers that run as their own class: their states are torch's, outside the pool.
         self.torch_optimizers: list[torch.optim.Optimizer] = []
@@ -235,7 +236,10 @@ class Engine:
 
     def check_gradients(self, parameters: Sequence[Parameter]) -> None:
         """Raises `InvalidArgument` naming the first parameter whose gradient no update can use."""
-        for parameter, gradient in zip(parameters, reading_metadata(lambda: [p.grad for p in parameters]), strict=True):
+        gradients = reading_metadata(lambda: [p.grad for p in parameters])
+        on_device = sum([gradient.nbytes for gradient in gradients if type(gradient) is Tensor])
+        self.peak_gradient_bytes = max(self.peak_gradient_bytes, on_device)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
             assert gradient is not None
             check_gradient(self.name_of(parameter), gradient)
 

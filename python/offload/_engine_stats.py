@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -29,13 +30,10 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         pools.append(engine.activations.pool_stats())
     pipeline = engine.pipeline.stats()
     resident_weights = sum(p.numel() * p.element_size() for p in parameters if p not in engine.streaming)
+    gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, HostGrad)]
     device = {
         "weights": resident_weights + engine.streaming.window.device_bytes,
-        "gradients": sum(
-            p.grad.numel() * p.grad.element_size()
-            for p in parameters
-            if p.grad is not None and not isinstance(p.grad, HostGrad)
-        ),
+        "gradients": sum(gradient.numel() * gradient.element_size() for gradient in gradients),
     }
     on_device = [state for state in engine.states.values() if not state.on_host]
     unified: dict[str, int] = {}
@@ -44,7 +42,19 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         tier["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
         native = [state for state in on_device if isinstance(state, NativeState)]
         tier["moments"] = sum(moment.nbytes for state in native for moment in state.moments.values())
-    host = {tag: sum(pool["tag_bytes"][tag] for pool in pools) for tag in pools[0]["tag_bytes"]}
+    host, host_peak = (
+        {tag: sum(pool[counter][tag] for pool in pools) for tag in pools[0][counter]}
+        for counter in ("tag_bytes", "tag_peak_bytes")
+    )
+    peak_weight_bytes = resident_weights + engine.streaming.window.peak_bytes
+    device_peak = {"weights": peak_weight_bytes, "gradients": max(engine.peak_gradient_bytes, device["gradients"])}
+    known = {gradient.data_ptr() for gradient in gradients}  # an update on the host reads what p.grad still is
+    passing = {"copies": sum(nbytes for at, nbytes in engine.lanes.in_ring().items() if at not in known)}
+    device_peak["copies"] = engine.lanes.peak_ring_bytes
+    if engine.activations is not None:
+        saved, most_saved = engine.activations.device_bytes()
+        passing = saved | {"copies": saved["copies"] + passing["copies"]}
+        device_peak |= most_saved | {"copies": most_saved["copies"] + device_peak["copies"]}
     if engine.torch_optimizers:
         tier = host if engine.plan.optimizer == "host" else device
         tier["torch_states"] = sum(_state_bytes(optimizer.state) for optimizer in engine.torch_optimizers)
@@ -85,12 +95,28 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         update_s=pipeline["update_ns"] / 1e9 + engine.torch_update_s,
         blocked_s=pipeline["blocked_ns"] / 1e9 + engine.torch_update_s,
         fallbacks=tuple(fallbacks),
-        peak_weight_bytes=resident_weights + engine.streaming.window.peak_bytes,
+        peak_weight_bytes=peak_weight_bytes,
         activations=activations,
         resident_weights=tuple(_resident_weights(engine, parameters, buffers)),
         disk=_disk_counters(engine, paths, pipeline) if paths else {},
         unified_bytes=unified,
+        passing_bytes=passing,
+        device_peak_bytes=device_peak,
+        host_peak_bytes=host_peak,
     )
+
+
+def allocator_bytes(device: torch.device) -> dict[str, dict[str, int]]:
+    """What torch's caching allocator has on a CUDA device, `now` and at its `peak`; empty for the CPU."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "allocated": {
+            "now": torch.cuda.memory_allocated(device),
+            "peak": torch.cuda.max_memory_allocated(device),
+        },
+        "reserved": {"now": torch.cuda.memory_reserved(device), "peak": torch.cuda.max_memory_reserved(device)},
+    }
 
 
 def _disk_counters(engine: Engine, paths: Sequence[Mapping[str, Any]], pipeline: Mapping[str, int]) -> dict[str, int]:

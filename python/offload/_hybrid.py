@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["Hybrid", "Rates", "StateBytes", "keep_fastest"]
+from ._parameter_size import MASTER_BYTES, ParameterSize, host_master
+
+__all__ = ["Hybrid", "Rates", "StateBytes", "keep_fastest", "state_bytes"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,26 @@ class StateBytes:
     to_device: int
     host_update: int
     device_update: int
+
+
+def state_bytes(
+    parameter: ParameterSize, master: str, gradient_itemsize: int | None, *, gradient_leaves: bool
+) -> StateBytes:
+    """The state of a parameter whose weight is on the device. master, gradient_itemsize: as in `make_plan`."""
+    gradient, weight = parameter.numel * (gradient_itemsize or parameter.itemsize), parameter.numel * parameter.itemsize
+    form = host_master(parameter, master)
+    # The host reads and writes the states. A gradient comes in and is read; a 16-bit weight is written, read where
+    # it is the master or half of it, and goes out; an fp32 one, which is the master, goes out.
+    passes = 1 if parameter.itemsize == 4 else 2 if form == "fp32" else 3
+    return StateBytes(
+        name=parameter.name,
+        kept=parameter.state_bytes + (gradient if gradient_leaves else 0),
+        to_host=gradient,
+        to_device=weight,
+        host_update=2 * (gradient + parameter.moments + parameter.numel * MASTER_BYTES[form]) + passes * weight,
+        # There a weight that is its own master is read and written.
+        device_update=gradient + 2 * parameter.state_bytes + (1 if parameter.device_master else 2) * weight,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +110,7 @@ class Hybrid:
         return (
             f"an update is predicted to take {longer * 1e3:.3g} ms ({self.host_seconds * 1e3:.3g} on the host beside "
             f"{self.device_seconds * 1e3:.3g} on the device), and {self.all_on_host_seconds * 1e3:.3g} ms with all "
-            f"states on the host; measured: {self.rates}"
+            f"states on the host; rates: {self.rates}"
         )
 
 

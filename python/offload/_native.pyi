@@ -166,7 +166,7 @@ class HostPool:
         """A block at an address that is a multiple of 256, and of `alignment` (a power of two)."""
     def trim(self) -> int: ...
     def stats(self) -> dict[str, Any]:
-        """The fields of HostPoolStats; `tag_bytes` is a dict by tag."""
+        """The fields of HostPoolStats; `tag_bytes` and `tag_peak_bytes` are dicts by tag."""
 
 def pool_layout(sizes_bytes: Sequence[int], *, reserve_first: bool = True) -> dict[str, Any]:
     """The stats of a pool that holds blocks of these sizes; no memory is touched, so they may exceed the machine."""

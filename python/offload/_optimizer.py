@@ -14,12 +14,14 @@ from torch.nn import Parameter
 from . import _checkpoint
 from ._checkpoint import Groups, SavedState
 from ._engine import BeforeUpdate, Engine
-from ._engine_stats import engine_stats
+from ._engine_stats import allocator_bytes, engine_stats
 from ._errors import StateError
 from ._hooks import Hooks
+from ._memory import MemorySummary, summarize
 from ._parameter_state import ParameterState
 from ._pending import reading_metadata
 from ._plan import Plan
+from ._probe import probe_process
 from ._stats import Stats
 
 
@@ -220,6 +222,16 @@ class OffloadOptimizer(torch.optim.Optimizer):
         model = self._model()
         buffers = {} if model is None else dict(model.named_buffers())
         return engine_stats(self._engine, self._all_parameters, buffers)
+
+    def memory_summary(self) -> MemorySummary:
+        """Who owns which bytes in which tier, now and at most, beside what the plan predicted; `print` shows tables.
+
+        The device's share is what offload keeps there; torch's own figures stand beside it, their peaks since the last
+        `torch.cuda.reset_peak_memory_stats()`.
+        """
+        stats = self.stats()
+        allocator = allocator_bytes(self._all_parameters[0].device) if self._all_parameters else {}
+        return summarize(stats, self.plan, process=probe_process(), allocator=allocator)
 
     def _own_states(self) -> list[ParameterState]:
         states = self._engine.states

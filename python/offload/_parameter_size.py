@@ -6,7 +6,15 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-__all__ = ["MASTER_BYTES", "MOMENT_BLOCK", "MasterFormat", "ParameterSize", "largest_unit", "states_that_stay"]
+__all__ = [
+    "MASTER_BYTES",
+    "MOMENT_BLOCK",
+    "MasterFormat",
+    "ParameterSize",
+    "host_master",
+    "largest_unit",
+    "states_that_stay",
+]
 
 # The master of a 16-bit weight: in fp32 beside it; the weight and 16 bits that make it fp32; the bf16 weight itself.
 MasterFormat = Literal["fp32", "split", "bf16"]
@@ -53,6 +61,15 @@ class ParameterSize:
     def state_bytes(self) -> int:
         """What its optimizer state takes on the device: moments, and the fp32 master of a 16-bit weight."""
         return self.moments + self.device_master
+
+
+def host_master(parameter: ParameterSize, master: str) -> MasterFormat:
+    """The format of its master where the host updates it; `master` as in `Config`."""
+    if parameter.is_master:
+        return "bf16"
+    if parameter.may_split and parameter.dtype_name == "bfloat16" and master != "fp32":
+        return "split"
+    return "fp32"
 
 
 def largest_unit(parameters: Sequence[ParameterSize]) -> int:

@@ -49,10 +49,12 @@ def _metadata_calls() -> frozenset[Any]:
     calls.add(Tensor.grad.__delete__)  # type: ignore[union-attr]
     calls.update(getattr(Tensor, name) for name in _METADATA_METHODS if hasattr(Tensor, name))
     calls.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
+    calls.add(torch._has_compatible_shallow_copy_type)  # module.to() asks it
     return frozenset(calls)
 
 
 _METADATA_CALLS = _metadata_calls()
+_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
@@ -77,6 +79,10 @@ class PendingParameter(Parameter):
         kwargs = kwargs or {}
         if func in _METADATA_CALLS:
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)  # see reading_metadata()
+        if func is Tensor.to and _is_there_already(*args, **kwargs):
+            return args[0]
+        if func == _SET_DATA and args[0] is args[1]:  # what module.to() does with that
+            return None
         stand_ins = {}
         for parameter in _pending_in((args, kwargs)):
             stand_in = parameter.__dict__[_RESOLVE]() if _RESOLVE in parameter.__dict__ else None
@@ -154,6 +160,17 @@ def make_current(parameter: Parameter) -> Parameter:
 def _away(parameter: Parameter) -> Away | None:
     resolve = parameter.__dict__.get(_RESOLVE)
     return resolve if hasattr(resolve, "copy") else None
+
+
+def _is_there_already(parameter: Tensor, *args: Any, **kwargs: Any) -> bool:
+    """Whether `parameter.to(*args, **kwargs)` is the parameter itself: Trainer and Accelerate move every model once."""
+    if kwargs.get("copy") or kwargs.get("memory_format") is not None or not args or isinstance(args[0], Tensor):
+        return False
+    device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+    own = parameter.device
+    if device is not None and device.type == own.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device in (None, own) and dtype in (None, parameter.dtype)
 
 
 def _pending_in(value: Any) -> Iterator[PendingParameter]:

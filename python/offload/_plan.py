@@ -8,38 +8,39 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ._config import Config, Tier, format_size
-from ._disk_window import CacheSize, DiskWindow, image_bytes, plan_cache, plan_window
+from ._disk_window import CacheSize, DiskWindow
 from ._errors import InvalidArgument, OutOfHostMemory
-from ._hybrid import Rates, StateBytes, keep_fastest
-from ._parameter_size import MASTER_BYTES, MasterFormat, ParameterSize, largest_unit, states_that_stay
+from ._hybrid import Hybrid, Rates, keep_fastest
+from ._parameter_size import ParameterSize
+from ._plan_sizes import (
+    LEAST_PREFETCH,
+    UPDATED_BY_DEVICE,
+    MasterForm,
+    OptimizerPlacement,
+    ParamsPlacement,
+    Placement,
+    PlanSizes,
+)
 from ._tier_bytes import TierBytes, table
 from ._unified_plan import MemoryKind, check_room, words_of_unified
 
-__all__ = ["ParameterSize", "Plan", "TierBytes", "make_plan"]
+__all__ = ["Attempt", "ParameterSize", "Plan", "TierBytes", "make_plan", "try_placement"]
 
-Placement = Literal["device", "host"]
-ParamsPlacement = Literal["device", "host", "disk"]
-OptimizerPlacement = Literal["device", "host", "disk", "unified", "mixed"]
 ActivationPlacement = Literal["device", "host", "checkpoints"]
-MasterForm = Literal["none", "fp32", "split", "bf16", "mixed"]
 
-# See [Note: bytes a parameter].
 # Of a measured device, what is left to activations and workspace: their size is not known before the
 # first step, and a quarter is what transformer training with checkpointing rarely exceeds.
 _ACTIVATION_SHARE = 0.25
 # Of what the host budget has left, what activations may take: they are most of what is not planned by size.
 _ACTIVATIONS_HOST_SHARE = 0.75
-# Of what the host budget has left, what the window of states on disk takes, and no more than so many bytes: it keeps
-# what fits of states that are many times larger as a rule.
-_WINDOW_SHARE, _MOST_WINDOW_BYTES = 0.5, 1 << 30
-# Of what the host budget has left then, what weights on disk pass through, and no more than all of them take: sums of
-# gradients over micro-batches take the rest for a while.
+# Of what the host budget and the window of states on disk leave, what weights on disk pass through, and no more than
+# all of them take: sums of gradients over micro-batches take the rest for a while.
 _CACHE_SHARE = 0.75
 # How many units of weights are sent for ahead of their use. With one, the link waits from the end of an upload until
 # the next touch sends for another; with a second one queued behind it, it does not while touches come as fast as
 # uploads. More would only smooth units of unequal size. Neither the rate of the link nor the compute of a unit is
 # known here, so the second one is taken wherever its memory is there.
-_LEAST_PREFETCH, _WANTED_PREFETCH = 1, 2
+_WANTED_PREFETCH = 2
 # Of a measured host, what is left to everyone else (data loaders, page cache of the data).
 _HOST_SHARE_FOR_OTHERS = 0.10
 
@@ -71,7 +72,7 @@ class Plan:
     frozen_count: int
     reason: tuple[str, ...]
     activation_host_bytes: int = 0
-    prefetch: int = _LEAST_PREFETCH
+    prefetch: int = LEAST_PREFETCH
     kept_states: frozenset[str] = frozenset()
     disk: TierBytes = dataclasses.field(default_factory=TierBytes)
     disk_window: DiskWindow | None = None
@@ -80,7 +81,7 @@ class Plan:
 
     def keeps_state(self, name: str) -> bool:
         """Whether the optimizer state of this parameter is the device's: there, or in unified memory."""
-        return self.optimizer in _UPDATED_BY_DEVICE or name in self.kept_states
+        return self.optimizer in UPDATED_BY_DEVICE or name in self.kept_states
 
     def gradient_leaves(self, name: str) -> bool:
         """Whether the gradient of this parameter leaves the device: not to come back for a state that stays."""
@@ -92,26 +93,32 @@ class Plan:
         return tiers + "\n" + "\n".join(f"- {line}" for line in self.reason)
 
 
-# [Note: bytes a parameter] By tier, for weights of 2 bytes (bf16, fp16) and of 4 (fp32):
-#   device   weight 2 | 4; of weights on the host only those that stay, and the window: the largest unit, times one
-#            more than are sent for ahead
-#   states on the device   moments 4 + 4 (Lion, Adagrad: 4), in bf16 half of it, in int8 a quarter and 4 for each scale;
-#            master 4 for 16-bit weights; an fp32 weight is its own master
-#   states in unified memory   as on the device: the master of an fp32 weight is the weight, and is there
-#   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
-#            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
-#   bf16 masters           none: the weight on the device, or the working copy on the host, is the master
-#   states on disk         as on the host, but for the working copy of 16-bit weights, which stays there; an fp32 weight
-#            on the device has none, and one on the host is its own master there. The host has the window too
-#   weights on the host    a working copy of 2 | 4, where no state on the host has it already
-#   weights on disk        2 | 4 there; on the host only a cache of them. The upper half of a split master is the weight
-#            on disk; the lower half is where the moments are
-#   gradient 2 | 4, where gradients live; a host update of device gradients needs them on the host too
-# A frozen parameter has its weight and nothing else. With a mixed optimizer each state counts where it is, and
-# gradients on the host are those of the states there.
-
 _Choice = tuple[OptimizerPlacement, Placement, ParamsPlacement]  # optimizer, gradients, params
-_UPDATED_BY_DEVICE: tuple[OptimizerPlacement, ...] = ("device", "unified")
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """One choice of (optimizer, gradients, params): what it takes by tier, and the capacities that it is for, in bytes.
+
+    kept, window, cache: as `kept_states`, `disk_window` and `weight_cache` of a Plan. hybrid: why those are kept.
+    """
+
+    choice: _Choice
+    device: TierBytes
+    host: TierBytes
+    unified: TierBytes
+    disk: TierBytes
+    kept: frozenset[str]
+    hybrid: Hybrid | None
+    window: DiskWindow | None
+    cache: CacheSize | None
+    device_capacity: int
+    host_capacity: int
+
+    @property
+    def on_host(self) -> int:
+        """Bytes of host memory, unified ones included."""
+        return self.host.total + self.unified.total
 
 
 def make_plan(
@@ -138,7 +145,7 @@ def make_plan(
     "auto", and OutOfHostMemory when the host budget is; both list what is needed and available by kind.
     """
     _check_masters(parameters, config)
-    sizes = _Sizes(parameters, config, gradient_itemsize)
+    sizes = PlanSizes(parameters, config, gradient_itemsize)
     device_capacity, device_note = _device_capacity(config, device_bytes)
     host_capacity, host_note = _host_capacity(config, host_bytes)
 
@@ -146,31 +153,12 @@ def make_plan(
     refusal: str | None = None  # of the least offloading that fits the device, and not the host
     measured = None if measure is None or config.optimizer != "auto" else functools.cache(measure)
     for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
-        kept = sizes.kept_states(choice[0], choice[2])
-        device, host = sizes.by_tier(*choice, kept=kept)
-        hybrid = None
-        room = device_capacity - device.total
-        if measured is not None and choice[0] == "host" and choice[2] == "device" and room > 0:
-            hybrid = keep_fastest(sizes.state_bytes(choice[1]), room, measured())
-            if hybrid.kept:
-                choice, kept = ("mixed", *choice[1:]), hybrid.kept
-                device, host = sizes.by_tier(*choice, kept=kept)
-        unified = sizes.in_unified(choice[0])
-        on_host = host.total + unified.total
-        cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
-        left = host_capacity - on_host - (0 if cache is None else cache.nbytes)
-        window = sizes.window(left) if choice[0] == "disk" else None
-        if window is not None:
-            host = dataclasses.replace(host, window=window.nbytes)
-            on_host += window.nbytes
-        if cache is not None:
-            cache = sizes.cache(int((host_capacity - on_host) * _CACHE_SHARE))
-            host = dataclasses.replace(host, cache=cache.nbytes)
-            on_host += cache.nbytes
+        attempt = _attempt(sizes, choice, device_capacity, host_capacity, measured)
+        choice, device, host, unified = attempt.choice, attempt.device, attempt.host, attempt.unified
         if device.total > device_capacity:
             tried.append(_over(choice, device.total, device_capacity, "device"))
-        elif on_host > host_capacity:
-            tried.append(_over(choice, on_host, host_capacity, "host"))
+        elif attempt.on_host > host_capacity:
+            tried.append(_over(choice, attempt.on_host, host_capacity, "host"))
             refusal = refusal or _too_small("host", (device, host, unified), host_capacity, host_note, config)
         else:
             break
@@ -179,11 +167,12 @@ def make_plan(
             raise OutOfHostMemory(refusal)
         raise InvalidArgument(_too_small("device", (device, host, unified), device_capacity, device_note, config))
 
+    kept, hybrid, window, on_host = attempt.kept, attempt.hybrid, attempt.window, attempt.on_host
     optimizer, gradients, params = choice
     check_room(memory_kind, unified.total, device.total, device_bytes)
     if optimizer == "mixed" and not kept:
         optimizer = "host"
-    prefetch = config.prefetch or _LEAST_PREFETCH
+    prefetch = config.prefetch or LEAST_PREFETCH
     if config.prefetch is None and params != "device":
         wider, _ = sizes.by_tier(*choice, kept=kept, prefetch=_WANTED_PREFETCH)
         if wider.total <= device_capacity:
@@ -199,7 +188,7 @@ def make_plan(
     reason.append(f"host: {format_size(on_host)} of {format_size(host_capacity)} ({host_note})")
     if optimizer == "unified":
         reason.append(words_of_unified(memory_kind, unified.total, sizes.copied_bytes()))
-    disk = sizes.on_disk(optimizer, params)
+    disk = attempt.disk
     if disk.total:
         ways = [f"a window of {format_size(host.window)}"] if window is not None else []
         ways += [f"a cache of {format_size(host.cache)} for weights"] if params == "disk" else []
@@ -238,166 +227,53 @@ def make_plan(
         kept_states=kept,
         disk=disk,
         disk_window=window,
-        weight_cache=cache,
+        weight_cache=attempt.cache,
         unified=unified,
     )
 
 
-class _Sizes:
-    """Sums by kind over the parameters, wherever they end up."""
-
-    def __init__(self, parameters: Sequence[ParameterSize], config: Config, gradient_itemsize: int | None) -> None:
-        self.parameters = parameters
-        self.trainable = [p for p in parameters if p.trainable]
-        self.config = config
-        self.gradient_itemsize = gradient_itemsize
-        self.weights = sum(p.numel * p.itemsize for p in parameters)
-        self.stays = sum(p.numel * p.itemsize for p in parameters if p.stays)
-        self.largest_unit = largest_unit(parameters)
-        self.prefetch = config.prefetch or _LEAST_PREFETCH
-
-    def kept_states(self, optimizer: OptimizerPlacement, params: ParamsPlacement) -> frozenset[str]:
-        """The parameters whose states stay on the device when a share of them is to leave."""
-        if optimizer != "mixed":
-            return frozenset()
-        assert isinstance(self.config.optimizer, float)
-        return states_that_stay(self.trainable, self.config.optimizer, by_unit=params != "device")
-
-    def state_bytes(self, gradients: Placement) -> list[StateBytes]:
-        """Each state as `keep_fastest` weighs it, with weights on the device."""
-        return [self._state_bytes_of(p, gradients) for p in self.trainable]
-
-    def _state_bytes_of(self, parameter: ParameterSize, gradients: Placement) -> StateBytes:
-        gradient, weight = self._gradient_bytes([parameter]), parameter.numel * parameter.itemsize
-        master = parameter.numel * _host_master_bytes(parameter, self.config)
-        # The host reads and writes the states. A gradient comes in and is read; a 16-bit weight is written, read where
-        # it is the master or half of it, and goes out; an fp32 one, which is the master, goes out.
-        passes = 1 if parameter.itemsize == 4 else 2 if _host_master_of(parameter, self.config) == "fp32" else 3
-        return StateBytes(
-            name=parameter.name,
-            kept=parameter.state_bytes + (gradient if gradients == "host" else 0),
-            to_host=gradient,
-            to_device=weight,
-            host_update=2 * (gradient + parameter.moments + master) + passes * weight,
-            # There a weight that is its own master is read and written.
-            device_update=gradient + 2 * parameter.state_bytes + (1 if parameter.device_master else 2) * weight,
-        )
-
-    def words_of(self, kept: frozenset[str]) -> str:
-        total = sum(p.state_bytes for p in self.trainable)
-        away = [p for p in self.trainable if p.name not in kept]
-        return (
-            f"optimizer states of {len(away)} of {len(self.trainable)} parameters are on the host, "
-            f"{sum(p.state_bytes for p in away) / total:.1%} of their bytes; the model's first that fit stay"
-        )
-
-    def master_form(self, optimizer: OptimizerPlacement, kept: frozenset[str]) -> MasterForm:
-        """How the masters that are stored beside weights are stored."""
-        forms: set[MasterForm] = {
-            "fp32"
-            if not p.is_master and (optimizer in _UPDATED_BY_DEVICE or p.name in kept)
-            else _host_master_of(p, self.config)
-            for p in self.trainable
-            if p.itemsize == 2
-        }
-        if not forms:
-            return "none"
-        return "mixed" if len(forms) > 1 else forms.pop()
-
-    def by_tier(
-        self,
-        optimizer: OptimizerPlacement,
-        gradients: Placement,
-        params: ParamsPlacement,
-        *,
-        kept: frozenset[str] = frozenset(),
-        prefetch: int | None = None,
-    ) -> tuple[TierBytes, TierBytes]:
-        """Device and host bytes of one choice. prefetch: None for the configured or least one."""
-        window = self.stays + (1 + (prefetch or self.prefetch)) * self.largest_unit
-        staying = [p for p in self.trainable if optimizer in _UPDATED_BY_DEVICE or p.name in kept]
-        leaving = [p for p in self.trainable if optimizer not in _UPDATED_BY_DEVICE and p.name not in kept]
-        # What stays on the device has a copy on the host, and is counted so though most of it has it on disk.
-        copied = [p for p in leaving if params != "disk" or p.stays]
-        working = sum(p.numel * p.itemsize for p in copied if p.itemsize == 2)
-        mastered = [p for p in leaving if p.itemsize == 2] + [p for p in copied if p.itemsize == 4]
-        on_disk = optimizer == "disk"
-        if params == "host":  # fp32 masters on the host are what their weights are uploaded from
-            working = self.weights
-            if not on_disk:
-                working -= sum(p.numel * p.itemsize for p in leaving if p.itemsize == 4)
-        gone = [] if gradients == "device" else leaving or staying
-        states = _states_of_device(staying if optimizer != "unified" else ())
-        device = dataclasses.replace(
-            states,
-            weights=self.weights if params == "device" else min(self.weights, window),
-            gradients=self._gradient_bytes(self.trainable) - self._gradient_bytes(gone),
-        )
-        host = TierBytes(
-            working=working,
-            master=0 if on_disk else sum(p.numel * _host_master_bytes(p, self.config) for p in mastered),
-            moments=0 if on_disk else sum(p.moments for p in leaving),
-            gradients=self._gradient_bytes(leaving or gone),
-        )
-        return device, host
-
-    def in_unified(self, optimizer: OptimizerPlacement) -> TierBytes:
-        """Bytes of the states in unified memory."""
-        return _states_of_device(self.trainable if optimizer == "unified" else ())
-
-    def copied_bytes(self) -> int:
-        """What an update on the host copies at a step: gradients there, and weights back."""
-        return self._gradient_bytes(self.trainable) + sum(p.numel * p.itemsize for p in self.trainable)
-
-    def on_disk(self, optimizer: OptimizerPlacement, params: ParamsPlacement) -> TierBytes:
-        """Disk bytes of states and weights, but for what rounding to blocks adds."""
-        working = self.weights if params == "disk" else 0
-        if optimizer != "disk":
-            return TierBytes(working=working)
-        return TierBytes(
-            working=working,
-            master=sum(
-                p.numel * _host_master_bytes(p, self.config)
-                for p in self.trainable
-                if p.itemsize == 2 or params == "device"
-            ),
-            moments=sum(p.numel * p.moment_bytes for p in self.trainable),
-        )
-
-    def cache(self, wanted_bytes: int) -> CacheSize:
-        """What weights on disk pass through, at most `wanted_bytes` unless that is too little."""
-        units: dict[str, list[int]] = {}
-        for p in self.parameters:
-            units.setdefault(p.unit, []).append(p.numel * p.itemsize)
-        return plan_cache([image_bytes(sizes) for sizes in units.values()], wanted_bytes, self.config.disk_block_bytes)
-
-    def window(self, host_bytes_left: int) -> DiskWindow:
-        """What states on disk pass through, of what the host budget leaves."""
-        wanted = self.config.disk_window_bytes
-        if wanted is None:
-            wanted = min(int(host_bytes_left * _WINDOW_SHARE), _MOST_WINDOW_BYTES)
-        largest = max((_host_master_bytes(p, self.config) + p.moment_bytes for p in self.trainable), default=1)
-        return plan_window([p.numel for p in self.trainable], largest, wanted)
-
-    def _gradient_bytes(self, parameters: Sequence[ParameterSize]) -> int:
-        return sum(p.numel * (self.gradient_itemsize or p.itemsize) for p in parameters)
+def try_placement(
+    parameters: Sequence[ParameterSize],
+    config: Config,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    gradient_itemsize: int | None = None,
+) -> Attempt:
+    """What the first placement that `config` allows takes, whether or not it fits; arguments as of `make_plan`."""
+    sizes = PlanSizes(parameters, config, gradient_itemsize)
+    device_capacity, host_capacity = _device_capacity(config, device_bytes)[0], _host_capacity(config, host_bytes)[0]
+    return _attempt(sizes, _candidates(config)[0], device_capacity, host_capacity, None)
 
 
-def _states_of_device(parameters: Sequence[ParameterSize]) -> TierBytes:
-    """Masters and moments in the form that the device updates."""
-    return TierBytes(master=sum(p.device_master for p in parameters), moments=sum(p.moments for p in parameters))
-
-
-def _host_master_of(parameter: ParameterSize, config: Config) -> MasterFormat:
-    if parameter.is_master:
-        return "bf16"
-    if parameter.may_split and parameter.dtype_name == "bfloat16" and config.master != "fp32":
-        return "split"
-    return "fp32"
-
-
-def _host_master_bytes(parameter: ParameterSize, config: Config) -> int:
-    return MASTER_BYTES[_host_master_of(parameter, config)]
+def _attempt(
+    sizes: PlanSizes,
+    choice: _Choice,
+    device_capacity: int,
+    host_capacity: int,
+    measured: Callable[[], Rates] | None,
+) -> Attempt:
+    """Bytes by tier of one choice: with rates, of states on the host those stay that make an update shorter."""
+    kept = sizes.kept_states(choice[0], choice[2])
+    device, host = sizes.by_tier(*choice, kept=kept)
+    hybrid = None
+    room = device_capacity - device.total
+    if measured is not None and choice[0] == "host" and choice[2] == "device" and room > 0:
+        hybrid = keep_fastest(sizes.state_bytes(choice[1]), room, measured())
+        if hybrid.kept:
+            choice, kept = ("mixed", *choice[1:]), hybrid.kept
+            device, host = sizes.by_tier(*choice, kept=kept)
+    unified = sizes.in_unified(choice[0])
+    cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
+    left = host_capacity - host.total - unified.total - (0 if cache is None else cache.nbytes)
+    window = sizes.window(left) if choice[0] == "disk" else None
+    if window is not None:
+        host = dataclasses.replace(host, window=window.nbytes)
+    if cache is not None:
+        cache = sizes.cache(int((host_capacity - host.total - unified.total) * _CACHE_SHARE))
+        host = dataclasses.replace(host, cache=cache.nbytes)
+    disk = sizes.on_disk(choice[0], choice[2])
+    return Attempt(choice, device, host, unified, disk, kept, hybrid, window, cache, device_capacity, host_capacity)
 
 
 def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
@@ -472,20 +348,20 @@ def _allows(asked: Tier | Literal["mixed"], placement: OptimizerPlacement) -> bo
 def _device_capacity(config: Config, device_bytes: int) -> tuple[int, str]:
     given = config.device_budget_bytes
     if given is not None:
-        return given, f"the given budget; {format_size(device_bytes)} measured"
+        return given, f"the given budget; {format_size(device_bytes)} free"
     return (
         int(device_bytes * (1 - _ACTIVATION_SHARE)),
-        f"{format_size(device_bytes)} measured, {_ACTIVATION_SHARE:.0%} left to activations and workspace",
+        f"{format_size(device_bytes)} free, {_ACTIVATION_SHARE:.0%} left to activations and workspace",
     )
 
 
 def _host_capacity(config: Config, host_bytes: int) -> tuple[int, str]:
     given = config.host_budget_bytes
     if given is not None:
-        return given, f"the given budget; {format_size(host_bytes)} measured"
+        return given, f"the given budget; {format_size(host_bytes)} free"
     return (
         int(host_bytes * (1 - _HOST_SHARE_FOR_OTHERS)),
-        f"{format_size(host_bytes)} measured, {_HOST_SHARE_FOR_OTHERS:.0%} left to others",
+        f"{format_size(host_bytes)} free, {_HOST_SHARE_FOR_OTHERS:.0%} left to others",
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ._errors import DeviceError
 
-__all__ = ["DeviceFacts", "HostFacts", "probe_device", "probe_host"]
+__all__ = ["DeviceFacts", "HostFacts", "probe_device", "probe_host", "probe_process"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,13 @@ def probe_host(root: Path = Path("/")) -> HostFacts:
         huge_pages=_selected(_read(root / "sys/kernel/mm/transparent_hugepage/enabled")),
         memlock_bytes=None if soft == resource.RLIM_INFINITY else soft,
     )
+
+
+def probe_process(root: Path = Path("/")) -> dict[str, int]:
+    """Bytes of this process in memory, now (`resident`) and at most (`peak_resident`); 0 where the system says none."""
+    status = _meminfo(root / "proc/self/status")
+    resident = status.get("VmRSS", 0)
+    return {"resident": resident, "peak_resident": max(resident, status.get("VmHWM", 0))}
 
 
 def probe_device(name: str | None = None) -> DeviceFacts:

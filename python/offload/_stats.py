@@ -38,7 +38,11 @@ class Stats:
     from the beginning of a forward to the end of its backward.
     disk: with states or weights on disk, bytes that the files and the window of the states take, that were read and
     written, and that needed no reading, being in the window still (kept_bytes); wait_ns: how long the update waited for
-    the states. weights_*: of weights alone, what their cache takes, and reads and writes of it that were asked for.
+    the states. weights_*: of weights alone, what their cache and their files take, and reads and writes of it that were
+    asked for.
+    passing_bytes: on the device too, what comes and goes: activations that stay or came back, and what copies under way
+    keep there. device_peak_bytes, host_peak_bytes: the most of each tag at once; tags need not have had theirs at the
+    same time.
     """
 
     steps: int
@@ -57,6 +61,9 @@ class Stats:
     resident_weights: tuple[ResidentWeight, ...] = ()
     disk: Mapping[str, int] = dataclasses.field(default_factory=dict)
     unified_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    passing_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    device_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    host_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def hidden_share(self) -> float | None:

@@ -94,6 +94,7 @@ class WeightCache:
         # Why weights on disk are not what they should be. Text: an exception keeps its frames.
         self.loss: str | None = None
         self._nbytes = size.nbytes
+        self._allocated_bytes = 0  # on disk
         self._read_bytes = self._kept_bytes = self._written_bytes = 0
 
     def open(self, residencies: Sequence[Residency]) -> None:
@@ -107,7 +108,8 @@ class WeightCache:
             )
         block = self._store.block_bytes
         ranges = [-(-residency.nbytes // block) * block for residency in residencies]
-        offset = self._store.allocate(sum(ranges)).offset
+        self._allocated_bytes = sum(ranges)
+        offset = self._store.allocate(self._allocated_bytes).offset
         for residency, nbytes in zip(residencies, ranges, strict=True):
             self._images[residency] = _Image(DiskRange(offset, residency.nbytes))
             offset += nbytes
@@ -115,6 +117,7 @@ class WeightCache:
     def stats(self) -> dict[str, int]:
         return {
             "cache_bytes": self._nbytes,
+            "allocated_bytes": self._allocated_bytes,
             "read_bytes": self._read_bytes,
             "written_bytes": self._written_bytes,
             "kept_bytes": self._kept_bytes,

@@ -127,7 +127,7 @@ class WeightLane:
         """Raises the error of a write of weights, once. wait: for those under way."""
 
     def cache_stats(self) -> dict[str, int]:
-        """Of weights on disk: bytes of their cache, read, written, and asked for and not read, being there still."""
+        """Of weights on disk: bytes of cache and files, read, written, and not read, being there still."""
         return {}
 
     def close(self) -> None:

@@ -1,12 +1,11 @@
-"""The door: `wrap`, `unwrap`, `full_params`, `estimate`. Checks what the user gives, plans, puts the parts together."""
+"""The door: `wrap`, `unwrap`, `full_params`. Checks what the user gives, plans, puts the parts together."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar, overload
@@ -22,22 +21,18 @@ from ._hooks import Hooks
 from ._host_grad import HostGrad
 from ._hybrid import Rates
 from ._interrupts import Uninterrupted
-from ._native_state import AdagradState, AdamWState
+from ._model_sizes import parameter_sizes
+from ._native_state import AdagradState
 from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
-from ._parameter_state import ParameterState
-from ._plan import ParameterSize, Plan, make_plan
+from ._plan import Plan, make_plan
 from ._probe import probe_device, probe_host
 from ._rates import measure_rates
-from ._residency import can_be_streamed
 from ._resident_move import ResidentMove
 from ._torch_updater import TorchUpdater, check_torch_optimizer
 from ._unified import classify
 from ._unified_plan import MemoryKind, advised_against
 from ._units import Unit, find_units
-
-# More bytes than any machine has.
-_UNLIMITED = 2**62
 
 _Optim = TypeVar("_Optim", bound=torch.optim.Optimizer)
 
@@ -204,30 +199,6 @@ def engine_of(model: nn.Module) -> Engine | None:
     """The engine of a wrapped model; None for any other module."""
     entry = _wrapped.get(model)
     return None if entry is None else entry[0]
-
-
-def estimate(
-    model: nn.Module, *, dtype: torch.dtype | None = None, config: Config | dict[str, Any] | None = None, **options: Any
-) -> Plan:
-    """The plan of `wrap` for a model that trains under Adam, whatever memory there is; nothing is changed.
-
-    model: any module, on the meta device too. dtype: of its weights and gradients, None takes each parameter's own.
-    config, options: as of `wrap`; budgets are left out, so that "auto" offloads nothing. Raises `InvalidArgument`.
-    """
-    settings = Config.resolve(config, {**options, "device_budget": _UNLIMITED, "host_budget": _UNLIMITED})
-    trained = {id(p): AdamWState for p in model.parameters() if p.requires_grad}
-    sizes = _parameter_sizes(model, find_units(model, settings.units), trained, settings)
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        sizes = [dataclasses.replace(size, itemsize=dtype.itemsize, dtype_name=name) for size in sizes]
-    return make_plan(
-        sizes,
-        settings,
-        gradient_itemsize=settings.gradient_itemsize,
-        device_kind="cuda",
-        device_bytes=_UNLIMITED,
-        host_bytes=_UNLIMITED,
-    )
 
 
 def as_list(optim: _Optim | Sequence[_Optim] | None) -> list[_Optim]:
@@ -432,7 +403,7 @@ def _plan(
         for p in g["params"]
         if p.requires_grad
     }
-    sizes = _parameter_sizes(model, units, trained, settings)
+    sizes = parameter_sizes(model, units, trained, settings)
     host_bytes = probe_host().available_bytes
     if device.type == "cpu":
         device_bytes = host_bytes
@@ -469,31 +440,3 @@ def _measure(device: torch.device, settings: Config) -> Callable[[], Rates] | No
 
 def _memory_kind_of(device: torch.device) -> MemoryKind | None:
     return classify(device).kind if device.type == "cuda" else None
-
-
-def _parameter_sizes(
-    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]], settings: Config
-) -> list[ParameterSize]:
-    """The model's parameters as the plan sees them; `trained`: id -> the kind of its state."""
-    unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
-    # Its forward is open while any other's is.
-    root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
-    charged = {id(p): trained[id(p)].moment_bytes(settings.moments) for p in model.parameters() if id(p) in trained}
-    are_exact = settings.moments == "fp32" and settings.master != "bf16"
-    return [
-        ParameterSize(
-            name=name,
-            numel=parameter.numel(),
-            itemsize=parameter.element_size(),
-            dtype_name=str(parameter.dtype).removeprefix("torch."),
-            trainable=id(parameter) in trained,
-            unit=unit_of[id(parameter)].name,
-            may_split=id(parameter) in trained and trained[id(parameter)].may_split,
-            moment_bytes=charged.get(id(parameter), (0, 0))[0],
-            moment_block_bytes=charged.get(id(parameter), (0, 0))[1],
-            may_be_stored=id(parameter) not in trained or (trained[id(parameter)].may_be_stored and are_exact),
-            is_master=id(parameter) in trained and settings.master == "bf16" and parameter.dtype == torch.bfloat16,
-            stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
-        )
-        for name, parameter in model.named_parameters()
-    ]

@@ -38,8 +38,9 @@ CSRC_FLOORS = {
 
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
-    ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid", "_plan",
-     "_stats"),
+    ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid",
+     "_plan_sizes", "_plan", "_step_work", "_simulated_lanes", "_simulator", "_forecast", "_hardware", "_token_costs",
+     "_prediction", "_stats", "_memory"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
         "_unified_pool", "_unified_states", "_disk", "_state_store", "_stored_values", "_probe", "_environment",
@@ -54,8 +55,9 @@ PYTHON_FLOORS = (
     ("_copy_lanes", "_gradient_lanes"),
     ("_weight_cache", "_weight_lane", "_state_homes", "_engine", "_engine_stats"),
     ("_checkpoint",),
-    ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater", "_resident_move"),
-    ("_wrap",),
+    ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater", "_resident_move",
+     "_model_sizes"),
+    ("_wrap", "_predict"),
     ("_snapshot", "_saving", "_loading", "_export"),
 )  # fmt: skip
 DOORS = ("__init__", "__main__", "unified")  # may import every floor

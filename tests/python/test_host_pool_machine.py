@@ -36,6 +36,7 @@ class PoolAgainstModel(RuleBasedStateMachine):
         self.live: list[tuple[_native.HostBuffer, int]] = []
         self.waiting: list[tuple[int, int, _native.Ticket]] = []  # address, bytes, ticket
         self.stamp = 0
+        self.peaks = dict.fromkeys(TAGS, 0)
 
     @rule(nbytes=st.one_of(st.integers(0, 3 * PAGE), st.integers(0, 12 * PAGE)), tag=st.sampled_from(TAGS))
     def acquire(self, nbytes: int, tag: Any) -> None:
@@ -106,6 +107,8 @@ class PoolAgainstModel(RuleBasedStateMachine):
         assert stats["waiting_bytes"] == sum(nbytes for _, nbytes, _ in self.waiting)
         for tag in TAGS:
             assert stats["tag_bytes"][tag] == sum(rounded(b.nbytes) for b, _ in self.live if b.tag == tag)
+            self.peaks[tag] = max(self.peaks[tag], stats["tag_bytes"][tag])
+            assert stats["tag_peak_bytes"][tag] == self.peaks[tag]
 
     @invariant()
     def blocks_do_not_overlap(self) -> None:

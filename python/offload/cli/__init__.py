@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ._plan_options import add_plan
+
 __all__ = ["main"]
 
 EXIT_USAGE = 2
@@ -34,6 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._train import run_train
 
             return run_train(arguments)
+        if arguments.command == "memory":
+            from ._memory import run_memory
+
+            return run_memory(arguments)
         if arguments.command == "config":
             from ._config import run_config
 
@@ -46,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._env import run_env
 
             return run_env(arguments)
+        if arguments.command == "plan":
+            from ._plan import run_plan
+
+            return run_plan(arguments)
         if arguments.part == "report":
             from ._bench_report import run_report
 
@@ -77,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"offload {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_env(commands)
+    add_plan(commands, _EPILOG, positive=_positive, count=_count)
     _add_train(commands)
+    _add_memory(commands)
     _add_bench(commands)
     _add_config(commands)
     _add_checkpoint(commands)
@@ -104,6 +116,30 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Needs `transformers`.",
         epilog=_EPILOG,
     )
+    _add_training(train, steps=200)
+    train.add_argument(
+        "--check",
+        action="store_true",
+        help="repeat the first 20 steps with nothing offloaded (bits must agree) and with plain PyTorch "
+        "(must agree to rounding)",
+    )
+    train.add_argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr")
+
+
+def _add_memory(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    memory = commands.add_parser(
+        "memory",
+        help="who owns which bytes in which tier while the model of `train` trains, beside the plan",
+        description="Runs a few steps of `offload train` and shows who owns which bytes in which tier: now, at most "
+        "and as planned. Needs `transformers`.",
+        epilog=_EPILOG,
+    )
+    _add_training(memory, steps=3)
+    memory.add_argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr")
+
+
+def _add_training(train: argparse.ArgumentParser, *, steps: int) -> None:
+    """The options of the demo's model, its placement and its loop."""
     train.add_argument("--size", type=_count, default=5_000_000, metavar="N", help="parameters, about (default 5M)")
     train.add_argument("--layers", type=_positive, default=6, help="transformer blocks (default 6)")
     train.add_argument("--hidden", type=_positive, default=None, help="hidden size; overrides --size")
@@ -149,19 +185,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="auto",
         help="what is kept of 16-bit weights beside them; bf16 keeps nothing and is lossy (default auto)",
     )
-    train.add_argument("--steps", type=_positive, default=200, help="optimizer steps (default 200)")
+    train.add_argument("--steps", type=_positive, default=steps, help=f"optimizer steps (default {steps})")
     train.add_argument("--batch", type=_positive, default=4, help="sequences a micro-batch (default 4)")
     train.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default 128)")
     train.add_argument("--accumulate", type=_positive, default=2, help="micro-batches a step (default 2)")
     train.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     train.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
-    train.add_argument(
-        "--check",
-        action="store_true",
-        help="repeat the first 20 steps with nothing offloaded (bits must agree) and with plain PyTorch "
-        "(must agree to rounding)",
-    )
-    train.add_argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

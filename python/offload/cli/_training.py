@@ -35,7 +35,7 @@ _PEAK_STEPS = 2
 class Run:
     """What a run produced so far. seconds covers whole steps; weights are taken after `snapshot_step`.
 
-    peak: of device bytes in the first steps, of runs with `offload`.
+    peak: of device bytes in the first steps, of runs with `offload`, as memory is: who owned them at the end.
     """
 
     losses: list[float] = dataclasses.field(default_factory=list)
@@ -44,6 +44,7 @@ class Run:
     weights: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     plan: Any = None
     stats: Any = None
+    memory: Any = None
     interrupted: bool = False
     peak: Peak = dataclasses.field(default_factory=Peak)
 
@@ -171,7 +172,7 @@ def train(
     _end_progress()
     if offloaded:
         offloaded.synchronize()
-        run.stats = offloaded.stats()
+        run.stats, run.memory = offloaded.stats(), offloaded.memory_summary()
         offload.unwrap(model, offloaded)
     return run
 

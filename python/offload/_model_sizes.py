@@ -1,0 +1,125 @@
+"""A model as the plan sees it: its parameters, and what a token costs in it. Reads shapes, so meta tensors will do."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._config import Config
+from ._parameter_size import ParameterSize
+from ._parameter_state import ParameterState
+from ._residency import can_be_streamed
+from ._token_costs import TokenCosts
+from ._units import Unit
+
+__all__ = ["parameter_sizes", "token_costs"]
+
+
+def parameter_sizes(
+    model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]], settings: Config
+) -> list[ParameterSize]:
+    """The model's parameters; `trained`: id -> the kind of its state."""
+    unit_of = {id(parameter): unit for unit in units for _, parameter in unit.parameters}
+    # Its forward is open while any other's is.
+    root = next((unit for unit in units if unit.is_root and len(units) > 1), None)
+    charged = {id(p): trained[id(p)].moment_bytes(settings.moments) for p in model.parameters() if id(p) in trained}
+    are_exact = settings.moments == "fp32" and settings.master != "bf16"
+    return [
+        ParameterSize(
+            name=name,
+            numel=parameter.numel(),
+            itemsize=parameter.element_size(),
+            dtype_name=str(parameter.dtype).removeprefix("torch."),
+            trainable=id(parameter) in trained,
+            unit=unit_of[id(parameter)].name,
+            may_split=id(parameter) in trained and trained[id(parameter)].may_split,
+            moment_bytes=charged.get(id(parameter), (0, 0))[0],
+            moment_block_bytes=charged.get(id(parameter), (0, 0))[1],
+            may_be_stored=id(parameter) not in trained or (trained[id(parameter)].may_be_stored and are_exact),
+            is_master=id(parameter) in trained and settings.master == "bf16" and parameter.dtype == torch.bfloat16,
+            stays=unit_of[id(parameter)] is root or not can_be_streamed(parameter),
+        )
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCosts:
+    """What a token of a sequence of `length` costs: see [Note: what activations take].
+
+    Shapes do not tell everything. From `model.config`, as Hugging Face's models have it, come the heads of attention,
+    causal as in a decoder, and how many experts a token passes; without it attention counts no operations, and every
+    expert counts.
+    """
+    config = getattr(model, "config", None)
+    config = getattr(config, "text_config", config)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    classes = collections.Counter(type(unit.modules[0]) for unit in units if not unit.is_root)
+    attention, active = _attention_operations(config, length), _active_experts(config)
+    saved: dict[str, int] = {}
+    inputs: dict[str, int] = {}
+    operations: dict[str, float] = {}
+    multiplied: set[int] = set()
+    head: Tensor | None = None
+    head_unit = ""
+    for unit in units:
+        matrices = list(_matrices(unit))
+        multiplied.update(map(id, matrices))
+        is_block = not unit.is_root and classes[type(unit.modules[0])] > 1
+        saved[unit.name], operations[unit.name] = 0, attention if is_block else 0.0
+        for matrix in matrices:
+            is_expert = "experts" in names[id(matrix)].split(".")
+            share = active if is_expert else 1.0
+            count = matrix.shape[0] if is_expert and matrix.dim() == 3 else 1
+            rows = matrix.shape[-2] if count > 1 else matrix.shape[0]
+            saved[unit.name] += round(share * (count * rows + matrix.numel() // rows))
+            operations[unit.name] -= 2.0 * (1.0 - share) * matrix.numel()
+        if is_block:
+            inputs[unit.name] = _width(config, matrices)
+        elif matrices and not (unit.is_root and len(units) > 1):
+            head, head_unit = matrices[-1], unit.name
+    if head is not None:
+        saved[head_unit] -= head.shape[0]  # the logits, which count by themselves
+    looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - multiplied
+    lookups = frozenset(name for key, name in names.items() if key in looked_up)
+    return TokenCosts(saved, inputs, operations, lookups, 0 if head is None else head.shape[0])
+
+
+def _matrices(unit: Unit) -> Iterator[Tensor]:
+    """The unit's parameters that tokens are multiplied by, each once; rows are outputs."""
+    own = {id(parameter) for _, parameter in unit.parameters}
+    for module in unit.modules[0].modules():
+        if isinstance(module, nn.Embedding):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if id(parameter) in own and parameter.dim() >= 2:
+                own.remove(id(parameter))
+                yield parameter
+
+
+def _attention_operations(config: Any, length: int) -> float:
+    """Of a token in one block's forward: scores and their product with the values, over half the sequence."""
+    heads = _setting(config, "num_attention_heads", "n_head")
+    size = _setting(config, "head_dim") or _setting(config, "hidden_size", "n_embd") // max(heads, 1)
+    return 2.0 * length * heads * size
+
+
+def _active_experts(config: Any) -> float:
+    """The share of the experts that a token passes."""
+    experts = _setting(config, "num_experts", "num_local_experts", "n_routed_experts")
+    chosen = _setting(config, "num_experts_per_tok", "num_experts_per_token", "top_k_experts")
+    return min(1.0, chosen / experts) if experts and chosen else 1.0
+
+
+def _width(config: Any, matrices: Sequence[Tensor]) -> int:
+    """Elements of a block's input: as the config says, or the smaller side of the block's first matrix."""
+    return _setting(config, "hidden_size", "n_embd") or min(matrices[0].shape[:2] if matrices else (0,))
+
+
+def _setting(config: Any, *names: str) -> int:
+    """The first of these numbers that the config has; 0 without one."""
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), 0)

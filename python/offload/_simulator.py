@@ -1,0 +1,353 @@
+"""The pipeline of a step, played over seconds instead of bytes.
+
+[Note: the simulated pipeline] Every lane works off what it is given in the order in which it is given, and the program
+that gives it is the same in every step: so when each piece ends follows from the ends of those before it, in one pass
+over the program and without a queue of events. Compute is a lane too; where it waits, the chain of what it waits for
+says which lane kept it. A step is measured from the end of its first forward to that of the next one's: by then every
+update has ended, since each unit's forward waits for its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import deque
+from collections.abc import Sequence
+
+from ._simulated_lanes import BEGIN, Compute, Lane, Piece, Ring, latest
+from ._step_work import LANES, Machine, UnitWork
+
+__all__ = ["Settings", "Simulated", "simulate", "window_schedule"]
+
+# Steps before the measured ones, which find the lanes as every later step does; of those one goes forwards through
+# states on disk and one backwards.
+_FIRST_STEPS, _MEASURED_STEPS = 2, 2
+# Activations that may be on their way where those that stay are fewer (see _activations.py).
+_ACTIVATION_RING_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """See `forecast`."""
+
+    micro_batches: int
+    prefetch: int
+    clips: bool
+    lazy: bool
+    kept_activations: float
+    window_bytes: int
+    cache_bytes: int
+    ring_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Simulated:
+    """Seconds of a step, what each lane did in it, and what compute waited for."""
+
+    seconds: float
+    busy: dict[str, float]
+    exposed: dict[str, float]
+
+
+def window_schedule(count: int, prefetch: int) -> list[list[int]]:
+    """Which of `count` streamed units each touch of one micro-batch sends for; see [Note: touches].
+
+    Touches are the units' forwards and then, backwards, their backwards; the first finds nothing on the device.
+    """
+    touches = [*range(count), *reversed(range(count))]
+    schedule = []
+    present: set[int] = set()
+    for position, unit in enumerate(touches):
+        ahead: dict[int, None] = {}
+        for other in touches[position + 1 :]:
+            if len(ahead) == prefetch:
+                break
+            if other != unit:
+                ahead[other] = None
+        window = [unit, *ahead]
+        schedule.append([other for other in window if other not in present])
+        present = set(window)
+    return schedule
+
+
+def simulate(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> Simulated:
+    """One of many equal steps; see [Note: the simulated pipeline]."""
+    pipeline = _Pipeline(units, machine, settings)
+    marks = [pipeline.step(backwards=number % 2 == 1) for number in range(_FIRST_STEPS + _MEASURED_STEPS + 1)]
+    start, end = marks[_FIRST_STEPS], marks[-1]
+    return Simulated(
+        (end.seconds - start.seconds) / _MEASURED_STEPS,
+        {lane: (end.busy[lane] - start.busy[lane]) / _MEASURED_STEPS for lane in LANES},
+        {lane: (end.exposed[lane] - start.exposed[lane]) / _MEASURED_STEPS for lane in LANES[1:]},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    seconds: float
+    busy: dict[str, float]
+    exposed: dict[str, float]
+
+
+class _Pipeline:
+    """What one training thread, two copy lanes, the host's optimizer and the disk do in the steps of a training."""
+
+    def __init__(self, units: Sequence[UnitWork], machine: Machine, settings: Settings) -> None:
+        self.units, self.machine, self.settings = units, machine, settings
+        self.compute = Compute()
+        self.lanes = {"compute": self.compute} | {name: Lane(name) for name in LANES if name != "compute"}
+        self.gradient_ring = Ring(self.compute, settings.ring_bytes)
+        self.weights = _WeightWindow(self)
+        self.activations = _ActivationWindow(self)
+        self.states = _StateWindow(self)
+        # What the next forward of a unit waits for.
+        self.updated = [BEGIN] * len(units)
+        # The copies of its gradients that left last, by part.
+        self.landed = [[BEGIN] * unit.parts for unit in units]
+
+    def run(self, lane: str, nbytes: float, *after: Piece) -> Piece:
+        """`nbytes` at the rate of the lane; no bytes take no time, and no rate."""
+        return self.lanes[lane].run(self.machine.seconds(lane, nbytes), *after)
+
+    def step(self, *, backwards: bool) -> _Mark:
+        """One step; the mark of its first forward's end."""
+        mark = self._forward()
+        self._backward(first=True)
+        for _ in range(self.settings.micro_batches - 1):
+            self._forward()
+            self._backward(first=False)
+        self._update(backwards)
+        return mark
+
+    def _forward(self) -> _Mark:
+        for number, unit in enumerate(self.units):
+            self.compute.wait(self.updated[number])
+            self.weights.touch(number)
+            self.compute.run(unit.forward_seconds)
+            self.activations.save(number)
+        busy = {name: lane.busy for name, lane in self.lanes.items()}
+        return _Mark(self.compute.last.end, busy, dict(self.compute.exposed))
+
+    def _backward(self, *, first: bool) -> None:
+        earlier = None  # the sum of the micro-batches before, on its way to the next part
+        parts = [
+            (number, part) for number in reversed(range(len(self.units))) for part in range(self.units[number].parts)
+        ]
+        leaving = [place for place in parts if self.units[place[0]].gradient_bytes]
+        following = dict(itertools.pairwise(leaving))
+        for number, part in parts:
+            unit = self.units[number]
+            if part == 0:
+                self.weights.touch(number)
+                self.activations.bring(number)
+            self.compute.run(unit.backward_seconds / unit.parts)
+            if unit.gradient_bytes:
+                if not first:
+                    self.compute.wait(earlier or self._send_back(number, part))
+                gradient = unit.gradient_bytes / unit.parts
+                self.landed[number][part] = self.run("to_host", gradient, self.compute.last)
+                self.gradient_ring.add(self.landed[number][part], gradient)
+                if not first and (number, part) in following:
+                    earlier = self._send_back(*following[number, part])
+            if part == unit.parts - 1:
+                self.activations.drop(number)
+        self.weights.empty()
+
+    def _send_back(self, number: int, part: int) -> Piece:
+        """A gradient comes back, to be added to."""
+        unit = self.units[number]
+        gradient = unit.gradient_bytes / unit.parts
+        copy = self.run("to_device", gradient, self.compute.last, self.landed[number][part])
+        self.gradient_ring.add(copy, gradient)
+        return copy
+
+    def _update(self, backwards: bool) -> None:
+        numbers = [number for number, unit in enumerate(self.units) if unit.host_update_bytes]
+        if backwards and any(unit.disk_read_bytes for unit in self.units):
+            numbers.reverse()
+        for number in numbers:
+            kept = self.units[number].step_to_host_bytes
+            if kept:  # the gradient is on the device until now
+                parts = self.units[number].parts
+                self.landed[number] = [self.run("to_host", kept / parts, self.compute.last) for _ in range(parts)]
+        plain = [self.landed[number][-1] for number in numbers if self.units[number].step_to_host_bytes]
+        self.compute.wait(latest(plain))
+        submitted = self.compute.last
+        # A factor leaves when the norms of all gradients are known, behind the gradients that left.
+        left = [self.landed[number][-1] for number, unit in enumerate(self.units) if unit.gradient_bytes]
+        norm = latest(left) if self.settings.clips else BEGIN
+        for number in numbers:
+            self._update_on_host(number, submitted, norm)
+        for number, unit in enumerate(self.units):
+            if unit.device_update_bytes:
+                self._update_on_device(number)
+        if not self.settings.lazy:
+            self.compute.wait(latest(self.updated))
+        self.weights.send_first()
+
+    def _update_on_host(self, number: int, submitted: Piece, norm: Piece) -> None:
+        unit = self.units[number]
+        weights = self.weights.read_for_update(number, submitted)
+        for part in range(unit.parts):
+            states = self.states.read(number, part, submitted)
+            known = submitted if self.machine.synchronous else BEGIN
+            ready = (known, norm, self.landed[number][part], states, weights)
+            update = self.run("host_update", unit.host_update_bytes / unit.parts, *ready)
+            written = self.states.write(number, part, update)
+            upload = self.run("to_device", unit.upload_bytes / unit.parts, update, submitted)
+            self.updated[number] = latest((update, written, upload))
+        self.weights.write_updated(number, self.updated[number])
+
+    def _update_on_device(self, number: int) -> None:
+        """Inside `step()`, one unit after another, nothing sent ahead."""
+        unit = self.units[number]
+        self.compute.wait(self.run("to_device", unit.step_to_device_bytes, self.compute.last, *self.landed[number]))
+        crossing = [self.run(lane, unit.unified_bytes, self.compute.last) for lane in ("to_device", "to_host")]
+        self.compute.run(self.machine.seconds("device_update", unit.device_update_bytes))
+        self.compute.wait(latest(crossing))
+        self.compute.wait(self.run("to_host", unit.step_to_host_bytes, self.compute.last))
+
+
+class _WeightWindow:
+    """Streamed weights. Of those on disk, the cache always has its share of each unit, and the rest is read."""
+
+    def __init__(self, pipeline: _Pipeline) -> None:
+        self._pipeline = pipeline
+        units, settings = pipeline.units, pipeline.settings
+        self._streamed = [number for number, unit in enumerate(units) if unit.weight_bytes]
+        self._schedule = window_schedule(len(self._streamed), settings.prefetch)
+        self._touches = iter(self._schedule)
+        self._arrivals: dict[int, Piece] = {}
+        self._sent_first = False
+        self.uncached = uncached_share(units, settings.cache_bytes)
+        largest = max((unit.stored_bytes for unit in units), default=0)
+        # Reads go so many units ahead of the uploads.
+        depth = max(1 + settings.prefetch, settings.cache_bytes // largest if largest else 0)
+        self._uploads: deque[Piece] = deque([BEGIN] * depth, maxlen=depth)
+        self._written = [BEGIN] * len(units)
+
+    def touch(self, number: int) -> None:
+        if not self._pipeline.units[number].weight_bytes:
+            return
+        for sent in next(self._touches):
+            if not self._sent_first:
+                self._send(self._streamed[sent])
+        self._sent_first = False
+        self._pipeline.compute.wait(self._arrivals[number])
+
+    def empty(self) -> None:
+        """A micro-batch ended."""
+        self._touches = iter(self._schedule)
+
+    def send_first(self) -> None:
+        """The step is submitted: what the next forward begins with comes behind its updates."""
+        for sent in self._schedule[0] if self._schedule else ():
+            self._send(self._streamed[sent])
+        self._sent_first = bool(self._schedule)
+
+    def _send(self, number: int) -> None:
+        pipeline, unit = self._pipeline, self._pipeline.units[number]
+        stored = unit.stored_bytes * self.uncached
+        read = pipeline.run("disk_read", stored, self._uploads[0], pipeline.updated[number])
+        after = (pipeline.compute.last, pipeline.updated[number], read)
+        self._arrivals[number] = pipeline.run("to_device", unit.weight_bytes, *after)
+        self._uploads.append(self._arrivals[number])
+
+    def read_for_update(self, number: int, submitted: Piece) -> Piece:
+        stored = self._pipeline.units[number].stored_bytes * self.uncached
+        if not stored:
+            return BEGIN
+        return self._pipeline.run("disk_read", stored, submitted, self._written[number])
+
+    def write_updated(self, number: int, updated: Piece) -> None:
+        self._written[number] = self._pipeline.run("disk_write", self._pipeline.units[number].stored_bytes, updated)
+
+
+def uncached_share(units: Sequence[UnitWork], cache_bytes: int) -> float:
+    """Of weights on disk, what is not in a cache of so many bytes when it is needed."""
+    stored = sum(unit.stored_bytes for unit in units)
+    return max(0.0, 1.0 - cache_bytes / stored) if stored else 0.0
+
+
+class _StateWindow:
+    """States on disk pass through host memory: what is still there is not read, and a frame is free once written."""
+
+    def __init__(self, pipeline: _Pipeline) -> None:
+        self._pipeline = pipeline
+        self._capacity = pipeline.settings.window_bytes
+        self._frames: dict[tuple[int, int], Piece] = {}  # the oldest first, and what they are written by
+        self._bytes = 0.0
+
+    def read(self, number: int, part: int, submitted: Piece) -> Piece:
+        unit = self._pipeline.units[number]
+        if not unit.disk_read_bytes:
+            return BEGIN
+        if (number, part) in self._frames and self._bytes <= self._capacity:
+            self._bytes -= unit.disk_read_bytes / unit.parts
+            return self._frames.pop((number, part))
+        freed = submitted
+        while self._frames and self._bytes + unit.disk_read_bytes / unit.parts > self._capacity:
+            oldest = next(iter(self._frames))
+            freed = latest((freed, self._frames.pop(oldest)))
+            other = self._pipeline.units[oldest[0]]
+            self._bytes -= other.disk_read_bytes / other.parts
+        return self._pipeline.run("disk_read", unit.disk_read_bytes / unit.parts, freed)
+
+    def write(self, number: int, part: int, update: Piece) -> Piece:
+        unit = self._pipeline.units[number]
+        if not unit.disk_read_bytes:
+            return update
+        written = self._pipeline.run("disk_write", unit.disk_write_bytes / unit.parts, update)
+        self._frames[number, part] = written
+        self._bytes += unit.disk_read_bytes / unit.parts
+        return written
+
+
+class _ActivationWindow:
+    """What forward saves: the newest stay, the others leave and come back before backward needs them."""
+
+    def __init__(self, pipeline: _Pipeline) -> None:
+        self._pipeline = pipeline
+        total = sum(unit.activation_bytes for unit in pipeline.units)
+        self._allowance = pipeline.settings.kept_activations * total
+        self._ring = Ring(pipeline.compute, max(self._allowance, _ACTIVATION_RING_BYTES))
+        self._staying: dict[int, float] = {}  # bytes by unit, the oldest first
+        self._bytes = 0.0  # on the device
+        self._away: dict[int, tuple[float, Piece]] = {}
+        self._arrivals: dict[int, Piece] = {}
+
+    def save(self, number: int) -> None:
+        saved = self._pipeline.units[number].activation_bytes
+        if not saved:
+            return
+        self._staying[number] = saved
+        self._bytes += saved
+        while self._bytes > self._allowance and self._staying:
+            oldest = next(iter(self._staying))
+            leaving = min(self._staying[oldest], self._bytes - self._allowance)
+            self._staying[oldest] -= leaving
+            if not self._staying[oldest]:
+                del self._staying[oldest]
+            self._bytes -= leaving
+            copy = self._pipeline.run("to_host", leaving, self._pipeline.compute.last)
+            before, _ = self._away.get(oldest, (0.0, copy))
+            self._away[oldest] = (before + leaving, copy)
+            self._ring.add(copy, leaving)
+
+    def bring(self, number: int) -> None:
+        """Backward comes to a unit: it waits for what it saved, and sends for what comes next while there is room."""
+        for other in range(number, -1, -1):
+            if other not in self._away:
+                continue
+            nbytes, left = self._away[other]
+            if other != number and self._bytes + nbytes > self._allowance:
+                break
+            del self._away[other]
+            self._arrivals[other] = self._pipeline.run("to_device", nbytes, self._pipeline.compute.last, left)
+            self._bytes += nbytes
+        self._pipeline.compute.wait(self._arrivals.pop(number, BEGIN))
+
+    def drop(self, number: int) -> None:
+        """Its backward is over."""
+        self._bytes = max(0.0, self._bytes - self._pipeline.units[number].activation_bytes)
+        self._staying.pop(number, None)

@@ -1,0 +1,41 @@
+"""What one token costs in a model: what its forward saves for backward, and operations. Pure functions.
+
+[Note: what activations take] An estimate, by shapes alone. Each weight matrix keeps its input and its output, of the
+weight's width in bytes: for Llama-3-8B that is 40 times the hidden size a token and layer, where a count by hand gives
+41 (attention that keeps no scores). Norms, dropout and what is saved in fp32 come on top, what several matrices share
+goes. With checkpointing each block keeps its input alone, and the largest one, as it is recomputed, all. Logits take
+10 bytes each: in 16 bits, in fp32, and what the loss keeps of them in fp32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+__all__ = ["TokenCosts"]
+
+_LOGIT_BYTES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenCosts:
+    """Of one token in one forward; units by name.
+
+    saved: elements that each unit keeps for its backward. inputs: elements of each block's input; a unit that is no
+    block has none. operations: in a forward, beside the two of each parameter: those of attention, and less those of
+    experts that a token does not pass. lookups: names of parameters of which a token reads a row. logits: elements.
+    """
+
+    saved: Mapping[str, int]
+    inputs: Mapping[str, int]
+    operations: Mapping[str, float]
+    lookups: frozenset[str]
+    logits: int
+
+    def activation_bytes(self, tokens: int, itemsize: int, *, checkpointing: bool) -> int:
+        """Bytes at the end of a forward of so many tokens, of elements of `itemsize`, or as a block is recomputed."""
+        blocks = [self.saved[name] for name in self.inputs]
+        kept = sum(self.saved.values())
+        if checkpointing and blocks:
+            kept += sum(self.inputs.values()) + max(blocks) - sum(blocks)
+        return tokens * (kept * itemsize + self.logits * _LOGIT_BYTES)

@@ -1,0 +1,138 @@
+"""`offload plan`: what will fit, where, and how fast, before anything is bought, rented, downloaded or allocated."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from typing import Any
+
+import torch
+
+import offload
+
+from ._plan_model import decoder_of_depth, described, model_of
+from ._plan_text import printed
+
+__all__ = ["run_plan"]
+
+_EXIT_NOTHING_FITS = 2
+# What the largest model is looked for with, least offloaded first; the first of each pair is its name.
+_LARGEST: dict[str, dict[str, Any]] = {
+    "nothing offloaded": {"optimizer": "device", "gradients": "device", "params": "device"},
+    "all on the host": {"optimizer": "host", "gradients": "host", "params": "host"},
+    "states and weights on disk": {
+        "optimizer": "disk",
+        "gradients": "host",
+        "params": "disk",
+        "disk_path": "DIRECTORY",
+    },
+}
+_MOST_LAYERS = 1024
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    """Prints the prediction, as text or as JSON; 2 where nothing fits, with the numbers on stderr."""
+    model = model_of(options)
+    hardware = _hardware(options)
+    placement = {"moments": options.moments, "master": options.master}
+    prediction = offload.predict(
+        model,
+        hardware,
+        batches=_batches(options),
+        length=options.length,
+        checkpointing=not options.no_checkpointing,
+        optimizer_class=options.optimizer_class,
+        gpus=options.gpus,
+        interconnect=options.interconnect,
+        **placement,
+    )
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    result = {
+        "schema": 1,
+        "model": described(model),
+        "dtype": options.dtype,
+        "optimizer_class": options.optimizer_class,
+        **placement,
+        **_as_json(prediction),
+        "largest": _largest(prediction.hardware, vocabulary, getattr(torch, options.dtype), placement),
+    }
+    print(json.dumps(result, indent=2) if options.json else printed(result), flush=True)
+    if prediction.refusal is None:
+        return 0
+    print(f"offload: {prediction.refusal}", file=sys.stderr)
+    return _EXIT_NOTHING_FITS
+
+
+def _hardware(options: argparse.Namespace) -> offload.Hardware:
+    if options.hardware is None:
+        print("offload: measuring this machine; --hardware names another", file=sys.stderr)
+        hardware = offload.measure_hardware(getattr(torch, options.dtype))
+    else:
+        hardware = offload.Hardware.preset(options.hardware)
+    return hardware.having(
+        device_memory=options.gpu_memory,
+        host_memory=options.host_memory,
+        link=options.link,
+        host_bandwidth=options.host_bandwidth,
+        disk_bandwidth=options.disk_bandwidth,
+        mfu=options.mfu,
+    )
+
+
+def _batches(options: argparse.Namespace) -> list[int]:
+    """Sequences a step and card, each number once."""
+    if options.tokens is None:
+        return sorted(set(options.batch))
+    for tokens in options.tokens:
+        if tokens % options.length:
+            raise offload.InvalidArgument(
+                f"--tokens {tokens} are no whole sequences of {options.length}: give a multiple, or another --length"
+            )
+    return sorted({tokens // options.length for tokens in options.tokens})
+
+
+def _as_json(prediction: offload.Prediction) -> dict[str, Any]:
+    """The prediction as JSON has it: no sets, and of the plan what it chose and why."""
+    plan, cheapest = prediction.plan, prediction.cheapest()
+    found = {field.name: getattr(prediction, field.name) for field in dataclasses.fields(prediction)}
+    return found | {
+        "hardware": dataclasses.asdict(prediction.hardware),
+        "plan": None if plan is None else _placement_of(plan) | {"reason": list(plan.reason)},
+        "placements": [dataclasses.asdict(placed) for placed in prediction.placements],
+        "cheapest": None if cheapest is None else prediction.placements.index(cheapest),
+        "steps": [dataclasses.asdict(step) for step in prediction.steps],
+        "fastest": [prediction.steps.index(step) for step in prediction.fastest()],
+    }
+
+
+def _placement_of(plan: offload.Plan) -> dict[str, Any]:
+    return {"optimizer": plan.optimizer, "gradients": plan.gradients, "params": plan.params}
+
+
+def _largest(
+    hardware: offload.Hardware, vocabulary: int | None, dtype: torch.dtype, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The deepest decoder of Llama's proportions that fits, by where it is kept; 0 layers where none does."""
+
+    def parameters(layers: int, places: dict[str, Any]) -> int:
+        """Of the decoder, 0 where it does not fit."""
+        model = decoder_of_depth(layers, vocabulary, dtype)
+        try:
+            offload.estimate(model, hardware=hardware, **options, **places)
+        except (offload.InvalidArgument, offload.OutOfHostMemory):
+            return 0
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    found = []
+    for name, places in _LARGEST.items():
+        if "disk" in places.values() and (options["moments"] != "fp32" or options["master"] == "bf16"):
+            continue  # what is on disk is exact
+        fits, count = 0, 0
+        for exponent in range(int(math.log2(_MOST_LAYERS)), -1, -1):  # the largest number, bit by bit
+            if more := parameters(fits + 2**exponent, places):
+                fits, count = fits + 2**exponent, more
+        found.append({"kept": name, "parameters": count, "layers": fits})
+    return found

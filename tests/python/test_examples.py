@@ -1,0 +1,78 @@
+"""The examples: each runs, and is two lines away from plain PyTorch, which trains to the same losses."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+# Name -> arguments that make it small, in fp32 where there is a choice: plain torch keeps no masters of bf16 weights.
+TWO_LINES = {
+    "causal_lm": ["--dtype", "float32", "--steps", "12", "--batch", "2", "--length", "32"],
+    "diffusion_unet": ["--steps", "11", "--batch", "4", "--size", "8", "--channels", "8"],
+    "huggingface_trainer": ["--steps", "6", "--length", "32"],
+    "lora_peft": ["--steps", "8", "--batch", "2", "--length", "32"],
+    "vision_transformer": ["--steps", "21", "--batch", "8"],
+}
+NEEDS = {"causal_lm": ["transformers"], "huggingface_trainer": ["accelerate"], "lora_peft": ["peft"]}
+OTHERS = ["minimal", "save_and_resume", "standalone_adamw"]
+# Over so few steps plain AdamW, which orders its operations in another way, moves the last digits at most.
+ROUNDING = 2e-3
+
+
+def run(source: str, name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(EXAMPLES / f"{name}.py")
+    monkeypatch.setattr(sys, "argv", [path, *arguments])
+    exec(compile(source, path, "exec"), {"__name__": "__main__", "__file__": path})
+
+
+def losses(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", printed)]
+
+
+def lines_of_offload(source: str) -> list[int]:
+    """Numbers of the lines of code that name offload, from 0."""
+    found = [
+        node.lineno - 1
+        for node in ast.walk(ast.parse(source))
+        if (isinstance(node, ast.Import) and node.names[0].name == "offload")
+        or (isinstance(node, ast.Attribute) and ast.unparse(node).startswith("offload."))
+    ]
+    return sorted(set(found))
+
+
+def test_every_example_has_a_test() -> None:
+    names = {path.stem for path in EXAMPLES.glob("*.py") if not path.stem.startswith("deepspeed_")}
+    assert names == {*TWO_LINES, *OTHERS}
+
+
+@pytest.mark.parametrize("name", TWO_LINES)
+def test_without_its_two_lines_an_example_is_plain_and_learns_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in NEEDS.get(name, []):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install '.[test]'")
+    source = (EXAMPLES / f"{name}.py").read_text()
+    lines = source.splitlines()
+    of_offload = lines_of_offload(source)
+    assert [lines[number].split("(")[0] for number in of_offload] == ["import offload", "model, optim = offload.wrap"]
+    run(source, name, TWO_LINES[name], monkeypatch)
+    offloaded = losses(capsys.readouterr().out)
+    plain = "\n".join("" if number in of_offload else line for number, line in enumerate(lines))
+    run(plain, name, TWO_LINES[name], monkeypatch)
+    expected = losses(capsys.readouterr().out)
+    assert len(expected) >= 2 and expected[-1] < expected[0], "it learns"
+    assert offloaded == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run((EXAMPLES / f"{name}.py").read_text(), name, [], monkeypatch)
+    assert "loss" in capsys.readouterr().out

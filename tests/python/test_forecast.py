@@ -1,0 +1,242 @@
+"""The forecast of a step: small pipelines worked out by hand, and what holds for every one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import offload
+from offload import Machine, UnitWork, forecast
+from offload._simulator import window_schedule
+from offload._touch_order import TouchOrder
+
+# A second a byte, so that bytes are seconds.
+ONE = Machine(1.0, 1.0, host_update=1.0, device_update=1.0, disk_read=1.0, disk_write=1.0)
+# A unit of optimizer and gradients on the host: each of its ways takes a second.
+UNIT = UnitWork("u", 1.0, 1.0, gradient_bytes=1, host_update_bytes=1, upload_bytes=1)
+
+
+def streamed(**more: Any) -> UnitWork:
+    return dataclasses.replace(UNIT, upload_bytes=0, weight_bytes=1, **more)
+
+
+# --- by hand ------------------------------------------------------------------------------------------------
+
+
+def test_nothing_offloaded_is_compute() -> None:
+    units = [UnitWork("a", 1.0, 2.0, device_update_bytes=3), UnitWork("b", 4.0, 5.0)]
+    step = forecast(units, ONE, micro_batches=2)
+    assert step.seconds == step.bound_seconds == step.busy["compute"] == 27.0
+    assert step.bound_by == "compute" and not any(step.exposed.values())
+
+
+def test_one_unit_hides_nothing() -> None:
+    unit = UnitWork("a", 1.0, 2.0, gradient_bytes=10, host_update_bytes=20, upload_bytes=5)
+    step = forecast([unit], Machine(10.0, 5.0, host_update=10.0))
+    assert step.seconds == 1 + 2 + 1 + 2 + 1
+    assert (step.bound_seconds, step.bound_by) == (3.0, "compute")
+    assert step.exposed == {"to_host": 1.0, "host_update": 2.0, "to_device": 1.0, "disk_read": 0, "disk_write": 0}
+
+
+# By hand, from the end of a forward (2) on: backward of b 2-3 and of a 3-4; gradients 3-4 and 4-5. Then as stated.
+CASES: list[tuple[str, Sequence[UnitWork], dict[str, Any], float]] = [
+    # a is updated 5-6 and back 6-7, b 6-7 and 7-8; forward of a 7-8, of b 8-9
+    ("the update hides behind forward", [UNIT] * 2, {}, 7.0),
+    # the update of b waits for that of a, which waits for the gradient that leaves last: clipping changes nothing
+    ("without clipping", [UNIT] * 2, {"clips": False}, 7.0),
+    # forward begins at 8, when b is back
+    ("not lazy", [UNIT] * 2, {"lazy": False}, 8.0),
+    # two units of a ring of one byte: compute waits for the second gradient, 5, and that is when step() begins
+    ("a ring of one gradient", [UNIT] * 2, {"ring_bytes": 1}, 7.0),
+    # second micro-batch: forward 4-6, backward of b 6-7, its sum comes 7-8 and leaves 8-9, that of a comes 8-9, its
+    # backward 8-9, it leaves 9-10, is updated 10-11, back 11-12; forward of a 12-13, of b 13-14
+    ("two micro-batches", [UNIT] * 2, {"micro_batches": 2}, 12.0),
+    # both updated 5-6 and 6-7; a comes 6-7 behind its update; forward of a 7-8. b comes 7-8; forward of b 8-9. Both
+    # are still there for backward: 9-11
+    ("streamed, all in the window", [streamed()] * 2, {"prefetch": 1}, 7.0),
+    # gradients leave in step(): 4-5 and 5-6, so uploads begin at 6: a is back at 7, b at 8
+    (
+        "gradients stay until the step",
+        [dataclasses.replace(UNIT, gradient_bytes=0, step_to_host_bytes=1)] * 2,
+        {},
+        7.0,
+    ),
+    # gradients come back in step(): that of a, which left 4-5, 5-6, updated 6-7; of b 7-8, 8-9; forward 9-11
+    (
+        "states on the device",
+        [UnitWork("u", 1.0, 1.0, gradient_bytes=1, step_to_device_bytes=1, device_update_bytes=1)] * 2,
+        {},
+        9.0,
+    ),
+    # what a saved leaves 1-2 and comes back 3-4, after backward of b 2-3 has made room; backward of a 4-5
+    ("activations", [UnitWork("u", 1.0, 1.0, activation_bytes=1)] * 2, {"kept_activations": 0.5}, 5.0),
+]
+
+
+@pytest.mark.parametrize(("units", "options", "seconds"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_by_hand(units: Sequence[UnitWork], options: dict[str, Any], seconds: float) -> None:
+    assert forecast(units, ONE, **options).seconds == pytest.approx(seconds)
+
+
+def test_the_training_thread_of_a_cpu_submits_updates_when_the_gradients_have_left() -> None:
+    unit = dataclasses.replace(UNIT, gradient_bytes=0, step_to_host_bytes=1)
+    # Gradients 4-5 and 5-6, updates 6-7 and 7-8, back at 8 and 9; forward of a 8-9, of b 9-10.
+    assert forecast([unit] * 2, dataclasses.replace(ONE, synchronous=True)).seconds == pytest.approx(8.0)
+
+
+def test_states_on_disk_are_read_ahead_and_every_other_step_goes_backwards() -> None:
+    unit = dataclasses.replace(UNIT, upload_bytes=0, disk_read_bytes=1, disk_write_bytes=1)
+    fast = dataclasses.replace(ONE, to_host=1e9, disk_read=1e9, disk_write=1e9)
+    # Forwards: a is updated 4-5, b 5-6: forward of a 5-6, of b 6-7. Backwards: b first, so a 5-6 and forward 6-8.
+    assert forecast([unit] * 2, fast, window_bytes=2).seconds == pytest.approx((5 + 6) / 2)
+    # One of the two is still in the window.
+    assert forecast([unit] * 2, ONE, window_bytes=1).busy["disk_read"] == pytest.approx(1.0)
+
+
+def test_parts_of_a_unit_follow_each_other() -> None:
+    one = UnitWork("u", 0.0, 4.0, gradient_bytes=4, host_update_bytes=4, upload_bytes=4)
+    # The last of four gradients leaves 4-5; updates 5-9; the last upload ends at 10.
+    assert forecast([dataclasses.replace(one, parts=4)], ONE).seconds == pytest.approx(10.0)
+    assert forecast([one], ONE).seconds == pytest.approx(16.0)
+
+
+def test_weights_on_disk_are_read_before_each_upload_and_each_update() -> None:
+    units = [streamed(stored_bytes=1)] * 4
+    sent = sum(map(len, window_schedule(4, 1)))
+    step = forecast(units, ONE, micro_batches=3)
+    assert step.busy["disk_read"] == pytest.approx(3 * sent + 4)
+    assert step.busy["disk_write"] == pytest.approx(4)
+    assert forecast(units, ONE, micro_batches=3, cache_bytes=4).busy["disk_read"] == 0
+
+
+@pytest.mark.parametrize(
+    ("units", "options", "message"),
+    [
+        ([], {}, "no units"),
+        ([UNIT], {"micro_batches": 0}, "micro_batches is 0"),
+        ([UNIT], {"prefetch": 0}, "prefetch is 0"),
+        ([dataclasses.replace(UNIT, disk_read_bytes=1)], {"machine": Machine(1.0, 1.0, 1.0)}, "Machine.disk_read="),
+    ],
+)
+def test_what_makes_no_sense_is_refused(units: list[UnitWork], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(offload.InvalidArgument, match=message):
+        forecast(units, options.pop("machine", ONE), **options)
+
+
+def test_a_rate_is_positive() -> None:
+    with pytest.raises(offload.InvalidArgument, match="to_host is 0"):
+        Machine(0, 1.0)
+
+
+# --- always -------------------------------------------------------------------------------------------------
+
+_RATES = ("to_host", "to_device", "host_update", "device_update", "disk_read", "disk_write")
+_bytes = st.integers(0, 50)
+_seconds = st.floats(0, 50)
+
+
+@st.composite
+def works(draw: st.DrawFn) -> UnitWork:
+    """A unit under any placement."""
+    gradient, weight, states = draw(_bytes), draw(st.integers(1, 50)), draw(_bytes)
+    leaves, streams, parts = draw(st.booleans()), draw(st.booleans()), draw(st.integers(1, 3))
+    work = UnitWork("u", draw(_seconds), draw(_seconds), parts=parts, activation_bytes=draw(_bytes))
+    if leaves:
+        work = dataclasses.replace(work, gradient_bytes=gradient)
+    if streams:
+        work = dataclasses.replace(work, weight_bytes=weight)
+    if draw(st.booleans()):
+        return dataclasses.replace(work, device_update_bytes=states, step_to_device_bytes=gradient if leaves else 0)
+    on_disk = draw(st.booleans())
+    return dataclasses.replace(
+        work,
+        step_to_host_bytes=0 if leaves else gradient,
+        host_update_bytes=states + 1,
+        upload_bytes=0 if streams else weight,
+        disk_read_bytes=states if on_disk else 0,
+        disk_write_bytes=states if on_disk else 0,
+    )
+
+
+@st.composite
+def forecasts(draw: st.DrawFn) -> tuple[list[UnitWork], Machine, dict[str, Any]]:
+    machine = Machine(**{name: draw(st.floats(0.1, 10)) for name in _RATES}, synchronous=draw(st.booleans()))
+    options = {
+        "micro_batches": draw(st.integers(1, 3)),
+        "prefetch": draw(st.integers(1, 3)),
+        "clips": draw(st.booleans()),
+        "lazy": draw(st.booleans()),
+        "kept_activations": draw(st.sampled_from([0.0, 0.125, 0.5, 1.0])),
+        "window_bytes": draw(st.sampled_from([0, 30, 1000])),
+        "ring_bytes": draw(st.sampled_from([0, 30, 1000])),
+    }
+    return draw(st.lists(works(), min_size=1, max_size=5)), machine, options
+
+
+@settings(max_examples=150, deadline=None)
+@given(forecasts())
+def test_never_below_the_bound_and_all_of_it_is_compute_or_waiting(case: Any) -> None:
+    units, machine, options = case
+    step = forecast(units, machine, **options)
+    assert step.seconds >= step.bound_seconds * (1 - 1e-9)
+    assert all(seconds <= step.seconds * (1 + 1e-9) for seconds in step.busy.values())
+    assert step.busy["compute"] + sum(step.exposed.values()) == pytest.approx(step.seconds)
+
+
+@settings(max_examples=100, deadline=None)
+@given(forecasts(), st.sampled_from(_RATES), st.floats(1.0, 10.0))
+def test_a_faster_lane_makes_no_step_longer(case: Any, rate: str, times: float) -> None:
+    units, machine, options = case
+    faster = dataclasses.replace(machine, **{rate: getattr(machine, rate) * times})
+    before, after = forecast(units, machine, **options), forecast(units, faster, **options)
+    assert after.seconds <= before.seconds * (1 + 1e-9)
+    assert after.bound_seconds <= before.bound_seconds * (1 + 1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(forecasts())
+def test_everything_twice_as_fast_takes_half_as_long(case: Any) -> None:
+    units, machine, options = case
+    rates = {name: 2 * getattr(machine, name) for name in _RATES}
+    halves = [
+        dataclasses.replace(u, forward_seconds=u.forward_seconds / 2, backward_seconds=u.backward_seconds / 2)
+        for u in units
+    ]
+    before = forecast(units, machine, **options)
+    after = forecast(halves, dataclasses.replace(machine, **rates), **options)
+    assert 2 * after.seconds == pytest.approx(before.seconds)
+    assert 2 * after.bound_seconds == pytest.approx(before.bound_seconds)
+
+
+@settings(max_examples=50, deadline=None)
+@given(forecasts())
+def test_lanes_without_bytes_need_no_rate(case: Any) -> None:
+    units, machine, options = case
+    step = forecast(units, machine, **options)
+    unused = {name: None for name in _RATES[2:] if not step.busy.get(name)}
+    for rate, field in {"device_update": "device_update_bytes", "disk_read": "disk_read_bytes"}.items():
+        if any(getattr(unit, field) for unit in units):  # compute that updates; states that the window keeps
+            unused.pop(rate, None)
+    assert forecast(units, dataclasses.replace(machine, **unused), **options) == step
+
+
+@given(st.integers(1, 12), st.integers(1, 5))
+def test_weights_come_as_the_engine_sends_for_them(count: int, prefetch: int) -> None:
+    touches = [(unit, False) for unit in range(count)] + [(unit, True) for unit in reversed(range(count))]
+    order = TouchOrder()
+    sent: list[list[int]] = []
+    for _ in range(2):  # the first pass is recorded
+        order.begin()
+        present: list[int] = []
+        sent = []
+        for touch in touches:
+            order.record(touch)
+            window = [touch[0], *order.upcoming(prefetch, {touch[0]})]
+            sent.append([unit for unit in window if unit not in present])
+            present = window
+    assert window_schedule(count, prefetch) == sent

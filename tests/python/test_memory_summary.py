@@ -1,0 +1,190 @@
+"""Who owns which bytes: the summary agrees with torch's allocator, the pool's counters and the plan."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from driver_double import DriverDouble
+
+import offload
+from offload import _activations, _engine, _native, _state_homes, _wrap
+from offload._memory import MemoryRow, MemorySummary
+from offload._unified_states import UnifiedStates
+from offload.cli import main
+from test_memory import Allocations
+from training import HOST, RESIDENT, batches, loss_of, make_model
+
+pytestmark = [pytest.mark.usefixtures("device", "disk_calls"), pytest.mark.cpu_only]
+
+BLOCK = 256
+ALIGNMENT = 4 * 4096  # of frames that the disk reads into
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "device": RESIDENT,
+    "host": HOST,
+    "gradients on the device": {"optimizer": "host", "gradients": "device"},
+    "a share": {"optimizer": 0.5, "gradients": "device"},
+    "params": HOST | {"params": "host"},
+    "activations": HOST | {"params": "host", "activations": 0.5},
+    "disk": HOST | {"optimizer": "disk", "host_budget": "4MiB"},
+    "all on disk": HOST | {"optimizer": "disk", "params": "disk", "host_budget": "4MiB"},
+    "unified": {"optimizer": "unified", "gradients": "device"},
+}
+
+
+def wrapped(dtype: torch.dtype, tmp_path: Path, options: dict[str, Any]) -> tuple[Any, offload.OffloadOptimizer]:
+    model = make_model(dtype, width=48)
+    disk = {"disk_path": str(tmp_path), "disk_block": 4096} if "disk" in options.values() else {}
+    return offload.wrap(model, torch.optim.AdamW(model.parameters()), **options, **disk)
+
+
+def all_rows(summary: MemorySummary) -> list[MemoryRow]:
+    tiers = [[*tier.rows, tier.total, *tier.beside] for tier in summary.tiers]
+    return [*(row for rows in tiers for row in rows), summary.process, *summary.allocator]
+
+
+@pytest.mark.parametrize("options", PLACEMENTS.values(), ids=PLACEMENTS)
+def test_sums_are_those_of_the_allocator_and_of_the_pools(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_activations, "MIN_BYTES", 1)  # the model is small
+    with Allocations() as allocations:
+        model, optimizer = wrapped(torch.bfloat16, tmp_path, options)
+        for tokens in batches(3):
+            loss_of(model, tokens).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        loss_of(model, tokens).backward()
+        optimizer.synchronize()
+        # What landed leaves the ring when the next copy enters it.
+        optimizer._engine.lanes.to_host(torch.zeros(1)).ticket.wait()
+        summary = optimizer.memory_summary()
+    engine = optimizer._engine
+    pools = [engine.pool.stats()] + ([engine.activations.pool_stats()] if engine.activations else [])
+
+    host, device = summary.tier("host"), summary.tier("device")
+    assert host.total.now == sum(row.now for row in host.rows) == sum(pool["used_bytes"] for pool in pools)
+    assert host.total.peak == sum(pool["peak_used_bytes"] for pool in pools) <= sum(row.peak for row in host.rows)
+    assert host.beside[0].now == sum(pool["mapped_bytes"] for pool in pools)
+    assert device.total.now == sum(row.now for row in device.rows)
+    tiers = {tier.name: tier for tier in summary.tiers}
+    on_cpu = device.total.now + (tiers["unified"].total.now if "unified" in tiers else 0)
+    # The batch, its loss and scalars of a step are not ours; everything else that torch's allocator gave out is.
+    assert abs(allocations.left - on_cpu) < 2048, (allocations.left, str(summary))
+    for row in all_rows(summary):
+        assert row.peak >= row.now >= 0, row
+    assert json.loads(json.dumps(summary.to_dict()))["tiers"]["host"]["total"]["now"] == host.total.now
+
+
+def assert_as_planned(summary: MemorySummary, parameter_count: int) -> None:
+    """Every planned row at its peak: exact where bytes are counted as they are, within blocks where those are whole."""
+    blocks = {"device": 0, "host": 3 * BLOCK * parameter_count, "unified": 0, "disk": 3 * 4096 * parameter_count}
+    for tier in summary.tiers:
+        for row in tier.rows:
+            if row.owner == "window":  # its plan has room for what its frames are aligned to
+                assert row.planned is not None and row.planned - ALIGNMENT <= row.peak <= row.planned
+            elif row.planned is not None:
+                assert row.planned <= row.peak <= row.planned + blocks[tier.name], (tier.name, row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", [name for name in PLACEMENTS if name not in ("params", "activations", "all on disk")])
+def test_the_peak_is_what_the_plan_said(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, optimizer = wrapped(dtype, tmp_path, PLACEMENTS[name])
+    for tokens in batches(2):
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.synchronize()
+    assert_as_planned(optimizer.memory_summary(), len(list(model.parameters())))
+
+
+@pytest.mark.parametrize("name", ["params", "all on disk"])
+def test_streamed_weights_stay_within_what_the_plan_said(name: str, tmp_path: Path) -> None:
+    model, optimizer = wrapped(torch.bfloat16, tmp_path, PLACEMENTS[name])
+    padding = BLOCK * len(list(model.parameters()))  # each begins at a multiple of it
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    loss_of(model, next(batches(1))).backward()
+    summary = optimizer.memory_summary()
+    on_device = {row.owner: row for row in summary.tier("device").rows}["weights"]
+    assert on_device.planned is not None and on_device.now < on_device.peak <= on_device.planned + padding < weights
+    on_host = {row.owner: row for row in summary.tier("host").rows}["weights"]
+    aligned = ALIGNMENT if name == "all on disk" else 0
+    assert on_host.planned is not None and on_host.planned - aligned <= on_host.now <= on_host.planned + padding
+    if name == "all on disk":
+        on_disk = {row.owner: row for row in summary.tier("disk").rows}
+        assert on_disk["weights"].planned == weights <= on_disk["weights"].now
+        assert sum(row.now for row in on_disk.values()) == optimizer.stats().disk["allocated_bytes"]
+
+
+def test_activations_are_counted_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_activations, "MIN_BYTES", 1)
+    model, optimizer = wrapped(torch.float32, tmp_path, HOST | {"activations": 0.5})
+    loss = loss_of(model, next(batches(1)))
+    saved = optimizer.stats().activations
+    rows = {tier.name: {row.owner: row for row in tier.rows} for tier in optimizer.memory_summary().tiers}
+    assert rows["device"]["activations"].now == saved["saved_bytes"] - saved["offloaded_bytes"] > 0
+    assert saved["offloaded_bytes"] <= rows["host"]["activations"].now
+    assert rows["device"]["activations"].peak < saved["saved_bytes"]
+    loss.backward()
+    rows = {tier.name: {row.owner: row for row in tier.rows} for tier in optimizer.memory_summary().tiers}
+    assert rows["device"]["activations"].now == rows["host"]["activations"].now == 0
+    assert rows["host"]["activations"].peak >= saved["offloaded_bytes"]
+
+
+def test_activations_that_the_host_refuses_are_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_activations, "MIN_BYTES", 1)
+    model, optimizer = wrapped(torch.float32, tmp_path, HOST | {"activations": "4KiB"})
+    loss = loss_of(model, next(batches(1)))
+    saved = optimizer.stats().activations
+    assert saved["refused_bytes"] > 0
+    rows = {row.owner: row for row in optimizer.memory_summary().tier("device").rows}
+    assert rows["activations"].now == saved["saved_bytes"] - saved["offloaded_bytes"]
+    del loss
+    rows = {row.owner: row for row in optimizer.memory_summary().tier("device").rows}
+    assert rows["activations"].now == 0
+
+
+@pytest.mark.parametrize("kind", ["ats", "integrated"])
+def test_unified_memory_is_what_the_driver_gave(
+    kind: str, driver_double: DriverDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver_double.set_kind(kind)
+    monkeypatch.setenv("OFFLOAD_CUDA_DRIVER", driver_double.path)
+    monkeypatch.setattr(_engine, "open_device", lambda _: _native.CudaDevice(driver_path=driver_double.path))
+    monkeypatch.setattr(_state_homes, "UnifiedStates", lambda _: UnifiedStates(torch.device("cuda", 0), "host"))
+    monkeypatch.setattr(_wrap, "_memory_kind_of", lambda _: kind)
+    model, optimizer = wrapped(torch.bfloat16, tmp_path, {"optimizer": "unified", "gradients": "host", "pin": True})
+    loss_of(model, next(batches(1))).backward()
+    optimizer.step()
+    summary = optimizer.memory_summary()
+    assert_as_planned(summary, len(list(model.parameters())))
+    block = _native.UnifiedBlock.find(optimizer.state[model.head.weight]["exp_avg"].data_ptr(), 1)
+    assert block is not None and summary.tier("unified").total.now <= block.nbytes
+
+
+def test_states_of_torchs_own_lie_beside_the_pool() -> None:
+    model = make_model()
+    optimizer = torch.optim.RMSprop(model.parameters())
+    model, wrapped_optimizer = offload.wrap(model, optimizer, optimizer="host", gradients="host")
+    loss_of(model, next(batches(1))).backward()
+    wrapped_optimizer.step()
+    host = wrapped_optimizer.memory_summary().tier("host")
+    assert {row.owner for row in host.beside} == {"obtained from the system", "states of torch's own"}
+    states = sum(p.nbytes for p in model.parameters()) + 4 * len(list(model.parameters()))  # square_avg, and a step
+    assert host.beside[1].now == states and host.total.now == sum(row.now for row in host.rows)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["--layers", "2", "--hidden", "64", "--length", "16", "--batch", "2", "--params", "host"]
+    assert main(["memory", *tiny, "--json"]) == 0
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    owners = report["tiers"]["device"]["owners"]
+    assert report["measured_peak_device"]["bytes"] >= owners["weights"]["peak"] > 0
+    assert report["tiers"]["host"]["total"]["peak"] <= report["tiers"]["host"]["total"]["planned"] * 1.2
+    for words in ("device  ", "at most", "planned", "resident memory of this process", "in the first steps (torch."):
+        assert words in output.err
