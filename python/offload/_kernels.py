@@ -1,8 +1,8 @@
 """Kernels of our own for what stays on a CUDA device: compiled for it at first use, launched on torch's current stream.
 
-`kernels/*.cu` is CUDA C++ that includes nothing. NVRTC, which torch's CUDA packages bring, compiles it through
-`cuda.core`; the result is kept on disk. Where one of these is missing or too old, `find_kernels` says why, and the same
-arithmetic runs as separate torch operations.
+`kernels/*.cu` is CUDA C++ that includes nothing; float_formats.inl is put before each. NVRTC, which torch's CUDA
+packages bring, compiles it through `cuda.core`; the result is kept on disk. Where one of these is missing or too old,
+`find_kernels` says why, and the same arithmetic runs as separate torch operations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,19 +30,30 @@ Launch = Callable[[str, int, int, Sequence[Any]], None]
 
 # Every operation rounds by itself to fp32, denormals included, as on the host.
 _ARITHMETIC = {"fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
-# kThreads and kElementsPerThread of kernels/update.cu.
+# kThreads of every source, kElementsPerThread of kernels/update.cu and kElementsPerLane of kernels/activations.cu.
 _THREADS = 256
 _ELEMENTS_PER_BLOCK = 4 * _THREADS
+_ACTIVATIONS_PER_BLOCK = 8 * _THREADS
 # What the kernel of each optimizer takes after the arguments that all have.
 _SCALARS = {
     "adamw": ("weight_scale", "l2", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "eps"),
     "lion": ("weight_scale", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size"),
     "adagrad": ("l2", "step_size", "eps"),
 }
+# The kernels of each source, and what is done without them, in words.
+_KERNELS = {
+    "update": tuple(_SCALARS),
+    "activations": ("encode_int8", "decode_int8", "encode_fp8", "decode_fp8"),
+}
+_WORK = {
+    "update": "what stays on {device} is updated",
+    "activations": "activations that leave {device} are rounded",
+}
+Source = Literal["update", "activations"]
 
 
 class Kernels:
-    """What runs on one device; `launch` puts a kernel behind what that device's current stream has."""
+    """The kernels of one source on one device; `launch` puts one behind what that device's current stream has."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -82,26 +93,46 @@ class Kernels:
         )
         self._launch(rule, -(-count // _ELEMENTS_PER_BLOCK), _THREADS, arguments)
 
+    def encode(self, form: str, values: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """Writes `values` as `form` ("int8" or "fp8"): [Note: activation formats] of kernels/activations.cu.
+
+        All are contiguous, on the device of these kernels: `values` fp32, bf16 or fp16, `codes` as many bytes, `scales`
+        one fp32 for every 256 of them, the last for fewer.
+        """
+        if values.numel() > 0:
+            arguments = (values.data_ptr(), ctypes.c_int(FORMATS[values.dtype]), codes.data_ptr(), scales.data_ptr())
+            self._launch_blocks(f"encode_{form}", arguments, values.numel())
+
+    def decode(self, form: str, codes: Tensor, scales: Tensor, values: Tensor) -> None:
+        """Writes to `values` what `encode` made `codes` and `scales` of, rounded to its dtype."""
+        if values.numel() > 0:
+            arguments = (codes.data_ptr(), scales.data_ptr(), values.data_ptr(), ctypes.c_int(FORMATS[values.dtype]))
+            self._launch_blocks(f"decode_{form}", arguments, values.numel())
+
+    def _launch_blocks(self, name: str, arguments: Sequence[Any], count: int) -> None:
+        self._launch(name, -(-count // _ACTIVATIONS_PER_BLOCK), _THREADS, (*arguments, count))
+
 
 class Found(NamedTuple):
-    """The kernels of a device, or why there are none."""
+    """The kernels of a source on a device, or why there are none."""
 
     kernels: Kernels | None
     refusal: str | None
 
 
 @functools.cache
-def find_kernels(device: torch.device) -> Found:
-    """Compiles and loads the kernels for `device`, once a process; warns when a CUDA device has to do without."""
+def find_kernels(device: torch.device, source: Source = "update") -> Found:
+    """Compiles and loads `source`.cu for `device`, once a process; warns when a CUDA device has to do without."""
     if device.type != "cuda":
         return Found(None, f"kernels are for CUDA devices, this is {device}")
     try:
-        return Found(Kernels(_cuda_launch(device)), None)
+        return Found(Kernels(_cuda_launch(device, source)), None)
     except ImportError as error:
         refusal = f"{error}: pip install 'offload[cuda]'"
     except Exception as error:  # the compiler's, the driver's and cuda.core's own: whichever, torch's operations remain
         refusal = f"{type(error).__name__}: {error}"
-    warnings.warn(f"what stays on {device} is updated by separate torch operations: {refusal}", stacklevel=2)
+    work = _WORK[source].format(device=device)
+    warnings.warn(f"{work} by separate torch operations: {refusal}", stacklevel=2)
     return Found(None, refusal)
 
 
@@ -115,13 +146,13 @@ class _CurrentStream:
         return 0, torch.cuda.current_stream(self._device).cuda_stream  # 0: the version of the protocol
 
 
-def _cuda_launch(device: torch.device) -> Launch:
+def _cuda_launch(device: torch.device, source: Source) -> Launch:
     from cuda.core import LaunchConfig, ObjectCode, launch
 
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
-        loaded = ObjectCode.from_cubin(_cubin("update", f"sm_{major}{minor}"))
-        kernels = {name: loaded.get_kernel(name) for name in _SCALARS}
+        loaded = ObjectCode.from_cubin(_cubin(source, f"sm_{major}{minor}"))
+        kernels = {name: loaded.get_kernel(name) for name in _KERNELS[source]}
     stream = _CurrentStream(device)
 
     def launch_on_current_stream(name: str, grid: int, block: int, arguments: Sequence[Any]) -> None:
@@ -134,11 +165,12 @@ def _cuda_launch(device: torch.device) -> Launch:
 # --- from source to binary --------------------------------------------------------------------------------------
 
 
-def kernel_source(name: str) -> Path:
-    """The file `name`.cu: in the installed package, or in the source tree that this module is run from."""
+def kernel_source(name: str) -> str:
+    """What is compiled of `name`.cu, of the installed package or the source tree that this module is run from."""
     package = Path(__file__).resolve().parent
-    installed = package / "kernels" / f"{name}.cu"
-    return installed if installed.exists() else package.parents[1] / "kernels" / f"{name}.cu"
+    installed = package / "kernels"
+    folder = installed if installed.exists() else package.parents[1] / "kernels"
+    return (folder / "float_formats.inl").read_text() + (folder / f"{name}.cu").read_text()
 
 
 def compile_options(arch: str) -> Any:
@@ -152,7 +184,7 @@ def compile_kernel(name: str, arch: str) -> bytes:
     """The binary of `name`.cu; needs neither a device nor a driver. Raises what cuda.core does."""
     from cuda.core import Program
 
-    program = Program(kernel_source(name).read_text(), "c++", compile_options(arch))
+    program = Program(kernel_source(name), "c++", compile_options(arch))
     return bytes(program.compile("cubin").code)
 
 
@@ -160,7 +192,7 @@ def _cubin(name: str, arch: str) -> bytes:
     """What `compile_kernel` gives, from the disk if it was compiled before by the same compiler."""
     from cuda.bindings import nvrtc
 
-    recipe = (kernel_source(name).read_text(), arch, sorted(_ARITHMETIC.items()), nvrtc.nvrtcVersion())
+    recipe = (kernel_source(name), arch, sorted(_ARITHMETIC.items()), nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()
     path = _cache_folder() / f"{name}-{arch}-{digest[:32]}.cubin"
     with contextlib.suppress(OSError):

@@ -13,6 +13,8 @@ import types
 import torch
 
 from offload._kernels import find_kernels
+from test_activation_format import FORMS, normal
+from test_activation_format import assert_all_agree as assert_forms_agree
 from test_kernels import CASES, States, assert_all_agree
 
 ARCHITECTURE = (9, 0)
@@ -28,6 +30,10 @@ def main() -> None:
         sys.exit(f"refused: {found.refusal}")
     for name in ("AdamW", "Lion", "Adagrad"):
         assert_all_agree(States.random(5003, torch.bfloat16, torch.float16), found.kernels, *CASES[name], 1 / 192)
+    rounding = find_kernels(torch.device("cuda", 0), "activations").kernels
+    assert rounding is not None
+    for form in FORMS:
+        assert_forms_agree(rounding, form, normal(5003, 1.0).to(torch.bfloat16))
 
 
 if __name__ == "__main__":

@@ -138,6 +138,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="device (default), host, a share that may leave such as 0.5, or host bytes such as 8GiB",
     )
     train.add_argument(
+        "--activation-format",
+        choices=("exact", "int8", "fp8"),
+        default="exact",
+        help="how activations travel; int8 and fp8 are lossy (default exact)",
+    )
+    train.add_argument(
         "--moments",
         choices=("fp32", "bf16", "int8"),
         default="fp32",
