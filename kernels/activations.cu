@@ -2,25 +2,22 @@
 //
 // [Note: activation formats] Blocks of 256 elements in a row share an fp32 scale; the last one may be
 // shorter. Codes and scales are those of the fp32 value x:
-//   int8  nearest integer to x / scale, ties to even, from -126 to 126. The scale is the largest magnitude
-//   over
-//         126, cut to 16 significant bits: so code * scale is exact in fp32. 127 and -127 are the infinities,
-//         -128 is NaN.
-//   fp8   E4M3 of x / scale as IEEE 754 would have it: 4 bits of exponent with bias 7, subnormals, infinity
-//   0x78,
-//         NaN 0x7f; to nearest even, at most 240. The scale is the power of two that takes the largest
-//         magnitude to 128 or more and below 256.
+//   int8  the nearest integer to x / scale, ties to even, from -126 to 126. The scale is the largest
+//         magnitude over 126, cut to 16 significant bits: so code * scale is exact in fp32. 127 and -127
+//         are the infinities, -128 is NaN.
+//   fp8   E4M3 of x / scale as IEEE 754 would have it: 4 bits of exponent with bias 7, subnormals,
+//         infinity 0x78, NaN 0x7f; to nearest even, at most 240. The scale is the power of two that takes
+//         the largest magnitude to 128 or more and below 256.
 // What is not finite counts for no scale and comes back as itself, NaN as the positive quiet one. A block
 // whose largest is below 2^-100 comes back as zeros. What comes back is rounded to nearest even to its dtype.
 // python/offload/_activation_format.py has the same in torch operations.
 //
-// Includes nothing, and is compiled as update.cu is: float_formats.inl stands before it.
+// Includes nothing, and is compiled as update.cu is: prelude.inl stands before it.
 
 namespace {
 
 // python/offload/_kernels.py makes the grid by these: a warp works through a block.
 constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 constexpr int kBlock = 256;
 constexpr int kElementsPerLane = kBlock / kWarp;
 
@@ -77,15 +74,6 @@ __device__ long long block_of_warp() {
   return (blockIdx.x * static_cast<long long>(kThreads) + threadIdx.x) / kWarp;
 }
 
-// Of the whole warp.
-__device__ unsigned largest_of(unsigned value) {
-  for (int apart = kWarp / 2; apart > 0; apart /= 2) {
-    const unsigned other = __shfl_xor_sync(0xffffffffu, value, apart);
-    value = value > other ? value : other;
-  }
-  return value;
-}
-
 template <typename Format>
 __device__ void encode(const void* values, int format, unsigned char* codes, float* scales, long long count) {
   const long long block = block_of_warp();
@@ -97,9 +85,9 @@ __device__ void encode(const void* values, int format, unsigned char* codes, flo
     const long long at = block * kBlock + k * kWarp + lane;
     bits[k] = at < count ? __float_as_uint(widen(load_bits(values, format, at), format)) : 0u;
     const unsigned magnitude = bits[k] & 0x7fffffffu;
-    if (magnitude < kInfinity && magnitude > largest) largest = magnitude;
+    if (magnitude < kInfinity) largest = larger(largest, magnitude);
   }
-  const float most = __uint_as_float(largest_of(largest));
+  const float most = __uint_as_float(largest_of_warp(largest));
   const float scale = most < kLeast ? 0.0f : Format::scale_of(most);
   const float to_level = most < kLeast ? 0.0f : 1.0f / scale;
   if (lane == 0) scales[block] = scale;

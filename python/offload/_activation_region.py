@@ -61,8 +61,9 @@ def offload_activations(
         min_bytes: smaller tensors stay on the device; None is 64 KiB.
         format: `"int8"` or `"fp8"` for a byte an element, and a scale for every 256, on the way and on the host. Lossy:
             the gradients differ. Only fp32, bf16 and fp16 tensors that gradients flow through are rounded, and not what
-            stays on the device. A small number beside a large one may come back as zero: an operation whose
-            backward divides by what it saved is better kept outside.
+            stays on the device. What torch.compile's code saves is exact: autograd sees no gradient of it. A small
+            number beside a large one may come back as zero: an operation whose backward divides by what it saved is
+            better kept outside.
 
     Raises:
         InvalidArgument: an argument that is not legal. DeviceError: the device does not answer.

@@ -90,8 +90,9 @@ class Config:
         on the device, as their size is not known before they run.
     activation_format: how activations travel: `"exact"`, and lossy `"int8"` and `"fp8"`: a byte an element and a scale
         for every 256 of them, half the bytes of bf16 and a quarter of fp32's. Only floating-point tensors that
-        gradients flow through are rounded, and backward alone reads what they were rounded to: losses differ from those
-        of exact activations, and not between kernels and torch operations.
+        gradients flow through are rounded (what torch.compile's code saves is not seen as such), and backward alone
+        reads what they were rounded to: losses differ from those of exact activations, and not between kernels and
+        torch operations.
     device: the compute device, as torch names it: what is on the CPU is taken there; None: where the parameters are.
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.

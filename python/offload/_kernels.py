@@ -1,6 +1,6 @@
 """Kernels of our own for what stays on a CUDA device: compiled for it at first use, launched on torch's current stream.
 
-`kernels/*.cu` is CUDA C++ that includes nothing; float_formats.inl is put before each. NVRTC, which torch's CUDA
+`kernels/*.cu` is CUDA C++ that includes nothing; prelude.inl is put before each. NVRTC, which torch's CUDA
 packages bring, compiles it through `cuda.core`; the result is kept on disk. Where one of these is missing or too old,
 `find_kernels` says why, and the same arithmetic runs as separate torch operations.
 """
@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ._adamw import FORMATS
+from ._adamw import FORMATS, MOMENT_FORMATS
 
 __all__ = ["Found", "Kernels", "Launch", "compile_kernel", "compile_options", "find_kernels", "kernel_source"]
 
@@ -30,19 +30,22 @@ Launch = Callable[[str, int, int, Sequence[Any]], None]
 
 # Every operation rounds by itself to fp32, denormals included, as on the host.
 _ARITHMETIC = {"fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
-# kThreads of every source, kElementsPerThread of kernels/update.cu and kElementsPerLane of kernels/activations.cu.
+# kThreads, kElementsPerThread and kElementsPerLane of the sources: what a block works through where each thread has
+# elements of its own, and where each warp has blocks of elements that share a scale.
 _THREADS = 256
-_ELEMENTS_PER_BLOCK = 4 * _THREADS
-_ACTIVATIONS_PER_BLOCK = 8 * _THREADS
-# What the kernel of each optimizer takes after the arguments that all have.
+_ELEMENTS_BY_THREAD = 4 * _THREADS
+_ELEMENTS_BY_WARP = 8 * _THREADS
+# What the kernels of each optimizer take after the arguments that all have.
 _SCALARS = {
     "adamw": ("weight_scale", "l2", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "eps"),
     "lion": ("weight_scale", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size"),
     "adagrad": ("l2", "step_size", "eps"),
 }
+# What the name of an optimizer's kernel ends with, by the format of the moments.
+_MOMENTS = {MOMENT_FORMATS["fp32"]: "", MOMENT_FORMATS["bf16"]: "_bf16", MOMENT_FORMATS["int8"]: "_int8"}
 # The kernels of each source, and what is done without them, in words.
 _KERNELS = {
-    "update": tuple(_SCALARS),
+    "update": ("adamw", "adamw_bf16", "adamw_int8", "lion", "lion_bf16", "lion_int8", "adagrad"),
     "activations": ("encode_int8", "decode_int8", "encode_fp8", "decode_fp8"),
 }
 _WORK = {
@@ -67,31 +70,41 @@ class Kernels:
         gradient: Tensor,
         scalars: Mapping[str, Any],
         grad_scale: float = 1.0,
+        rounding_key: int = 0,
     ) -> None:
         """One step of the optimizer `rule` ("adamw", "lion" or "adagrad"), in place, with the bits of the native core.
 
-        All are dense, of one shape and strides, on the device of these kernels: `master` fp32, `gradient` fp32, bf16
-        or fp16, `weight` the bf16 or fp16 working weight, or None where the master is the weight. moments: addresses
-        of fp32 `exp_avg` and `exp_avg_sq`, 0 for one that the optimizer does not keep. scalars: what `scalars()` of
-        its hyperparameters gives. grad_scale multiplies the gradient in fp32.
+        All are dense, of one shape and strides, on the device of these kernels: `gradient` fp32, bf16 or fp16, `master`
+        fp32, with the bf16 or fp16 working `weight`, or None where the master is the weight; or bf16 and its own, which
+        is rounded stochastically. moments: addresses of `exp_avg` and `exp_avg_sq`, 0 for one that the optimizer does
+        not keep, their `moment_format` (fp32 unless given), and `exp_avg_scales`, `exp_avg_sq_scales` of int8 ones.
+        scalars: what `scalars()` of its hyperparameters gives. grad_scale multiplies the gradient in fp32.
+        rounding_key: of the `RandomWords` that small formats are rounded with.
         """
         count = master.numel()
         if count == 0:
             return
+        form = moments.get("moment_format", MOMENT_FORMATS["fp32"])
         arguments = (
             gradient.data_ptr(),
             ctypes.c_int(FORMATS[gradient.dtype]),
             master.data_ptr(),
+            ctypes.c_int(FORMATS[master.dtype]),
             0 if weight is None else weight.data_ptr(),
             ctypes.c_int(FORMATS[torch.float32 if weight is None else weight.dtype]),
             moments["exp_avg"],
             moments["exp_avg_sq"],
+            moments.get("exp_avg_scales", 0),
+            moments.get("exp_avg_sq_scales", 0),
+            ctypes.c_uint32(rounding_key),
             count,
             ctypes.c_float(grad_scale),
             ctypes.c_bool(scalars["maximize"]),
             *(ctypes.c_float(scalars[name]) for name in _SCALARS[rule]),
         )
-        self._launch(rule, -(-count // _ELEMENTS_PER_BLOCK), _THREADS, arguments)
+        by_warp = form == MOMENT_FORMATS["int8"]
+        per_block = _ELEMENTS_BY_WARP if by_warp else _ELEMENTS_BY_THREAD
+        self._launch(rule + _MOMENTS[form], -(-count // per_block), _THREADS, arguments)
 
     def encode(self, form: str, values: Tensor, codes: Tensor, scales: Tensor) -> None:
         """Writes `values` as `form` ("int8" or "fp8"): [Note: activation formats] of kernels/activations.cu.
@@ -110,7 +123,7 @@ class Kernels:
             self._launch_blocks(f"decode_{form}", arguments, values.numel())
 
     def _launch_blocks(self, name: str, arguments: Sequence[Any], count: int) -> None:
-        self._launch(name, -(-count // _ACTIVATIONS_PER_BLOCK), _THREADS, (*arguments, count))
+        self._launch(name, -(-count // _ELEMENTS_BY_WARP), _THREADS, (*arguments, count))
 
 
 class Found(NamedTuple):
@@ -170,7 +183,7 @@ def kernel_source(name: str) -> str:
     package = Path(__file__).resolve().parent
     installed = package / "kernels"
     folder = installed if installed.exists() else package.parents[1] / "kernels"
-    return (folder / "float_formats.inl").read_text() + (folder / f"{name}.cu").read_text()
+    return (folder / "prelude.inl").read_text() + (folder / f"{name}.cu").read_text()
 
 
 def compile_options(arch: str) -> Any:

@@ -1,6 +1,6 @@
 #include "cuda_on_host.h"
 // The kernels use what stands above.
-#include "../../kernels/float_formats.inl"
+#include "../../kernels/prelude.inl"
 // And this.
 #include "../../kernels/activations.cu"
 

@@ -14,6 +14,7 @@
 
 #define __device__
 #define __global__
+#define __shared__ static  // one block runs at a time
 #define __launch_bounds__(threads)
 
 namespace {

@@ -16,6 +16,8 @@ from offload._kernels import find_kernels
 from test_activation_format import FORMS, normal
 from test_activation_format import assert_all_agree as assert_forms_agree
 from test_kernels import CASES, States, assert_all_agree
+from test_kernels_small_states import assert_all_agree as assert_small_agree
+from test_kernels_small_states import made
 
 ARCHITECTURE = (9, 0)
 
@@ -30,6 +32,8 @@ def main() -> None:
         sys.exit(f"refused: {found.refusal}")
     for name in ("AdamW", "Lion", "Adagrad"):
         assert_all_agree(States.random(5003, torch.bfloat16, torch.float16), found.kernels, *CASES[name], 1 / 192)
+    for form in ("bf16", "int8"):
+        assert_small_agree(found.kernels, "adamw", "bf16", made(form, "adamw", "bf16", 5003))
     rounding = find_kernels(torch.device("cuda", 0), "activations").kernels
     assert rounding is not None
     for form in FORMS:

@@ -318,6 +318,17 @@ def test_what_stays_on_the_device_is_exact(device: torch.device) -> None:
     assert torch.equal(seen[0], y)
 
 
+def test_what_compiled_code_saves_is_exact(device: torch.device) -> None:
+    """Autograd sees no gradient of it: which of it is an activation is not known."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    region = region_of(device, format="int8")
+    with region:
+        loss = torch.compile(model, backend="aot_eager")(torch.ones(32, 64)).sum()
+    loss.backward()
+    stats = region.stats()
+    assert stats["sent_bytes"] == stats["offloaded_bytes"] > 0
+
+
 @each_form
 def test_two_backward_passes_see_the_same(device: torch.device, form: str) -> None:
     x = normal(8192, 1.0).to(device).requires_grad_()

@@ -34,14 +34,26 @@ __device__ unsigned float32_to_float16(float value) {
   return sign | ((significand + (1u << (shift - 1)) - 1u + odd) >> shift);
 }
 
-// What an element of a gradient has in memory, and its value.
-__device__ unsigned load_bits(const void* gradient, int format, long long at) {
-  return format == kFloat32 ? static_cast<const unsigned*>(gradient)[at]
-                            : static_cast<const unsigned short*>(gradient)[at];
+// What an element of an array has in memory, and its value.
+__device__ unsigned load_bits(const void* array, int format, long long at) {
+  return format == kFloat32 ? static_cast<const unsigned*>(array)[at]
+                            : static_cast<const unsigned short*>(array)[at];
 }
 __device__ float widen(unsigned bits, int format) {
   return format == kFloat16 ? float16_to_float32(bits)
                             : __uint_as_float(format == kBFloat16 ? bits << 16 : bits);
+}
+
+// Threads that take each step together; all of a warp are in the same call.
+constexpr int kWarp = 32;
+
+__device__ unsigned larger(unsigned a, unsigned b) { return a > b ? a : b; }
+
+// Of all lanes.
+__device__ unsigned largest_of_warp(unsigned value) {
+  for (int apart = kWarp / 2; apart > 0; apart /= 2)
+    value = larger(value, __shfl_xor_sync(0xffffffffu, value, apart));
+  return value;
 }
 
 }  // namespace
