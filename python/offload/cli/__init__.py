@@ -225,7 +225,7 @@ def _add_bench_train(train: argparse.ArgumentParser) -> None:
         default=["optimizer+gradients"],
         metavar="KINDS",
         help="placements: kinds on the host (optimizer, gradients, params, activations) joined by +, or a share of one "
-        "as optimizer:0.5, or optimizer:unified (default optimizer+gradients)",
+        "as optimizer:0.5, or optimizer:unified, activations:int8, activations:fp8 (default optimizer+gradients)",
     )
     train.add_argument(
         "--beside",
