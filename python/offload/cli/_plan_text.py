@@ -13,6 +13,7 @@ __all__ = ["printed"]
 Rows = list[tuple[str, ...]]
 # Of a step, what is worth a word.
 _WORTH_SHOWING = 0.005
+_LEAST_GIB = 2**30 // 10  # less is shown in MiB
 _KINDS = {"optimizer": "optimizer", "gradients": "gradients", "params": "weights"}
 _LANES = {
     "compute": "compute",
@@ -104,15 +105,7 @@ def _heading(result: Mapping[str, Any]) -> list[str]:
         f"          and {_gib(result['sequence_bytes'])} for the activations of each sequence, about",
         f"          (the rule of thumb of 40 GB a billion parameters: {_gib(result['rule_of_thumb_bytes'])})",
     ]
-    if hardware["kind"] == "cpu":
-        lines.append(
-            "note      no accelerator here: the CPU computes, and offloading saves no memory; try --hardware 4090"
-        )
-    if gpus > 1:
-        lines.append(
-            f"note      {gpus} GPUs over {result['interconnect']} are arithmetic: training in several processes is not "
-            "supported yet"
-        )
+    lines += [f"note      {note}" for note in result["notes"]]
     return lines
 
 
@@ -226,7 +219,9 @@ def _words_of(rows: Rows) -> int:
 
 
 def _gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:,.1f} GiB" if nbytes else "-"
+    if not nbytes:
+        return "-"
+    return f"{nbytes / 2**30:,.1f} GiB" if nbytes >= _LEAST_GIB else f"{nbytes / 2**20:,.2f} MiB"
 
 
 def _rate(bytes_per_s: float) -> str:
@@ -234,7 +229,7 @@ def _rate(bytes_per_s: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _figures(value: float) -> str:
