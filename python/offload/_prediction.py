@@ -67,8 +67,8 @@ class StepPrediction:
     """One step of `batch` sequences a card, `tokens` on all cards, in `micro_batches`, with that placement, by number.
 
     activation_bytes: of one micro-batch; device_bytes: of a card with them. seconds, tokens_per_s: of a step. busy: the
-    seconds of each lane, and of the network; bound_by: the one without which a step could be shortest; exposed: what
-    compute waits for each.
+    seconds of each lane, and of the network; bound_by: the lane below whose work no step can be; exposed: what compute
+    waits for each.
     """
 
     batch: int

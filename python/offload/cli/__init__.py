@@ -1,6 +1,7 @@
 """The `offload` command.
 
-Exit codes: 0 done; 1 a check failed; 2 bad arguments, or a package is missing; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 a check failed; 2 bad arguments, a package is missing, or nothing fits (`plan`); 130 stopped by
+Ctrl-C.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"offload {_version()}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     _add_env(commands)
-    add_plan(commands, _EPILOG, positive=_positive, count=_count)
+    add_plan(commands, positive=_positive, count=_count)
     _add_train(commands)
     _add_memory(commands)
     _add_bench(commands)

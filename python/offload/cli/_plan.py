@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 import offload
 
@@ -30,7 +31,6 @@ _LARGEST: dict[str, dict[str, Any]] = {
         "disk_path": "DIRECTORY",
     },
 }
-_MOST_LAYERS = 1024
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -56,6 +56,7 @@ def run_plan(options: argparse.Namespace) -> int:
         "dtype": options.dtype,
         "optimizer_class": options.optimizer_class,
         **placement,
+        "notes": _notes(model, prediction),
         **_as_json(prediction),
         "largest": _largest(prediction.hardware, vocabulary, getattr(torch, options.dtype), placement),
     }
@@ -108,6 +109,20 @@ def _as_json(prediction: offload.Prediction) -> dict[str, Any]:
     }
 
 
+def _notes(model: nn.Module, prediction: offload.Prediction) -> list[str]:
+    notes = []
+    if prediction.hardware.kind == "cpu":
+        notes.append("no accelerator here: the CPU computes, and offloading saves no memory; try --hardware 4090")
+    if getattr(model, "config", None) is None:
+        notes.append("the model has no config that tells of attention: what that computes is not counted")
+    if prediction.gpus > 1:
+        notes.append(
+            f"{prediction.gpus} GPUs over {prediction.interconnect} are arithmetic: training in several processes is "
+            "not supported yet"
+        )
+    return notes
+
+
 def _placement_of(plan: offload.Plan) -> dict[str, Any]:
     return {"optimizer": plan.optimizer, "gradients": plan.gradients, "params": plan.params}
 
@@ -126,13 +141,24 @@ def _largest(
             return 0
         return sum(parameter.numel() for parameter in model.parameters())
 
-    found = []
+    found: list[dict[str, Any]] = []
+    fits = 0
     for name, places in _LARGEST.items():
         if "disk" in places.values() and (options["moments"] != "fp32" or options["master"] == "bf16"):
             continue  # what is on disk is exact
-        fits, count = 0, 0
-        for exponent in range(int(math.log2(_MOST_LAYERS)), -1, -1):  # the largest number, bit by bit
-            if more := parameters(fits + 2**exponent, places):
-                fits, count = fits + 2**exponent, more
-        found.append({"kept": name, "parameters": count, "layers": fits})
+        fits = _last(lambda layers: parameters(layers, places) > 0, start=fits)  # noqa: B023  # called now
+        found.append({"kept": name, "parameters": parameters(fits, places) if fits else 0, "layers": fits})
     return found
+
+
+def _last(holds: Callable[[int], bool], start: int) -> int:
+    """The last number for which it holds, of those from 1 on; 0 if there is none. It is looked for from `start` on."""
+    last = start if start and holds(start) else 0
+    step = 1
+    while holds(last + step):
+        last += step
+        step *= 2
+    while step := step // 2:  # it holds for last, and not for last + 2 * step
+        if holds(last + step):
+            last += step
+    return last

@@ -22,6 +22,13 @@ _HEAD, _QUERIES_A_KEY, _FEED_FORWARD = 128, 4, 3.5
 _VOCABULARY = 128_256
 
 
+class _Matrix(nn.Linear):
+    """Of the meta device, where drawing weights takes time and gives none."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 def model_of(options: argparse.Namespace) -> nn.Module:
     """What the options describe. Raises `InvalidArgument` with what is legal."""
     dtype = getattr(torch, options.dtype)
@@ -74,7 +81,7 @@ def decoder(
     place: dict[str, Any] = {"device": "meta", "dtype": dtype}
 
     def matrix(columns: int, rows: int) -> nn.Linear:
-        return nn.Linear(columns, rows, bias=False, **place)
+        return _Matrix(columns, rows, bias=False, **place)
 
     def block() -> nn.Sequential:
         attention = [matrix(hidden, hidden), matrix(hidden, keys), matrix(hidden, keys), matrix(hidden, hidden)]

@@ -16,19 +16,19 @@ input and its output of every token; with checkpointing a block keeps its input,
 take 10 bytes each. Times are those of a model of the pipeline, fed with the hardware's rates: where these are assumed
 the report says so, and options set them.
 """
-_EXAMPLES = """\
+_EPILOG = """\
 examples:
   offload plan --params 8e9 --layers 32 --hidden 4096 --hardware 4090
   offload plan ./Llama-3.1-8B --hardware h200 --host-memory 110GiB --batch 4 16
   offload plan config.json                         (this machine, measured)
   offload plan my_package.model:build --hardware a100-80 --gpus 8 --interconnect ib-hdr200
 
+exit codes: 0 it fits, 2 nothing fits, bad arguments or a missing package, 130 stopped by Ctrl-C
 """
 
 
 def add_plan(
     commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    epilog: str,
     *,
     positive: Callable[[str], int],
     count: Callable[[str], int],
@@ -38,7 +38,7 @@ def add_plan(
         "plan",
         help="what fits, where, and how fast, on this machine or another; nothing is allocated",
         description=_DESCRIPTION,
-        epilog=_EXAMPLES + epilog,
+        epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _add_model(plan, positive, count)

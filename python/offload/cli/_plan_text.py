@@ -13,6 +13,7 @@ __all__ = ["printed"]
 Rows = list[tuple[str, ...]]
 # Of a step, what is worth a word.
 _WORTH_SHOWING = 0.005
+_LEAST_GIB = 2**30 // 10  # less is shown in MiB
 _KINDS = {"optimizer": "optimizer", "gradients": "gradients", "params": "weights"}
 _LANES = {
     "compute": "compute",
@@ -28,12 +29,12 @@ _LANES = {
 def printed(result: Mapping[str, Any]) -> str:
     """The whole report: the verdict, what it is of, and the tables with their remarks."""
     lines = [_verdict(result), "", *_heading(result)]
-    tables = [("Where it can be", *_places(result))]
+    tables = [("Where it can be", 4, *_places(result))]
     if result["steps"]:
-        tables.append(("How fast it is", *_speeds(result)))
-    tables.append(("The largest models of Llama's shape that would fit", *_largest(result)))
-    for title, rows, remarks in tables:
-        lines += ["", _table(title, rows), *remarks]
+        tables.append(("How fast it is", 1, *_speeds(result)))
+    tables.append(("The largest models of Llama's shape that would fit", 1, *_largest(result)))
+    for title, left, rows, remarks in tables:
+        lines += ["", _table(title, left, rows), *remarks]
     if result["hardware"]["source"].startswith("measured"):
         return "\n".join(lines)
     return "\n".join([*lines, "", "On the machine itself, `offload plan` without --hardware measures the rates."])
@@ -53,10 +54,10 @@ def _verdict(result: Mapping[str, Any]) -> str:
     if not own:
         by_itself = f"{call} leaves no room for activations"
         return f"It fits with {_call(placements, middle)}, about {_pace(middle)}; {by_itself}."
-    taken = f"It fits: {call} takes {_off(placements[number])} off the device, about {_pace(own[0])}."
+    taken = f"It fits: {call} takes {_off(placements[number])} off the device,\nabout {_pace(own[0])}."
     if middle["placement"] == number:
         return taken
-    return f"{taken}\nFaster is {_call(placements, middle)}: about {_figures(middle['tokens_per_s'])} tokens/s there."
+    return f"{taken}\nFaster: {_call(placements, middle)}, about {_figures(middle['tokens_per_s'])}."
 
 
 def _call(placements: Sequence[Mapping[str, Any]], step: Mapping[str, Any]) -> str:
@@ -104,15 +105,7 @@ def _heading(result: Mapping[str, Any]) -> list[str]:
         f"          and {_gib(result['sequence_bytes'])} for the activations of each sequence, about",
         f"          (the rule of thumb of 40 GB a billion parameters: {_gib(result['rule_of_thumb_bytes'])})",
     ]
-    if hardware["kind"] == "cpu":
-        lines.append(
-            "note      no accelerator here: the CPU computes, and offloading saves no memory; try --hardware 4090"
-        )
-    if gpus > 1:
-        lines.append(
-            f"note      {gpus} GPUs over {result['interconnect']} are arithmetic: training in several processes is not "
-            "supported yet"
-        )
+    lines += [f"note      {note}" for note in result["notes"]]
     return lines
 
 
@@ -120,50 +113,49 @@ def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
     steps = result["steps"]
     batches = sorted({step["batch"] for step in steps})
     shown = batches[len(batches) // 2] if batches else None
-    seconds = {step["placement"]: _seconds(step["seconds"]) for step in steps if step["batch"] == shown}
-    rows: Rows = [("optimizer", "gradients", "weights", "device", "host", "disk", "fits")]
-    if shown is not None:
-        rows[0] += (f"step of {shown} x {result['length']:,}",)
+    of_shown = {step["placement"]: step for step in steps if step["batch"] == shown}
+    rows: Rows = [("#", "optimizer", "gradients", "weights", "device", "host", "disk", "fits", "step")]
     for number, placed in enumerate(result["placements"]):
         optimizer, gradients, params = (placed["options"][name] for name in _KINDS)
         if optimizer == "mixed":
             optimizer = f"{1 - placed['kept']:.0%} host"
-        tiers = (_gib(sum(placed[tier].values())) for tier in ("device", "host", "disk"))
-        fits = "no" if placed["refusal"] else "least" if number == result["cheapest"] else "yes"
-        row = (optimizer, gradients, params, *tiers, fits)
-        rows.append(row if shown is None else (*row, seconds.get(number, "")))
-    room = f"{_gib(result['device_capacity'])} of the device and {_gib(result['host_capacity'])} of the host"
-    return rows, [
-        f"To fit is to fit {room}: the rest is for activations, and for others.",
-        *(["`least` is the least offloading that fits."] if result["cheapest"] is not None else []),
-    ]
+        tiers = (_in_gib(sum(placed[tier].values())) for tier in ("device", "host", "disk"))
+        step = _seconds(of_shown[number]["seconds"]) if number in of_shown else "-"
+        fits = "no" if placed["refusal"] else "yes"
+        rows.append((str(number + 1), optimizer, gradients, params, *tiers, fits, step))
+    room = f"{_in_gib(result['device_capacity'])} on the device and {_in_gib(result['host_capacity'])} on the host"
+    remarks = [f"GiB; what fits is at most {room}: the rest is for activations, and for others."]
+    if result["cheapest"] is not None:
+        chosen = " and what `wrap` chooses" if result["plan"] is not None else ""
+        remarks.append(f"#{result['cheapest'] + 1} is the least offloading that fits{chosen}.")
+    if of_shown:
+        remarks[-1] += f" Steps are of {next(iter(of_shown.values()))['tokens']:,} tokens."
+    return rows, remarks
 
 
 def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
-    rows: Rows = [
-        ("batch", "tokens", "in parts", "device", "step", "tokens/s", "computing", "waits for", "off the device")
-    ]
+    rows: Rows = [("#", "tokens", "parts", "device", "step", "tokens/s", "computes", "waits for")]
     for number in result["fastest"]:
         step = result["steps"][number]
         rows.append(
             (
-                str(step["batch"]),
+                str(step["placement"] + 1),
                 f"{step['tokens']:,}",
                 str(step["micro_batches"]),
-                _gib(step["device_bytes"]),
+                _in_gib(step["device_bytes"]),
                 _seconds(step["seconds"]),
                 _figures(step["tokens_per_s"]),
                 f"{step['busy']['compute'] / step['seconds']:.0%}",
                 _waits(step),
-                _off(result["placements"][step["placement"]]),
             )
         )
     smallest = result["steps"][result["fastest"][0]]
     lanes = sorted(((lane, s) for lane, s in smallest["busy"].items() if s), key=lambda item: -item[1])
     busy = ", ".join(f"{_LANES[lane]} {_seconds(seconds)}" for lane, seconds in lanes)
     return rows, [
-        "Each batch with the placement that is fastest; in parts: micro-batches of a step, as many as memory asks for.",
-        f"Batch {smallest['batch']} needs: {busy}.",
+        "Each with the placement that is fastest, by its #. parts: micro-batches, as few as memory allows; device: GiB",
+        "with activations; computes: the share of the step; waits for: what it waits for most, and how long.",
+        f"{smallest['tokens']:,} tokens need: {busy}.",
     ]
 
 
@@ -195,38 +187,43 @@ def _off(placed: Mapping[str, Any]) -> str:
             found.append(f"{1 - placed['kept']:.0%} of the {name}")
         elif place != "device":
             found.append(f"{name} (disk)" if place == "disk" else name)
-    return ", ".join(found) or "nothing"
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found) or "nothing"
 
 
-def _table(title: str, rows: Rows) -> str:
-    """With a title. Words are aligned to the left, figures to the right."""
+def _table(title: str, left: int, rows: Rows) -> str:
+    """With a title; the first `left` columns are aligned to the left, the others to the right."""
     if sys.stdout.isatty():
         try:
+            from rich import box
             from rich.console import Console
             from rich.table import Table
         except ModuleNotFoundError:
             pass
         else:
-            drawn = Table(title=title, title_justify="left", header_style="bold")
+            drawn = Table(
+                title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True
+            )
             for column, name in enumerate(rows[0]):
-                words = not any(character.isdigit() for character in rows[-1][column])
-                drawn.add_column(name, justify="left" if words else "right", no_wrap=True)
+                drawn.add_column(name, justify="left" if column < left else "right")
             for row in rows[1:]:
                 drawn.add_row(*row)
             console = Console(file=sys.stdout)
             with console.capture() as capture:
                 console.print(drawn)
-            return capture.get().rstrip("\n")
-    return f"{title}\n\n{table(rows, left=_words_of(rows))}"
+            return capture.get().rstrip("\n ")
+    return f"{title}\n\n{table(rows, left)}"
 
 
-def _words_of(rows: Rows) -> int:
-    """How many columns of words come first."""
-    return 3 if len(rows[0]) > 4 and rows[0][0] == "optimizer" else 1
+def _in_gib(nbytes: float) -> str:
+    """Without the unit."""
+    gib = nbytes / 2**30
+    return "-" if not nbytes else f"{gib:,.1f}" if nbytes >= _LEAST_GIB else f"{gib:.2g}"
 
 
 def _gib(nbytes: float) -> str:
-    return f"{nbytes / 2**30:,.1f} GiB" if nbytes else "-"
+    if not nbytes:
+        return "-"
+    return f"{nbytes / 2**30:,.1f} GiB" if nbytes >= _LEAST_GIB else f"{nbytes / 2**20:,.2f} MiB"
 
 
 def _rate(bytes_per_s: float) -> str:
@@ -234,7 +231,7 @@ def _rate(bytes_per_s: float) -> str:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.0f} ms"
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _figures(value: float) -> str:

@@ -1,0 +1,267 @@
+"""`offload plan`: what it is asked about, what it prints, its JSON, its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload.cli import _plan, main
+
+# As published; the model has 8,030,261,248 parameters.
+LLAMA_3_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+SMALL = ["plan", "--layers", "2", "--hidden", "256", "--vocabulary", "1000"]
+QUICK = ["--batch", "1", "--length", "128"]
+NEW_USER = ["plan", "--params", "8e9", "--layers", "32", "--hidden", "4096", "--hardware", "4090"]
+
+
+@pytest.fixture
+def llama_3_8b(tmp_path: Path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_3_8B))
+    return tmp_path
+
+
+@pytest.fixture
+def no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of something else: the search for the largest model plans some thirty."""
+    monkeypatch.setattr(_plan, "_largest", lambda *_: [])
+
+
+def reported(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main([*arguments, "--json"]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main(list(arguments)) == 2
+    return capsys.readouterr().err
+
+
+def test_help_names_every_preset_and_imports_no_torch() -> None:
+    code = (
+        "import sys\nfrom offload.cli import main\n"
+        "try:\n    main(['plan', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    words = "".join(result.stdout.split())  # names are broken at the end of lines
+    for name in (*offload.Hardware.PRESETS, *offload.Hardware.LINKS, *offload.Hardware.INTERCONNECTS):
+        assert name in words
+    assert "exit codes: 0 it fits, 2 nothing fits" in result.stdout
+
+
+@pytest.mark.usefixtures("no_search")
+@pytest.mark.parametrize("what", [".", "config.json"])
+def test_a_hugging_face_config(llama_3_8b: Path, what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    found = reported(capsys, "plan", str(llama_3_8b / what), "--hardware", "h200", *QUICK)
+    assert found["trainable_count"] == 8_030_261_248 and found["resident_bytes"] == 16 * 8_030_261_248
+    assert found["model"] == "LlamaForCausalLM, layers 32, hidden 4,096, vocabulary 128,256"
+    assert found["notes"] == []
+
+
+@pytest.mark.usefixtures("no_search")
+def test_the_shape_of_llama_is_llama_3_8b(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reported(capsys, *NEW_USER[:1], *NEW_USER[3:], *QUICK)["trainable_count"] == 8_030_261_248
+    assert reported(capsys, *NEW_USER, *QUICK)["trainable_count"] == pytest.approx(8e9, rel=1e-4)
+    by_count_alone = reported(capsys, "plan", "--params", "70B", "--hardware", "b200", "--host-memory", "2TiB", *QUICK)
+    assert by_count_alone["trainable_count"] == pytest.approx(70e9, rel=1e-3)
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = reported(capsys, *SMALL, "--hardware", "4090", "--tokens", "128", "512", "--length", "128")
+    assert found["schema"] == 1
+    assert set(found) == {
+        "schema", "model", "dtype", "optimizer_class", "moments", "master", "notes", "hardware", "gpus", "interconnect",
+        "trainable_count", "frozen_count", "length", "checkpointing", "device_capacity", "host_capacity",
+        "resident_bytes", "rule_of_thumb_bytes", "sequence_bytes", "plan", "refusal", "placements", "cheapest", "steps",
+        "fastest", "largest",
+    }  # fmt: skip
+    assert found["plan"]["optimizer"] == "device" and found["refusal"] is None and found["cheapest"] == 0
+    placed = found["placements"][0]
+    assert set(placed) == {"options", "device", "host", "disk", "refusal", "kept"}
+    assert sum(placed["device"].values()) == found["resident_bytes"]
+    step = found["steps"][found["fastest"][0]]
+    assert set(step) == {
+        "batch", "tokens", "micro_batches", "placement", "activation_bytes", "device_bytes", "seconds", "tokens_per_s",
+        "bound_by", "busy", "exposed",
+    }  # fmt: skip
+    assert [found["steps"][number]["batch"] for number in found["fastest"]] == [1, 4]
+    assert found["hardware"]["name"] == "4090" and "mfu" in found["hardware"]["assumed"]
+    kept = [row["kept"] for row in found["largest"]]
+    counts = [row["parameters"] for row in found["largest"]]
+    assert kept == ["nothing offloaded", "all on the host", "states and weights on disk"]
+    assert 0 < counts[0] < counts[1] < counts[2]
+
+
+def test_the_largest_model_fits_and_a_deeper_one_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    from offload.cli._plan_model import decoder_of_depth
+
+    found = reported(capsys, *SMALL, "--hardware", "3090", *QUICK)
+    hardware, row = offload.Hardware.preset("3090"), found["largest"][1]
+    places: dict[str, Any] = dict.fromkeys(("optimizer", "gradients", "params"), "host")
+    model = decoder_of_depth(row["layers"], 1000, torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) == row["parameters"]
+    offload.estimate(model, hardware=hardware, **places)
+    with pytest.raises(offload.OutOfHostMemory):
+        offload.estimate(decoder_of_depth(row["layers"] + 1, 1000, torch.bfloat16), hardware=hardware, **places)
+
+
+def test_a_new_user_reads_the_answer_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(NEW_USER) == 0
+    output = capsys.readouterr()
+    assert output.err == ""
+    first, *lines = output.out.splitlines()
+    assert first.startswith(
+        "It fits: `offload.wrap(model, optim)` takes 97% of the optimizer and gradients off the device,"
+    )
+    text = "\n".join(lines)
+    for words in (
+        "8.7 billion",
+        "the rule of thumb of 40 GB a billion",
+        "* assumed: --mfu",
+        "host update",
+        "119.2 GiB",
+    ):
+        assert words in text
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.usefixtures("no_search")
+def test_on_a_terminal_tables_are_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "160")
+    assert main([*SMALL, "--hardware", "4090", *QUICK]) == 0
+    drawn = capsys.readouterr().out
+    assert "───" in drawn and "Where it can be" in drawn and "device" in drawn
+    monkeypatch.setitem(sys.modules, "rich.table", None)  # as if it were not installed
+    assert main([*SMALL, "--hardware", "4090", *QUICK]) == 0
+    assert "───" not in capsys.readouterr().out
+
+
+def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--params", "70e9", "--hardware", "4090"]) == 2
+    output = capsys.readouterr()
+    assert output.out.startswith("It does not fit.")
+    assert "the host budget is too small: 912.71 GiB needed, 115.20 GiB available" in output.err
+    assert main(["plan", "--params", "70e9", "--hardware", "4090", "--json"]) == 2
+    found = json.loads(capsys.readouterr().out)
+    assert found["plan"] is None and found["cheapest"] is None and "912.71 GiB needed" in found["refusal"]
+
+
+@pytest.mark.usefixtures("no_search")
+def test_what_is_given_in_the_place_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [
+        "--gpu-memory",
+        "12GiB",
+        "--host-memory",
+        "1TiB",
+        "--link",
+        "pcie5x16",
+        "--host-bandwidth",
+        "35",
+        "--mfu",
+        "0.4",
+    ]
+    found = reported(capsys, *SMALL, "--hardware", "4090", *given, "--disk-bandwidth", "7GB/s", *QUICK)["hardware"]
+    assert (found["device_bytes"], found["host_bytes"], found["assumed"]) == (12 << 30, 1 << 40, [])
+    assert (found["to_device"], found["host_bandwidth"], found["mfu"], found["disk_read"]) == (55e9, 35e9, 0.4, 7e9)
+
+
+@pytest.mark.usefixtures("no_search")
+def test_several_gpus_are_said_to_be_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    shared = [*SMALL, "--hardware", "a100-40", "--gpus", "4", *QUICK]
+    found = reported(capsys, *shared, "--interconnect", "25gbe")
+    assert "4 GPUs over 25gbe are arithmetic" in found["notes"][0] and "network" in found["steps"][0]["busy"]
+    assert "interconnect=None for 4 GPUs: give one of 10gbe" in refused(capsys, *shared)
+
+
+@pytest.mark.usefixtures("no_search")
+def test_this_machine_is_measured_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here = offload.Hardware.preset("4090")
+    here = offload.Hardware(**{**vars(here), "name": "this machine", "kind": "cpu", "source": "measured: here"})
+    asked = []
+    monkeypatch.setattr(offload, "measure_hardware", lambda dtype: asked.append(dtype) or here)
+    assert main([*SMALL, *QUICK, "--dtype", "float32"]) == 0
+    output = capsys.readouterr()
+    assert asked == [torch.float32] and "measuring this machine" in output.err
+    assert "no accelerator here: the CPU computes" in output.out and "On the machine itself" not in output.out
+
+
+def entry_points(monkeypatch: pytest.MonkeyPatch, **functions: Any) -> None:
+    module = ModuleType("models_of_a_user")
+    vars(module).update(functions)
+    monkeypatch.setitem(sys.modules, "models_of_a_user", module)
+
+
+@pytest.mark.usefixtures("no_search")
+def test_an_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made: list[nn.Module] = []
+
+    def build() -> nn.Module:
+        made.append(nn.Sequential(*(nn.Linear(64, 64) for _ in range(4))))
+        return made[-1]
+
+    entry_points(monkeypatch, build=build, number=lambda: 3)
+    found = reported(capsys, "plan", "models_of_a_user:build", "--hardware", "4090", *QUICK)
+    assert found["trainable_count"] == 4 * 65 * 64 and found["model"] == "Sequential"
+    assert all(p.is_meta for p in made[0].parameters())  # nothing was allocated
+    assert found["notes"] == ["the model has no config that tells of attention: what that computes is not counted"]
+    assert "returned a int" in refused(capsys, "plan", "models_of_a_user:number", "--hardware", "4090")
+    assert "has no attribute 'nothing'" in refused(capsys, "plan", "models_of_a_user:nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no model: give a Hugging Face config.json"),
+        (["nowhere"], "'nowhere' is no file or directory here and no Python function; nothing is downloaded"),
+        (["no_such_module:build"], "cannot be imported: No module named 'no_such_module'"),
+        (["no_such_module:build", "--params", "8e9"], "--params beside MODEL: give the one or the other"),
+        (["--params", "1000", "--layers", "2", "--hidden", "64"], "1,000 parameters are too few for 2 layers of 64"),
+        (["--layers", "2"], "no model"),
+        (["--params", "1e9", "--hardware", "abacus"], "hardware 'abacus' is not known"),
+        (["--params", "1e9", "--hardware", "4090", "--tokens", "100"], "--tokens 100 are no whole sequences of 2048"),
+        (["--params", "1e9", "--hardware", "4090", "--gpu-memory", "big"], "size 'big' is not understood"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in refused(capsys, "plan", *arguments)
+
+
+def test_files_that_are_no_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    assert "is no Hugging Face config: [Errno 2]" in refused(capsys, "plan", str(tmp_path))
+    for text, message in (("{", "is no Hugging Face config"), ("[]", "no Hugging Face config"), ("{}", "'model_type'")):
+        file.write_text(text)
+        assert message in refused(capsys, "plan", str(file))
+    file.write_text('{"model_type": "from_the_future"}')
+    pytest.importorskip("transformers")
+    assert "refuses it" in refused(capsys, "plan", str(file))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert "takes transformers, which is not installed; pip install" in refused(capsys, "plan", str(file))

@@ -1,0 +1,225 @@
+"""Predictions: bytes by formula, the choice of `wrap`, activations, steps, and several cards by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import offload
+from offload import Hardware, InvalidArgument
+from offload._model_sizes import token_costs
+from offload._units import find_units
+from offload.cli._plan_model import decoder, decoder_of_depth
+
+LLAMA_3_8B = 8_030_261_248
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    """Llama-3-8B, in bf16 on the meta device."""
+    return decoder_of_depth(32, 128_256, torch.bfloat16)
+
+
+def card(**figures: Any) -> Hardware:
+    return dataclasses.replace(Hardware.preset("4090"), **figures)
+
+
+ROOMY = card(device_bytes=1 << 40, host_bytes=1 << 40)
+
+
+def places(prediction: offload.Prediction) -> list[tuple[str, ...]]:
+    return [tuple(placed.options.values()) for placed in prediction.placements]
+
+
+def test_bytes_of_llama_3_8b_in_every_placement(llama: nn.Module) -> None:
+    found = offload.predict(llama, ROOMY, batches=[1])
+    n = found.trainable_count
+    assert n == LLAMA_3_8B and found.frozen_count == 0
+    assert found.resident_bytes == 16 * n  # weight and gradient 2 each, master and two moments 4 each
+    assert found.rule_of_thumb_bytes == 40 * n
+    assert places(found)[:4] == [
+        ("device", "device", "device"),
+        ("host", "device", "device"),
+        ("host", "host", "device"),
+        ("host", "host", "host"),
+    ]
+    totals = [(placed.device.total, placed.host.total, placed.disk.total) for placed in found.placements]
+    head = 2 * 128_256 * 4096  # the largest unit; with one sent for ahead of it
+    # On the host: weight, the other half of the master, moments and gradients.
+    assert totals[:4] == [(16 * n, 0, 0), (4 * n, 14 * n, 0), (2 * n, 14 * n, 0), (2 * head, 14 * n, 0)]
+    # On disk: half masters and moments; then the weights too.
+    assert [disk for _, _, disk in totals[4:]] == [10 * n, 12 * n]
+
+
+@pytest.mark.parametrize("gib", [8, 20, 80, 200])
+def test_the_plan_is_what_wrap_would_choose(llama: nn.Module, gib: int) -> None:
+    """By the same code: an estimate for the hardware, and `make_plan` behind it."""
+    hardware = card(device_bytes=gib * GIB, host_bytes=200 * GIB)
+    plan, estimated = offload.predict(llama, hardware, batches=[1]).plan, offload.estimate(llama, hardware=hardware)
+    assert plan == estimated
+    expected = {
+        8: ("host", "host", "host"),
+        20: ("mixed", "host", "device"),
+        80: ("mixed", "device", "device"),
+        200: ("device", "device", "device"),
+    }
+    assert plan is not None and (plan.optimizer, plan.gradients, plan.params) == expected[gib]
+
+
+def test_what_the_plan_keeps_is_a_placement_of_its_own(llama: nn.Module) -> None:
+    found = offload.predict(llama, card(device_bytes=80 * GIB, host_bytes=200 * GIB), batches=[1])
+    placed, plan = found.placements[-1], found.plan
+    assert plan is not None and placed.options["optimizer"] == "mixed"
+    assert (placed.device, placed.host) == (plan.device, plan.host) and 0 < placed.kept < 1
+    assert found.cheapest() is placed
+
+
+def test_nothing_is_allocated_and_the_model_is_as_it_was(llama: nn.Module) -> None:
+    offload.predict(llama, "h200", batches=[1])
+    assert all(p.is_meta for p in llama.parameters()) and not llama._forward_pre_hooks
+
+
+def test_activations_by_hand() -> None:
+    """Hidden 128, two blocks: each keeps its input, and one all; logits take 10 bytes."""
+    model = decoder(2, 128, vocabulary=1000, dtype=torch.bfloat16)
+    units = find_units(model)
+    costs = token_costs(model, units, 64)
+    query = key = value = output = 128 + 128  # of one head, which has a key of its own
+    block = query + key + value + output + 3 * (128 + 448)
+    assert costs.activation_bytes(7, 2, checkpointing=False) == 7 * (2 * (2 * block + 128) + 10 * 1000)
+    assert costs.activation_bytes(7, 2, checkpointing=True) == 7 * (2 * (2 * 128 + block + 128) + 10 * 1000)
+    assert set(costs.lookups) == {"embedding.weight"} and costs.logits == 1000
+    # Causal attention in one head of 128: scores and their product, over half of 64 keys on average.
+    assert costs.operations == {
+        "embedding": 0,
+        "layers.0": 2 * 64 * 128,
+        "layers.1": 2 * 64 * 128,
+        "norm": 0,
+        "head": 0,
+    }
+
+
+def test_a_tied_head_is_multiplied_and_experts_are_not_all_passed() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    with torch.device("meta"):
+        tied = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, tie_word_embeddings=True))
+        experts = transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**sizes, **heads, num_local_experts=8, num_experts_per_tok=2)
+        )
+    costs = token_costs(tied, find_units(tied), 16)
+    assert costs.lookups == frozenset() and costs.logits == 100
+    costs = token_costs(experts, find_units(experts), 16)
+    passed = 2 * sum(p.numel() for n, p in experts.named_parameters() if ".layers.0." in n and ".experts." in n)
+    assert passed == 2 * 8 * 3 * 64 * 96
+    assert costs.operations["model.layers.0"] == 2 * 16 * 64 - 0.75 * passed
+
+
+def test_a_step_takes_as_many_micro_batches_as_memory_asks_for(llama: nn.Module) -> None:
+    found = offload.predict(llama, card(device_bytes=40 * GIB, host_bytes=200 * GIB), batches=[1, 8], params="device",
+                            gradients="host", optimizer="host")  # fmt: skip
+    (placed,) = found.placements
+    one, eight = found.steps
+    room = 40 * GIB - placed.device.total
+    assert one.micro_batches == 1 and eight.micro_batches == -(-8 // (room // found.sequence_bytes)) > 1
+    assert eight.device_bytes == placed.device.total + eight.activation_bytes <= 40 * GIB
+    assert one.tokens == 2048 and eight.tokens_per_s == pytest.approx(8 * 2048 / eight.seconds)
+    # 2 operations a parameter and token, three times with backward and once more for recomputed blocks; attention.
+    each = 4 * (2 * (LLAMA_3_8B - 128_256 * 4096) + 32 * 2 * 2048 * 4096)
+    hardware = found.hardware
+    assert one.busy["compute"] == pytest.approx(2048 * each / (hardware.flops * hardware.mfu), rel=1e-3)
+    # 2 bytes a gradient to the host; states and what else the host's memory sees of them 30.
+    assert one.busy["to_host"] == pytest.approx(2 * LLAMA_3_8B / hardware.to_host)
+    assert one.busy["host_update"] == pytest.approx(30 * LLAMA_3_8B / hardware.host_bandwidth)
+    assert one.seconds >= max(one.busy.values()) and one.bound_by == "host_update"
+
+
+def test_faster_links_memory_and_compute_never_make_a_step_slower(llama: nn.Module) -> None:
+    base = card(host_bytes=200 * GIB)
+    steps = offload.predict(llama, base, batches=[2], gradients="host", params="device").steps
+    for name in ("flops", "to_host", "to_device", "host_bandwidth"):
+        better = dataclasses.replace(base, **{name: 2 * getattr(base, name)})
+        faster = offload.predict(llama, better, batches=[2], gradients="host", params="device").steps
+        assert faster[0].seconds <= steps[0].seconds * 1.001, name
+
+
+def test_the_fastest_prefers_what_offloads_less(llama: nn.Module) -> None:
+    """With all the memory there is everything stays on the device, at every batch."""
+    found = offload.predict(llama, ROOMY, batches=[64, 128])
+    assert [(step.batch, step.placement) for step in found.fastest()] == [(64, 0), (128, 0)]
+
+
+def test_several_cards_by_hand() -> None:
+    model = decoder(4, 256, vocabulary=512, dtype=torch.bfloat16)
+    n = sum(p.numel() for p in model.parameters())
+    whole = offload.predict(model, ROOMY, batches=[2], length=128)
+    found = offload.predict(model, ROOMY, batches=[2], length=128, gpus=4, interconnect="10gbe")
+    assert found.plan is None and found.refusal is None
+    for alone, shared in zip(whole.placements[:4], found.placements[:4], strict=True):
+        assert shared.device.weights == alone.device.weights  # whole; all else is shared out
+        assert shared.host.total == -(-alone.host.total // 4)
+        assert shared.device.moments == alone.device.moments // 4
+    step = found.steps[0]
+    # Gradients to their owners and weights back: 3/4 of 2 bytes each, at 80 % of 1.25 GB/s.
+    assert step.busy["network"] == pytest.approx(0.75 * (2 * n + 2 * n) / (0.8 * 1.25e9))
+    assert step.bound_by == "network" and step.seconds == step.busy["network"] and step.tokens == 4 * 2 * 128
+    # Streamed weights are gathered for forward and for backward.
+    streamed = next(s for s in found.steps if found.placements[s.placement].options["params"] == "host")
+    assert streamed.busy["network"] == pytest.approx(0.75 * (2 * 2 * n + 2 * n) / (0.8 * 1.25e9))
+    on_host = next(s for s in found.steps if s.placement == 2)
+    alone = next(s for s in whole.steps if s.placement == 2)
+    assert on_host.busy["host_update"] == pytest.approx(alone.busy["host_update"] / 4)
+    assert on_host.busy["compute"] == alone.busy["compute"]
+
+
+def test_frozen_parameters_and_other_optimizers() -> None:
+    model = decoder(2, 128, vocabulary=100, dtype=torch.bfloat16)
+    model.get_submodule("embedding").requires_grad_(False)
+    found = offload.predict(model, ROOMY, batches=[1], length=16, optimizer_class="lion", moments="bf16")
+    assert found.frozen_count == 100 * 128
+    # Trained: weight, gradient, fp32 master and one bf16 moment. Lossy moments have no way to the disk.
+    assert found.resident_bytes == 2 * found.frozen_count + 10 * found.trainable_count
+    assert not any("disk" in placed.options.values() for placed in found.placements)
+
+
+def test_nothing_fits(llama: nn.Module) -> None:
+    found = offload.predict(llama, card(device_bytes=GIB, host_bytes=GIB))
+    assert found.plan is None and found.steps == () and found.fastest() == [] and found.cheapest() is None
+    assert found.refusal is not None and "budget is too small" in found.refusal and "GiB needed" in found.refusal
+    shared = offload.predict(llama, card(device_bytes=GIB, host_bytes=GIB), gpus=2, interconnect="nvlink")
+    assert shared.refusal is not None and "nothing fits 2 cards: the device is too small" in shared.refusal
+
+
+def test_activations_that_fit_nowhere_are_a_refusal(llama: nn.Module) -> None:
+    found = offload.predict(llama, card(host_bytes=200 * GIB), length=1 << 16)
+    assert found.plan is not None and found.steps == ()
+    assert found.refusal is not None and "one sequence of 65536 tokens has" in found.refusal
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batches": []}, "batches is empty"),
+        ({"batches": [0]}, "batch 0 is 0"),
+        ({"length": -1}, "length is -1"),
+        ({"gpus": 2}, "interconnect=None for 2 GPUs: give one of 10gbe"),
+        ({"gpus": 2, "interconnect": "wifi"}, "interconnect='wifi'"),
+        ({"activations": "host"}, "activations='host': predictions"),
+        ({"optimizer_class": "sgd"}, "optimizer_class='sgd': legal are 'adam'"),
+        ({"optimiser": "host"}, "did you mean 'optimizer'"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        offload.predict(decoder(2, 128, vocabulary=10, dtype=torch.bfloat16), "4090", **options)
+
+
+def test_a_model_without_parameters() -> None:
+    with pytest.raises(InvalidArgument, match="no parameters"):
+        offload.predict(nn.Identity(), "4090")
