@@ -346,9 +346,11 @@ def functions_entered(training: Training) -> Callable[[int], int]:
 
 
 @pytest.mark.cpu_only
-def test_an_exception_anywhere_in_our_code_leaves_nothing() -> None:
+@pytest.mark.parametrize("form", ["exact", "int8"])
+def test_an_exception_anywhere_in_our_code_leaves_nothing(form: str) -> None:
     """Without attention: torch keeps its node, and with it the graph, for a while after an unpack hook raised."""
-    training = Training("tiny", RESIDENT | {"activations": "host"})
+    off = RESIDENT | {"activations": "host", "activation_format": form}
+    training = Training("tiny", off)
     run = functions_entered(training)
     run(0)  # enters more: what is seen first is looked at once
     total = run(0)
@@ -361,7 +363,7 @@ def test_an_exception_anywhere_in_our_code_leaves_nothing() -> None:
             training.forward(0)  # leaves what the hook that raised did not
         gc.collect(1)  # tracebacks
         assert_nothing_left(training)
-    assert_same(training.steps(2), Training("tiny", ON).steps(2))
+    assert_same(training.steps(2), Training("tiny", ON if form == "exact" else off).steps(2))
 
 
 # --- races, faults, memory ----------------------------------------------------------------------------------
@@ -382,15 +384,17 @@ def test_forward_waits_for_no_copy() -> None:
 
 
 @pytest.mark.cpu_only
+@pytest.mark.parametrize("form", ["exact", "fp8"])
 @pytest.mark.parametrize("lane", ["to_host", "to_device"])
-def test_a_failed_copy_is_told_in_backward_and_training_goes_on(lane: Any) -> None:
-    training = Training("tiny", RESIDENT | {"activations": "host"}).steps(1)
+def test_a_failed_copy_is_told_in_backward_and_training_goes_on(lane: Any, form: str) -> None:
+    off = RESIDENT | {"activations": "host", "activation_format": form}
+    training = Training("tiny", off).steps(1)
     training.optimizer._engine.device.fail_copy(lane, 2)
     with pytest.raises(offload.DeviceError, match="a saved activation of shape"):
         training.forward(1).backward()
     training.optimizer.zero_grad()
     assert_nothing_left(training)
-    assert_same(training.steps(2), Training("tiny", ON).steps(1).steps(2))
+    assert_same(training.steps(2), Training("tiny", ON if form == "exact" else off).steps(1).steps(2))
 
 
 def test_over_the_host_budget_activations_stay_and_stats_say_so() -> None:

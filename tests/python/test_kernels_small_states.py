@@ -138,7 +138,6 @@ def counted(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> Iterator[Count
 
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "resident": RESIDENT,
-    "mixed": {"optimizer": 0.5, "gradients": "host"},
     "streamed": {"optimizer": 0.5, "gradients": "host", "params": "host"},
 }
 FORMATS_OF_STATES = (
