@@ -229,11 +229,11 @@ class Activations:
             self._device_bytes += saved.nbytes
             self._live_bytes += saved.nbytes
             self._live_peak_bytes = max(self._live_peak_bytes, self._live_bytes)
-            self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
             reference = weakref.ref(saved)
             forward.ranges.append(reference)
             self._recent.append(reference)
             self._known[key] = saved
+            self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
         return saved
 
     def _begin_pass(self) -> None:
@@ -358,8 +358,8 @@ class Activations:
         with Uninterrupted():
             if saved.copy is None:
                 self._device_bytes += saved.nbytes  # of what is packed too: it will be
-                self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
             saved.copy = DeviceCopy(memory, memory._version, ticket, stream, saved.key.form)
+            self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
 
     def _prefetch(self, forward: Forward, stream: int) -> None:
         """Goes on along the order of backward while the allowance lasts, but always one range ahead."""
