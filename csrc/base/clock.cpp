@@ -25,7 +25,14 @@ int64_t ManualClock::now_ns() const {
 
 void ManualClock::sleep_until(int64_t deadline_ns, std::stop_token stop) {
   std::unique_lock lock(mutex_);
+  const auto mine = deadlines_ns_.insert(deadline_ns);
   moved_.wait(lock, stop, [&] { return now_ns_ >= deadline_ns; });
+  deadlines_ns_.erase(mine);
+}
+
+std::vector<int64_t> ManualClock::deadlines_ns() const {
+  std::lock_guard lock(mutex_);
+  return {deadlines_ns_.begin(), deadlines_ns_.end()};
 }
 
 void ManualClock::advance(int64_t delta_ns) {

@@ -7,7 +7,9 @@
 #include <condition_variable>
 #include <cstdint>
 #include <mutex>
+#include <set>
 #include <stop_token>
+#include <vector>
 
 namespace offload {
 
@@ -33,10 +35,15 @@ class ManualClock final : public Clock {
   void sleep_until(int64_t deadline_ns, std::stop_token stop) override;
   void advance(int64_t delta_ns);
 
+  // What the sleepers wait for, the earliest first: a test moves the hand when all that can sleep does.
+  std::vector<int64_t> deadlines_ns() const;
+
  private:
   mutable std::mutex mutex_;
   std::condition_variable_any moved_;
-  int64_t now_ns_ = 0;  // guarded by mutex_
+  // guarded by mutex_
+  int64_t now_ns_ = 0;
+  std::multiset<int64_t> deadlines_ns_;
 };
 
 }  // namespace offload

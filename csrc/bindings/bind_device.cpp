@@ -100,7 +100,8 @@ void bind_base(py::module_& module) {
   py::class_<ManualClock, std::shared_ptr<ManualClock>>(module, "ManualClock")
       .def(py::init<>())
       .def("now_ns", &ManualClock::now_ns)
-      .def("advance", &ManualClock::advance, py::arg("delta_ns"));
+      .def("advance", &ManualClock::advance, py::arg("delta_ns"))
+      .def("deadlines_ns", &ManualClock::deadlines_ns);
 }
 
 void bind_host_device(py::module_& module) {

@@ -91,7 +91,15 @@ class CopyLanes:
 
     def wait_upload(self, ticket: _native.Ticket) -> None:
         """The compute stream waits until what start_upload() returned has ended."""
-        self._transfers.wait_on_stream(self.compute_stream(), ticket)
+        stream = self.compute_stream()
+        self._transfers.wait_on_stream(stream, ticket)
+        # What follows on that stream comes after the copy, so that nothing has to keep the tensor any more; and a sum
+        # of gradients that came back to be added to could not leave again while something does.
+        for position, copy in enumerate(self._ring):
+            if copy.ticket is ticket and copy.stream == stream:
+                del self._ring[position]
+                self._forget_bytes(copy)
+                break
 
     def pool_stats(self) -> dict[str, Any]:
         """The counters of the host pool."""
@@ -120,9 +128,11 @@ class CopyLanes:
         return copy
 
     def _drop_oldest(self) -> None:
-        oldest = self._ring.popleft()
+        self._forget_bytes(self._ring.popleft())
+
+    def _forget_bytes(self, copy: _Copy) -> None:
         # Zero whenever the ring is empty: Ctrl-C between a change of it and of its bytes is made up for here.
-        self._ring_bytes = self._ring_bytes - oldest.nbytes if self._ring else 0
+        self._ring_bytes = self._ring_bytes - copy.nbytes if self._ring else 0
 
     def _wait_for_room(self, room: int | None = None) -> None:
         limit = _RING_BYTES if room is None else min(room, _RING_BYTES)

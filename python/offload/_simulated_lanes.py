@@ -81,6 +81,14 @@ class Ring:
             self._compute.wait(self._copies[0][0])
             self._drop_oldest()
 
+    def remove(self, copy: Piece) -> None:
+        """Compute has waited for it."""
+        for place in self._copies:
+            if place[0] is copy:
+                self._copies.remove(place)
+                self._bytes -= place[1]
+                return
+
     def _drop_oldest(self) -> None:
         _, nbytes = self._copies.popleft()
         self._bytes = self._bytes - nbytes if self._copies else 0.0

@@ -130,26 +130,26 @@ class _Pipeline:
 
     def _backward(self, *, first: bool) -> None:
         earlier = None  # the sum of the micro-batches before, on its way to the next part
-        parts = [
-            (number, part) for number in reversed(range(len(self.units))) for part in range(self.units[number].parts)
-        ]
+        parts = [(number, part) for number, unit in enumerate(self.units) for part in range(unit.parts)][::-1]
         leaving = [place for place in parts if self.units[place[0]].gradient_bytes]
         following = dict(itertools.pairwise(leaving))
         for number, part in parts:
             unit = self.units[number]
-            if part == 0:
+            if part == unit.parts - 1:
                 self.weights.touch(number)
                 self.activations.bring(number)
             self.compute.run(unit.backward_seconds / unit.parts)
             if unit.gradient_bytes:
                 if not first:
-                    self.compute.wait(earlier or self._send_back(number, part))
+                    earlier = earlier or self._send_back(number, part)
+                    self.compute.wait(earlier)
+                    self.gradient_ring.remove(earlier)
                 gradient = unit.gradient_bytes / unit.parts
                 self.landed[number][part] = self.run("to_host", gradient, self.compute.last)
                 self.gradient_ring.add(self.landed[number][part], gradient)
                 if not first and (number, part) in following:
                     earlier = self._send_back(*following[number, part])
-            if part == unit.parts - 1:
+            if part == 0:
                 self.activations.drop(number)
         self.weights.empty()
 
@@ -174,7 +174,7 @@ class _Pipeline:
         self.compute.wait(latest(plain))
         submitted = self.compute.last
         # A factor leaves when the norms of all gradients are known, behind the gradients that left.
-        left = [self.landed[number][-1] for number, unit in enumerate(self.units) if unit.gradient_bytes]
+        left = [self.landed[number][0] for number, unit in enumerate(self.units) if unit.gradient_bytes]
         norm = latest(left) if self.settings.clips else BEGIN
         for number in numbers:
             self._update_on_host(number, submitted, norm)

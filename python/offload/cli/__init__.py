@@ -199,12 +199,13 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
     _add_bench_train(add("train", on_device, "a Llama-shaped bf16 model, offloaded beside resident"))
+    _add_bench_plan(add("plan", shared, "steps of many settings beside what offload.forecast predicts of them"))
     _add_bench_largest(add("largest", on_device, "the largest model that the device and its host can train"))
     _add_bench_report(parts)
     add(
         "all",
         on_device,
-        "all of these but engine, update, unified, checkpoint, disk, train and largest, which take their time or room",
+        "all of these but engine, update, unified, checkpoint, disk, train, plan and largest, which take time or room",
     )
 
 
@@ -256,6 +257,17 @@ def _add_bench_largest(largest: argparse.ArgumentParser) -> None:
             help=f"of the {tier}'s memory, as '24GiB' (default: measured)",
         )
     largest.add_argument("--derive-only", action="store_true", help="plan it and do not train it")
+
+
+def _add_bench_plan(plan: argparse.ArgumentParser) -> None:
+    plan.add_argument("--predict-only", action="store_true", help="measure rates and predict; run no setting")
+    plan.add_argument(
+        "--predictions",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="that --predict-only --json wrote, to be measured",
+    )
 
 
 def _add_bench_report(parts: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,0 +1,204 @@
+"""Training by the real engine on a clock that a test moves: a step takes what its copies and its compute take.
+
+Copies take their bytes over the rate of their lane, compute takes what `EngineClock.compute` is told, and updates
+take no time. The hand moves only when everything that can run has run, so each run gives the same figures.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offload import _engine, _native
+
+_NS = 1_000_000_000
+_wait = _native.Ticket.wait
+
+
+@dataclass(eq=False)
+class _Work:
+    """A copy or an update. after: what it waits for. uploads: of an update, whether a copy follows that ends it."""
+
+    ticket: _native.Ticket
+    after: list[_native.Ticket]
+    uploads: bool = False
+
+    @property
+    def can_run(self) -> bool:
+        return all(ticket.done for ticket in self.after)
+
+
+class EngineClock:
+    """Every engine made while the test runs has this clock. Rates of the lanes are in bytes a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, to_host: float, to_device: float) -> None:
+        self._clock = _native.ManualClock()
+        self._device = _native.HostDevice(
+            clock=self._clock, to_host_bytes_per_s=to_host, to_device_bytes_per_s=to_device
+        )
+        self._lanes: dict[str, deque[_Work]] = {"to_host": deque(), "to_device": deque()}
+        self._updates: deque[_Work] = deque()
+        self._uploading: dict[int, bool] = {}  # by slot: whether its weight is uploaded
+        monkeypatch.setattr(_engine, "open_device", lambda _: self._device)
+        for lane in self._lanes:
+            monkeypatch.setattr(_native.TransferQueue, f"submit_{lane}", self._submitting(lane))
+        monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
+        monkeypatch.setattr(_native.StepPipeline, "add_slot", self._adding())
+        monkeypatch.setattr(_native.StepPipeline, "submit", self._updating())
+        monkeypatch.setattr(_native.StepPipeline, "wait", self._waiting_for_updates())
+        clock = self
+
+        def wait(ticket: _native.Ticket, timeout_s: float | None = None) -> bool:
+            clock._reach(ticket)
+            return _wait(ticket, timeout_s)
+
+        monkeypatch.setattr(_native.Ticket, "wait", wait)
+
+    @property
+    def seconds(self) -> float:
+        return self._clock.now_ns() / _NS
+
+    def compute(self, seconds: float) -> None:
+        """The training thread computes for so long, while copies go on."""
+        end = self._clock.now_ns() + round(seconds * _NS)
+        while (deadline := self._settle()) is not None and deadline <= end:
+            self._move_to(deadline)
+        self._move_to(end)
+        self._settle()
+
+    # --- what stands in for the native methods --------------------------------------------------------------
+
+    def _submitting(self, lane: str) -> Any:
+        submit = getattr(_native.TransferQueue, f"submit_{lane}")
+
+        def call(
+            queue: Any, destination: int, source: int, nbytes: int, stream: int = 0, after: Any = None, *given: Any
+        ) -> _native.Ticket:
+            self._settle()
+            ticket: _native.Ticket = submit(queue, destination, source, nbytes, stream, after, *given)
+            self._lanes[lane].append(_Work(ticket, [] if after is None else [after]))
+            self._settle()
+            return ticket
+
+        return call
+
+    def _waiting_on_stream(self) -> Any:
+        wait = _native.TransferQueue.wait_on_stream
+
+        def call(queue: Any, stream: int, ticket: _native.Ticket) -> None:
+            self._reach(ticket)
+            wait(queue, stream, ticket)
+
+        return call
+
+    def _adding(self) -> Any:
+        add = _native.StepPipeline.add_slot
+
+        def call(pipeline: Any, **slot: Any) -> int:
+            number: int = add(pipeline, **slot)
+            self._uploading[number] = bool(slot.get("device_weight"))
+            return number
+
+        return call
+
+    def _updating(self) -> Any:
+        submit = _native.StepPipeline.submit
+
+        def call(pipeline: Any, jobs: Any, stream: int = 0, **options: Any) -> list[_native.Ticket]:
+            gate = _native.Ticket.pending()  # all are known here before the first runs
+            jobs = [(*job[:3], [*job[3], gate], *job[4:]) for job in jobs]
+            tickets: list[_native.Ticket] = submit(pipeline, jobs, stream, **options)
+            for job, ticket in zip(jobs, tickets, strict=True):
+                self._updates.append(_Work(ticket, job[3], self._uploading[job[0]]))
+            gate.complete()
+            self._settle()
+            return tickets
+
+        return call
+
+    def _waiting_for_updates(self) -> Any:
+        wait = _native.StepPipeline.wait
+
+        def call(pipeline: Any, tickets: Any) -> None:
+            for ticket in tickets:
+                self._reach(ticket)
+            wait(pipeline, tickets)
+
+        return call
+
+    # --- the hand -------------------------------------------------------------------------------------------
+
+    def _reach(self, ticket: _native.Ticket) -> None:
+        """Moves the hand to the end of `ticket`, and no further."""
+        while not ticket.done:
+            deadline = self._settle()
+            if ticket.done:
+                return
+            assert deadline is not None, "nothing that is left could end what is waited for"
+            self._move_to(deadline)
+        self._settle()
+
+    def _move_to(self, time_ns: int) -> None:
+        self._clock.advance(time_ns - self._clock.now_ns())
+
+    def _settle(self) -> int | None:
+        """Returns when whatever can run without the hand has run; when the next copy ends, None without one."""
+        while True:
+            self._forget_ended()
+            if self._updates and self._updates[0].can_run:
+                self._note(self._updates.popleft())
+                continue
+            sleeping = sum(bool(lane) and lane[0].can_run for lane in self._lanes.values())
+            deadlines = [deadline for deadline in self._clock.deadlines_ns() if deadline > self._clock.now_ns()]
+            if len(deadlines) == sleeping:
+                return min(deadlines, default=None)
+            os.sched_yield()  # a lane's thread is between two copies
+
+    def _forget_ended(self) -> None:
+        for lane in self._lanes.values():
+            while lane and lane[0].ticket.done:
+                lane.popleft()
+
+    def _note(self, update: _Work) -> None:
+        """Returns when an update has run: its upload is in the lane then, if it has one."""
+        if not update.uploads:
+            _wait(update.ticket)
+            return
+        lane = self._lanes["to_device"]
+        while self._device.pending_count("to_device") <= len(lane):
+            self._forget_ended()
+            os.sched_yield()
+        lane.append(_Work(update.ticket, []))
+
+
+class Block(nn.Module):
+    """A unit of equal bf16 weights that takes so many seconds of the clock, backward in equal shares a weight."""
+
+    def __init__(self, clock: EngineClock, forward_s: float, backward_s: float, count: int, elements: int) -> None:
+        super().__init__()
+        self.clock, self.forward_s, self.share_s = clock, forward_s, backward_s / count
+        self.weights = nn.ParameterList(torch.zeros(elements, dtype=torch.bfloat16) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.clock.compute(self.forward_s)
+        for weight in self.weights:
+            x = _Use.apply(x, weight, self.clock, self.share_s)
+        return x
+
+
+class _Use(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, clock: EngineClock, seconds: float) -> Tensor:
+        ctx.clock, ctx.seconds, ctx.shape = clock, seconds, weight.shape
+        return x + weight[0]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.clock.compute(ctx.seconds)
+        return gradient, torch.full(ctx.shape, 0.01, dtype=torch.bfloat16), None, None
