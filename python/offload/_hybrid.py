@@ -114,7 +114,7 @@ class Hybrid:
         )
 
     def words_of_step(self) -> str:
-        """What that means for a step: both parts begin where its backward ends, and the host's hides behind a forward."""
+        """What that means for a step: both parts begin where its backward ends, the host's beside a forward."""
         return (
             f"a step is predicted to take its backward and then the longer of {self.host_seconds * 1e3:.3g} ms on the "
             f"host and of the next forward with {self.device_seconds * 1e3:.3g} ms on the device before it"
