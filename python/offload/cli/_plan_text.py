@@ -32,7 +32,8 @@ def printed(result: Mapping[str, Any]) -> str:
     tables = [("Where it can be", 4, *_places(result))]
     if result["steps"]:
         tables.append(("How fast it is", 1, *_speeds(result)))
-    tables.append(("The largest models of Llama's shape that would fit", 1, *_largest(result)))
+    one = " one GPU" if result["gpus"] > 1 else ""
+    tables.append((f"The largest models of Llama's shape that would fit{one}", 1, *_largest(result)))
     for title, left, rows, remarks in tables:
         lines += ["", _table(title, left, rows), *remarks]
     if result["hardware"]["source"].startswith("measured"):
