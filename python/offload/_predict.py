@@ -34,8 +34,9 @@ _STATES: dict[str, type[NativeState]] = {
 }
 # Rows of the square matrices whose product is timed: large enough for the peak, and done in a moment.
 _ROWS = {"cuda": 8192, "cpu": 1024}
-# Of the rate of one large product, what a whole model is expected to reach.
-_SHARE_OF_A_PRODUCT = 0.75
+# Of the rate of one large product, what a whole model is expected to reach: a small Llama reached 0.35 of it on two CPU
+# cores, where all that is not a product weighs more.
+_SHARE_OF_A_PRODUCT = {"cuda": 0.75, "cpu": 0.4}
 _ROUNDS = 3
 
 OptimizerName = Literal["adam", "adamw", "lion", "adagrad"]
@@ -142,7 +143,7 @@ def measure_hardware(dtype: torch.dtype = torch.bfloat16) -> Hardware:
         name="this machine" if device.kind == "cpu" else torch.cuda.get_device_name(device.name),
         device_bytes=device.free_bytes,
         flops=_product_flops(torch.device(device.name), dtype),
-        mfu=_SHARE_OF_A_PRODUCT,
+        mfu=_SHARE_OF_A_PRODUCT[device.kind],
         device_bandwidth=rates.device_update,
         to_host=rates.to_host,
         to_device=rates.to_device,
