@@ -132,17 +132,18 @@ def predict(
     )
 
 
-def measure_hardware(dtype: torch.dtype = torch.bfloat16) -> Hardware:
+def measure_hardware() -> Hardware:
     """This machine: its accelerator, or the CPU without one; free memory and measured rates, in about a second.
 
-    dtype: of the matrix product that is timed. Disks are not measured.
+    Disks are not measured.
     """
     device, host = probe_device(), probe_host()
     rates = measure_rates(torch.device(device.name), pin=device.kind != "cpu", kernels=True)
     return Hardware(
         name="this machine" if device.kind == "cpu" else torch.cuda.get_device_name(device.name),
         device_bytes=device.free_bytes,
-        flops=_product_flops(torch.device(device.name), dtype),
+        flops=_product_flops(torch.device(device.name), torch.bfloat16),
+        fp32_flops=_product_flops(torch.device(device.name), torch.float32),
         mfu=_SHARE_OF_A_PRODUCT[device.kind],
         device_bandwidth=rates.device_update,
         to_host=rates.to_host,
@@ -151,7 +152,7 @@ def measure_hardware(dtype: torch.dtype = torch.bfloat16) -> Hardware:
         host_bandwidth=rates.host_update,
         disk_read=DISK_READ,
         disk_write=DISK_WRITE,
-        source="measured: a matrix product, copies and updates, each by itself",
+        source="measured: matrix products, copies and updates, each by itself",
         assumed=("mfu", "disk_read", "disk_write"),
         kind=device.kind,
     )

@@ -163,6 +163,20 @@ def test_a_step_takes_as_many_micro_batches_as_memory_asks_for(llama: nn.Module)
     assert one.seconds >= max(one.busy.values()) and one.bound_by == "host_update"
 
 
+def test_fp32_computes_at_its_own_rate_and_a_few_wide_parameters_do_not_make_a_model_fp32() -> None:
+    def seconds(dtype: torch.dtype, norms: torch.dtype) -> float:
+        model = decoder(2, 256, vocabulary=512, dtype=dtype)
+        for module in model.modules():
+            if isinstance(module, nn.RMSNorm):
+                module.to(norms)
+        away = {"optimizer": "host", "gradients": "host"}  # so that compute is the model's alone
+        return offload.predict(model, ROOMY, batches=[1], length=64, **away).steps[0].busy["compute"]
+
+    half = seconds(torch.bfloat16, torch.bfloat16)
+    assert seconds(torch.bfloat16, torch.float32) == half
+    assert seconds(torch.float32, torch.float32) == pytest.approx(half * ROOMY.flops / ROOMY.fp32_flops)
+
+
 def test_faster_links_memory_and_compute_never_make_a_step_slower(llama: nn.Module) -> None:
     base = card(host_bytes=200 * GIB)
     steps = offload.predict(llama, base, batches=[2], gradients="host", params="device").steps

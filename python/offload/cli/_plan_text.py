@@ -80,6 +80,7 @@ def _heading(result: Mapping[str, Any]) -> list[str]:
     hardware, gpus = result["hardware"], result["gpus"]
     star = {name: "*" if name in hardware["assumed"] else "" for name in hardware}
     trainable, frozen = result["trainable_count"], result["frozen_count"]
+    peak = hardware["fp32_flops" if result["dtype"] == "float32" else "flops"]
     each = result["resident_bytes"] / max(1, trainable + frozen)
     several, a_gpu = (f"{gpus} x ", " a GPU") if gpus > 1 else ("", "")
     formats = [
@@ -90,7 +91,7 @@ def _heading(result: Mapping[str, Any]) -> list[str]:
         f"training  {', '.join([result['dtype'], result['optimizer_class'], *formats])}, sequences of "
         f"{result['length']:,} tokens{', checkpointing' if result['checkpointing'] else ''}",
         f"device    {several}{hardware['name']}: {_gib(hardware['device_bytes'])}, "
-        f"{hardware['flops'] / 1e12:.3g} TFLOP/s, of which {hardware['mfu']:.0%}{star['mfu']} reached",
+        f"{peak / 1e12:.3g} TFLOP/s, of which {hardware['mfu']:.0%}{star['mfu']} reached",
         f"link      {_rate(hardware['to_host'])} to the host, {_rate(hardware['to_device'])} to the device",
         f"host      {_gib(hardware['host_bytes'])}{star['host_bytes']}{a_gpu}, updates at "
         f"{_rate(hardware['host_bandwidth'])}{star['host_bandwidth']}",
