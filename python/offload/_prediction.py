@@ -239,13 +239,14 @@ class _Job:
             return None
         micro_batches = -(-batch // (room // self.sequence_bytes))
         held = -(-batch // micro_batches) * self.sequence_bytes
+        units = {p.unit for p in self.parameters}  # a unit whose parameters are all tied is another's
         compute = transformer_compute(
             self.parameters,
             tokens=batch * self.length // micro_batches,
             flops=self.hardware.mfu * (self.hardware.flops if self.itemsize == 2 else self.hardware.fp32_flops),
             checkpointing=self.checkpointing,
             lookups=self.costs.lookups,
-            attention=self.costs.operations,
+            attention={unit: more for unit, more in self.costs.operations.items() if unit in units},
         )
         works = [_sharded(work, self.gpus) for work in unit_works(self.parameters, plan, candidate.config, compute)]
         found = forecast(

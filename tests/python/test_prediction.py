@@ -138,6 +138,12 @@ def test_a_tied_head_is_multiplied_and_experts_are_not_all_passed() -> None:
         )
     costs = token_costs(tied, find_units(tied), 16)
     assert costs.lookups == frozenset() and costs.logits == 100
+    away = dict.fromkeys(("optimizer", "gradients", "params"), "host")
+    found = offload.predict(tied.to(torch.bfloat16), ROOMY, batches=[1], length=16, checkpointing=False, **away)
+    (step,) = found.steps
+    n = sum(p.numel() for p in tied.parameters())
+    operations = 3 * 16 * (2 * n + 2 * 2 * 16 * 64)  # the embedding's lookup is free, and the head is its product
+    assert step.busy["compute"] == pytest.approx(operations / (ROOMY.flops * ROOMY.mfu))
     costs = token_costs(experts, find_units(experts), 16)
     passed = 2 * sum(p.numel() for n, p in experts.named_parameters() if ".layers.0." in n and ".experts." in n)
     assert passed == 2 * 8 * 3 * 64 * 96
