@@ -148,6 +148,17 @@ def test_a_new_user_reads_the_answer_first(capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.usefixtures("no_search")
+def test_the_call_has_the_options_that_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [*SMALL, "--hardware", "4090", *QUICK]
+    assert main([*small, "--moments", "int8", "--master", "bf16"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "It fits: `offload.wrap(model, optim, moments='int8', master='bf16')` takes"
+    )
+    assert main([*small, "--gpu-memory", "8MiB", "--host-memory", "20MiB"]) == 0
+    assert capsys.readouterr().out.startswith("It fits: `offload.wrap(model, optim, disk_path=DIRECTORY)` takes")
+
+
+@pytest.mark.usefixtures("no_search")
 def test_on_a_terminal_tables_are_drawn(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("rich")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
