@@ -1,9 +1,10 @@
 """What a machine has and how fast it is: of known cards, by their data sheets, or as it was measured.
 
 [Note: where the figures of a preset come from] Memory is what `nvidia-smi` shows of the card, in MiB. Operations a
-second (dense, 16-bit inputs, fp32 sums) and memory bandwidth are NVIDIA's, from the data sheet that `source` names. Of
-the operations training reaches a share, `mfu`, of all that it does, recomputed ones included: an assumption, like all
-of the host, for cards are sold without one. Links are what copies of pinned memory were measured to reach.
+second (dense; 16-bit inputs with fp32 sums, and fp32 without TF32) and memory bandwidth are NVIDIA's, from the data
+sheet that `source` names. Of the operations training reaches a share, `mfu`, of all that it does, recomputed ones
+included: an assumption, like all of the host, for cards are sold without one. Links are what copies of pinned memory
+were measured to reach.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class _Card:
 
     memory_mib: int
     tflops: float
+    fp32_tflops: float
     bandwidth: float
     link: str
     mfu: float
@@ -76,19 +78,23 @@ DISK_READ, DISK_WRITE = 5e9, 3e9
 # The share reached: 150 of 165 TFLOP/s were measured on a 4090 at large batches and 126 with offloading; data centre
 # cards, whose peak is further from what their power and memory sustain, train at 0.4 to 0.55 of it.
 _CARDS: dict[str, _Card] = {
-    "h200": _Card(143_771, 989, 4800, "pcie5x16", 0.45, "server-ddr5", "NVIDIA H200 data sheet (SXM)"),
-    "h100-80": _Card(81_559, 989, 3350, "pcie5x16", 0.45, "server-ddr5", "NVIDIA H100 data sheet (SXM)"),
-    "h100-pcie": _Card(81_559, 756, 2000, "pcie5x16", 0.45, "server-ddr5", "NVIDIA H100 data sheet (PCIe)"),
-    "gh200": _Card(97_871, 989, 4000, "nvlink-c2c", 0.45, "grace", "NVIDIA GH200 data sheet (96 GB HBM3)"),
-    "b200": _Card(183_359, 2250, 8000, "pcie5x16", 0.4, "server-ddr5", "NVIDIA DGX B200 data sheet, an eighth of it"),
-    "a100-40": _Card(40_960, 312, 1555, "pcie4x16", 0.5, "server-ddr4", "NVIDIA A100 data sheet (40 GB)"),
-    "a100-80": _Card(81_920, 312, 2039, "pcie4x16", 0.5, "server-ddr4", "NVIDIA A100 data sheet (80 GB, SXM)"),
-    "l40s": _Card(46_068, 362, 864, "pcie4x16", 0.45, "server-ddr5", "NVIDIA L40S data sheet"),
-    "l4": _Card(23_034, 121, 300, "pcie4x16", 0.45, "server-ddr5", "NVIDIA L4 data sheet"),
-    "a6000": _Card(49_140, 155, 768, "pcie4x16", 0.5, "desktop-ddr4", "NVIDIA RTX A6000 data sheet"),
-    "3090": _Card(24_576, 71, 936, "pcie4x16", 0.65, "desktop-ddr4", "NVIDIA GA102 white paper, appendix A"),
-    "4090": _Card(24_564, 165.2, 1008, "pcie4x16", 0.65, "desktop-ddr5", "NVIDIA Ada white paper, appendix A"),
-    "5090": _Card(32_607, 209.5, 1792, "pcie5x16", 0.6, "desktop-ddr5", "NVIDIA RTX Blackwell white paper, appendix A"),
+    "h200": _Card(143_771, 989, 67, 4800, "pcie5x16", 0.45, "server-ddr5", "NVIDIA H200 data sheet (SXM)"),
+    "h100-80": _Card(81_559, 989, 67, 3350, "pcie5x16", 0.45, "server-ddr5", "NVIDIA H100 data sheet (SXM)"),
+    "h100-pcie": _Card(81_559, 756, 51, 2000, "pcie5x16", 0.45, "server-ddr5", "NVIDIA H100 data sheet (PCIe)"),
+    "gh200": _Card(97_871, 989, 67, 4000, "nvlink-c2c", 0.45, "grace", "NVIDIA GH200 data sheet (96 GB HBM3)"),
+    "b200": _Card(
+        183_359, 2250, 75, 8000, "pcie5x16", 0.4, "server-ddr5", "NVIDIA DGX B200 data sheet, an eighth of it"
+    ),
+    "a100-40": _Card(40_960, 312, 19.5, 1555, "pcie4x16", 0.5, "server-ddr4", "NVIDIA A100 data sheet (40 GB)"),
+    "a100-80": _Card(81_920, 312, 19.5, 2039, "pcie4x16", 0.5, "server-ddr4", "NVIDIA A100 data sheet (80 GB, SXM)"),
+    "l40s": _Card(46_068, 362, 91.6, 864, "pcie4x16", 0.45, "server-ddr5", "NVIDIA L40S data sheet"),
+    "l4": _Card(23_034, 121, 30.3, 300, "pcie4x16", 0.45, "server-ddr5", "NVIDIA L4 data sheet"),
+    "a6000": _Card(49_140, 155, 38.7, 768, "pcie4x16", 0.5, "desktop-ddr4", "NVIDIA RTX A6000 data sheet"),
+    "3090": _Card(24_576, 71, 35.6, 936, "pcie4x16", 0.65, "desktop-ddr4", "NVIDIA GA102 white paper, appendix A"),
+    "4090": _Card(24_564, 165.2, 82.6, 1008, "pcie4x16", 0.65, "desktop-ddr5", "NVIDIA Ada white paper, appendix A"),
+    "5090": _Card(
+        32_607, 209.5, 104.8, 1792, "pcie5x16", 0.6, "desktop-ddr5", "NVIDIA RTX Blackwell white paper, appendix A"
+    ),
 }
 _ALSO_CALLED = {"h100": "h100-80", "a100": "a100-80"}
 
@@ -97,11 +103,12 @@ _ALSO_CALLED = {"h100": "h100-80", "a100": "a100-80"}
 class Hardware:
     """One card and its share of a host: bytes, bytes a second, operations a second.
 
-    device_bytes: free for training; host_bytes: available. flops: dense operations a second of the card, of which
-    compute reaches the share `mfu`. device_bandwidth: of its memory, as an update streams it. to_host, to_device: of
-    copies; host_bandwidth: what the update on the host streams while copies run. disk_read, disk_write: of all disks
-    that states may live on. source: where the figures come from; assumed: names of the fields that nobody measured or
-    published. kind: "cuda", or "cpu" where the CPU is the device and both memories are one.
+    device_bytes: free for training; host_bytes: available. flops, fp32_flops: dense operations a second with 16-bit
+    inputs, and in fp32 as torch computes it where TF32 is not allowed; compute reaches the share `mfu` of them.
+    device_bandwidth: of the card's memory, as an update streams it. to_host, to_device: of copies; host_bandwidth: what
+    the update on the host streams while copies run. disk_read, disk_write: of all disks that states may live on.
+    source: where the figures come from; assumed: names of the fields that nobody measured or published. kind: "cuda",
+    or "cpu" where the CPU is the device and both memories are one.
 
     PRESETS names what `preset` knows, LINKS what `having` takes as a link, INTERCONNECTS what joins cards.
 
@@ -115,6 +122,7 @@ class Hardware:
     name: str
     device_bytes: int
     flops: float
+    fp32_flops: float
     mfu: float
     device_bandwidth: float
     to_host: float
@@ -156,6 +164,7 @@ class Hardware:
             name=key,
             device_bytes=(card.memory_mib << 20) - _CONTEXT_BYTES,
             flops=card.tflops * 1e12,
+            fp32_flops=card.fp32_tflops * 1e12,
             mfu=card.mfu,
             device_bandwidth=card.bandwidth * 1e9 * _STREAMED_SHARE,
             to_host=to_host,

@@ -113,6 +113,13 @@ class Hybrid:
             f"states on the host; rates: {self.rates}"
         )
 
+    def words_of_step(self) -> str:
+        """What that means for a step: both parts begin where its backward ends, the host's beside a forward."""
+        return (
+            f"a step is predicted to take its backward and then the longer of {self.host_seconds * 1e3:.3g} ms on the "
+            f"host and of the next forward with {self.device_seconds * 1e3:.3g} ms on the device before it"
+        )
+
 
 def keep_fastest(states: Sequence[StateBytes], room_bytes: int, rates: Rates) -> Hybrid:
     """Keeps, in the model's order, each state that fits into `room_bytes` and makes the update shorter.

@@ -18,6 +18,9 @@ from ._units import Unit
 
 __all__ = ["parameter_sizes", "token_costs"]
 
+# In 16-bit elements: its input in fp32, and what it scales.
+_NORM_KEEPS = 3
+
 
 def parameter_sizes(
     model: nn.Module, units: Sequence[Unit], trained: Mapping[int, type[ParameterState]], settings: Config
@@ -69,7 +72,7 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
         matrices = list(_matrices(unit))
         multiplied.update(map(id, matrices))
         is_block = not unit.is_root and classes[type(unit.modules[0])] > 1
-        saved[unit.name], operations[unit.name] = 0, attention if is_block else 0.0
+        saved[unit.name], operations[unit.name] = _NORM_KEEPS * _normed(unit), attention if is_block else 0.0
         for matrix in matrices:
             is_expert = "experts" in names[id(matrix)].split(".")
             share = active if is_expert else 1.0
@@ -98,6 +101,17 @@ def _matrices(unit: Unit) -> Iterator[Tensor]:
             if id(parameter) in own and parameter.dim() >= 2:
                 own.remove(id(parameter))
                 yield parameter
+
+
+def _normed(unit: Unit) -> int:
+    """Elements that the unit's norms scale: those of weights that are vectors, in modules without a matrix."""
+    own = {id(parameter) for _, parameter in unit.parameters}
+    scales = (dict(module.named_parameters(recurse=False)) for module in unit.modules[0].modules())
+    return sum(
+        scale["weight"].numel()
+        for scale in scales
+        if "weight" in scale and id(scale["weight"]) in own and all(p.dim() == 1 for p in scale.values())
+    )
 
 
 def _attention_operations(config: Any, length: int) -> float:

@@ -184,7 +184,7 @@ def make_plan(
     if kept:
         reason.append(sizes.words_of(kept))
     if hybrid is not None:
-        reason.append(hybrid.words())
+        reason += [hybrid.words(), hybrid.words_of_step()]
     reason.append(f"host: {format_size(on_host)} of {format_size(host_capacity)} ({host_note})")
     if optimizer == "unified":
         reason.append(words_of_unified(memory_kind, unified.total, sizes.copied_bytes()))

@@ -38,8 +38,6 @@ _OPTIONS = ("optimizer", "gradients", "params")
 # Stands for a directory that is not chosen yet; a plan opens none.
 _SOME_DISK = "DIRECTORY"
 _COLLECTIVES_SHARE = 0.8
-# Of the rate for 16-bit inputs, what tensor cores reach with fp32 ones (as TF32).
-_FP32_SHARE = 0.5
 _RULE_OF_THUMB = 40  # bytes a parameter
 _PLENTY = 2**60
 # A placement that offloads more is preferred only if it is faster by more than forecasts are good for.
@@ -171,7 +169,8 @@ def make_prediction(
     if plan is None and refusal is None and all(one.plan is None for one in candidates):
         tried = [one.placed.refusal for one in candidates] or ["no placement but device, host and disk is sharded"]
         refusal = f"nothing fits {gpus} cards: {tried[-1]}"
-    itemsize = max(p.itemsize for p in parameters)
+    wide = sum(p.numel for p in parameters if p.itemsize > 2)
+    itemsize = 4 if 2 * wide > sum(p.numel for p in parameters) else 2  # of what most elements are
     job = _Job(parameters, costs, hardware, itemsize, length, checkpointing, gpus, interconnect)
     resident = _attempt(parameters, _placing(config, _PLACEMENTS[0]), hardware)
     steps = tuple(
@@ -240,13 +239,14 @@ class _Job:
             return None
         micro_batches = -(-batch // (room // self.sequence_bytes))
         held = -(-batch // micro_batches) * self.sequence_bytes
+        units = {p.unit for p in self.parameters}  # a unit whose parameters are all tied is another's
         compute = transformer_compute(
             self.parameters,
             tokens=batch * self.length // micro_batches,
-            flops=self.hardware.flops * self.hardware.mfu * (_FP32_SHARE if self.itemsize == 4 else 1.0),
+            flops=self.hardware.mfu * (self.hardware.flops if self.itemsize == 2 else self.hardware.fp32_flops),
             checkpointing=self.checkpointing,
             lookups=self.costs.lookups,
-            attention=self.costs.operations,
+            attention={unit: more for unit, more in self.costs.operations.items() if unit in units},
         )
         works = [_sharded(work, self.gpus) for work in unit_works(self.parameters, plan, candidate.config, compute)]
         found = forecast(

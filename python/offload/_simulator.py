@@ -205,7 +205,8 @@ class _Pipeline:
         crossing = [self.run(lane, unit.unified_bytes, self.compute.last) for lane in ("to_device", "to_host")]
         self.compute.run(self.machine.seconds("device_update", unit.device_update_bytes))
         self.compute.wait(latest(crossing))
-        self.compute.wait(self.run("to_host", unit.step_to_host_bytes, self.compute.last))
+        if not unit.host_update_bytes:  # else they are gradients, which have left
+            self.compute.wait(self.run("to_host", unit.step_to_host_bytes, self.compute.last))
 
 
 class _WeightWindow:

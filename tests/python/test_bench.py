@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import offload
 from offload import _activations
 from offload.cli import _bench_engine, _bench_model, _bench_peers, _bench_train, main
-from offload.cli._model_shapes import shapes
+from offload.cli._model_shapes import TINY, shapes
 from offload.deepspeed._engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -181,7 +182,7 @@ def test_train_compares_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     one, two = runs[name]["steps"]
     assert one["moved_bytes"]["to_host"] >= 2 * count and two["moved_bytes"]["to_host"] >= 4 * count
     assert set(one["bound"]) == {"compute_s", "to_host_s", "to_device_s", "host_update_s"}
-    assert two["bound"]["compute_s"] == 2 * one["bound"]["compute_s"]
+    assert two["bound"]["compute_s"] == pytest.approx(2 * one["bound"]["compute_s"])
     assert one["share_of_link"]["to_host"] > 0 and one["step_over_resident"] > 0
     assert "equal bit for bit" in capsys.readouterr().err
 
@@ -229,11 +230,13 @@ def test_train_with_several_placements(tmp_path: Path, monkeypatch: pytest.Monke
     rates, moved = result["ceilings_bytes_per_s"], 2 * result["parameters"]
     bound = everything["steps"][0]["bound"]
     assert bound["to_host_s"] == pytest.approx(2 * moved / rates["to_host"])
-    assert bound["to_device_s"] == pytest.approx(4 * moved / rates["to_device"])
-    halved = half["steps"][0]["bound"]
-    assert halved["host_update_s"] == pytest.approx(bound["host_update_s"] / 2)
-    assert halved["to_host_s"] == pytest.approx(bound["to_host_s"] / 2)
-    assert halved["to_device_s"] == pytest.approx(moved / 2 / rates["to_device"])
+    # Weights come once or twice in each micro-batch, and the sums of the first one come back in the second.
+    assert 3 * moved < bound["to_device_s"] * rates["to_device"] < 5 * moved
+    halved = half["steps"][0]["bound"]  # of whole parameters
+    assert halved["host_update_s"] == pytest.approx(bound["host_update_s"] / 2, rel=0.1)
+    assert halved["to_host_s"] == pytest.approx(bound["to_host_s"] / 2, rel=0.1)
+    assert halved["to_device_s"] == pytest.approx(moved / rates["to_device"], rel=0.1)
+    assert everything["steps"][0]["forecast_s"] >= max(bound.values())
     assert unified["losses_equal_resident"] and unified["stats"]["unified_bytes"]["moments"] == moments
     crossing = unified["steps"][0]["bound"]  # masters and moments, and the gradients of two micro-batches
     assert set(crossing) == {"compute_s", "to_host_s", "to_device_s"}
@@ -264,9 +267,13 @@ def test_the_bound_is_the_largest_part() -> None:
         return {"steps": [row], "losses": list(losses), **more}
 
     places = {"optimizer": "host", "gradients": "host", "params": "device", "activations": "device"}
+    count = sum(map(math.prod, shapes(TINY)))
+    rates = {"to_host": 1.0 * count, "to_device": 0.5 * count, "host_memory_while_copying": 6.0 * count}
     result = {
-        "parameters": 1000,
-        "ceilings_bytes_per_s": {"to_host": 1000.0, "to_device": 500.0, "host_memory_while_copying": 6000.0},
+        "parameters": count,
+        "size": "tiny",
+        "vocabulary": TINY.vocabulary,
+        "ceilings_bytes_per_s": rates,
         "runs": {
             "compute": one(3.0, 1, 1),
             "resident": one(4.0, 1, 2.5, places=dict.fromkeys(places, "device")),
@@ -276,8 +283,9 @@ def test_the_bound_is_the_largest_part() -> None:
     }
     concluded = _bench_train.conclude(result)
     (row,) = concluded["runs"]["offloaded"]["steps"]
-    assert row["bound"] == {"compute_s": 3.0, "to_host_s": 2.0, "to_device_s": 4.0, "host_update_s": 5.0}
-    assert row["bound_by"] == "host_update_s" and row["share_of_bound"] == 5 / 8
+    expected = {"compute_s": 3.0, "to_host_s": 2.0, "to_device_s": 4.0, "host_update_s": 5.0}
+    assert row["bound"] == pytest.approx(expected)
+    assert row["bound_by"] == "host_update_s" and row["share_of_bound"] == pytest.approx(5 / 8)
     assert concluded["losses_equal_resident"] is False and row["step_over_resident"] == 2.0
     assert concluded["runs"]["torchao"] == {"unavailable": "not installed"}
 

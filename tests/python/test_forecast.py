@@ -152,11 +152,12 @@ def works(draw: st.DrawFn) -> UnitWork:
         work = dataclasses.replace(work, weight_bytes=weight)
     if draw(st.booleans()):
         return dataclasses.replace(work, device_update_bytes=states, step_to_device_bytes=gradient if leaves else 0)
-    on_disk = draw(st.booleans())
+    on_disk, in_part = draw(st.booleans()), draw(st.booleans())
     return dataclasses.replace(
         work,
         step_to_host_bytes=0 if leaves else gradient,
         host_update_bytes=states + 1,
+        device_update_bytes=states if in_part else 0,
         upload_bytes=0 if streams else weight,
         disk_read_bytes=states if on_disk else 0,
         disk_write_bytes=states if on_disk else 0,
@@ -186,6 +187,9 @@ def test_never_below_the_bound_and_all_of_it_is_compute_or_waiting(case: Any) ->
     assert step.seconds >= step.bound_seconds * (1 - 1e-9)
     assert all(seconds <= step.seconds * (1 + 1e-9) for seconds in step.busy.values())
     assert step.busy["compute"] + sum(step.exposed.values()) == pytest.approx(step.seconds)
+    left = sum(unit.gradient_bytes + (1 - options["kept_activations"]) * unit.activation_bytes for unit in units)
+    left = options["micro_batches"] * left + sum(unit.step_to_host_bytes for unit in units)
+    assert step.busy["to_host"] == pytest.approx(left / machine.to_host)
 
 
 @settings(max_examples=100, deadline=None)

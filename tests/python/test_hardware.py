@@ -19,6 +19,7 @@ def test_every_preset_is_whole_and_says_where_its_figures_come_from(name: str) -
     assert {"mfu", "host_bytes", "host_bandwidth"} <= set(found.assumed) <= {f.name for f in dataclasses.fields(found)}
     # Figures in the wrong unit are off by a thousand: a card has 16 GiB to 1 TiB, 50 TFLOP/s to 5 PFLOP/s.
     assert 16 << 30 < found.device_bytes < 1 << 40 and 5e13 < found.flops < 5e15 and 0.3 <= found.mfu <= 0.7
+    assert 1e13 < found.fp32_flops < found.flops
     assert 2e11 < found.device_bandwidth < 1e13 and 1e10 < found.to_host <= found.to_device < 1e12
     assert found.disk_write < found.disk_read < found.host_bandwidth < found.device_bandwidth
     assert found.rates.host_update == found.host_bandwidth and found.rates.device_update == found.device_bandwidth

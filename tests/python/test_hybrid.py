@@ -101,6 +101,9 @@ def test_the_device_keeps_what_fits_its_budget(rates: Rates) -> None:
     text = plan.explain()
     assert f"and {all_on_host_ms:.3g} ms with all states on the host" in text
     assert f"predicted to take {all_on_host_ms / 2:.3g} ms" in text
+    assert (
+        f"its backward and then the longer of {all_on_host_ms / 2:.3g} ms on the host and of the next forward" in text
+    )
     assert "50.0% of their bytes" in text and f"to host {rates.to_host / 1e9:.3g} GB/s" in text
 
 
@@ -139,6 +142,7 @@ def test_what_was_asked_for_is_not_measured() -> None:
     ):
         plan = plan_for(layers(4), refuse, **options)  # type: ignore[arg-type]
         assert not options or plan.optimizer in ("host", "mixed")
+        assert "predicted" not in plan.explain()
 
 
 def test_it_is_measured_once() -> None:

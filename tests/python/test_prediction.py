@@ -90,9 +90,10 @@ def test_activations_by_hand() -> None:
     units = find_units(model)
     costs = token_costs(model, units, 64)
     query = key = value = output = 128 + 128  # of one head, which has a key of its own
-    block = query + key + value + output + 3 * (128 + 448)
-    assert costs.activation_bytes(7, 2, checkpointing=False) == 7 * (2 * (2 * block + 128) + 10 * 1000)
-    assert costs.activation_bytes(7, 2, checkpointing=True) == 7 * (2 * (2 * 128 + block + 128) + 10 * 1000)
+    norm = 3 * 128  # its input in fp32, and what it scales
+    block = query + key + value + output + 3 * (128 + 448) + 2 * norm
+    assert costs.activation_bytes(7, 2, checkpointing=False) == 7 * (2 * (2 * block + norm + 128) + 10 * 1000)
+    assert costs.activation_bytes(7, 2, checkpointing=True) == 7 * (2 * (2 * 128 + block + norm + 128) + 10 * 1000)
     assert set(costs.lookups) == {"embedding.weight"} and costs.logits == 1000
     # Causal attention in one head of 128: scores and their product, over half of 64 keys on average.
     assert costs.operations == {
@@ -102,6 +103,28 @@ def test_activations_by_hand() -> None:
         "norm": 0,
         "head": 0,
     }
+
+
+def test_activations_beside_what_autograd_saves() -> None:
+    """Of a Llama whose logits weigh little, for the estimate has more copies of them than outlive the forward."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 6, "vocab_size": 16}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tokens = torch.zeros(2, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=tokens, labels=tokens)
+    costs = token_costs(model, find_units(model), 64)
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    assert costs.activation_bytes(2 * 64, 2, checkpointing=False) == pytest.approx(counted, rel=0.1)
 
 
 def test_a_tied_head_is_multiplied_and_experts_are_not_all_passed() -> None:
@@ -115,6 +138,12 @@ def test_a_tied_head_is_multiplied_and_experts_are_not_all_passed() -> None:
         )
     costs = token_costs(tied, find_units(tied), 16)
     assert costs.lookups == frozenset() and costs.logits == 100
+    away = dict.fromkeys(("optimizer", "gradients", "params"), "host")
+    found = offload.predict(tied.to(torch.bfloat16), ROOMY, batches=[1], length=16, checkpointing=False, **away)
+    (step,) = found.steps
+    n = sum(p.numel() for p in tied.parameters())
+    operations = 3 * 16 * (2 * n + 2 * 2 * 16 * 64)  # the embedding's lookup is free, and the head is its product
+    assert step.busy["compute"] == pytest.approx(operations / (ROOMY.flops * ROOMY.mfu))
     costs = token_costs(experts, find_units(experts), 16)
     passed = 2 * sum(p.numel() for n, p in experts.named_parameters() if ".layers.0." in n and ".experts." in n)
     assert passed == 2 * 8 * 3 * 64 * 96
@@ -138,6 +167,20 @@ def test_a_step_takes_as_many_micro_batches_as_memory_asks_for(llama: nn.Module)
     assert one.busy["to_host"] == pytest.approx(2 * LLAMA_3_8B / hardware.to_host)
     assert one.busy["host_update"] == pytest.approx(30 * LLAMA_3_8B / hardware.host_bandwidth)
     assert one.seconds >= max(one.busy.values()) and one.bound_by == "host_update"
+
+
+def test_fp32_computes_at_its_own_rate_and_a_few_wide_parameters_do_not_make_a_model_fp32() -> None:
+    def seconds(dtype: torch.dtype, norms: torch.dtype) -> float:
+        model = decoder(2, 256, vocabulary=512, dtype=dtype)
+        for module in model.modules():
+            if isinstance(module, nn.RMSNorm):
+                module.to(norms)
+        away = {"optimizer": "host", "gradients": "host"}  # so that compute is the model's alone
+        return offload.predict(model, ROOMY, batches=[1], length=64, **away).steps[0].busy["compute"]
+
+    half = seconds(torch.bfloat16, torch.bfloat16)
+    assert seconds(torch.bfloat16, torch.float32) == half
+    assert seconds(torch.float32, torch.float32) == pytest.approx(half * ROOMY.flops / ROOMY.fp32_flops)
 
 
 def test_faster_links_memory_and_compute_never_make_a_step_slower(llama: nn.Module) -> None:

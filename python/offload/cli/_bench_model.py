@@ -1,4 +1,5 @@
-"""The Llama-shaped models of `offload bench train`: random bf16 weights, the same bits wherever they are made."""
+"""The Llama-shaped models of `offload bench train`: random bf16 weights, the same bits wherever they are made; and what
+the forecast of a step has to know of a model."""
 
 from __future__ import annotations
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from offload import ParameterSize
+
 from ._model_shapes import ModelShape
 
-__all__ = ["build"]
+__all__ = ["build", "sizes_of"]
 
 _DEVIATION = 0.02
 
@@ -57,6 +60,26 @@ def build(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return model.train()
+
+
+def sizes_of(model: nn.Module) -> list[ParameterSize]:
+    """Its parameters, all trained, by unit: an element of a list of layers, or a module outside of those."""
+    return [
+        ParameterSize(
+            name,
+            parameter.numel(),
+            parameter.element_size(),
+            str(parameter.dtype).removeprefix("torch."),
+            unit=_unit_of(name),
+        )
+        for name, parameter in model.named_parameters()
+    ]
+
+
+def _unit_of(name: str) -> str:
+    modules = name.split(".")[:-1]
+    element = next((position for position, module in enumerate(modules) if module.isdigit()), len(modules))
+    return ".".join(modules[: element + 1])
 
 
 @torch.no_grad()

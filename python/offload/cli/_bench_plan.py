@@ -29,6 +29,7 @@ from offload import Machine, ParameterSize
 
 from .. import _native
 from ._bench import summary
+from ._bench_model import sizes_of
 from ._table import table
 
 __all__ = ["run", "text"]
@@ -143,10 +144,12 @@ def _measure_rates(grid: Sequence[Setting], quick: bool) -> dict[str, Any]:
         forward, backward = (summary([one[way] / micro_batches for one in seconds[1:]]) for way in (0, 1))
         compute[f"{name}/{micro_batches}"] = {"forward_s": forward, "backward_s": backward}
     shape = shapes[grid[0].shape]
+    weights = {size.numel for shape in shapes.values() for size in _sizes(shape)}
     return {
         "compute": compute,
         "host_update": _host_update(shape, repeats),
-        "device_update": _device_update(shape, repeats),
+        # Not one rate: torch's operations on a CPU are faster where what they leave for each other fits its caches.
+        "device_update_s": {str(elements): _device_update(elements, repeats) for elements in sorted(weights)},
         "norm": _norm(shape, repeats),
     }
 
@@ -170,18 +173,21 @@ def _host_update(shape: Shape, repeats: int) -> float:
     return float(summary(rates[1:])["median"])
 
 
-def _device_update(shape: Shape, repeats: int) -> float:
-    """Bytes a second of the update of states that are on the device."""
-    model, optimizer = _wrapped(shape, "gradients", None, gradients="device")
-    rates = []
+def _device_update(elements: int, repeats: int) -> float:
+    """Seconds of the update of a state of so many elements that is on the device."""
+    model: nn.Module = nn.Linear(1, elements, bias=False, dtype=torch.bfloat16)
+    (weight,) = model.parameters()
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW([weight], lr=1e-4)
+    places = dict.fromkeys(("optimizer", "gradients", "params", "activations"), "device")
+    model, optimizer = offload.wrap(model, optimizer, config=places, device="cpu")
+    seconds = []
     for _ in range(1 + repeats):
-        _backward(model, shape, 1)
+        weight.grad = torch.full_like(weight, 0.01)
         start = time.perf_counter()
         optimizer.step()
-        rates.append(_traffic(shape, "gradients", "device_update_bytes") / (time.perf_counter() - start))
-        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - start)
     offload.unwrap(model, optimizer)
-    return float(summary(rates[1:])["median"])
+    return float(summary(seconds[1:])["median"])
 
 
 def _norm(shape: Shape, repeats: int) -> float:
@@ -198,16 +204,16 @@ def _norm(shape: Shape, repeats: int) -> float:
 
 
 def _sizes(shape: Shape) -> list[ParameterSize]:
-    return [
-        ParameterSize(name, parameter.numel(), 2, "bfloat16", unit=name.partition(".")[0])
-        for name, parameter in _build(shape, "meta").named_parameters()
-    ]
+    return sizes_of(_build(shape, "meta"))
+
+
+def _plan(shape: Shape, placement: str) -> offload.Plan:
+    return offload.estimate(_build(shape, "meta"), **_PLACEMENTS[placement])
 
 
 def _works(shape: Shape, placement: str, compute: Mapping[str, tuple[float, float]]) -> tuple[offload.UnitWork, ...]:
-    places = _PLACEMENTS[placement]
-    plan = offload.estimate(_build(shape, "meta"), **places)
-    return offload.unit_works(_sizes(shape), plan, offload.Config(**places), compute)
+    config = offload.Config(**_PLACEMENTS[placement])
+    return offload.unit_works(_sizes(shape), _plan(shape, placement), config, compute)
 
 
 def _traffic(shape: Shape, placement: str, field: str) -> int:
@@ -225,9 +231,12 @@ def _predict(setting: Setting, shape: Shape, rates: Mapping[str, Any]) -> offloa
         norm = size.numel * size.itemsize / rates["norm"] if setting.clips else 0.0
         share = size.numel / total
         compute[size.unit] = before[0] + share * forward, before[1] + share * backward + norm
-    to_host, to_device = setting.link
-    machine = Machine(to_host, to_device, rates["host_update"], rates["device_update"], synchronous=True)
     works = _works(shape, setting.placement, compute)
+    nbytes = sum(work.device_update_bytes for work in works)
+    plan = _plan(shape, setting.placement)
+    seconds = sum(rates["device_update_s"][str(size.numel)] for size in sizes if plan.keeps_state(size.name))
+    device_update = nbytes / seconds if seconds else None
+    machine = Machine(*setting.link, rates["host_update"], device_update, synchronous=True)
     return offload.forecast(
         works, machine, micro_batches=setting.micro_batches, prefetch=_PREFETCH, clips=setting.clips
     )

@@ -15,6 +15,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -24,23 +26,22 @@ import torch
 import offload
 
 from ._bench_ceilings import ceilings
+from ._bench_model import build, sizes_of
 from ._bench_peers import PEERS, Unavailable, leaving_the_group
 from ._bench_run import KINDS, ROUNDED, Compute, Offloaded, Place, Run, Size, Training, free_bytes, plain_adamw, release
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
 from ._table import format_bytes, table
 
-__all__ = ["bound", "conclude", "parse_places", "run", "text"]
+__all__ = ["conclude", "parse_places", "run", "text"]
 
 _LANES = ("to_host", "to_device")
 _BLOCKS = 3  # of runs that take turns
+# Of compute: a quarter where checkpoints are recomputed, a third else.
+_FORWARD_SHARE = 0.25
 # A run on the host and the device together: 18 bytes a parameter, and the gradients that are added up meanwhile.
 _BYTES_OF_A_RUN = 18
 _SHARE_FOR_ALL_RUNS = 0.5
-# DRAM bytes a parameter of the host update with split masters: docs/benchmarks.md, the bound of a step.
-_UPDATE_BYTES = 30
-# Of states in unified memory, what crosses the link each way: master and moments.
-_UNIFIED_BYTES = 12
 
 _SIZES: dict[str, tuple[ModelShape, int, int, int]] = {  # shape, tokens a step, of a sequence, steps
     "tiny": (TINY, 64, 32, 6),
@@ -102,10 +103,10 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     Yields a JSON-able dict whenever there is something new, the last one complete. `runs` by name: `setup_s`,
     `peak_device_bytes`, `losses` and `steps`, by tokens a step: `tokens`, `micro_batches`, `step_s`, `tokens_per_s`
-    and `step_over_resident`; of placements `moved_bytes` a step, `share_of_link`, `hidden_share`, `bound` (the parts of
-    the step's lower bound), `bound_by` and `share_of_bound`. A run that did not come about has only `does_not_fit`,
-    `unavailable` or `failed`, with the reason. `losses_equal_resident`: of all
-    placements but those that round activations.
+    and `step_over_resident`; of placements `moved_bytes` a step, `share_of_link`, `hidden_share`, `bound` (what each
+    lane of the forecast has to do), `bound_by`, `share_of_bound` and `forecast_s`. A run that did not come about has
+    only `does_not_fit`, `unavailable` or `failed`, with the reason. `losses_equal_resident`: of all placements but those
+    that round activations.
     """
     size = _size(options)
     placements = {text: parse_places(text) for text in options.offload}
@@ -196,7 +197,7 @@ def conclude(result: Mapping[str, Any]) -> dict[str, Any]:
     measured = {name: one for name, one in result["runs"].items() if "steps" in one}
     compute = _medians(measured.get("compute"))
     resident = _medians(measured.get("resident"))
-    rates, count = result["ceilings_bytes_per_s"], result["parameters"]
+    rates = result["ceilings_bytes_per_s"]
     concluded: dict[str, Any] = {**result, "runs": dict(result["runs"])}
     equal = []
     for name, one in measured.items():
@@ -212,9 +213,12 @@ def conclude(result: Mapping[str, Any]) -> dict[str, Any]:
                 more["share_of_link"] = {lane: row["moved_bytes"][lane] / median / rates[lane] for lane in _LANES}
             micro_batch = tokens // row["micro_batches"]
             if "places" in one and name != "resident" and micro_batch in compute:
-                more["bound"] = bound(count, one["places"], row["micro_batches"], compute[micro_batch], rates)
-                more["bound_by"] = max(more["bound"], key=more["bound"].__getitem__)
-                more["share_of_bound"] = more["bound"][more["bound_by"]] / median
+                shape = dataclasses.replace(_SIZES[result["size"]][0], vocabulary=result["vocabulary"])
+                step = _forecast(shape, one["places"], row["micro_batches"], compute[micro_batch], rates)
+                more["bound"] = {f"{lane}_s": seconds for lane, seconds in step.busy.items() if seconds}
+                more["bound_by"] = f"{step.bound_by}_s"
+                more["share_of_bound"] = step.bound_seconds / median
+                more["forecast_s"] = step.seconds
             steps.append(row | more)
         concluded["runs"][name] = {**one, "steps": steps}
         exact = "places" in one and one["places"]["activations"] not in ROUNDED
@@ -228,34 +232,41 @@ def conclude(result: Mapping[str, Any]) -> dict[str, Any]:
     return concluded
 
 
-def bound(
-    count: int, places: Mapping[str, Place], micro_batches: int, micro_batch_s: float, rates: Mapping[str, float]
-) -> dict[str, float]:
-    """Seconds that each resource takes at least in a step of `count` 16-bit parameters with `places` on the host.
+def _forecast(
+    shape: ModelShape,
+    places: Mapping[str, Place],
+    micro_batches: int,
+    micro_batch_s: float,
+    rates: Mapping[str, float],
+) -> offload.StepForecast:
+    """Of a step with `places` on the host; activations do not count, nor does the device's own update, whose rate the
+    ceilings do not have. micro_batch_s: forward and backward of one, alone."""
+    sizes, plan = _planned(shape, tuple(places.items()))
+    total = sum(size.numel for size in sizes)
+    compute: dict[str, tuple[float, float]] = {}
+    for size in sizes:
+        forward, backward = compute.get(size.unit, (0.0, 0.0))
+        share = micro_batch_s * size.numel / total
+        compute[size.unit] = forward + _FORWARD_SHARE * share, backward + (1 - _FORWARD_SHARE) * share
+    machine = offload.Machine(
+        rates["to_host"],
+        rates["to_device"],
+        host_update=rates["host_memory_while_copying"],
+        device_update=math.inf,
+    )
+    options: dict[str, Any] = dict(places)
+    works = offload.unit_works(sizes, plan, offload.Config(**options), compute)
+    return offload.forecast(works, machine, micro_batches=micro_batches, prefetch=plan.prefetch)
 
-    Gradients cross to the host and weights or gradients back, whichever of the kinds is offloaded; of a share of the
-    states, the share. States in unified memory cross as they are, both ways. In every micro-batch gradients leave, and
-    streamed weights come for forward and for backward. Activations do not count. micro_batch_s: forward and backward of
-    one, alone.
-    """
-    on_host = {kind: float(place == "host") if isinstance(place, str) else place for kind, place in places.items()}
-    states = on_host["optimizer"]
-    leaving = states or 1.0  # with states on the device all gradients leave, if any do
-    departures = micro_batches if on_host["gradients"] else 1
-    uploads = 2 * micro_batches if on_host["params"] else leaving
-    to_host, to_device = 2 * leaving * departures, 2 * uploads
-    if places["optimizer"] == "unified":
-        copied = on_host["gradients"] * departures  # away and back
-        to_host = _UNIFIED_BYTES + 2 * copied
-        to_device = _UNIFIED_BYTES + 2 * (copied + on_host["params"] * uploads)
-    parts = {
-        "compute_s": micro_batches * micro_batch_s,
-        "to_host_s": count * to_host / rates["to_host"],
-        "to_device_s": count * to_device / rates["to_device"],
-    }
-    if states:
-        parts["host_update_s"] = _UPDATE_BYTES * count * states / rates["host_memory_while_copying"]
-    return parts
+
+@functools.lru_cache
+def _planned(
+    shape: ModelShape, places: tuple[tuple[str, Any], ...]
+) -> tuple[list[offload.ParameterSize], offload.Plan]:
+    """Of a model that is never made."""
+    meta = torch.device("meta")
+    model = build(shape, 1, meta, meta, checkpointing=False)
+    return sizes_of(model), offload.estimate(model, **dict(places))
 
 
 def _medians(one: Mapping[str, Any] | None) -> dict[int, float]:

@@ -70,7 +70,7 @@ def run_plan(options: argparse.Namespace) -> int:
 def _hardware(options: argparse.Namespace) -> offload.Hardware:
     if options.hardware is None:
         print("offload: measuring this machine; --hardware names another", file=sys.stderr)
-        hardware = offload.measure_hardware(getattr(torch, options.dtype))
+        hardware = offload.measure_hardware()
     else:
         hardware = offload.Hardware.preset(options.hardware)
     return hardware.having(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from ._table import table
@@ -32,7 +32,8 @@ def printed(result: Mapping[str, Any]) -> str:
     tables = [("Where it can be", 4, *_places(result))]
     if result["steps"]:
         tables.append(("How fast it is", 1, *_speeds(result)))
-    tables.append(("The largest models of Llama's shape that would fit", 1, *_largest(result)))
+    one = " one GPU" if result["gpus"] > 1 else ""
+    tables.append((f"The largest models of Llama's shape that would fit{one}", 1, *_largest(result)))
     for title, left, rows, remarks in tables:
         lines += ["", _table(title, left, rows), *remarks]
     if result["hardware"]["source"].startswith("measured"):
@@ -49,26 +50,30 @@ def _verdict(result: Mapping[str, Any]) -> str:
     if result["plan"] is None:
         return f"It fits, with {_off(placements[middle['placement']])} off the device: about {_pace(middle)}."
     number = next(n for n, placed in enumerate(placements) if _matches(placed, result["plan"]))
-    call = f"`offload.wrap(model, optim{_disk_path(placements[number])})`"
+    call = _call(result, placements[number], {})
+    faster = _call(result, placements[middle["placement"]], placements[middle["placement"]]["options"])
     own = [step for step in steps if step["placement"] == number and step["batch"] == middle["batch"]]
     if not own:
-        by_itself = f"{call} leaves no room for activations"
-        return f"It fits with {_call(placements, middle)}, about {_pace(middle)}; {by_itself}."
+        return f"It fits with {faster},\nabout {_pace(middle)}; {call} leaves no room for activations."
     taken = f"It fits: {call} takes {_off(placements[number])} off the device,\nabout {_pace(own[0])}."
     if middle["placement"] == number:
         return taken
-    return f"{taken}\nFaster: {_call(placements, middle)}, about {_figures(middle['tokens_per_s'])}."
+    return f"{taken}\nFaster: {faster}, about {_figures(middle['tokens_per_s'])}."
 
 
-def _call(placements: Sequence[Mapping[str, Any]], step: Mapping[str, Any]) -> str:
-    """The call that asks for the placement of a step."""
-    placed = placements[step["placement"]]
-    options = ", ".join(f"{kind}={place!r}" for kind, place in placed["options"].items())
-    return f"`offload.wrap(model, optim, {options}{_disk_path(placed)})`"
+def _call(result: Mapping[str, Any], placed: Mapping[str, Any], options: Mapping[str, str]) -> str:
+    """The call that takes this placement, with these options of its kinds."""
+    given = {**options, **_formats(result)}
+    words = [f", {name}={value!r}" for name, value in given.items()]
+    if "disk" in placed["options"].values():
+        words.append(", disk_path=DIRECTORY")
+    return f"`offload.wrap(model, optim{''.join(words)})`"
 
 
-def _disk_path(placed: Mapping[str, Any]) -> str:
-    return ", disk_path=DIRECTORY" if "disk" in placed["options"].values() else ""
+def _formats(result: Mapping[str, Any]) -> dict[str, str]:
+    """Those of the optimizer's states that are not the usual ones."""
+    usual = {"moments": "fp32", "master": "auto"}
+    return {kind: result[kind] for kind, form in usual.items() if result[kind] != form}
 
 
 def _pace(step: Mapping[str, Any]) -> str:
@@ -79,17 +84,16 @@ def _heading(result: Mapping[str, Any]) -> list[str]:
     hardware, gpus = result["hardware"], result["gpus"]
     star = {name: "*" if name in hardware["assumed"] else "" for name in hardware}
     trainable, frozen = result["trainable_count"], result["frozen_count"]
+    peak = hardware["fp32_flops" if result["dtype"] == "float32" else "flops"]
     each = result["resident_bytes"] / max(1, trainable + frozen)
     several, a_gpu = (f"{gpus} x ", " a GPU") if gpus > 1 else ("", "")
-    formats = [
-        f"{kind} {result[kind]}" for kind, usual in (("moments", "fp32"), ("master", "auto")) if result[kind] != usual
-    ]
+    formats = [f"{kind} {form}" for kind, form in _formats(result).items()]
     lines = [
         f"model     {result['model']}: {trainable:,} parameters{f', {frozen:,} more frozen' if frozen else ''}",
         f"training  {', '.join([result['dtype'], result['optimizer_class'], *formats])}, sequences of "
         f"{result['length']:,} tokens{', checkpointing' if result['checkpointing'] else ''}",
         f"device    {several}{hardware['name']}: {_gib(hardware['device_bytes'])}, "
-        f"{hardware['flops'] / 1e12:.3g} TFLOP/s, of which {hardware['mfu']:.0%}{star['mfu']} reached",
+        f"{peak / 1e12:.3g} TFLOP/s, of which {hardware['mfu']:.0%}{star['mfu']} reached",
         f"link      {_rate(hardware['to_host'])} to the host, {_rate(hardware['to_device'])} to the device",
         f"host      {_gib(hardware['host_bytes'])}{star['host_bytes']}{a_gpu}, updates at "
         f"{_rate(hardware['host_bandwidth'])}{star['host_bandwidth']}",
