@@ -3,7 +3,8 @@
 The links are HostDevice's own, capped in real time, so that a step is bound by what the caps say and not by the noise
 of the machine. Compute is real: bf16 matrix products by one thread of torch, beside one worker thread of the host
 update, so that two cores are enough for both. All rates are measured once, before the first setting: compute alone, the
-host update while a model computes and copies run, the device's update, and the norms of clipping. No setting is
+host update while a model computes and copies run, the device's own update of what a placement leaves there (torch's
+operations on a CPU have no one rate: the smaller the weights, the faster), and the norms of clipping. No setting is
 measured before all of them are predicted.
 """
 
@@ -134,22 +135,25 @@ def _measure_rates(grid: Sequence[Setting], quick: bool) -> dict[str, Any]:
     """Seconds of compute alone, by shape and micro-batches, and bytes a second of updates and norms."""
     shapes = _QUICK_SHAPES if quick else _SHAPES
     repeats = 3 if quick else 9
-    compute: dict[str, Any] = {}
-    for name, micro_batches in dict.fromkeys((setting.shape, setting.micro_batches) for setting in grid):
-        model = _build(shapes[name])
-        seconds = []
-        for _ in range(1 + repeats):
-            seconds.append(_backward(model, shapes[name], micro_batches))
-            model.zero_grad()
-        forward, backward = (summary([one[way] / micro_batches for one in seconds[1:]]) for way in (0, 1))
+    models = {name: _build(shape) for name, shape in shapes.items()}
+    seconds: dict[tuple[str, int], list[tuple[float, float]]] = {(one.shape, one.micro_batches): [] for one in grid}
+    for _ in range(1 + repeats):  # in turn: what else the machine does is in all of them
+        for (name, micro_batches), samples in seconds.items():
+            samples.append(_backward(models[name], shapes[name], micro_batches))
+            models[name].zero_grad()
+    compute = {}
+    for (name, micro_batches), samples in seconds.items():
+        forward, backward = (summary([one[way] / micro_batches for one in samples[1:]]) for way in (0, 1))
         compute[f"{name}/{micro_batches}"] = {"forward_s": forward, "backward_s": backward}
     shape = shapes[grid[0].shape]
-    weights = {size.numel for shape in shapes.values() for size in _sizes(shape)}
     return {
         "compute": compute,
         "host_update": _host_update(shape, repeats),
-        # Not one rate: torch's operations on a CPU are faster where what they leave for each other fits its caches.
-        "device_update_s": {str(elements): _device_update(elements, repeats) for elements in sorted(weights)},
+        "device_update": {
+            f"{name}/{placement}": _device_update(other, placement, repeats)
+            for name, other in shapes.items()
+            for placement in _PLACEMENTS
+        },
         "norm": _norm(shape, repeats),
     }
 
@@ -173,21 +177,29 @@ def _host_update(shape: Shape, repeats: int) -> float:
     return float(summary(rates[1:])["median"])
 
 
-def _device_update(elements: int, repeats: int) -> float:
-    """Seconds of the update of a state of so many elements that is on the device."""
-    model: nn.Module = nn.Linear(1, elements, bias=False, dtype=torch.bfloat16)
-    (weight,) = model.parameters()
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW([weight], lr=1e-4)
+def _device_update(shape: Shape, placement: str, repeats: int) -> float | None:
+    """Bytes a second of the update of the states that a placement leaves on the device; None where it leaves none.
+
+    Of all of them in turn, as in a step: a state that is updated again and again stays in the caches.
+    """
+    plan, model = _plan(shape, placement), _build(shape)
+    kept = {name: parameter for name, parameter in model.named_parameters() if plan.keeps_state(name)}
+    if not kept:
+        return None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in kept)
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(kept.values(), lr=1e-4)
     places = dict.fromkeys(("optimizer", "gradients", "params", "activations"), "device")
     model, optimizer = offload.wrap(model, optimizer, config=places, device="cpu")
     seconds = []
     for _ in range(1 + repeats):
-        weight.grad = torch.full_like(weight, 0.01)
+        for parameter in kept.values():
+            parameter.grad = torch.full_like(parameter, 0.01)
         start = time.perf_counter()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
     offload.unwrap(model, optimizer)
-    return float(summary(seconds[1:])["median"])
+    return _traffic(shape, placement, "device_update_bytes") / float(summary(seconds[1:])["median"])
 
 
 def _norm(shape: Shape, repeats: int) -> float:
@@ -232,10 +244,7 @@ def _predict(setting: Setting, shape: Shape, rates: Mapping[str, Any]) -> offloa
         share = size.numel / total
         compute[size.unit] = before[0] + share * forward, before[1] + share * backward + norm
     works = _works(shape, setting.placement, compute)
-    nbytes = sum(work.device_update_bytes for work in works)
-    plan = _plan(shape, setting.placement)
-    seconds = sum(rates["device_update_s"][str(size.numel)] for size in sizes if plan.keeps_state(size.name))
-    device_update = nbytes / seconds if seconds else None
+    device_update = rates["device_update"][f"{setting.shape}/{setting.placement}"]
     machine = Machine(*setting.link, rates["host_update"], device_update, synchronous=True)
     return offload.forecast(
         works, machine, micro_batches=setting.micro_batches, prefetch=_PREFETCH, clips=setting.clips
