@@ -38,6 +38,7 @@ _SOURCES = {".py", ".pyi", ".cpp", ".h", ".inl", ".cu", ".toml", ".txt"}
 _PEERS = ("fsdp2", "torchao", "deepspeed")
 _ON_HOST, _HALF, _STREAMED = "optimizer+gradients", "optimizer:0.5+gradients", "optimizer+gradients+params"
 _UNIFIED = "optimizer:unified"
+_ACTIVATIONS = f"{_ON_HOST}+activations {_ON_HOST}+activations:int8"
 _TEST_PARTS = 4  # each fits a call, also on the slowest of hosts
 _QUICK_TESTS = ("test_cuda_device", "test_copies", "test_stream_rules", "test_together")
 
@@ -87,7 +88,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         small = "--size tiny --tokens 64 --micro-batch 32 --steps 2 --no-checkpointing"
         return [
             *shared,
-            train("activations", 60, f"{small} {resident} {_ON_HOST}+activations"),
+            train("activations", 60, f"{small} {resident} {_ACTIVATIONS}"),
             train("train-tiny", 60, f"{tiny} {resident} {_ON_HOST} {_HALF} {_UNIFIED} {_STREAMED}"),
             *peers(60, "tiny", tiny),
             bench("largest", 60, f"largest --device {device} --size tiny --device-budget 1MiB --host-budget 4MiB"),
@@ -100,7 +101,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
     if quick:
         return [
             *shared,
-            train("activations", 100, f"--size 1b --tokens 8192 {kept} --steps 2 {resident} {_ON_HOST}+activations"),
+            train("activations", 100, f"--size 1b --tokens 8192 {kept} --steps 2 {resident} {_ACTIVATIONS}"),
             train("train-1b", 120, f"--size 1b {two} {model} --steps 2 {resident} {_ON_HOST} {_HALF} {_STREAMED}"),
             *peers(90, "1b", f"--size 1b {two} {model} --steps 2"),
             bench("largest", 40, f"{largest} --derive-only"),
@@ -109,7 +110,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
     capped = "--device-cap 24 --size 8b"
     return [
         *shared,
-        train("activations", 150, f"--size 1b --tokens 16384 {kept} --steps 5 {resident} {_ON_HOST}+activations"),
+        train("activations", 150, f"--size 1b --tokens 16384 {kept} --steps 5 {resident} {_ACTIVATIONS}"),
         train("train-1b", 280, f"--size 1b {five} {model} --steps 3 {resident} {_ON_HOST} {_HALF} {_STREAMED}"),
         train("train-1b-unified", 150, f"--size 1b {two} {model} --steps 2 {resident} {_UNIFIED}"),
         train("train-8b", 320, f"{large} {_ON_HOST}"),

@@ -1,62 +1,24 @@
 // One step of an optimizer over states on the device, with the bits of the host's: [Note: one step] of
 // csrc/optimizer/update_rules.h and the sequences that follow it there.
 //
-// Includes nothing, so that a compiler alone is enough. It is to be compiled with --fmad=false --ftz=false
-// --prec-div=true --prec-sqrt=true (python/offload/_kernels.py does): then each operation below rounds to
-// fp32 by itself, as the host's do. Compiled as C++ for a CPU it does the same; so the tests compare the two.
+// Includes nothing, so that a compiler alone is enough: python/offload/_kernels.py puts prelude.inl before
+// it. To be compiled with --fmad=false --ftz=false --prec-div=true --prec-sqrt=true, as that does: then each
+// operation below rounds to fp32 by itself, as the host's do. Compiled as C++ for a CPU it does the same; so
+// the tests compare the two.
 
 namespace {
 
-// What one block works through; python/offload/_kernels.py makes the grid by it.
+// python/offload/_kernels.py makes the grid by these: a thread works through a few elements, or a warp
+// through a block of int8 moments.
 constexpr int kThreads = 256;
 constexpr int kElementsPerThread = 4;
-
-// FloatFormat of csrc/optimizer/update_rules.h.
-enum FloatFormat { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+constexpr int kMomentBlock = 256;  // of csrc/optimizer/update_rules.h
+constexpr int kElementsPerLane = kMomentBlock / kWarp;
 
 // A NaN becomes the quiet NaN without payload of its sign.
 __device__ unsigned canonical_bits(float value) {
   const unsigned bits = __float_as_uint(value);
   return value != value ? (bits & 0x80000000u) | 0x7fc00000u : bits;
-}
-
-__device__ float float16_to_float32(unsigned half) {
-  const unsigned sign = (half & 0x8000u) << 16;
-  const unsigned magnitude = half & 0x7fffu;
-  if (magnitude >= 0x7c00u)
-    return __uint_as_float(sign | ((magnitude << 13) + 0x70000000u));  // infinity, NaN
-  if (magnitude >= 0x0400u)
-    return __uint_as_float(sign | ((magnitude << 13) + 0x38000000u));  // bias 127 - 15
-  const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;    // exact
-  return __uint_as_float(sign | __float_as_uint(subnormal));
-}
-
-// To nearest even.
-__device__ unsigned float32_to_float16(float value) {
-  const unsigned bits = __float_as_uint(value);
-  const unsigned sign = (bits >> 16) & 0x8000u;
-  const unsigned magnitude = bits & 0x7fffffffu;
-  if (magnitude > 0x7f800000u) return sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-  if (magnitude >= 0x47800000u) return sign | 0x7c00u;  // 65536 and above
-  if (magnitude >= 0x38800000u) {                       // normal: 2^-14 and above; may carry into infinity
-    const unsigned rebiased = magnitude - 0x38000000u;
-    return sign | ((rebiased + 0xfffu + ((rebiased >> 13) & 1u)) >> 13);
-  }
-  if (magnitude < 0x33000000u) return sign;  // below half of the smallest subnormal
-  const unsigned shift = 126u - (magnitude >> 23);
-  const unsigned significand = (magnitude & 0x7fffffu) | 0x800000u;
-  const unsigned odd = (significand >> shift) & 1u;
-  return sign | ((significand + (1u << (shift - 1)) - 1u + odd) >> shift);
-}
-
-// What an element of a gradient has in memory, and its value.
-__device__ unsigned load_bits(const void* gradient, int format, long long at) {
-  return format == kFloat32 ? static_cast<const unsigned*>(gradient)[at]
-                            : static_cast<const unsigned short*>(gradient)[at];
-}
-__device__ float widen(unsigned bits, int format) {
-  return format == kFloat16 ? float16_to_float32(bits)
-                            : __uint_as_float(format == kBFloat16 ? bits << 16 : bits);
 }
 
 // bf16 is rounded half up in magnitude.
@@ -110,65 +72,217 @@ struct Adagrad {
 
 // `count` elements each. No two arrays may overlap, and none needs an alignment beyond its elements'.
 struct Arrays {
-  const void* gradient;  // in gradient_format
-  float* master;
-  void* weight;       // in weight_format; not touched when that is kFloat32
-  float* exp_avg;     // not touched unless Rule::kHasExpAvg
-  float* exp_avg_sq;  // not touched unless Rule::kHasExpAvgSq
+  const void* gradient;   // in gradient_format
+  void* master;           // in master_format: kFloat32, or kBFloat16 of a weight that is its own
+  void* weight;           // in weight_format; not touched when that is kFloat32
+  void* exp_avg;          // not touched unless Rule::kHasExpAvg
+  void* exp_avg_sq;       // not touched unless Rule::kHasExpAvgSq
+  float* exp_avg_scales;  // of int8 moments: one for each kMomentBlock elements
+  float* exp_avg_sq_scales;
   long long count;
-  int gradient_format, weight_format;
-  float grad_scale;  // multiplies the widened gradient, in fp32
+  int gradient_format, master_format, weight_format;
+  unsigned rounding_key;  // [Note: stochastic rounding] of csrc/optimizer/update_rules.h
+  float grad_scale;       // multiplies the widened gradient, in fp32
   bool maximize;
 };
 
+// scrambled() of csrc/optimizer/float_formats.inl.
+__device__ unsigned scrambled(unsigned word) {
+  word = (word ^ (word >> 16)) * 0x7feb352du;
+  word = (word ^ (word >> 15)) * 0x846ca68bu;
+  return word ^ (word >> 16);
+}
+__device__ unsigned random_word(unsigned key, long long at) {
+  return scrambled(static_cast<unsigned>(at) + key);
+}
+// `random` is below 2^16.
+__device__ unsigned short to_bfloat16_stochastic(float value, unsigned random) {
+  return static_cast<unsigned short>((canonical_bits(value) + random) >> 16);
+}
+
+// Steps element `at`, all but the storing of its moments.
 template <typename Rule>
+__device__ void update_element(const Arrays& arrays, const Rule& rule, long long at, float& exp_avg,
+                               float& exp_avg_sq) {
+  const float scale = arrays.maximize ? -arrays.grad_scale : arrays.grad_scale;  // the sign is exact
+  const unsigned bits = load_bits(arrays.gradient, arrays.gradient_format, at);
+  float master = widen(load_bits(arrays.master, arrays.master_format, at), arrays.master_format);
+  rule.update(widen(bits, arrays.gradient_format) * scale, master, exp_avg, exp_avg_sq);
+  if (arrays.master_format == kFloat32) {
+    static_cast<float*>(arrays.master)[at] = master;
+    store_weight(master, arrays.weight, arrays.weight_format, at);
+  } else {
+    const unsigned random = random_word(scrambled(arrays.rounding_key), at);
+    static_cast<unsigned short*>(arrays.master)[at] = to_bfloat16_stochastic(master, random & 0xffffu);
+  }
+}
+
+// Moments that an element has to itself: `random` is of it and the moment.
+struct Float32Moments {
+  static constexpr bool kIsRounded = false;
+  static __device__ float load(const void* moment, long long at) {
+    return static_cast<const float*>(moment)[at];
+  }
+  static __device__ void store(float value, void* moment, long long at, unsigned) {
+    static_cast<float*>(moment)[at] = value;
+  }
+};
+struct BFloat16Moments {
+  static constexpr bool kIsRounded = true;
+  static __device__ float load(const void* moment, long long at) {
+    return widen(load_bits(moment, kBFloat16, at), kBFloat16);
+  }
+  static __device__ void store(float value, void* moment, long long at, unsigned random) {
+    static_cast<unsigned short*>(moment)[at] = to_bfloat16_stochastic(value, random);
+  }
+};
+
+template <typename Moments, typename Rule>
 __device__ void update(const Arrays& arrays, const Rule& rule) {
   const long long first = blockIdx.x * static_cast<long long>(kThreads * kElementsPerThread) + threadIdx.x;
-  const float scale = arrays.maximize ? -arrays.grad_scale : arrays.grad_scale;  // the sign is exact
   // Not unrolled: few registers let as many threads as a multiprocessor holds hide the memory's latency, and
   // the compiler would make a copy of the loop for every mixture of formats.
 #pragma unroll 1
   for (int k = 0; k < kElementsPerThread; ++k) {
     const long long at = first + k * kThreads;
     if (at >= arrays.count) return;
-    const unsigned bits = load_bits(arrays.gradient, arrays.gradient_format, at);
-    float master = arrays.master[at];
-    float exp_avg = Rule::kHasExpAvg ? arrays.exp_avg[at] : 0;
-    float exp_avg_sq = Rule::kHasExpAvgSq ? arrays.exp_avg_sq[at] : 0;
-    rule.update(widen(bits, arrays.gradient_format) * scale, master, exp_avg, exp_avg_sq);
-    arrays.master[at] = master;
-    if (Rule::kHasExpAvg) arrays.exp_avg[at] = exp_avg;
-    if (Rule::kHasExpAvgSq) arrays.exp_avg_sq[at] = exp_avg_sq;
-    store_weight(master, arrays.weight, arrays.weight_format, at);
+    float exp_avg = Rule::kHasExpAvg ? Moments::load(arrays.exp_avg, at) : 0;
+    float exp_avg_sq = Rule::kHasExpAvgSq ? Moments::load(arrays.exp_avg_sq, at) : 0;
+    update_element(arrays, rule, at, exp_avg, exp_avg_sq);
+    const unsigned random = Moments::kIsRounded ? random_word(arrays.rounding_key, at) : 0;
+    if (Rule::kHasExpAvg) Moments::store(exp_avg, arrays.exp_avg, at, random & 0xffffu);
+    if (Rule::kHasExpAvgSq) Moments::store(exp_avg_sq, arrays.exp_avg_sq, at, random >> 16);
+  }
+}
+
+// The levels of an 8-bit code with kMantissaBits, of which kTopCode is the largest: [Note: small moments] of
+// csrc/optimizer/update_rules.h. Blocks whose largest is below 2^-kLeastExponent are zero.
+template <unsigned kMantissaBits, unsigned kTopCode, unsigned kLeastExponent>
+struct Levels {
+  static constexpr unsigned kShift = 23 - kMantissaBits;
+  static constexpr float kOffset = 1u << kMantissaBits;
+  static constexpr unsigned kOffsetBits = (127 + kMantissaBits) << 23;
+
+  static __device__ float decoded(unsigned code) {
+    return __uint_as_float((code << kShift) + kOffsetBits) - kOffset;
+  }
+  // `random`, below 2^16, decides which neighbour.
+  static __device__ unsigned encoded(float level, unsigned random) {
+    const unsigned raised = (random << (kShift - 16)) + ((1u << (kShift - 17)) - kOffsetBits);
+    const unsigned code = (__float_as_uint(level + kOffset) + raised) >> kShift;
+    return code < kTopCode ? code : kTopCode;
+  }
+  static __device__ float scale_of(unsigned largest_bits) {
+    if (largest_bits >= 0x7f800000u) return __uint_as_float(0x7fc00000u);
+    if (largest_bits < (127 - kLeastExponent) << 23) return 0;
+    return __uint_as_float(__float_as_uint(__uint_as_float(largest_bits) / decoded(kTopCode)) & 0xffffff00u);
+  }
+};
+using FirstLevels = Levels<4, 127, 100>;
+using RootLevels = Levels<5, 255, 50>;
+
+__device__ float reciprocal_of(float scale) { return scale > 0 ? 1 / scale : 0; }  // 0 of NaN
+
+// Moments of a byte an element: a warp works through a block, and keeps what is stored in fp32 until the
+// block's scale is known; in shared memory, of which a thread reads what it wrote, as registers would take a
+// copy of the loop's body for each element. Beyond the end are zeros, which change no scale.
+template <typename Rule>
+__device__ void update_int8(const Arrays& arrays, const Rule& rule) {
+  __shared__ float exp_avgs[Rule::kHasExpAvg ? kElementsPerLane : 1][kThreads];
+  __shared__ float roots[Rule::kHasExpAvgSq ? kElementsPerLane : 1][kThreads];
+  const unsigned thread = threadIdx.x;
+  const long long block = (blockIdx.x * static_cast<long long>(kThreads) + thread) / kWarp;
+  if (block * kMomentBlock >= arrays.count) return;  // all lanes of a warp together
+  const long long first = block * kMomentBlock + thread % kWarp;
+  unsigned char* const first_codes = static_cast<unsigned char*>(arrays.exp_avg);
+  unsigned char* const root_codes = static_cast<unsigned char*>(arrays.exp_avg_sq);
+  float first_scale = Rule::kHasExpAvg ? arrays.exp_avg_scales[block] : 0;
+  float root_scale = Rule::kHasExpAvgSq ? arrays.exp_avg_sq_scales[block] : 0;
+
+  unsigned largest_first = 0, largest_root = 0;
+#pragma unroll 1
+  for (int k = 0; k < kElementsPerLane; ++k) {
+    const long long at = first + k * kWarp;
+    if (at >= arrays.count) break;
+    float exp_avg = 0, exp_avg_sq = 0;
+    if (Rule::kHasExpAvg) {
+      const unsigned code = first_codes[at];
+      const float magnitude = FirstLevels::decoded(code & 0x7fu) * first_scale;
+      exp_avg = __uint_as_float(__float_as_uint(magnitude) | (code & 0x80u) << 24);
+    }
+    if (Rule::kHasExpAvgSq) {
+      const float root = RootLevels::decoded(root_codes[at]) * root_scale;
+      exp_avg_sq = root * root;
+    }
+    update_element(arrays, rule, at, exp_avg, exp_avg_sq);
+    if (Rule::kHasExpAvg) {
+      exp_avgs[k][thread] = exp_avg;
+      largest_first = larger(largest_first, __float_as_uint(exp_avg) & 0x7fffffffu);
+    }
+    if (Rule::kHasExpAvgSq) {
+      const float root = sqrtf(exp_avg_sq);
+      roots[k][thread] = root;
+      largest_root = larger(largest_root, __float_as_uint(root) & 0x7fffffffu);
+    }
+  }
+
+  if (Rule::kHasExpAvg) first_scale = FirstLevels::scale_of(largest_of_warp(largest_first));
+  if (Rule::kHasExpAvgSq) root_scale = RootLevels::scale_of(largest_of_warp(largest_root));
+  if (thread % kWarp == 0) {
+    if (Rule::kHasExpAvg) arrays.exp_avg_scales[block] = first_scale;
+    if (Rule::kHasExpAvgSq) arrays.exp_avg_sq_scales[block] = root_scale;
+  }
+  const float to_first = reciprocal_of(first_scale), to_root = reciprocal_of(root_scale);
+#pragma unroll 1
+  for (int k = 0; k < kElementsPerLane; ++k) {
+    const long long at = first + k * kWarp;
+    if (at >= arrays.count) break;
+    const unsigned random = random_word(arrays.rounding_key, at);
+    if (Rule::kHasExpAvg) {
+      const unsigned bits = __float_as_uint(exp_avgs[k][thread]);
+      const float level = __uint_as_float(bits & 0x7fffffffu) * to_first;
+      const unsigned code = FirstLevels::encoded(level, random & 0xffffu) | ((bits >> 24) & 0x80u);
+      first_codes[at] = static_cast<unsigned char>(code);
+    }
+    if (Rule::kHasExpAvgSq) {
+      const float level = roots[k][thread] * to_root;
+      const unsigned code = RootLevels::encoded(level, random >> 16);
+      // Never zero for what is not: the step divides by it.
+      root_codes[at] = static_cast<unsigned char>(code == 0 && __float_as_uint(level) != 0 ? 1 : code);
+    }
   }
 }
 
 }  // namespace
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(kThreads)
+#define ARRAYS                                                                                             \
+  const void *gradient, int gradient_format, void *master, int master_format, void *weight,                \
+      int weight_format, void *exp_avg, void *exp_avg_sq, float *exp_avg_scales, float *exp_avg_sq_scales, \
+      unsigned rounding_key, long long count, float grad_scale, bool maximize
+#define THE_ARRAYS                                                                           \
+  Arrays {                                                                                   \
+    gradient, master, weight, exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales, count, \
+        gradient_format, master_format, weight_format, rounding_key, grad_scale, maximize    \
+  }
 
-KERNEL adamw(const void* gradient, int gradient_format, float* master, void* weight, int weight_format,
-             float* exp_avg, float* exp_avg_sq, long long count, float grad_scale, bool maximize,
-             float weight_scale, float l2, float one_minus_beta1, float beta2, float one_minus_beta2,
-             float step_size, float eps) {
-  update(Arrays{gradient, master, weight, exp_avg, exp_avg_sq, count, gradient_format, weight_format,
-                grad_scale, maximize},
-         AdamW{weight_scale, l2, one_minus_beta1, beta2, one_minus_beta2, step_size, eps});
-}
+#define ADAMW                                                                                               \
+  float weight_scale, float l2, float one_minus_beta1, float beta2, float one_minus_beta2, float step_size, \
+      float eps
+#define THE_ADAMW \
+  AdamW { weight_scale, l2, one_minus_beta1, beta2, one_minus_beta2, step_size, eps }
+KERNEL adamw(ARRAYS, ADAMW) { update<Float32Moments>(THE_ARRAYS, THE_ADAMW); }
+KERNEL adamw_bf16(ARRAYS, ADAMW) { update<BFloat16Moments>(THE_ARRAYS, THE_ADAMW); }
+KERNEL adamw_int8(ARRAYS, ADAMW) { update_int8(THE_ARRAYS, THE_ADAMW); }
 
-KERNEL lion(const void* gradient, int gradient_format, float* master, void* weight, int weight_format,
-            float* exp_avg, float* exp_avg_sq, long long count, float grad_scale, bool maximize,
-            float weight_scale, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2,
-            float step_size) {
-  update(Arrays{gradient, master, weight, exp_avg, exp_avg_sq, count, gradient_format, weight_format,
-                grad_scale, maximize},
-         Lion{weight_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size});
-}
+#define LION \
+  float weight_scale, float beta1, float one_minus_beta1, float beta2, float one_minus_beta2, float step_size
+#define THE_LION \
+  Lion { weight_scale, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size }
+KERNEL lion(ARRAYS, LION) { update<Float32Moments>(THE_ARRAYS, THE_LION); }
+KERNEL lion_bf16(ARRAYS, LION) { update<BFloat16Moments>(THE_ARRAYS, THE_LION); }
+KERNEL lion_int8(ARRAYS, LION) { update_int8(THE_ARRAYS, THE_LION); }
 
-KERNEL adagrad(const void* gradient, int gradient_format, float* master, void* weight, int weight_format,
-               float* exp_avg, float* exp_avg_sq, long long count, float grad_scale, bool maximize, float l2,
-               float step_size, float eps) {
-  update(Arrays{gradient, master, weight, exp_avg, exp_avg_sq, count, gradient_format, weight_format,
-                grad_scale, maximize},
-         Adagrad{l2, step_size, eps});
+KERNEL adagrad(ARRAYS, float l2, float step_size, float eps) {
+  update<Float32Moments>(THE_ARRAYS, Adagrad{l2, step_size, eps});
 }

@@ -75,12 +75,22 @@ def host_kernels_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def kernels(device: torch.device, host_kernels_library: Path) -> Any:
-    """The `Kernels` of `device`; on the CPU the same source, compiled as C++."""
+    """The `Kernels` of `device` that update states; on the CPU the same source, compiled as C++."""
+    return _kernels_of(device, host_kernels_library, "update")
+
+
+@pytest.fixture
+def activation_kernels(device: torch.device, host_kernels_library: Path) -> Any:
+    """Those that round activations."""
+    return _kernels_of(device, host_kernels_library, "activations")
+
+
+def _kernels_of(device: torch.device, host_kernels_library: Path, source: Any) -> Any:
     from offload._kernels import Kernels, find_kernels
 
     if device.type == "cpu":
         return Kernels(HostLaunch(host_kernels_library))
-    found = find_kernels(device)
+    found = find_kernels(device, source)
     if found.kernels is None:
         _skip_or_fail(f"there are no kernels: {found.refusal}")
     return found.kernels

@@ -14,8 +14,9 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import _activations
+from ._activation_format import open_format
 from ._activations import Activations
-from ._config import Config, format_size, parse_size
+from ._config import ActivationForm, Config, check_activation_form, format_size, parse_size
 from ._copy_lanes import open_lanes
 from ._engine import open_device
 from ._errors import InvalidArgument
@@ -38,8 +39,10 @@ def offload_activations(
     budget: int | str | None = None,
     keep: int | float | str | None = None,
     min_bytes: int | str | None = None,
+    format: ActivationForm = "exact",
 ) -> ActivationRegion:
-    """What autograd saves inside the context leaves the device and is back when backward needs it, with the same bits.
+    """What autograd saves inside the context leaves the device and is back when backward needs it, with the same bits
+    unless a lossy format is asked for.
 
         region = offload.offload_activations()
         for batch in data:
@@ -56,6 +59,11 @@ def offload_activations(
         keep: what may stay on the device of what is saved, the most recent: bytes (`"1GiB"`, an int) or a share (a
             float, 0.0 to 1.0); as much is brought back ahead of backward. None is an eighth.
         min_bytes: smaller tensors stay on the device; None is 64 KiB.
+        format: `"int8"` or `"fp8"` for a byte an element, and a scale for every 256, on the way and on the host. Lossy:
+            the gradients differ. Only fp32, bf16 and fp16 tensors that gradients flow through are rounded, and not what
+            stays on the device. What torch.compile's code saves is exact: autograd sees no gradient of it. A small
+            number beside a large one may come back as zero: an operation whose backward divides by what it saved is
+            better kept outside.
 
     Raises:
         InvalidArgument: an argument that is not legal. DeviceError: the device does not answer.
@@ -66,12 +74,21 @@ def offload_activations(
     kept = _activations.DEFAULT_KEEP if keep is None else keep if isinstance(keep, float) else _size("keep", keep)
     host = int(probe_host().available_bytes * _HOST_SHARE) if budget is None else _size("budget", budget)
     smallest = None if min_bytes is None else _size("min_bytes", min_bytes)
+    check_activation_form("format", format)
     settings = Config()
     lanes = open_lanes(
         place, open_device(place), budget=host, pin=settings.pins_on(place.type), poison=settings.poison_enabled
     )
     return ActivationRegion(
-        Activations(lanes, place, budget=host, keep=kept, min_bytes=smallest, poison=settings.poison_enabled)
+        Activations(
+            lanes,
+            place,
+            budget=host,
+            keep=kept,
+            min_bytes=smallest,
+            form=open_format(format, place),
+            poison=settings.poison_enabled,
+        )
     )
 
 
@@ -94,8 +111,13 @@ class ActivationRegion:
         self._hooks.__exit__(*error)
 
     def stats(self) -> dict[str, int]:
-        """Of the latest forward: bytes that could leave, that left, and that the host budget kept on the device."""
+        """Of the latest forward: bytes that could leave, that left, what these were on their way (`sent_bytes`), and
+        what the host budget kept on the device."""
         return self._activations.stats()
+
+    def fallbacks(self) -> list[str]:
+        """Every slower path that is taken, one sentence each."""
+        return self._activations.fallbacks()
 
     def __repr__(self) -> str:
         return f"<ActivationRegion: {format_size(self.stats()['offloaded_bytes'])} off the device>"

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils import checkpoint
 
+from ._activation_format import ActivationFormat, may_be_rounded
 from ._cuda_graphs import refuse_capture
 from ._errors import OffloadError, OutOfHostMemory, StateError
 from ._host_grad import HostBytes
@@ -54,6 +55,7 @@ class Lanes(Protocol):
     """What carries bytes between device and host: `_copy_lanes.CopyLanes`."""
 
     def compute_stream(self) -> int: ...
+    def on_stream(self, stream: int) -> contextlib.AbstractContextManager[Any]: ...
     def send(self, tensor: Tensor, tag: Literal["activations"], stream: int, room: int) -> HostBytes: ...
     def start_upload(self, held: HostBytes, out: Tensor) -> Any: ...
     def wait_upload(self, ticket: Any) -> None: ...
@@ -74,6 +76,7 @@ class Forward:
         self.ranges: list[weakref.ref[SavedRange]] = []
         self.saved_bytes = 0
         self.left_bytes = 0
+        self.sent_bytes = 0
         self.refused_bytes = 0
         self.order: dict[int, int | None] = {}
         self.latest: int | None = None  # read
@@ -99,7 +102,7 @@ class Activations:
 
     lanes: carries the bytes; device: where they are saved. budget: host bytes that may be in use, beyond which an
     activation stays. keep: device bytes that may stay, or their share of what was saved. min_bytes: smaller ones stay.
-    checkpoints_only: only what torch.utils.checkpoint saves leaves.
+    checkpoints_only: only what torch.utils.checkpoint saves leaves. form: what is rounded, and to what; None: nothing.
 
     Any thread may pack and unpack. A range refers to its `Activations`, never the other way round: what the graph
     gives up is gone, whether backward ever read it or not.
@@ -114,6 +117,7 @@ class Activations:
         keep: int | float = DEFAULT_KEEP,
         min_bytes: int | None = None,
         checkpoints_only: bool = False,
+        form: ActivationFormat | None = None,
         poison: bool = False,
     ) -> None:
         if checkpoints_only:
@@ -124,6 +128,7 @@ class Activations:
         self._keep = keep
         self._min_bytes = max(1, MIN_BYTES if min_bytes is None else min_bytes)
         self._checkpoints_only = checkpoints_only
+        self._form = form
         self._poison = poison
         self._lock = threading.RLock()
         self._weights: frozenset[int] = frozenset()
@@ -150,13 +155,19 @@ class Activations:
             self._begin_pass()
 
     def stats(self) -> dict[str, int]:
-        """Of the latest forward: bytes that could leave, that left, and that the host budget kept on the device."""
+        """Of the latest forward: bytes that could leave, that left, what these were on their way, and what the host
+        budget kept on the device."""
         forward = self._forward
         return {
             "saved_bytes": forward.saved_bytes,
             "offloaded_bytes": forward.left_bytes,
+            "sent_bytes": forward.sent_bytes,
             "refused_bytes": forward.refused_bytes,
         }
+
+    def fallbacks(self) -> list[str]:
+        """Every slower path that is taken, one sentence each."""
+        return [] if self._form is None else self._form.fallbacks()
 
     def pool_stats(self) -> dict[str, Any]:
         """The counters of the host pool that activations leave for."""
@@ -179,8 +190,8 @@ class Activations:
         """What autograd keeps in place of `tensor`."""
         if not self._may_leave(tensor):
             return KeptTensor(tensor)
-        own, key = keys_of(tensor)
-        if key.count * key.dtype.itemsize < self._min_bytes:  # expanded
+        own, key = keys_of(tensor, self._form if self._form is not None and may_be_rounded(tensor) else None)
+        if key.nbytes < self._min_bytes:  # expanded
             return KeptTensor(tensor)
         with self._lock:
             saved = self._find(own) or self._find(key)
@@ -258,7 +269,7 @@ class Activations:
         if self._host_bytes + saved.host_bytes <= self._budget:
             with contextlib.suppress(OutOfHostMemory):
                 room = max(self._allowance(), _IN_FLIGHT_BYTES)
-                held = self._lanes.send(saved.departing(), "activations", saved.stream, room)
+                held = self._lanes.send(self._departing(saved), "activations", saved.stream, room)
         with Uninterrupted():
             self._device_bytes -= saved.nbytes
             if held is None:
@@ -269,8 +280,15 @@ class Activations:
             saved.held = held
             saved.source = None
             saved.forward.left_bytes += saved.nbytes
+            saved.forward.sent_bytes += saved.sent_bytes
             self._host_bytes += saved.host_bytes
             self._host_peak_bytes = max(self._host_peak_bytes, self._host_bytes)
+
+    def _departing(self, saved: SavedRange) -> Tensor:
+        if saved.key.form is None:
+            return saved.departing()
+        with self._lanes.on_stream(saved.stream):  # whose memory it packs, and takes for the packed bytes
+            return saved.departing()
 
     def forget(self, saved: SavedRange) -> None:
         """Nothing refers to `saved` any more: its graph is gone."""
@@ -310,6 +328,8 @@ class Activations:
             raise type(error)(
                 f"a saved activation of shape {tuple(packed.shape)} did not come back: {error}"
             ) from error
+        with self._lock:
+            copy.unpack(saved.key)
         copy.check(packed)
         return packed.of(copy.memory, saved.key.begin)
 
@@ -331,15 +351,15 @@ class Activations:
 
     def _start_return(self, saved: SavedRange, stream: int) -> None:
         assert saved.held is not None
-        memory = torch.empty(saved.key.count, dtype=saved.key.dtype, device=self._device)
+        memory = saved.key.landing_on(self._device)
         if self._poison:
-            memory.view(torch.uint8).fill_(0xFF)  # NaN in every float format
+            memory.view(torch.uint8).fill_(0xFF)  # NaN in every float format, and in every scale
         ticket = self._lanes.start_upload(saved.held, memory)
         with Uninterrupted():
             if saved.copy is None:
-                self._device_bytes += saved.nbytes
+                self._device_bytes += saved.nbytes  # of what is packed too: it will be
                 self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
-            saved.copy = DeviceCopy(memory, memory._version, ticket, stream)
+            saved.copy = DeviceCopy(memory, memory._version, ticket, stream, saved.key.form)
 
     def _prefetch(self, forward: Forward, stream: int) -> None:
         """Goes on along the order of backward while the allowance lasts, but always one range ahead."""

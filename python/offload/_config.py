@@ -14,11 +14,14 @@ from ._errors import InvalidArgument
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Config", "Master", "Moments", "Tier", "format_size", "parse_size"]
+__all__ = [
+    "ActivationForm", "Config", "Master", "Moments", "Tier", "check_activation_form", "format_size", "parse_size",
+]  # fmt: skip
 
 Tier = Literal["device", "host", "disk", "unified", "auto"]
 Master = Literal["auto", "fp32", "split", "bf16"]
 Moments = Literal["fp32", "bf16", "int8"]
+ActivationForm = Literal["exact", "int8", "fp8"]
 
 _TIERS = ("device", "host", "disk", "auto")
 # What this release can do; the rest of _TIERS is refused as "not yet".
@@ -85,6 +88,11 @@ class Config:
         torch.utils.checkpoint saves leaves, the inputs of its blocks), a share (a float, 0.0 to 1.0: so much of it
         may leave, the first that was saved) or host bytes (`"8GiB"`, an int: no more may leave). `"auto"` keeps them
         on the device, as their size is not known before they run.
+    activation_format: how activations travel: `"exact"`, and lossy `"int8"` and `"fp8"`: a byte an element and a scale
+        for every 256 of them, half the bytes of bf16 and a quarter of fp32's. Only floating-point tensors that
+        gradients flow through are rounded (what torch.compile's code saves is not seen as such), and backward alone
+        reads what they were rounded to: losses differ from those of exact activations, and not between kernels and
+        torch operations.
     device: the compute device, as torch names it: what is on the CPU is taken there; None: where the parameters are.
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.
@@ -121,6 +129,7 @@ class Config:
     gradients: Tier = "auto"
     params: Tier = "auto"
     activations: str | int | float = "auto"
+    activation_format: ActivationForm = "exact"
     device: str | torch.device | None = None
     device_budget: int | str | None = None
     host_budget: int | str | None = None
@@ -145,6 +154,12 @@ class Config:
             else:
                 _check_tier(kind, getattr(self, kind), supported)
         _check_activations(self.activations)
+        check_activation_form("activation_format", self.activation_format)
+        if self.activation_format != "exact" and self.activation_share == 0:
+            raise InvalidArgument(
+                f"activation_format={self.activation_format!r} with activations={self.activations!r}: none leave; pass "
+                "activations='host', 'checkpoints', a share or host bytes"
+            )
         if self.device is not None:
             object.__setattr__(self, "device", str(self.device))
         for name in ("device_budget", "host_budget"):
@@ -320,6 +335,11 @@ def _check_activations(value: object) -> None:
             f"activations={value!r}: legal values are {_quoted(_ACTIVATION_PLACES)}, a share as a float from 0.0 to "
             "1.0, and host bytes such as '8GiB'"
         ) from None
+
+
+def check_activation_form(name: str, value: object) -> None:
+    """Raises InvalidArgument for what is no `ActivationForm`; `name` is the option's."""
+    _check_choice(name, value, ("exact", "int8", "fp8"))
 
 
 def _check_choice(name: str, value: object, legal: tuple[object, ...]) -> None:

@@ -69,6 +69,12 @@ class CopyLanes:
             return 0
         return torch.cuda.current_stream(self._device).cuda_stream
 
+    def on_stream(self, stream: int) -> contextlib.AbstractContextManager[Any]:
+        """Inside, this thread computes on the stream of that handle."""
+        if self._device.type == "cpu" or stream == self.compute_stream():
+            return contextlib.nullcontext()
+        return torch.cuda.stream(torch.cuda.ExternalStream(stream, self._device))  # type: ignore[no-untyped-call]
+
     def send(self, tensor: Tensor, tag: _native.Tag, stream: int, room: int | None = None) -> LandedBytes:
         """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native
+from ._activation_format import open_format
 from ._activations import DEFAULT_KEEP, Activations
 from ._adamw import FORMATS, check_gradient
 from ._config import Config
@@ -106,6 +107,7 @@ class Engine:
                 budget=plan.activation_host_bytes,
                 keep=max(DEFAULT_KEEP, 1 - config.activation_share),
                 checkpoints_only=plan.activations == "checkpoints",
+                form=open_format(config.activation_format, device),
                 poison=config.poison_enabled,
             )
         self.before_update: BeforeUpdate | None = None

@@ -74,6 +74,8 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         fallbacks.append(
             f"{format_size(activations['refused_bytes'])} of activations stayed on the device: host_budget is full"
         )
+    if engine.activations is not None:
+        fallbacks += engine.activations.fallbacks()
     refusals = {state.kernel_refusal: None for state in on_device if isinstance(state, NativeState)}
     fallbacks += [f"states on the device are updated by separate torch operations: {why}" for why in refusals if why]
     paths = [] if engine.disk is None else engine.disk.stats()

@@ -1,8 +1,8 @@
 """Kernels of our own for what stays on a CUDA device: compiled for it at first use, launched on torch's current stream.
 
-`kernels/*.cu` is CUDA C++ that includes nothing. NVRTC, which torch's CUDA packages bring, compiles it through
-`cuda.core`; the result is kept on disk. Where one of these is missing or too old, `find_kernels` says why, and the same
-arithmetic runs as separate torch operations.
+`kernels/*.cu` is CUDA C++ that includes nothing; prelude.inl is put before each. NVRTC, which torch's CUDA
+packages bring, compiles it through `cuda.core`; the result is kept on disk. Where one of these is missing or too old,
+`find_kernels` says why, and the same arithmetic runs as separate torch operations.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ._adamw import FORMATS
+from ._adamw import FORMATS, MOMENT_FORMATS
 
 __all__ = ["Found", "Kernels", "Launch", "compile_kernel", "compile_options", "find_kernels", "kernel_source"]
 
@@ -30,19 +30,33 @@ Launch = Callable[[str, int, int, Sequence[Any]], None]
 
 # Every operation rounds by itself to fp32, denormals included, as on the host.
 _ARITHMETIC = {"fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
-# kThreads and kElementsPerThread of kernels/update.cu.
+# kThreads, kElementsPerThread and kElementsPerLane of the sources: what a block works through where each thread has
+# elements of its own, and where each warp has blocks of elements that share a scale.
 _THREADS = 256
-_ELEMENTS_PER_BLOCK = 4 * _THREADS
-# What the kernel of each optimizer takes after the arguments that all have.
+_ELEMENTS_BY_THREAD = 4 * _THREADS
+_ELEMENTS_BY_WARP = 8 * _THREADS
+# What the kernels of each optimizer take after the arguments that all have.
 _SCALARS = {
     "adamw": ("weight_scale", "l2", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "eps"),
     "lion": ("weight_scale", "beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size"),
     "adagrad": ("l2", "step_size", "eps"),
 }
+# What the name of an optimizer's kernel ends with, by the format of the moments.
+_MOMENTS = {MOMENT_FORMATS["fp32"]: "", MOMENT_FORMATS["bf16"]: "_bf16", MOMENT_FORMATS["int8"]: "_int8"}
+# The kernels of each source, and what is done without them, in words.
+_KERNELS = {
+    "update": ("adamw", "adamw_bf16", "adamw_int8", "lion", "lion_bf16", "lion_int8", "adagrad"),
+    "activations": ("encode_int8", "decode_int8", "encode_fp8", "decode_fp8"),
+}
+_WORK = {
+    "update": "what stays on {device} is updated",
+    "activations": "activations that leave {device} are rounded",
+}
+Source = Literal["update", "activations"]
 
 
 class Kernels:
-    """What runs on one device; `launch` puts a kernel behind what that device's current stream has."""
+    """The kernels of one source on one device; `launch` puts one behind what that device's current stream has."""
 
     def __init__(self, launch: Launch) -> None:
         self._launch = launch
@@ -56,52 +70,82 @@ class Kernels:
         gradient: Tensor,
         scalars: Mapping[str, Any],
         grad_scale: float = 1.0,
+        rounding_key: int = 0,
     ) -> None:
         """One step of the optimizer `rule` ("adamw", "lion" or "adagrad"), in place, with the bits of the native core.
 
-        All are dense, of one shape and strides, on the device of these kernels: `master` fp32, `gradient` fp32, bf16
-        or fp16, `weight` the bf16 or fp16 working weight, or None where the master is the weight. moments: addresses
-        of fp32 `exp_avg` and `exp_avg_sq`, 0 for one that the optimizer does not keep. scalars: what `scalars()` of
-        its hyperparameters gives. grad_scale multiplies the gradient in fp32.
+        All are dense, of one shape and strides, on the device of these kernels: `gradient` fp32, bf16 or fp16, `master`
+        fp32, with the bf16 or fp16 working `weight`, or None where the master is the weight; or bf16 and its own, which
+        is rounded stochastically. moments: addresses of `exp_avg` and `exp_avg_sq`, 0 for one that the optimizer does
+        not keep, their `moment_format` (fp32 unless given), and `exp_avg_scales`, `exp_avg_sq_scales` of int8 ones.
+        scalars: what `scalars()` of its hyperparameters gives. grad_scale multiplies the gradient in fp32.
+        rounding_key: of the `RandomWords` that small formats are rounded with.
         """
         count = master.numel()
         if count == 0:
             return
+        form = moments.get("moment_format", MOMENT_FORMATS["fp32"])
         arguments = (
             gradient.data_ptr(),
             ctypes.c_int(FORMATS[gradient.dtype]),
             master.data_ptr(),
+            ctypes.c_int(FORMATS[master.dtype]),
             0 if weight is None else weight.data_ptr(),
             ctypes.c_int(FORMATS[torch.float32 if weight is None else weight.dtype]),
             moments["exp_avg"],
             moments["exp_avg_sq"],
+            moments.get("exp_avg_scales", 0),
+            moments.get("exp_avg_sq_scales", 0),
+            ctypes.c_uint32(rounding_key),
             count,
             ctypes.c_float(grad_scale),
             ctypes.c_bool(scalars["maximize"]),
             *(ctypes.c_float(scalars[name]) for name in _SCALARS[rule]),
         )
-        self._launch(rule, -(-count // _ELEMENTS_PER_BLOCK), _THREADS, arguments)
+        by_warp = form == MOMENT_FORMATS["int8"]
+        per_block = _ELEMENTS_BY_WARP if by_warp else _ELEMENTS_BY_THREAD
+        self._launch(rule + _MOMENTS[form], -(-count // per_block), _THREADS, arguments)
+
+    def encode(self, form: str, values: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """Writes `values` as `form` ("int8" or "fp8"): [Note: activation formats] of kernels/activations.cu.
+
+        All are contiguous, on the device of these kernels: `values` fp32, bf16 or fp16, `codes` as many bytes, `scales`
+        one fp32 for every 256 of them, the last for fewer.
+        """
+        if values.numel() > 0:
+            arguments = (values.data_ptr(), ctypes.c_int(FORMATS[values.dtype]), codes.data_ptr(), scales.data_ptr())
+            self._launch_blocks(f"encode_{form}", arguments, values.numel())
+
+    def decode(self, form: str, codes: Tensor, scales: Tensor, values: Tensor) -> None:
+        """Writes to `values` what `encode` made `codes` and `scales` of, rounded to its dtype."""
+        if values.numel() > 0:
+            arguments = (codes.data_ptr(), scales.data_ptr(), values.data_ptr(), ctypes.c_int(FORMATS[values.dtype]))
+            self._launch_blocks(f"decode_{form}", arguments, values.numel())
+
+    def _launch_blocks(self, name: str, arguments: Sequence[Any], count: int) -> None:
+        self._launch(name, -(-count // _ELEMENTS_BY_WARP), _THREADS, (*arguments, count))
 
 
 class Found(NamedTuple):
-    """The kernels of a device, or why there are none."""
+    """The kernels of a source on a device, or why there are none."""
 
     kernels: Kernels | None
     refusal: str | None
 
 
 @functools.cache
-def find_kernels(device: torch.device) -> Found:
-    """Compiles and loads the kernels for `device`, once a process; warns when a CUDA device has to do without."""
+def find_kernels(device: torch.device, source: Source = "update") -> Found:
+    """Compiles and loads `source`.cu for `device`, once a process; warns when a CUDA device has to do without."""
     if device.type != "cuda":
         return Found(None, f"kernels are for CUDA devices, this is {device}")
     try:
-        return Found(Kernels(_cuda_launch(device)), None)
+        return Found(Kernels(_cuda_launch(device, source)), None)
     except ImportError as error:
         refusal = f"{error}: pip install 'offload[cuda]'"
     except Exception as error:  # the compiler's, the driver's and cuda.core's own: whichever, torch's operations remain
         refusal = f"{type(error).__name__}: {error}"
-    warnings.warn(f"what stays on {device} is updated by separate torch operations: {refusal}", stacklevel=2)
+    work = _WORK[source].format(device=device)
+    warnings.warn(f"{work} by separate torch operations: {refusal}", stacklevel=2)
     return Found(None, refusal)
 
 
@@ -115,13 +159,13 @@ class _CurrentStream:
         return 0, torch.cuda.current_stream(self._device).cuda_stream  # 0: the version of the protocol
 
 
-def _cuda_launch(device: torch.device) -> Launch:
+def _cuda_launch(device: torch.device, source: Source) -> Launch:
     from cuda.core import LaunchConfig, ObjectCode, launch
 
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
-        loaded = ObjectCode.from_cubin(_cubin("update", f"sm_{major}{minor}"))
-        kernels = {name: loaded.get_kernel(name) for name in _SCALARS}
+        loaded = ObjectCode.from_cubin(_cubin(source, f"sm_{major}{minor}"))
+        kernels = {name: loaded.get_kernel(name) for name in _KERNELS[source]}
     stream = _CurrentStream(device)
 
     def launch_on_current_stream(name: str, grid: int, block: int, arguments: Sequence[Any]) -> None:
@@ -134,11 +178,12 @@ def _cuda_launch(device: torch.device) -> Launch:
 # --- from source to binary --------------------------------------------------------------------------------------
 
 
-def kernel_source(name: str) -> Path:
-    """The file `name`.cu: in the installed package, or in the source tree that this module is run from."""
+def kernel_source(name: str) -> str:
+    """What is compiled of `name`.cu, of the installed package or the source tree that this module is run from."""
     package = Path(__file__).resolve().parent
-    installed = package / "kernels" / f"{name}.cu"
-    return installed if installed.exists() else package.parents[1] / "kernels" / f"{name}.cu"
+    installed = package / "kernels"
+    folder = installed if installed.exists() else package.parents[1] / "kernels"
+    return (folder / "prelude.inl").read_text() + (folder / f"{name}.cu").read_text()
 
 
 def compile_options(arch: str) -> Any:
@@ -152,7 +197,7 @@ def compile_kernel(name: str, arch: str) -> bytes:
     """The binary of `name`.cu; needs neither a device nor a driver. Raises what cuda.core does."""
     from cuda.core import Program
 
-    program = Program(kernel_source(name).read_text(), "c++", compile_options(arch))
+    program = Program(kernel_source(name), "c++", compile_options(arch))
     return bytes(program.compile("cubin").code)
 
 
@@ -160,7 +205,7 @@ def _cubin(name: str, arch: str) -> bytes:
     """What `compile_kernel` gives, from the disk if it was compiled before by the same compiler."""
     from cuda.bindings import nvrtc
 
-    recipe = (kernel_source(name).read_text(), arch, sorted(_ARITHMETIC.items()), nvrtc.nvrtcVersion())
+    recipe = (kernel_source(name), arch, sorted(_ARITHMETIC.items()), nvrtc.nvrtcVersion())
     digest = hashlib.sha256(repr(recipe).encode()).hexdigest()
     path = _cache_folder() / f"{name}-{arch}-{digest[:32]}.cubin"
     with contextlib.suppress(OSError):

@@ -1,8 +1,9 @@
 """How the moments of native optimizers are stored: in fp32, or lossy in bf16 or int8; and stochastic rounding.
 
 The formats and the bits that they are rounded with are fixed in csrc/optimizer/update_rules.h, [Note: small moments]
-and [Note: stochastic rounding]. The native core rounds states on the host; these are the same formats in torch
-operations, for states on the device, and for what is loaded and shown. Both give the same bits.
+and [Note: stochastic rounding]. The native core rounds states on the host, kernels/update.cu those on a CUDA device;
+these are the same formats in torch operations, for states on the device where it has no kernels, and for what is loaded
+and shown. All give the same bits.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ class RandomWords:
     """The random words of one parameter in one step."""
 
     def __init__(self, seed: int, step: int) -> None:
-        self._key = _scrambled((seed + _scrambled(step & _WORD)) & _WORD)
+        self.key: int = _scrambled((seed + _scrambled(step & _WORD)) & _WORD)
 
     def bits(self, begin: int, end: int, argument: str, device: torch.device) -> Tensor:
         """16 for each element from `begin` to `end`, as int64: those of a moment, or of the `"master"`."""
         if argument == "master":
-            return self._words(_scrambled(self._key), begin, end, device) & 0xFFFF
-        words = self._words(self._key, begin, end, device)
+            return self._words(_scrambled(self.key), begin, end, device) & 0xFFFF
+        words = self._words(self.key, begin, end, device)
         return words & 0xFFFF if argument == "exp_avg" else words >> 16
 
     @staticmethod

@@ -81,14 +81,7 @@ class NativeState(ParameterState):
         else:
             self._write_first_values(value)
         # Of states on the device: what updates them, or why torch operations do.
-        found = Found(None, None)
-        if not on_host and moments != "fp32":
-            found = Found(None, f"moments={moments!r}: kernels are for fp32 moments")
-        elif not on_host and master_format == "bf16":
-            found = Found(None, "master='bf16': kernels are for fp32 masters")
-        elif not on_host:
-            found = find_kernels(parameter.device)
-        self.kernels, self.kernel_refusal = found
+        self.kernels, self.kernel_refusal = Found(None, None) if on_host else find_kernels(parameter.device)
 
     @classmethod
     def moment_bytes(cls, form: str) -> tuple[int, int]:
@@ -156,14 +149,15 @@ class NativeState(ParameterState):
 
         gradient: there, with the parameter's strides; grad_scale multiplies it in fp32.
         """
-        master = self.master_value().to(torch.float32)  # itself, but for a bf16 weight that is its own
+        words = RandomWords(self.rounding_seed, scalars["step"])
         if self.kernels is not None:
             weight = None if self.master is None else self.working_weight()
-            self.kernels.update_(self.kernel, master, weight, self.native_moments(), gradient, scalars, grad_scale)
+            arrays = (self.master_value(), weight, self.native_moments(), gradient)
+            self.kernels.update_(self.kernel, *arrays, scalars, grad_scale, words.key)
             return
+        master = self.master_value().to(torch.float32)  # itself, but for a bf16 weight that is its own
         moments = [moment.value() for moment in self.moments.values()]
         type(self).torch_step(master, *moments, scaled(gradient, grad_scale), scalars)
-        words = RandomWords(self.rounding_seed, scalars["step"])
         for kept, value in zip(self.moments.values(), moments, strict=True):
             kept.keep(value, words)
         if self.master_format == "bf16":

@@ -200,6 +200,10 @@ def make_plan(
     else:
         what = "what checkpoints save leaves" if activations == "checkpoints" else "activations leave"
         reason.append(f"{what} in forward and may take {format_size(activation_host_bytes)} on the host")
+        if config.activation_format != "exact":
+            reason.append(
+                f"activations are rounded to {config.activation_format}: lossy, training differs from exact ones"
+            )
     if config.moments != "fp32":
         reason.append(f"moments are rounded to {config.moments}: lossy, training differs from fp32 moments")
     if any(p.is_master for p in sizes.trainable):

@@ -24,15 +24,15 @@ _LEAST_SHARE = 16  # of free memory, at most one part in so many is taken
 _ROUNDS = 3
 
 
-def measure_rates(device: torch.device, *, pin: bool, kernels: bool) -> Rates:
+def measure_rates(device: torch.device, *, pin: bool) -> Rates:
     """Bytes a second of copies between host and `device`, and of AdamW over bf16 weights on both, each by itself.
 
-    pin: whether host memory is page-locked. kernels: whether the device's update may run in one kernel (fp32 moments);
-    torch operations are timed otherwise, by the bytes that the kernel would move. The best of a few runs counts; what
-    they use of both memories is small, and free afterwards.
+    pin: whether host memory is page-locked. Where the device's update has no kernel, torch operations are timed, by the
+    bytes that the kernel would move. The best of a few runs counts; what they use of both memories is small, and free
+    afterwards.
     """
     to_host, to_device = _copy_rates(device, pin=pin)
-    return Rates(to_host, to_device, _host_update(), _device_update(device, kernels=kernels))
+    return Rates(to_host, to_device, _host_update(), _device_update(device))
 
 
 def _copy_rates(device: torch.device, *, pin: bool) -> tuple[float, float]:
@@ -69,9 +69,9 @@ def _host_update() -> float:
     return 26 * count / _seconds(torch.device("cpu"), update)
 
 
-def _device_update(device: torch.device, *, kernels: bool) -> float:
+def _device_update(device: torch.device) -> float:
     """Over fp32 masters, as states on the device have them: 28 bytes an element."""
-    found = find_kernels(device).kernels if kernels else None
+    found = find_kernels(device).kernels
     count = _at_most(_DEVICE_ELEMENTS, probe_device(str(device)).free_bytes // 64)  # with torch's temporaries
     gradient, weight = (torch.full((count,), 0.01, dtype=torch.bfloat16, device=device) for _ in range(2))
     master, exp_avg, exp_avg_sq = (torch.zeros(count, dtype=torch.float32, device=device) for _ in range(3))

@@ -14,7 +14,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
+from ._activation_format import ActivationFormat
 from ._host_grad import HostBytes
+from ._interrupts import Uninterrupted
 
 # Kernels may choose their path, and with it their rounding, by the alignment of an address; allocators align to 512 at
 # most. So a range begins at a multiple of it, and what comes back is aligned as it was.
@@ -33,7 +35,8 @@ _WEIGHT_NODES = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RangeKey:
-    """Identity: storage, elements [begin, begin + count) of `dtype`, and how often the memory had been written to.
+    """Identity: storage, elements [begin, begin + count) of `dtype`, how often the memory had been written to, and
+    what the bytes are rounded to on their way, None for nothing.
 
     The address of a storage names it only while something, if only a weak reference, holds that address.
     """
@@ -43,16 +46,42 @@ class RangeKey:
     begin: int
     count: int
     version: int
+    form: ActivationFormat | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+    @property
+    def sent_bytes(self) -> int:
+        """What crosses the link."""
+        return self.nbytes if self.form is None else self.form.packed_bytes(self.count)
+
+    def landing_on(self, device: torch.device) -> Tensor:
+        """Memory for what crosses the link to come back to."""
+        count, dtype = (self.count, self.dtype) if self.form is None else (self.sent_bytes, torch.uint8)
+        return torch.empty(count, dtype=dtype, device=device)
 
 
 @dataclass(slots=True)
 class DeviceCopy:
-    """Device memory that a range came back to, valid after `ticket`; allocated on, and given back to, `stream`."""
+    """Device memory that a range came back to, valid after `ticket`; allocated on, and given back to, `stream`.
+
+    form: what it is still packed in.
+    """
 
     memory: Tensor
     version: int
     ticket: Any
     stream: int
+    form: ActivationFormat | None
+
+    def unpack(self, key: RangeKey) -> None:
+        """Makes `memory` the values of `key`, behind what waits for the ticket."""
+        if self.form is not None:
+            memory = self.form.unpack(self.memory, key.count, key.dtype)
+            with Uninterrupted():
+                self.memory, self.version, self.form = memory, memory._version, None
 
     def check(self, view: SavedView) -> None:
         check_version(self.memory, self.version, self.memory.dtype, view.shape)
@@ -61,21 +90,23 @@ class DeviceCopy:
 class SavedRange:
     """See the module's text. Its bytes are in `source` (still on the device) or in `held` (on the host).
 
-    nbytes, host_bytes: on the device, and of the block on the host. stream: the compute stream it was made on.
+    nbytes, sent_bytes, host_bytes: on the device, on their way, and of the block on the host.
+    stream: the compute stream it was made on.
     index: its place in the order of its forward pass.
     copy: the memory it came back to, kept until all views of one backward pass have been read.
     """
 
     __slots__ = (
-        "__weakref__", "copy", "forward", "held", "host_bytes", "index", "key", "nbytes", "owner", "source", "stays",
-        "storage", "stream", "turn", "unread", "views", "witness",
+        "__weakref__", "copy", "forward", "held", "host_bytes", "index", "key", "nbytes", "owner", "sent_bytes",
+        "source", "stays", "storage", "stream", "turn", "unread", "views", "witness",
     )  # fmt: skip
 
     def __init__(self, key: RangeKey, tensor: Tensor, stream: int, forward: Any, index: int) -> None:
         self.owner: Any = None  # who counts its bytes
         self.key = key
-        self.nbytes = key.count * key.dtype.itemsize
-        self.host_bytes = -(-self.nbytes // _BLOCK_BYTES) * _BLOCK_BYTES
+        self.nbytes = key.nbytes
+        self.sent_bytes = key.sent_bytes
+        self.host_bytes = -(-self.sent_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
         self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # holds the address that the key names
         self.witness = version_witness(tensor)
         self.source: Tensor | None = tensor.detach()
@@ -113,9 +144,10 @@ class SavedRange:
         return True
 
     def departing(self) -> Tensor:
-        """The range as a dense tensor, for the copy to the host."""
+        """The range as a dense tensor, for the copy to the host: packed on the current stream, if it has a form."""
         assert self.source is not None
-        return self.source.as_strided((self.key.count,), (1,), self.key.begin)
+        values = self.source.as_strided((self.key.count,), (1,), self.key.begin)
+        return values if self.key.form is None else self.key.form.pack(values)
 
 
 class SavedView:
@@ -170,14 +202,14 @@ def check_version(counter: Tensor, version: int, dtype: torch.dtype, shape: torc
         )
 
 
-def keys_of(tensor: Tensor) -> tuple[RangeKey, RangeKey]:
+def keys_of(tensor: Tensor, form: ActivationFormat | None) -> tuple[RangeKey, RangeKey]:
     """The range that the tensor itself spans, and the one to send when nothing is known of it."""
     storage = tensor.untyped_storage()
     size, offset, version = tensor.dtype.itemsize, int(tensor.storage_offset()), tensor._version
     begin = offset - offset % (_ALIGNMENT_BYTES // size)
     span = 1 + sum(int(length - 1) * int(step) for length, step in zip(tensor.shape, tensor.stride(), strict=True))
-    own = RangeKey(storage._cdata, tensor.dtype, begin, offset + span - begin, version)
-    whole = RangeKey(storage._cdata, tensor.dtype, 0, storage.nbytes() // size, version)
+    own = RangeKey(storage._cdata, tensor.dtype, begin, offset + span - begin, version, form)
+    whole = RangeKey(storage._cdata, tensor.dtype, 0, storage.nbytes() // size, version, form)
     has_gaps = span > tensor.numel()
     return own, whole if has_gaps and whole.count <= _STORAGE_PER_SPAN * span else own
 

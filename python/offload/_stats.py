@@ -33,7 +33,8 @@ class Stats:
     pageable_reason says why. update_s: seconds the host update ran; blocked_s: seconds of these that
     the training thread waited for. fallbacks: every slower path taken, one sentence each. peak_weight_bytes: the most
     that weights took on the device at once.
-    activations: of the latest forward, bytes that could leave, that left, and that the host budget kept on the device.
+    activations: of the latest forward, bytes that could leave, that left (offloaded_bytes), what these were on their
+    way (sent_bytes: fewer with an activation_format), and that the host budget kept on the device.
     resident_weights: with `params="host"`, what does not come and go with its unit, and why: always on the device, or
     from the beginning of a forward to the end of its backward.
     disk: with states or weights on disk, bytes that the files and the window of the states take, that were read and

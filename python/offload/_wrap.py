@@ -435,7 +435,7 @@ def _measure(device: torch.device, settings: Config) -> Callable[[], Rates] | No
     """Of the CPU as the device nothing is asked: a state that stays there saves no copy."""
     if device.type == "cpu":
         return None
-    return partial(measure_rates, device, pin=settings.pins_on(device.type), kernels=settings.moments == "fp32")
+    return partial(measure_rates, device, pin=settings.pins_on(device.type))
 
 
 def _memory_kind_of(device: torch.device) -> MemoryKind | None:

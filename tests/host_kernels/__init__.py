@@ -32,7 +32,7 @@ class HostLaunch:
         self.count = 0
 
     def __call__(self, name: str, grid: int, block: int, arguments: Sequence[Any]) -> None:
-        # As cuda.core passes them: an int is 64 bits wide.
+        # As cuda.core passes them : an int is 64 bits wide.
         cells = [ctypes.c_int64(value) if isinstance(value, int) else value for value in arguments]
         addresses = (ctypes.c_void_p * len(cells))(*(ctypes.addressof(cell) for cell in cells))
         function = getattr(self._library, f"launch_{name}")

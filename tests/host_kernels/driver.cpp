@@ -26,7 +26,11 @@ struct Kernel {
   const char* name;
   size_t argument_count;
 };
-constexpr Kernel kKernels[] = {{"adamw", 17}, {"lion", 16}, {"adagrad", 13}};
+constexpr Kernel kKernels[] = {
+    {"adamw", 21},      {"adamw_bf16", 21}, {"adamw_int8", 21}, {"lion", 20},
+    {"lion_bf16", 20},  {"lion_int8", 20},  {"adagrad", 17},    {"encode_int8", 5},
+    {"decode_int8", 5}, {"encode_fp8", 5},  {"decode_fp8", 5},
+};
 
 // The symbol `name` of this library; of another libcuda it would be the real one.
 void* own(const std::string& name) {

@@ -1,11 +1,13 @@
 #include "cuda_on_host.h"
 // The kernels use what stands above.
+#include "../../kernels/prelude.inl"
+// And this.
 #include "../../kernels/update.cu"
 
-#define LAUNCHER(kernel)                                                                               \
-  extern "C" bool launch_##kernel(unsigned blocks, unsigned threads, void** arguments, size_t count) { \
-    return launch(kernel, blocks, threads, arguments, count);                                          \
-  }
-LAUNCHER(adamw)
-LAUNCHER(lion)
-LAUNCHER(adagrad)
+LAUNCHER(adamw, false)
+LAUNCHER(adamw_bf16, false)
+LAUNCHER(adamw_int8, true)
+LAUNCHER(lion, false)
+LAUNCHER(lion_bf16, false)
+LAUNCHER(lion_int8, true)
+LAUNCHER(adagrad, false)

@@ -13,7 +13,11 @@ import types
 import torch
 
 from offload._kernels import find_kernels
+from test_activation_format import FORMS, normal
+from test_activation_format import assert_all_agree as assert_forms_agree
 from test_kernels import CASES, States, assert_all_agree
+from test_kernels_small_states import assert_all_agree as assert_small_agree
+from test_kernels_small_states import made
 
 ARCHITECTURE = (9, 0)
 
@@ -28,6 +32,12 @@ def main() -> None:
         sys.exit(f"refused: {found.refusal}")
     for name in ("AdamW", "Lion", "Adagrad"):
         assert_all_agree(States.random(5003, torch.bfloat16, torch.float16), found.kernels, *CASES[name], 1 / 192)
+    for form in ("bf16", "int8"):
+        assert_small_agree(found.kernels, "adamw", "bf16", made(form, "adamw", "bf16", 5003))
+    rounding = find_kernels(torch.device("cuda", 0), "activations").kernels
+    assert rounding is not None
+    for form in FORMS:
+        assert_forms_agree(rounding, form, normal(5003, 1.0).to(torch.bfloat16))
 
 
 if __name__ == "__main__":

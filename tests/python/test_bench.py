@@ -132,7 +132,8 @@ def test_update_reports_ours_beside_a_copy(tmp_path: Path, capsys: pytest.Captur
     path = tmp_path / "update.json"
     assert main(["bench", "update", "--quick", "--device", "cpu", "--json", str(path)]) == 0
     result = report(path)["update"]
-    assert set(result["share_of_copy"]) == {"offload fp32", "offload bf16"}
+    small = {"offload bf16, bf16 moments", "offload bf16, int8 moments", "offload bf16 master, int8 moments"}
+    assert set(result["share_of_copy"]) == {"offload fp32", "offload bf16", *small}
     assert set(result["seconds"]) == {"copy", "torch fp32 fused", "torch bf16 casts + fused", *result["share_of_copy"]}
     copied = 8 * result["count"] / result["seconds"]["copy"]["median"]
     updated = 28 * result["count"] / result["seconds"]["offload fp32"]["median"]
@@ -214,12 +215,15 @@ def test_train_goes_on_when_a_run_does_not_fit(
 def test_train_with_several_placements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_activations, "MIN_BYTES", 1)  # the model is small
     names = ["optimizer+gradients+params+activations", "optimizer:0.5+gradients", "optimizer:unified+gradients"]
+    names.append("activations:int8")
     sizes = ["--steps", "1", "--tokens", "64", "--micro-batch", "32", "--vocabulary", "128", "--no-checkpointing"]
     result = train(tmp_path / "result.json", *sizes, "--beside", "compute", "resident", "--offload", *names)
-    everything, half, unified = (result["runs"][name] for name in names)
+    everything, half, unified, rounded = (result["runs"][name] for name in names)
     assert result["losses_equal_resident"] and everything["losses_equal_resident"] and half["losses_equal_resident"]
     assert everything["stats"]["host_bytes"]["weights"] > 1.9 * result["parameters"]
     assert everything["stats"]["activations"]["offloaded_bytes"] > 0
+    sent = rounded["stats"]["activations"]
+    assert sent["sent_bytes"] < sent["offloaded_bytes"] * 0.8 and "losses_equal_resident" not in rounded
     moments = 8 * result["parameters"]
     assert 0.4 * moments < half["stats"]["device_bytes"]["moments"] <= 0.5 * moments
     rates, moved = result["ceilings_bytes_per_s"], 2 * result["parameters"]

@@ -15,6 +15,7 @@ import offload
 from offload import _rates, _wrap
 from offload._config import Config
 from offload._hybrid import Hybrid, Rates, StateBytes, keep_fastest
+from offload._kernels import Found
 from offload._parameter_size import ParameterSize
 from offload._plan import Plan, make_plan
 from training import RESIDENT, Run, assert_same_bits, make_model, train, wrapped_run
@@ -257,12 +258,14 @@ def test_a_class_that_steps_in_one_place_stays_in_one(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("kernels", [True, False])
 def test_rates_are_those_of_real_work(device: torch.device, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not kernels:
+        monkeypatch.setattr(_rates, "find_kernels", lambda _: Found(None, "the test wants none"))
     monkeypatch.setattr(_rates, "_HOST_ELEMENTS", 1 << 16)
     monkeypatch.setattr(_rates, "_DEVICE_ELEMENTS", 1 << 16)
     monkeypatch.setattr(_rates, "_COPY_BYTES", 1 << 18)
     clock = itertools.count()
     monkeypatch.setattr(_rates.time, "perf_counter", lambda: 0.25 * next(clock))
-    rates = _rates.measure_rates(device, pin=False, kernels=kernels)
+    rates = _rates.measure_rates(device, pin=False)
     # Each run takes a quarter of a second of this clock.
     assert rates == Rates(4 << 18, 4 << 18, 4 * 26 << 16, 4 * 28 << 16)
 
@@ -274,5 +277,5 @@ def test_the_cpu_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked is not None
     monkeypatch.setattr(_rates, "_copy_rates", lambda device, **options: seen.update(options) or (1.0, 2.0))
     monkeypatch.setattr(_rates, "_host_update", lambda: 3.0)
-    monkeypatch.setattr(_rates, "_device_update", lambda device, **options: seen.update(options) or 4.0)
-    assert asked() == Rates(1.0, 2.0, 3.0, 4.0) and seen == {"pin": False, "kernels": False}
+    monkeypatch.setattr(_rates, "_device_update", lambda device: 4.0)
+    assert asked() == Rates(1.0, 2.0, 3.0, 4.0) and seen == {"pin": False}

@@ -19,14 +19,17 @@ from offload._kernels import Found, compile_kernel, compile_options, find_kernel
 
 SOURCES = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-KERNELS = {"update": {"adamw", "lion", "adagrad"}}
+KERNELS = {
+    "update": {"adamw", "adamw_bf16", "adamw_int8", "lion", "lion_bf16", "lion_int8", "adagrad"},
+    "activations": {"encode_int8", "decode_int8", "encode_fp8", "decode_fp8"},
+}
 
 
 def test_there_are_kernels_and_they_include_nothing() -> None:
     assert {path.stem for path in SOURCES} == set(KERNELS)
     for path in SOURCES:
-        assert kernel_source(path.stem).read_text() == path.read_text()
-        assert not re.search(r"^\s*#\s*include", path.read_text(), re.MULTILINE)
+        assert kernel_source(path.stem).endswith(path.read_text())
+        assert not re.search(r"^\s*#\s*include", kernel_source(path.stem), re.MULTILINE)
 
 
 @pytest.mark.usefixtures("nvrtc")
@@ -40,13 +43,16 @@ def test_every_architecture_compiles(name: str, arch: str) -> None:
 
 @pytest.mark.usefixtures("nvrtc")
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_each_operation_rounds_by_itself(arch: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "expected"), [("update", ("div", "sqrt", "rcp", "mul")), ("activations", ("div", "rcp", "mul", "add"))]
+)
+def test_each_operation_rounds_by_itself(name: str, expected: tuple[str, ...], arch: str) -> None:
     """No fused multiply-add, no approximation, no flushed subnormal in what NVRTC gives to the assembler."""
     pattern = r"\b((?:fma|mad|add|sub|mul|div|rcp|sqrt|rsqrt|neg)\.\S*f(?:32|64))\b"
-    operations = Counter(re.findall(pattern, ptx_of("update", arch)))
-    allowed = {f"{operation}.rn.f32" for operation in ("add", "sub", "mul", "div", "sqrt")} | {"neg.f32"}
+    operations = Counter(re.findall(pattern, ptx_of(name, arch)))
+    allowed = {f"{operation}.rn.f32" for operation in ("add", "sub", "mul", "div", "rcp", "sqrt")} | {"neg.f32"}
     assert set(operations) <= allowed
-    assert operations["div.rn.f32"] > 0 and operations["sqrt.rn.f32"] > 0 and operations["mul.rn.f32"] > 0
+    assert all(operations[f"{operation}.rn.f32"] > 0 for operation in expected)
 
 
 def ptx_of(name: str, arch: str) -> str:
@@ -58,7 +64,7 @@ def ptx_of(name: str, arch: str) -> str:
         return values[0] if values else None
 
     options = compile_options(arch).as_bytes("nvrtc")
-    program = checked(*nvrtc.nvrtcCreateProgram(kernel_source(name).read_bytes(), b"kernel.cu", 0, [], []))
+    program = checked(*nvrtc.nvrtcCreateProgram(kernel_source(name).encode(), b"kernel.cu", 0, [], []))
     checked(*nvrtc.nvrtcCompileProgram(program, len(options), options))
     text = b" " * checked(*nvrtc.nvrtcGetPTXSize(program))
     checked(*nvrtc.nvrtcGetPTX(program, text))  # writes into it
@@ -105,8 +111,7 @@ def test_a_torn_or_changed_entry_is_compiled_again(compiled: list[str], tmp_path
 
 def test_another_source_is_another_entry(compiled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _kernels._cubin("update", "sm_90")
-    changed = tmp_path / "update.cu"
-    changed.write_text(kernel_source("update").read_text() + "// changed\n")
+    changed = kernel_source("update") + "// changed\n"
     monkeypatch.setattr(_kernels, "kernel_source", lambda name: changed)
     _kernels._cubin("update", "sm_90")
     assert compiled == ["sm_90"] * 2
@@ -123,7 +128,8 @@ def test_a_cache_that_cannot_be_written_to(compiled: list[str], tmp_path: Path) 
 
 def launched(compiled: list[str], library: Path, **driver: str) -> subprocess.CompletedProcess[str]:
     """kernel_launches.py over a driver that runs kernels on the CPU; the binary comes from the cache."""
-    _kernels._cubin("update", "sm_90")
+    for name in KERNELS:
+        _kernels._cubin(name, "sm_90")
     folders = {"LD_LIBRARY_PATH": str(library.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
     script = [sys.executable, str(Path(__file__).with_name("kernel_launches.py"))]
     environment = {**os.environ, **folders, **driver}
@@ -133,7 +139,9 @@ def launched(compiled: list[str], library: Path, **driver: str) -> subprocess.Co
 def test_cuda_core_launches_on_the_current_stream_of_torch(compiled: list[str], host_driver: Path) -> None:
     done = launched(compiled, host_driver)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["adamw on 0", "lion on 64", "adagrad on 128"]
+    names = ["adamw", "lion", "adagrad", "adamw_bf16", "adamw_int8"]
+    names += ["encode_int8", "decode_int8", "encode_fp8", "decode_fp8"]
+    assert done.stdout.splitlines() == [f"{name} on {64 * stream}" for stream, name in enumerate(names)]
 
 
 def test_a_driver_that_refuses_the_binary(compiled: list[str], host_driver: Path) -> None:
@@ -151,8 +159,8 @@ def test_a_launch_that_fails_is_an_error(compiled: list[str], host_driver: Path)
 # --- refusals -----------------------------------------------------------------------------------------------
 
 
-def found_on_cuda() -> Found:
-    return find_kernels.__wrapped__(torch.device("cuda", 0))
+def found_on_cuda(source: _kernels.Source = "update") -> Found:
+    return find_kernels.__wrapped__(torch.device("cuda", 0), source)
 
 
 def test_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,13 +172,15 @@ def test_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_compiler_or_a_driver_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(device: torch.device) -> None:
+    def refuse(device: torch.device, source: str) -> None:
         raise RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
 
     monkeypatch.setattr(_kernels, "_cuda_launch", refuse)
     with pytest.warns(UserWarning, match="CUDA_ERROR_UNSUPPORTED_PTX_VERSION"):
         found = found_on_cuda()
     assert found == Found(None, "RuntimeError: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
+    with pytest.warns(UserWarning, match="activations that leave cuda:0 are rounded by separate torch operations"):
+        assert found_on_cuda("activations") == found
 
 
 def test_the_cpu_has_no_kernels_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:

@@ -396,14 +396,6 @@ def test_a_launch_that_fails_ends_training(counted: Counted, monkeypatch: pytest
         optimizer.step()
 
 
-def test_small_moments_are_left_to_torch_operations(counted: Counted) -> None:
-    model = make_model(torch.bfloat16, depth=1)
-    adamw = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    run = train(*offload.wrap(model, adamw, moments="bf16", **RESIDENT), steps=2)
-    assert counted.count == 0
-    assert any("kernels are for fp32 moments" in line for line in run.optimizer.stats().fallbacks)
-
-
 def test_stats_say_what_updates_the_states(counted: Counted) -> None:
     def fallbacks() -> tuple[str, ...]:
         model = make_model(depth=1)

@@ -174,6 +174,12 @@ def _add_training(train: argparse.ArgumentParser, *, steps: int) -> None:
         help="device (default), host, a share that may leave such as 0.5, or host bytes such as 8GiB",
     )
     train.add_argument(
+        "--activation-format",
+        choices=("exact", "int8", "fp8"),
+        default="exact",
+        help="how activations travel; int8 and fp8 are lossy (default exact)",
+    )
+    train.add_argument(
         "--moments",
         choices=("fp32", "bf16", "int8"),
         default="fp32",
@@ -248,7 +254,7 @@ def _add_bench_train(train: argparse.ArgumentParser) -> None:
         default=["optimizer+gradients"],
         metavar="KINDS",
         help="placements: kinds on the host (optimizer, gradients, params, activations) joined by +, or a share of one "
-        "as optimizer:0.5, or optimizer:unified (default optimizer+gradients)",
+        "as optimizer:0.5, or optimizer:unified, activations:int8, activations:fp8 (default optimizer+gradients)",
     )
     train.add_argument(
         "--beside",

@@ -23,6 +23,7 @@ __all__ = [
     "KINDS",
     "LEARNING_RATE",
     "NO_LIMIT",
+    "ROUNDED",
     "Compute",
     "Offloaded",
     "Place",
@@ -41,7 +42,8 @@ NO_LIMIT = 1 << 62  # bytes: what does not fit shows when it is allocated, and i
 _WARMUP_STEPS = 2
 _WARMUP_MICRO_BATCHES = 2
 
-Place = str | float  # "host", "device", "unified" (of the optimizer), or the share that is on the host
+ROUNDED = ("int8", "fp8")  # places of activations: on the host, in a lossy format
+Place = str | float  # "host", "device", "unified" (of the optimizer), one of ROUNDED, or the share that is on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +131,8 @@ class Offloaded(Training):
         model = size.build(home, device)
         self.places = {kind: places.get(kind, "device") for kind in KINDS}
         options: dict[str, Any] = dict(self.places)
+        if self.places["activations"] in ROUNDED:
+            options |= {"activations": "host", "activation_format": self.places["activations"]}
         self._wrapped: offload.OffloadOptimizer
         model, self._wrapped = offload.wrap(
             model,

@@ -25,7 +25,7 @@ import offload
 
 from ._bench_ceilings import ceilings
 from ._bench_peers import PEERS, Unavailable, leaving_the_group
-from ._bench_run import KINDS, Compute, Offloaded, Place, Run, Size, Training, free_bytes, plain_adamw, release
+from ._bench_run import KINDS, ROUNDED, Compute, Offloaded, Place, Run, Size, Training, free_bytes, plain_adamw, release
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
 from ._table import format_bytes, table
@@ -82,7 +82,7 @@ def parse_places(text: str) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for part in text.split("+"):
         kind, _, share = part.partition(":")
-        if part == "optimizer:unified":
+        if part == "optimizer:unified" or (kind == "activations" and share in ROUNDED):
             places[kind] = share
             continue
         try:
@@ -92,7 +92,7 @@ def parse_places(text: str) -> dict[str, Place]:
         if kind not in KINDS:
             raise offload.InvalidArgument(
                 f"--offload {text}: give kinds joined by '+', of {', '.join(KINDS)}, such as optimizer+gradients, "
-                "optimizer:0.5+gradients for half of the states, or optimizer:unified"
+                "optimizer:0.5+gradients for half of the states, optimizer:unified, or activations:int8 or :fp8"
             )
     return places
 
@@ -104,7 +104,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     `peak_device_bytes`, `losses` and `steps`, by tokens a step: `tokens`, `micro_batches`, `step_s`, `tokens_per_s`
     and `step_over_resident`; of placements `moved_bytes` a step, `share_of_link`, `hidden_share`, `bound` (the parts of
     the step's lower bound), `bound_by` and `share_of_bound`. A run that did not come about has only `does_not_fit`,
-    `unavailable` or `failed`, with the reason. `losses_equal_resident`: of all placements.
+    `unavailable` or `failed`, with the reason. `losses_equal_resident`: of all
+    placements but those that round activations.
     """
     size = _size(options)
     placements = {text: parse_places(text) for text in options.offload}
@@ -216,7 +217,8 @@ def conclude(result: Mapping[str, Any]) -> dict[str, Any]:
                 more["share_of_bound"] = more["bound"][more["bound_by"]] / median
             steps.append(row | more)
         concluded["runs"][name] = {**one, "steps": steps}
-        if "places" in one and name != "resident" and "resident" in measured:
+        exact = "places" in one and one["places"]["activations"] not in ROUNDED
+        if exact and name != "resident" and "resident" in measured:
             # While runs are still going on one of them is ahead.
             pairs = list(zip(one["losses"], measured["resident"]["losses"], strict=False))
             equal.append(all(loss == other for loss, other in pairs))

@@ -23,25 +23,31 @@ from ._table import table
 
 __all__ = ["run", "text"]
 
-# Read and written of an element: gradient, master and moments; a bf16 weight is written beside an fp32 master.
-_BYTES = {"fp32": 4 + 2 * 12, "bf16": 2 + 2 * 12 + 2}
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# Weight, options of `wrap`, and what is read and written of an element: gradient, master and moments; a bf16 weight is
+# written beside an fp32 master. Scales of int8 moments are left out.
+_FORMATS: dict[str, tuple[torch.dtype, dict[str, Any], int]] = {
+    "fp32": (torch.float32, {}, 4 + 2 * 12),
+    "bf16": (torch.bfloat16, {}, 2 + 2 * 12 + 2),
+    "bf16, bf16 moments": (torch.bfloat16, {"moments": "bf16"}, 2 + 2 * 8 + 2),
+    "bf16, int8 moments": (torch.bfloat16, {"moments": "int8"}, 2 + 2 * 6 + 2),
+    "bf16 master, int8 moments": (torch.bfloat16, {"moments": "int8", "master": "bf16"}, 2 + 2 * 4),
+}
 _LR = 1e-2  # a bf16 weight of 1 must move in the fewest steps
 Step = Callable[[], object]
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Times steps over 256 Mi elements (quick: 64 Ki). Raises `InvalidArgument` for a device that cannot be used.
+    """Times steps over 128 Mi elements (quick: 64 Ki). Raises `InvalidArgument` for a device that cannot be used.
 
     Yields a JSON-able dict: `seconds` a step by variant, each with `samples`, `median`, `p20`, `p80`; of ours and of
     the copy `gb_per_s`, and `share_of_copy`; `fallbacks`, which is empty when the kernel ran.
     """
     device = compute_device(options.device)
-    count, rounds, steps = (1 << 16, 3, 2) if options.quick else (256 << 20, 9, 10)
+    count, rounds, steps = (1 << 16, 3, 2) if options.quick else (128 << 20, 9, 10)
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)
     variants: dict[str, Step] = {"copy": lambda: target.copy_(source)}
-    wrapped = {name: _wrapped(dtype, count, device) for name, dtype in _DTYPES.items()}
+    wrapped = {name: _wrapped(dtype, form, count, device) for name, (dtype, form, _) in _FORMATS.items()}
     variants |= {f"offload {name}": partial(optimizer.step) for name, (_, optimizer) in wrapped.items()}
     variants |= {"torch fp32 fused": _torch_fused(count, device), "torch bf16 casts + fused": _casts(count, device)}
     samples: dict[str, list[float]] = {name: [] for name in variants}
@@ -55,7 +61,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             raise AssertionError(f"offload {name} left weights as they were: it did not run")
     results = {name: summary(values) for name, values in samples.items()}
     rates = {"copy": 2 * source.nbytes / results["copy"]["median"]}
-    rates |= {f"offload {name}": _BYTES[name] * count / results[f"offload {name}"]["median"] for name in wrapped}
+    for name, (_, _, moved) in _FORMATS.items():
+        rates[f"offload {name}"] = moved * count / results[f"offload {name}"]["median"]
     yield {
         "name": "update",
         "device": str(device),
@@ -83,10 +90,12 @@ def text(result: dict[str, Any]) -> str:
     return "\n".join([table(rows), *result["fallbacks"]])
 
 
-def _wrapped(dtype: torch.dtype, count: int, device: torch.device) -> tuple[Tensor, offload.OffloadOptimizer]:
+def _wrapped(
+    dtype: torch.dtype, form: dict[str, Any], count: int, device: torch.device
+) -> tuple[Tensor, offload.OffloadOptimizer]:
     model = nn.ParameterList([torch.ones(count, dtype=dtype, device=device)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=_LR)
-    _, wrapped = offload.wrap(model, optimizer, optimizer="device", gradients="device")
+    _, wrapped = offload.wrap(model, optimizer, optimizer="device", gradients="device", **form)
     model[0].grad = torch.ones_like(model[0])
     return model[0].detach(), wrapped
 

@@ -102,6 +102,7 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
         "interrupted": run.interrupted,
         "steps": len(run.losses),
         "dtype": options.dtype,
+        "activation_format": options.activation_format,
         "moments": options.moments,
         "master": run.plan.master,
         "device": run.plan.device_kind,
@@ -150,8 +151,11 @@ def _text(report: dict[str, Any]) -> str:
         ("of it hidden", hidden),
     ]
     if stats["activations"]:
-        left, saved = (format_bytes(stats["activations"][key]) for key in ("offloaded_bytes", "saved_bytes"))
-        facts.append(("activations off the device", f"{left} of {saved} a forward"))
+        names = ("offloaded_bytes", "saved_bytes", "sent_bytes")
+        left, saved, sent = (format_bytes(stats["activations"][key]) for key in names)
+        form = report["activation_format"]
+        on_the_way = "" if form == "exact" else f", {sent} on their way ({form})"
+        facts.append(("activations off the device", f"{left} of {saved} a forward{on_the_way}"))
     if stats["disk"]:
         moved = stats["disk"]
         facts.append(

@@ -198,6 +198,7 @@ def _prepare(
             "host_budget": options.host_budget,
             "disk_path": options.disk_path,
             "activations": options.activations,
+            "activation_format": options.activation_format,
         }
     model, offloaded = offload.wrap(model, optimizer, gradients=placement, device=device, **where)
     return model, offloaded, offloaded
