@@ -137,7 +137,7 @@ def measure_hardware(dtype: torch.dtype = torch.bfloat16) -> Hardware:
     dtype: of the matrix product that is timed. Disks are not measured.
     """
     device, host = probe_device(), probe_host()
-    rates = measure_rates(torch.device(device.name), pin=device.kind != "cpu", kernels=True)
+    rates = measure_rates(torch.device(device.name), pin=device.kind != "cpu")
     return Hardware(
         name="this machine" if device.kind == "cpu" else torch.cuda.get_device_name(device.name),
         device_bytes=device.free_bytes,
