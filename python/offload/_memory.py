@@ -177,6 +177,10 @@ def _notes(stats: Stats, plan: Plan) -> list[str]:
     else:
         may = format_size(plan.activation_host_bytes)
         notes.append(f"activations may take {may} on the host, of which the plan does not know how much they will")
+    if stats.disk:
+        notes.append(
+            "on disk the states of each parameter, and weights that travel together, take whole blocks (disk_block)"
+        )
     if "torch_states" in stats.host_bytes:
         notes.append("states of torch's own lie beside the host budget")
     if stats.pool["waiting_bytes"]:

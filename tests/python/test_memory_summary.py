@@ -115,6 +115,7 @@ def test_streamed_weights_stay_within_what_the_plan_said(name: str, tmp_path: Pa
     on_host = {row.owner: row for row in summary.tier("host").rows}["weights"]
     aligned = ALIGNMENT if name == "all on disk" else 0
     assert on_host.planned is not None and on_host.planned - aligned <= on_host.now <= on_host.planned + padding
+    assert ("whole blocks" in str(summary)) == (name == "all on disk")
     if name == "all on disk":
         on_disk = {row.owner: row for row in summary.tier("disk").rows}
         assert on_disk["weights"].planned == weights <= on_disk["weights"].now
