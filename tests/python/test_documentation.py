@@ -42,6 +42,7 @@ SMALL: dict[str, list[str]] = {
 # Not run here, and why. Their words are parsed all the same.
 NOT_RUN = {
     "offload bench": "minutes long, or in need of a disk's room; tests/python/test_bench*.py run each one with --quick",
+    "offload bench report result.json --out report.md --plots": "needs matplotlib; test_bench_report.py draws with it",
     "offload trace": "the tests of the trace run it",
     "make": "builds, or runs this test: CI runs it; here its target must be in the Makefile",
     "pip": "installs; tests/python/test_package.py looks at the package, here its extras must exist",
@@ -78,6 +79,7 @@ def prepare(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copy(ROOT / "examples/deepspeed_cifar.json", "examples/deepspeed_cifar.json")
     shutil.copy(ROOT / "examples/deepspeed_cifar.json", "ds_config.json")
     assert main(["bench", "pool", "--quick", "--json", "result.json"]) == 0
+    shutil.copy("result.json", "new.json")
     model = torch.nn.Linear(4, 4)
     offload.save_checkpoint("runs/tuned", model, torch.optim.AdamW(model.parameters()), tag="last")
 
