@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from ._plan import Plan
     from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
+    from ._trace_report import TraceReport
+    from ._tracing import trace
     from ._wrap import estimate, full_params, unwrap, wrap
     from .deepspeed import add_config_arguments, initialize
 
@@ -51,6 +53,7 @@ __all__ = [
     "StateError",
     "Stats",
     "StorageError",
+    "TraceReport",
     "__version__",
     "add_config_arguments",
     "describe_checkpoint",
@@ -62,6 +65,7 @@ __all__ = [
     "load_checkpoint",
     "offload_activations",
     "save_checkpoint",
+    "trace",
     "unified",
     "unwrap",
     "wrap",
@@ -84,6 +88,7 @@ _HOMES = {
     "StateError": "_errors",
     "Stats": "_stats",
     "StorageError": "_errors",
+    "TraceReport": "_trace_report",
     "add_config_arguments": "deepspeed",
     "estimate": "_wrap",
     "describe_checkpoint": "_export",
@@ -94,6 +99,7 @@ _HOMES = {
     "load_checkpoint": "_loading",
     "offload_activations": "_activation_region",
     "save_checkpoint": "_saving",
+    "trace": "_tracing",
     "unwrap": "_wrap",
     "wrap": "_wrap",
 }

@@ -59,6 +59,7 @@ class Lanes(Protocol):
     def wait_upload(self, ticket: Any) -> None: ...
     def reserve(self, nbytes: int) -> None: ...
     def pool_stats(self) -> dict[str, Any]: ...
+    def trace_sample(self) -> None: ...
 
 
 class Forward:
@@ -156,6 +157,10 @@ class Activations:
     def pool_stats(self) -> dict[str, Any]:
         """The counters of the host pool that activations leave for."""
         return self._lanes.pool_stats()
+
+    def trace_sample(self) -> None:
+        """A trace that runs shows what that pool holds now."""
+        self._lanes.trace_sample()
 
     # --- forward --------------------------------------------------------------------------------------------
 

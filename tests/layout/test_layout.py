@@ -39,7 +39,7 @@ CSRC_FLOORS = {
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid", "_plan",
-     "_stats"),
+     "_stats", "_intervals", "_trace_records", "_trace_advice", "_trace_report", "_trace_file", "_trace_page"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
         "_unified_pool", "_unified_states", "_disk", "_state_store", "_stored_values", "_probe", "_environment",
@@ -55,6 +55,7 @@ PYTHON_FLOORS = (
     ("_weight_cache", "_weight_lane", "_state_homes", "_engine", "_engine_stats"),
     ("_checkpoint",),
     ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater", "_resident_move"),
+    ("_clocks", "_trace_units", "_tracing"),
     ("_wrap",),
     ("_snapshot", "_saving", "_loading", "_export"),
 )  # fmt: skip
@@ -65,7 +66,7 @@ PUBLIC_API_ONLY = ("cli", "deepspeed")
 MAY_IMPORT_NATIVE = (
     "_engine", "_copy_lanes", "_gradient_lanes", "_weight_cache", "_weight_lane", "_state_homes", "_adamw", "_lion",
     "_adagrad", "_kernels", "_unified", "_unified_pool", "_unified_states", "_disk", "_state_store", "_environment",
-    "_rates", "_trace",
+    "_rates", "_trace", "_trace_units", "_tracing",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")
