@@ -46,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._env import run_env
 
             return run_env(arguments)
+        if arguments.command == "trace":
+            from ._trace import run_trace, run_trace_report
+
+            return run_trace(arguments) if arguments.action is None else run_trace_report(arguments)
         if arguments.part == "report":
             from ._bench_report import run_report
 
@@ -81,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_config(commands)
     _add_checkpoint(commands)
+    _add_trace(commands)
     return parser
 
 
@@ -104,6 +109,18 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "Needs `transformers`.",
         epilog=_EPILOG,
     )
+    _add_training(train, steps=200)
+    train.add_argument(
+        "--check",
+        action="store_true",
+        help="repeat the first 20 steps with nothing offloaded (bits must agree) and with plain PyTorch "
+        "(must agree to rounding)",
+    )
+    train.add_argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr")
+
+
+def _add_training(train: argparse.ArgumentParser, *, steps: int) -> None:
+    """What is trained, and how."""
     train.add_argument("--size", type=_count, default=5_000_000, metavar="N", help="parameters, about (default 5M)")
     train.add_argument("--layers", type=_positive, default=6, help="transformer blocks (default 6)")
     train.add_argument("--hidden", type=_positive, default=None, help="hidden size; overrides --size")
@@ -149,19 +166,12 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         default="auto",
         help="what is kept of 16-bit weights beside them; bf16 keeps nothing and is lossy (default auto)",
     )
-    train.add_argument("--steps", type=_positive, default=200, help="optimizer steps (default 200)")
+    train.add_argument("--steps", type=_positive, default=steps, help=f"optimizer steps (default {steps})")
     train.add_argument("--batch", type=_positive, default=4, help="sequences a micro-batch (default 4)")
     train.add_argument("--length", type=_positive, default=128, help="tokens a sequence (default 128)")
     train.add_argument("--accumulate", type=_positive, default=2, help="micro-batches a step (default 2)")
     train.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
     train.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
-    train.add_argument(
-        "--check",
-        action="store_true",
-        help="repeat the first 20 steps with nothing offloaded (bits must agree) and with plain PyTorch "
-        "(must agree to rounding)",
-    )
-    train.add_argument("--json", action="store_true", help="one JSON object on stdout; everything else on stderr")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -181,6 +191,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("step", on_device, "how much of the host update hides, and what hooks cost")
     add("link", on_device, "the copy lanes beside raw copies on the same link")
     add("swap", on_device, "what streamed weights cost, and how much of the link they use")
+    add("trace", on_device, "what a trace costs the steps that it records")
     add("engine", on_device, "what the DeepSpeed engine costs over wrap, step by step")
     add("update", on_device, "the update of states that stay on the device beside its memory's own speed and torch")
     add(
@@ -196,7 +207,8 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "all",
         on_device,
-        "all of these but engine, update, unified, checkpoint, disk, train and largest, which take their time or room",
+        "all of these but trace, engine, update, unified, checkpoint, disk, train and largest, which take their time "
+        "or room",
     )
 
 
@@ -293,6 +305,38 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
     export.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the weights (default bf16)"
     )
+
+
+def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trace = commands.add_parser(
+        "trace",
+        help="where the time of a step goes: the demo training, traced",
+        description="Trains as `offload train` does and records copies, updates, waits, disk and memory: what is "
+        "hidden, what is waited for, and the setting that would help most. `offload trace report FILE` reads a trace "
+        "that was saved. To trace your own training use offload.trace().",
+        epilog=_EPILOG,
+    )
+    _add_training(trace, steps=12)
+    trace.add_argument("--out", default=None, metavar="FILE", help="the trace as JSON, which ui.perfetto.dev opens")
+    _add_trace_output(trace)
+    actions = trace.add_subparsers(dest="action", metavar="report")
+    report = actions.add_parser(
+        "report",
+        help="the report of a saved trace",
+        description="Prints the report of a trace that was saved, writes its page, or joins it with torch.profiler's.",
+        epilog=_EPILOG,
+    )
+    report.add_argument("file", metavar="FILE", help="JSON, as --out or offload.trace(path) wrote it")
+    report.add_argument(
+        "--profiler", default=None, metavar="FILE", help="what torch.profiler exported of the same run, to join in"
+    )
+    report.add_argument("--out", default=None, metavar="FILE", help="for the trace, with that of --profiler joined in")
+    _add_trace_output(report)
+
+
+def _add_trace_output(trace: argparse.ArgumentParser) -> None:
+    trace.add_argument("--html", default=None, metavar="FILE", help="a page with timeline, memory and the verdict")
+    trace.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
 
 
 def _positive(text: str) -> int:
