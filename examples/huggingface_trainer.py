@@ -3,7 +3,8 @@
     python examples/huggingface_trainer.py --out runs/tuned
     python examples/huggingface_trainer.py notes/*.txt --steps 200 --out runs/tuned
 
-Two lines differ from a script without offload: the import and `wrap`. Needs `accelerate`, as Trainer does.
+Two lines differ from a script without offload: the import and `wrap`, which takes the model to the device as Trainer
+would. Needs `accelerate`, as Trainer does.
 """
 
 import argparse
@@ -40,11 +41,12 @@ class Windows(Dataset):
         return {"input_ids": window, "labels": window}
 
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
 model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, **size))
 optim = torch.optim.AdamW(model.parameters(), lr=args.lr)
-model, optim = offload.wrap(model, optim, optimizer="host", gradients="host", params="host")
+model, optim = offload.wrap(model, optim, optimizer="host", gradients="host", params="host", device=device)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optim, T_max=args.steps)
 with tempfile.TemporaryDirectory() as scratch:
     settings = TrainingArguments(

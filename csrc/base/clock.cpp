@@ -4,11 +4,13 @@
 
 namespace offload {
 
-int64_t SteadyClock::now_ns() const {
+int64_t monotonic_now_ns() noexcept {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
 }
+
+int64_t SteadyClock::now_ns() const { return monotonic_now_ns(); }
 
 void SteadyClock::sleep_until(int64_t deadline_ns, std::stop_token stop) {
   // Nothing but the deadline or the stop ends this wait, so it needs no shared state.

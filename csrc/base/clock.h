@@ -13,6 +13,9 @@
 
 namespace offload {
 
+// CLOCK_MONOTONIC: what SteadyClock shows.
+int64_t monotonic_now_ns() noexcept;
+
 class Clock {
  public:
   virtual ~Clock() = default;

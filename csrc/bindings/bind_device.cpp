@@ -10,6 +10,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/ticket.h"
+#include "base/trace_ring.h"
 #include "bindings/bindings.h"
 #include "bindings/blocking.h"
 #include "device/host_device.h"
@@ -46,6 +47,9 @@ py::object submit(TransferQueue& self, uintptr_t destination, uintptr_t source, 
                   uintptr_t compute_stream, const Ticket* after, Ticket* ticket, HostBuffer* buffer) {
   Ticket submitted;
   {
+    TraceLabel label = trace_label();
+    if (buffer != nullptr) label.kind = traced_kind(buffer->tag());
+    const TraceLabelled traced(label);
     GilReleased released;
     submitted =
         self.submit(direction, reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source),

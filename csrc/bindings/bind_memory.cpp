@@ -127,6 +127,7 @@ void bind_host_pool(py::module_& module) {
           py::arg("nbytes"))
       .def("acquire", &acquire, py::arg("nbytes"), py::arg("tag"), py::arg("alignment") = 1)
       .def("trim", &HostPool::trim, py::call_guard<GilReleased>())
+      .def("trace_sample", &HostPool::trace_sample, py::call_guard<GilReleased>())
       .def("stats", [](const HostPool& self) {
         HostPoolStats stats;
         {

@@ -148,7 +148,7 @@ int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int mas
                  int weight_format, uintptr_t exp_avg, uintptr_t exp_avg_sq, size_t count,
                  uintptr_t upload_source, uintptr_t device_weight, size_t weight_bytes, int moment_format,
                  uintptr_t exp_avg_scales, uintptr_t exp_avg_sq_scales, uint32_t rounding_seed,
-                 const StateLayout* layout, uint64_t disk_offset) {
+                 const StateLayout* layout, uint64_t disk_offset, uint32_t trace_name) {
   if (moment_format < 0 || moment_format > static_cast<int>(MomentFormat::kInt8)) {
     throw Error(
         ErrorKind::kInvalidArgument,
@@ -179,7 +179,8 @@ int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int mas
        .upload_source = reinterpret_cast<const void*>(upload_source),
        .device_weight = reinterpret_cast<void*>(device_weight),
        .weight_bytes = weight_bytes,
-       .on_disk = layout == nullptr ? std::nullopt : std::optional(StatesOnDisk{*layout, disk_offset})});
+       .on_disk = layout == nullptr ? std::nullopt : std::optional(StatesOnDisk{*layout, disk_offset}),
+       .trace_name = trace_name});
 }
 
 void bind_state_layout(py::module_& module) {
@@ -227,7 +228,7 @@ void bind_pipeline(py::module_& module) {
            py::arg("count"), py::arg("upload_source"), py::arg("device_weight"), py::arg("weight_bytes"),
            py::arg("moment_format") = 0, py::arg("exp_avg_scales") = 0, py::arg("exp_avg_sq_scales") = 0,
            py::arg("rounding_seed") = 0, py::arg("layout") = static_cast<const StateLayout*>(nullptr),
-           py::arg("disk_offset") = 0)
+           py::arg("disk_offset") = 0, py::arg("trace_name") = 0)
       .def("submit", &submit, py::arg("jobs"), py::arg("compute_stream") = 0, py::arg("backwards") = false)
       .def("states_written", &StepPipeline::states_written, py::arg("slot"))
       .def(

@@ -15,6 +15,7 @@ void bind_memory(pybind11::module_& module);     // HostPool, HostBuffer
 void bind_storage(pybind11::module_& module);    // BlockFile
 void bind_optimizer(pybind11::module_& module);  // optimizers over spans, instruction sets
 void bind_pipeline(pybind11::module_& module);   // StepPipeline
+void bind_trace(pybind11::module_& module);      // the records of what the core did
 void bind_unified(pybind11::module_& module);    // UnifiedMemory, UnifiedBlock, torch's allocator
 
 }  // namespace offload::bindings

@@ -11,5 +11,6 @@ PYBIND11_MODULE(_native, module) {
   offload::bindings::bind_storage(module);
   offload::bindings::bind_optimizer(module);
   offload::bindings::bind_pipeline(module);
+  offload::bindings::bind_trace(module);
   offload::bindings::bind_unified(module);
 }

@@ -5,7 +5,8 @@ namespace {
 
 // CU_EVENT_BLOCKING_SYNC: a thread that waits sleeps, for its core belongs to the optimizer.
 // CU_EVENT_DISABLE_TIMING: makes record and wait cheaper.
-constexpr unsigned kEventFlags = 0x1 | 0x2;
+constexpr unsigned kBlockingSync = 0x1;
+constexpr unsigned kDisableTiming = 0x2;
 
 }  // namespace
 
@@ -28,32 +29,36 @@ CudaPrimaryContext::~CudaPrimaryContext() {
   if (owner_.forked()) return;
   // Refusals do not count: they mean that the context is lost or the process exiting, and with it the events.
   if (driver_.CtxPushCurrent(handle_) == 0) {
-    for (CudaEventHandle event : free_events_) static_cast<void>(driver_.EventDestroy(event));
+    for (const Events& events : events_) {
+      for (CudaEventHandle event : events.free) static_cast<void>(driver_.EventDestroy(event));
+    }
     CudaContext popped = nullptr;
     static_cast<void>(driver_.CtxPopCurrent(&popped));
   }
   static_cast<void>(driver_.DevicePrimaryCtxRelease(ordinal_));
 }
 
-std::shared_ptr<CudaEvent> CudaPrimaryContext::acquire_event() {
+std::shared_ptr<CudaEvent> CudaPrimaryContext::acquire_event(bool timed) {
   CudaEventHandle handle = nullptr;
   {
     std::lock_guard lock(mutex_);
-    if (!free_events_.empty()) {
-      handle = free_events_.back();
-      free_events_.pop_back();
+    Events& events = events_[timed];
+    if (!events.free.empty()) {
+      handle = events.free.back();
+      events.free.pop_back();
     } else {
-      free_events_.reserve(++event_count_);  // so that recycle() never has to allocate
+      events.free.reserve(++events.count);  // so that recycle() never has to allocate
     }
   }
-  if (handle == nullptr) driver_.check(driver_.EventCreate(&handle, kEventFlags), "cuEventCreate");
-  return std::make_shared<CudaEvent>(shared_from_this(), handle);
+  const unsigned flags = kBlockingSync | (timed ? 0 : kDisableTiming);
+  if (handle == nullptr) driver_.check(driver_.EventCreate(&handle, flags), "cuEventCreate");
+  return std::make_shared<CudaEvent>(shared_from_this(), handle, timed);
 }
 
-void CudaPrimaryContext::recycle(CudaEventHandle event) noexcept {
+void CudaPrimaryContext::recycle(CudaEventHandle event, bool timed) noexcept {
   if (owner_.forked()) return;  // the lock may be held for ever
   std::lock_guard lock(mutex_);
-  free_events_.push_back(event);
+  events_[timed].free.push_back(event);
 }
 
 void CudaEvent::record(CudaStreamHandle stream) const {
@@ -62,6 +67,12 @@ void CudaEvent::record(CudaStreamHandle stream) const {
 }
 
 CudaResult CudaEvent::synchronize() const { return context_->driver().EventSynchronize(handle_); }
+
+int64_t CudaEvent::ns_since(const CudaEvent& earlier) const noexcept {
+  float milliseconds = 0;
+  if (context_->driver().EventElapsedTime(&milliseconds, earlier.handle_, handle_) != 0) return 0;
+  return static_cast<int64_t>(static_cast<double>(milliseconds) * 1e6);
+}
 
 void CudaEvent::hold_back(CudaStreamHandle stream) const {
   const CudaDriver& driver = context_->driver();

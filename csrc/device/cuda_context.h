@@ -46,12 +46,18 @@ class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContex
   bool sends_batches() const noexcept { return sends_batches_; }
   void refuse_batches() noexcept { sends_batches_ = false; }
 
-  // A new event, or one that nobody holds any more. The context must be current.
-  std::shared_ptr<CudaEvent> acquire_event();
+  // A new event, or one that nobody holds any more. The context must be current. Only a timed one tells when
+  // it happened; it is dearer to record.
+  std::shared_ptr<CudaEvent> acquire_event(bool timed = false);
 
  private:
   friend class CudaEvent;
-  void recycle(CudaEventHandle event) noexcept;
+  void recycle(CudaEventHandle event, bool timed) noexcept;
+
+  struct Events {
+    std::vector<CudaEventHandle> free;
+    size_t count = 0;  // free or held
+  };
 
   const ForkGuard owner_;
   const CudaDriver& driver_;
@@ -61,15 +67,14 @@ class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContex
 
   std::mutex mutex_;
   // guarded by mutex_
-  std::vector<CudaEventHandle> free_events_;
-  size_t event_count_ = 0;  // free or held
+  Events events_[2];  // without and with time
 };
 
 class CudaEvent {
  public:
-  CudaEvent(std::shared_ptr<CudaPrimaryContext> context, CudaEventHandle handle)
-      : context_(std::move(context)), handle_(handle) {}
-  ~CudaEvent() { context_->recycle(handle_); }
+  CudaEvent(std::shared_ptr<CudaPrimaryContext> context, CudaEventHandle handle, bool timed)
+      : context_(std::move(context)), handle_(handle), timed_(timed) {}
+  ~CudaEvent() { context_->recycle(handle_, timed_); }
   CudaEvent(const CudaEvent&) = delete;
   CudaEvent& operator=(const CudaEvent&) = delete;
 
@@ -77,10 +82,13 @@ class CudaEvent {
   void record(CudaStreamHandle stream) const;     // the event is the end of what the stream was given so far
   void hold_back(CudaStreamHandle stream) const;  // later work of the stream starts only after the event
   CudaResult synchronize() const;                 // blocks until the event has happened
+  // Between two timed events that have happened; 0 when the driver does not say.
+  int64_t ns_since(const CudaEvent& earlier) const noexcept;
 
  private:
   const std::shared_ptr<CudaPrimaryContext> context_;
   const CudaEventHandle handle_;
+  const bool timed_;
 };
 
 }  // namespace offload

@@ -69,6 +69,8 @@ struct CudaCopyAttributes {  // CUmemcpyAttributes
   X(EventQuery, cuEventQuery, 2000, (CudaEventHandle event))                                             \
   X(EventSynchronize, cuEventSynchronize, 2000, (CudaEventHandle event))                                 \
   X(EventDestroy, cuEventDestroy_v2, 4000, (CudaEventHandle event))                                      \
+  X(EventElapsedTime, cuEventElapsedTime, 2000,                                                          \
+    (float* milliseconds, CudaEventHandle begin, CudaEventHandle end))                                   \
   X(MemcpyHtoDAsync, cuMemcpyHtoDAsync_v2, 3020,                                                         \
     (CudaAddress destination, const void* source, size_t bytes, CudaStreamHandle stream))                \
   X(MemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, 3020,                                                         \

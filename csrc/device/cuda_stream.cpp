@@ -9,7 +9,9 @@
 #include <thread>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/error.h"
+#include "base/trace_ring.h"
 
 namespace offload {
 namespace {
@@ -30,7 +32,9 @@ struct Copy {
   std::vector<Wait> waits;
   Ticket ticket;
   std::shared_ptr<CudaCopyMark> mark;
+  TraceLabel label;  // of the submitter
   // set when it is issued
+  std::shared_ptr<CudaEvent> begun;  // the stream has come to its bytes; null: nobody asks when
   std::shared_ptr<CudaEvent> event;
   bool sent = false;      // its bytes may be on their way
   bool recorded = false;  // the event, behind them
@@ -101,6 +105,7 @@ class CudaStream::Worker : public std::enable_shared_from_this<Worker> {
   bool sent_as_batch(const Copy& copy);
   bool saw_end(Copy& copy) noexcept;
   void end(Copy& copy) noexcept;
+  void trace(const Copy& copy) const noexcept;
   void abandon(std::unique_lock<std::mutex> lock);
 
   const std::shared_ptr<CudaPrimaryContext> context_;
@@ -214,7 +219,12 @@ void CudaStream::Worker::issue(Copy& copy) noexcept {
       owed_.pop_front();
     }
     if (copy.error) return;
-    copy.event = context_->acquire_event();  // before the bytes: without it nobody sees their end
+    const bool traced = trace_is_on();
+    copy.event = context_->acquire_event(traced);  // before the bytes: without it nobody sees their end
+    if (traced) {
+      copy.begun = context_->acquire_event(traced);
+      copy.begun->record(handle_);
+    }
     copy.sent = true;
     send(copy);
     copy.event->record(handle_);
@@ -281,6 +291,15 @@ void CudaStream::Worker::end(Copy& copy) noexcept {
   copy.mark->set_ended();
 }
 
+// The stream's own time for the copy, ending when this thread saw it end: late by a wake-up.
+void CudaStream::Worker::trace(const Copy& copy) const noexcept {
+  const int64_t end_ns = monotonic_now_ns();
+  size_t bytes = 0;
+  for (const CopySpan& part : copy.parts) bytes += part.bytes;
+  record_trace(copy.direction == Direction::kToHost ? TraceLane::kToHost : TraceLane::kToDevice,
+               end_ns - copy.event->ns_since(*copy.begun), end_ns, bytes, copy.label);
+}
+
 // Blocks until all that was sent is over; false and the copy's error when the driver refuses to say.
 bool CudaStream::Worker::saw_end(Copy& copy) noexcept {
   try {
@@ -288,7 +307,10 @@ bool CudaStream::Worker::saw_end(Copy& copy) noexcept {
     if (!copy.recorded) copy.event->record(handle_);
     copy.recorded = true;
     const CudaResult code = copy.event->synchronize();
-    if (code == 0) return true;
+    if (code == 0) {
+      if (copy.begun && trace_is_on()) trace(copy);
+      return true;
+    }
     throw driver_.error(code, copy.text());
   } catch (...) {
     if (!copy.error) copy.error = std::current_exception();
@@ -360,6 +382,8 @@ Ticket CudaStream::submit(Direction direction, std::vector<CopySpan> parts, bool
                           .waits = {},
                           .ticket = {},
                           .mark = nullptr,
+                          .label = trace_label(),
+                          .begun = nullptr,
                           .event = nullptr,
                           .sent = false,
                           .recorded = false,

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/trace_ring.h"
 
 namespace offload {
 
@@ -46,11 +47,18 @@ namespace {
 
 using Links = std::array<std::shared_ptr<HostLink>, 2>;
 
+// When a copy has the link, on the device's clock.
+struct Occupation {
+  int64_t begin_ns;
+  int64_t end_ns;
+};
+
 struct Copy {
   Direction direction;
   std::vector<CopySpan> spans;
   int64_t submitted_ns;
   size_t failing_nth;         // 0: this copy is meant to work
+  TraceLabel label;           // of the submitter
   std::vector<Ticket> after;  // the waits submitted before it
   Ticket ticket;
 
@@ -102,7 +110,7 @@ class StreamWorker {
   void run_copy(const Copy& copy, std::stop_token stop) {
     HostLink& link = *links_[static_cast<size_t>(copy.direction)];
     std::exception_ptr error = wait_tickets(copy.after, stop);
-    const int64_t end_ns = occupy(link, copy, error != nullptr, stop);
+    const std::optional<Occupation> paced = occupy(link, copy, error != nullptr, stop);
     if (!error && copy.failing_nth > 0) {
       error = std::make_exception_ptr(
           Error(ErrorKind::kDevice, "copy " + std::to_string(copy.failing_nth) + " of lane " + link.name +
@@ -110,12 +118,19 @@ class StreamWorker {
                                         " bytes) failed: asked for by fail_copy"));
     }
     if (!error) {
+      const bool traced = trace_is_on();
+      const int64_t begin_ns = paced ? paced->begin_ns : traced ? clock_->now_ns() : 0;
       // The bytes move when the time has passed: a source changed too early, or a destination read too
       // early, shows.
-      if (end_ns != INT64_MIN) clock_->sleep_until(end_ns, stop);
+      if (paced) clock_->sleep_until(paced->end_ns, stop);
       // memmove, for on this device both sides may be the same memory.
       for (const CopySpan& span : copy.spans) {
         if (span.bytes > 0) std::memmove(span.destination, span.source, span.bytes);
+      }
+      // Before the ticket: who waited for the copy finds its record.
+      if (traced) {
+        const auto lane = copy.direction == Direction::kToHost ? TraceLane::kToHost : TraceLane::kToDevice;
+        record_trace(lane, begin_ns, clock_->now_ns(), copy.total_bytes(), copy.label);
       }
     }
     // Before the ticket: who waited for the ticket sees the copy gone.
@@ -140,17 +155,17 @@ class StreamWorker {
     return error;
   }
 
-  // Waits while the link is held; returns when the copy ends on the clock (INT64_MIN: without delay).
-  int64_t occupy(HostLink& link, const Copy& copy, bool failed, std::stop_token stop) {
+  // Waits while the link is held; returns when the copy has it, nothing where it has no rate to keep.
+  std::optional<Occupation> occupy(HostLink& link, const Copy& copy, bool failed, std::stop_token stop) {
     std::unique_lock lock(link.mutex);
     link.released.wait(lock, stop, [&] { return !link.held; });
-    if (link.bytes_per_s == 0 || failed || copy.failing_nth > 0) return INT64_MIN;
+    if (link.bytes_per_s == 0 || failed || copy.failing_nth > 0) return std::nullopt;
     // From the times of the causes and not from now: a manual clock gives the same end however late
     // this thread gets here.
     const int64_t start_ns = std::max({copy.submitted_ns, link.released_ns, link.free_ns, earliest_ns_});
     const double duration_ns = std::ceil(static_cast<double>(copy.total_bytes()) / link.bytes_per_s * 1e9);
     link.free_ns = start_ns + static_cast<int64_t>(duration_ns);
-    return link.free_ns;
+    return Occupation{start_ns, link.free_ns};
   }
 
   const std::string name_;
@@ -215,6 +230,7 @@ Ticket HostDevice::submit_copies(Stream& stream, Direction direction, std::span<
             .spans = {copies.begin(), copies.end()},
             .submitted_ns = clock_->now_ns(),
             .failing_nth = 0,
+            .label = trace_label(),
             .after = {},
             .ticket = Ticket::pending()};
   {
@@ -237,7 +253,12 @@ void HostDevice::wait_compute(Stream&, uintptr_t) {
 }
 
 bool HostDevice::compute_wait(uintptr_t, const Ticket& ticket, int64_t timeout_ns) {
-  return ticket.wait(timeout_ns);
+  if (!trace_is_on() || ticket.done()) return ticket.wait(timeout_ns);
+  const int64_t begin_ns = clock_->now_ns();
+  const bool ended = ticket.wait_ended(timeout_ns);
+  record_trace(TraceLane::kWait, begin_ns, clock_->now_ns(), 0, {.name = trace_label().name, .kind = 1});
+  if (ended) ticket.wait();  // rethrows its error
+  return ended;
 }
 
 void HostDevice::pin(void* address, size_t bytes) {

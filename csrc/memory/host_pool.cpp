@@ -131,6 +131,11 @@ HostPoolStats HostPool::stats() const {
   return state_->stats();
 }
 
+void HostPool::trace_sample() const {
+  state_->owner.require_owner("the host pool");
+  state_->trace_sample();
+}
+
 HostPoolStats layout_stats(const std::vector<size_t>& sizes_bytes, bool reserve_first,
                            const HostPoolOptions& options) {
   HostPoolOptions dry = options;

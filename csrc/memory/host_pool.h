@@ -36,6 +36,7 @@ struct HostPoolOptions {
 enum class Tag : uint8_t { kWeights, kMaster, kMoments, kGradients, kActivations, kStaging, kWindow };
 constexpr size_t kTagCount = 7;
 const char* tag_name(Tag tag) noexcept;
+constexpr uint8_t traced_kind(Tag tag) noexcept { return static_cast<uint8_t>(tag) + 1; }  // see TraceLabel
 
 struct HostPoolStats {
   size_t budget_bytes = 0;
@@ -101,6 +102,9 @@ class HostPool {
   size_t trim();
 
   HostPoolStats stats() const;
+
+  // Records the bytes in use of every tag, as each change of them is recorded while the trace is on.
+  void trace_sample() const;
 
  private:
   std::shared_ptr<HostPoolState> state_;

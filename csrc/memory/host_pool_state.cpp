@@ -1,6 +1,7 @@
 #include "memory/host_pool_state.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstring>
 #include <iterator>
@@ -9,12 +10,16 @@
 #include <string>
 #include <utility>
 
+#include "base/clock.h"
+#include "base/trace_ring.h"
 #include "memory/orphaned_pages.h"
 
 namespace offload {
 namespace {
 
 constexpr int kPoisonByte = 0xFF;
+
+std::atomic<uint32_t> next_number{0};
 
 std::string format_bytes(size_t bytes) {
   char text[48];
@@ -31,7 +36,7 @@ std::string format_bytes(size_t bytes) {
 }  // namespace
 
 HostPoolState::HostPoolState(std::shared_ptr<Device> pool_device, const HostPoolOptions& pool_options)
-    : device(std::move(pool_device)), options(pool_options) {
+    : device(std::move(pool_device)), options(pool_options), number(next_number.fetch_add(1)) {
   counters_.budget_bytes = options.budget_bytes;
 }
 
@@ -85,6 +90,7 @@ void HostPoolState::give_back(HostBlock& block) noexcept {
   counters_.requested_bytes -= block.requested_bytes;
   counters_.tag_bytes[static_cast<size_t>(block.tag)] -= block.block_bytes;
   --counters_.live_count;
+  if (trace_is_on()) trace(block.tag);
   try {
     if (block.tickets.empty()) {
       blocks_.give_back(block.address, block.block_bytes);
@@ -128,6 +134,17 @@ HostPoolStats HostPoolState::stats() {
   std::lock_guard lock(mutex_);
   reclaim();
   return counters_;
+}
+
+void HostPoolState::trace_sample() {
+  std::lock_guard lock(mutex_);
+  for (size_t tag = 0; tag < kTagCount && trace_is_on(); ++tag) trace(static_cast<Tag>(tag));
+}
+
+void HostPoolState::trace(Tag tag) const noexcept {
+  const int64_t now_ns = monotonic_now_ns();
+  record_trace(TraceLane::kHostMemory, now_ns, now_ns, counters_.tag_bytes[static_cast<size_t>(tag)],
+               {.name = number, .kind = static_cast<uint8_t>(tag)});
 }
 
 // Null when the budget forbids `minimum_bytes`. Free slabs that are each too small are returned first when
@@ -190,6 +207,7 @@ bool HostPoolState::take_free(HostBlock& block) {
   counters_.tag_peak_bytes[tag] = std::max(counters_.tag_peak_bytes[tag], counters_.tag_bytes[tag]);
   counters_.peak_used_bytes = std::max(counters_.peak_used_bytes, counters_.used_bytes);
   ++counters_.live_count;
+  if (trace_is_on()) trace(block.tag);
   return true;
 }
 

@@ -50,10 +50,12 @@ class HostPoolState {
   void reserve(size_t bytes);
   size_t trim();
   HostPoolStats stats();
+  void trace_sample();
 
   const std::shared_ptr<Device> device;
   const HostPoolOptions options;
   const ForkGuard owner;
+  const uint32_t number;  // in traces
 
  private:
   // A block that was given back while a ticket was pending.
@@ -75,6 +77,7 @@ class HostPoolState {
   Slabs detach_free_slabs();
   void reclaim();
   void poison(uintptr_t address, size_t bytes) const noexcept;
+  void trace(Tag tag) const noexcept;
   Error over_budget(size_t bytes, const char* purpose) const;
 
   // Held while pages are obtained or returned, which is slow: one caller at a time, so that the next one

@@ -27,6 +27,7 @@ struct ParameterSlot {
   void* device_weight;        // null: nothing is uploaded
   size_t weight_bytes;
   std::optional<StatesOnDisk> on_disk = std::nullopt;
+  uint32_t trace_name = 0;  // see TraceLabel
 };
 
 // The span with the arrays that are on disk where `frame` has those of `chunk`.

@@ -1,20 +1,15 @@
 #include "pipeline/state_window.h"
 
 #include <algorithm>
-#include <chrono>
 #include <string>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/error.h"
+#include "base/trace_ring.h"
 
 namespace offload {
 namespace {
-
-int64_t steady_now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 Ticket failed(std::exception_ptr error) {
   const Ticket ticket = Ticket::pending();
@@ -37,6 +32,7 @@ struct StateWindow::Frame {
   char* address = nullptr;
   std::optional<ChunkKey> holds;  // whose bytes are in it, or on their way into it
   StateChunk chunk;
+  TraceLabel label;
   bool is_assigned = false;  // to a chunk that is not written back yet
   uint64_t last_use = 0;
   Ticket read;
@@ -81,6 +77,8 @@ void StateWindow::read_ahead() {
     } else {
       frame->holds = next.key;
       frame->chunk = next.chunk;
+      frame->label = {.name = next.trace_name, .kind = traced_kind(Tag::kWindow)};
+      const TraceLabelled traced(frame->label);
       try {
         frame->read = file_->submit_read(next.chunk.offset, frame->address, next.chunk.bytes);
         read_bytes_.fetch_add(next.chunk.bytes, std::memory_order_relaxed);
@@ -106,14 +104,14 @@ StateWindow::Frame* StateWindow::frame_for(const ChunkKey& key) {
 
 StateWindow::Frame& StateWindow::take(const Wait& wait) {
   read_ahead();
-  const int64_t start_ns = steady_now_ns();
+  const int64_t start_ns = monotonic_now_ns();
   while (assigned_.empty()) {
     if (!wait_for_a_frame(wait)) throw Error(ErrorKind::kInternal, "a chunk was taken that nobody expected");
     read_ahead();
   }
   Frame& frame = *assigned_.front();
   for (const Ticket& ticket : {frame.read, frame.write, frame.upload}) wait(ticket);
-  wait_ns_.fetch_add(static_cast<uint64_t>(steady_now_ns() - start_ns), std::memory_order_relaxed);
+  wait_ns_.fetch_add(static_cast<uint64_t>(monotonic_now_ns() - start_ns), std::memory_order_relaxed);
   assigned_.pop_front();
   // It is told how its read ended. A write that failed is told to the job that it was part of.
   frame.read.wait();
@@ -138,6 +136,7 @@ Ticket StateWindow::write_back(Frame& frame, const Ticket& upload) {
   frame.is_assigned = false;
   frame.last_use = ++use_count_;
   frame.upload = upload;
+  const TraceLabelled traced(frame.label);
   frame.write = file_->submit_write(frame.chunk.offset, frame.address, frame.chunk.bytes);
   written_bytes_.fetch_add(frame.chunk.bytes, std::memory_order_relaxed);
   return frame.write;

@@ -36,6 +36,7 @@ struct ChunkKey {
 struct ExpectedChunk {
   ChunkKey key;
   StateChunk chunk;  // its offset is of the file
+  uint32_t trace_name = 0;
 };
 
 struct WindowStats {

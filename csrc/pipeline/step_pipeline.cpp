@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -12,8 +11,10 @@
 #include <thread>
 #include <utility>
 
+#include "base/clock.h"
 #include "base/error.h"
 #include "base/fork_guard.h"
+#include "base/trace_ring.h"
 #include "base/worker_pool.h"
 #include "pipeline/job_end.h"
 #include "pipeline/weight_uploads.h"
@@ -27,12 +28,6 @@ constexpr size_t kInlineElements = size_t{16} << 10;
 // How long a dying pipeline waits for gradients and uploads in flight. They end within milliseconds
 // unless something holds them for good, and then a process must still be able to exit.
 constexpr int64_t kDrainNs = 2'000'000'000;
-
-int64_t steady_now_ns() {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 // `master`: in its frame, where the slot has no other copy of the weight on the host.
 CopySpan upload_of(const ParameterSlot& slot, size_t begin, size_t count, const void* master) {
@@ -90,7 +85,7 @@ class StepPipeline::Sequencer {
   void update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end, std::stop_token stop);
   void update_from_disk(const QueuedJob& queued, const UpdateSpan& span, const std::vector<Factor>& factors,
                         const std::shared_ptr<JobEnd>& end, std::stop_token stop);
-  void update_span(const UpdateSpan& span, const StepJob& job, const std::vector<Factor>& factors);
+  void update_span(const UpdateSpan& span, const QueuedJob& queued, const std::vector<Factor>& factors);
   int64_t drain_remaining_ns();
 
   const ForkGuard owner_;
@@ -165,7 +160,9 @@ void StepPipeline::Sequencer::expect_chunks(int64_t number, const Slot& slot, bo
     const size_t index = backwards ? chunk_count - 1 - i : i;
     StateChunk chunk = states.layout.chunk(index);
     chunk.offset += states.offset;
-    expected_.push_back({.key = {.slot = number, .index = index, .version = slot.version}, .chunk = chunk});
+    expected_.push_back({.key = {.slot = number, .index = index, .version = slot.version},
+                         .chunk = chunk,
+                         .trace_name = slot.parameter.trace_name});
   }
 }
 
@@ -320,12 +317,13 @@ void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_
   span.gradient_format = queued.job.gradient_format;
   if (queued.job.weight != nullptr) place_weight(span, queued.job.weight);
   if (slot.device_weight != nullptr) last_uploading_job_ = queued.ticket;
+  const TraceLabelled traced({.name = slot.trace_name, .kind = traced_kind(Tag::kWeights)});
   const bool small = slot.weight_bytes <= WeightUploads::kSmallBytes && span.count <= chunk_elements_;
   if (!small || slot.on_disk) uploads_.flush();
   if (slot.on_disk) return update_from_disk(queued, span, factors, end, stop);
   for (size_t begin = 0; begin < span.count; begin += chunk_elements_) {
     const size_t count = std::min(chunk_elements_, span.count - begin);
-    update_span(slice(span, begin, count), queued.job, factors);
+    update_span(slice(span, begin, count), queued, factors);
     if (slot.device_weight == nullptr) continue;
     const CopySpan copy = upload_of(slot, begin, count, nullptr);
     if (small) {
@@ -347,7 +345,7 @@ void StepPipeline::Sequencer::update_from_disk(const QueuedJob& queued, const Up
     StateWindow::Frame& frame = window_->take([&](const Ticket& ticket) { wait_ended(ticket, stop); });
     const UpdateSpan part =
         in_frame(slice(span, chunk.begin, chunk.count), layout, chunk, StateWindow::address(frame));
-    update_span(part, queued.job, factors);
+    update_span(part, queued, factors);
     Ticket uploaded;
     if (slot.device_weight != nullptr) {
       uploaded = uploads_.submit(slot.name, upload_of(slot, chunk.begin, chunk.count, part.master), end);
@@ -360,22 +358,29 @@ void StepPipeline::Sequencer::update_from_disk(const QueuedJob& queued, const Up
   }
 }
 
-void StepPipeline::Sequencer::update_span(const UpdateSpan& span, const StepJob& job,
+void StepPipeline::Sequencer::update_span(const UpdateSpan& span, const QueuedJob& queued,
                                           const std::vector<Factor>& factors) {
-  const int64_t start_ns = steady_now_ns();
+  const StepJob& job = queued.job;
+  const int64_t start_ns = monotonic_now_ns();
   if (span.count <= kInlineElements) {
     update_states(span, job.scalars, factors.data(), factors.size(), job.flush_denormals, active_isa());
   } else {
     update_states_parallel(WorkerPool::shared(), span, job.scalars, factors.data(), factors.size(),
                            job.flush_denormals, active_isa());
   }
-  update_ns_.fetch_add(static_cast<uint64_t>(steady_now_ns() - start_ns), std::memory_order_relaxed);
+  const int64_t end_ns = monotonic_now_ns();
+  update_ns_.fetch_add(static_cast<uint64_t>(end_ns - start_ns), std::memory_order_relaxed);
+  if (trace_is_on()) {
+    const ParameterSlot& slot = *queued.slot;
+    record_trace(TraceLane::kHostUpdate, start_ns, end_ns, span.count * (slot.weight_bytes / slot.span.count),
+                 {.name = slot.trace_name});
+  }
 }
 
 // What is left of kDrainNs, counted from the first time that a dying pipeline would have to wait.
 int64_t StepPipeline::Sequencer::drain_remaining_ns() {
-  if (!drain_deadline_ns_) drain_deadline_ns_ = steady_now_ns() + kDrainNs;
-  return std::max<int64_t>(0, *drain_deadline_ns_ - steady_now_ns());
+  if (!drain_deadline_ns_) drain_deadline_ns_ = monotonic_now_ns() + kDrainNs;
+  return std::max<int64_t>(0, *drain_deadline_ns_ - monotonic_now_ns());
 }
 
 StepPipeline::StepPipeline(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
@@ -403,14 +408,18 @@ void StepPipeline::states_written(int64_t slot) { sequencer_->states_written(slo
 bool StepPipeline::wait(const std::vector<Ticket>& tickets, int64_t timeout_ns) {
   const auto pending = [](const Ticket& ticket) { return !ticket.done(); };
   if (std::any_of(tickets.begin(), tickets.end(), pending)) {
-    const int64_t start_ns = steady_now_ns();
+    const int64_t start_ns = monotonic_now_ns();
     bool ended = true;
     for (const Ticket& ticket : tickets) {
-      const int64_t waited_ns = steady_now_ns() - start_ns;
+      const int64_t waited_ns = monotonic_now_ns() - start_ns;
       ended = ticket.wait_ended(timeout_ns < 0 ? -1 : std::max<int64_t>(0, timeout_ns - waited_ns));
       if (!ended) break;
     }
-    sequencer_->count_blocked(steady_now_ns() - start_ns);
+    const int64_t end_ns = monotonic_now_ns();
+    sequencer_->count_blocked(end_ns - start_ns);
+    if (trace_is_on()) {
+      record_trace(TraceLane::kWait, start_ns, end_ns, 0, {.name = trace_label().name});
+    }
     if (!ended) return false;
   }
   for (const Ticket& ticket : tickets) ticket.wait();  // all have ended: rethrows the first error

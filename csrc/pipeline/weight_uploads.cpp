@@ -1,5 +1,8 @@
 #include "pipeline/weight_uploads.h"
 
+#include "base/trace_ring.h"
+#include "memory/host_pool.h"
+
 namespace offload {
 namespace {
 
@@ -34,6 +37,7 @@ void WeightUploads::flush() noexcept {
     for (const Part& part : parts) part(error);
   };
   const std::vector<CopySpan> copies = std::exchange(copies_, {});
+  const TraceLabelled traced({.kind = traced_kind(Tag::kWeights)});  // of several parameters
   try {
     transfers_->submit_after(Direction::kToDevice, copies, Ticket()).on_end(end_all);
   } catch (...) {

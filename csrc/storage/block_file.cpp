@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "base/fork_guard.h"
+#include "base/trace_ring.h"
 
 namespace offload {
 namespace {
@@ -157,7 +158,7 @@ Ticket BlockFile::State::submit(bool is_write, uint64_t offset, char* address, u
   if (!is_write) check_written(offset, bytes);
 
   const uint64_t count = (bytes + options.block_bytes - 1) / options.block_bytes;
-  const auto request = std::make_shared<DiskRequest>(count);
+  const auto request = std::make_shared<DiskRequest>(count, is_write, bytes);
   std::vector<std::vector<BlockOperation>> by_lane(lanes.size());
   for (uint64_t i = 0; i < count; ++i) {
     const uint64_t block = block_of(offset) + i;
@@ -258,8 +259,9 @@ Ticket BlockFile::submit_read_after(const std::vector<Ticket>& after, uint64_t o
   state_->owner.require_owner("the block file");
   const Ticket ended = Ticket::pending();
   const auto left = std::make_shared<std::atomic<size_t>>(after.size() + 1);
-  const auto count_down = [=, door = door_](const std::exception_ptr&) {
+  const auto count_down = [=, door = door_, label = trace_label()](const std::exception_ptr&) {
     if (left->fetch_sub(1) != 1) return;
+    const TraceLabelled traced(label);
     door->submit(ended, [=](State& file) {
       return file.submit(/*is_write=*/false, offset, static_cast<char*>(destination), bytes);
     });
@@ -275,8 +277,9 @@ Ticket BlockFile::submit_write_after(const Ticket& after, uint64_t offset, const
   const Ticket ended = Ticket::pending();
   // Only a read writes to an operation's memory.
   char* const address = static_cast<char*>(const_cast<void*>(source));
-  after.on_end([=, door = door_](const std::exception_ptr& error) {
+  after.on_end([=, door = door_, label = trace_label()](const std::exception_ptr& error) {
     if (error) return ended.fail(error);
+    const TraceLabelled traced(label);
     door->submit(ended, [=](State& file) { return file.submit(/*is_write=*/true, offset, address, bytes); });
   });
   return ended;

@@ -14,7 +14,9 @@
 #include <memory>
 #include <mutex>
 
+#include "base/clock.h"
 #include "base/ticket.h"
+#include "base/trace_ring.h"
 
 namespace offload {
 
@@ -35,9 +37,17 @@ struct BlockRecord {
 // What a caller waits for: its operations, on however many lanes.
 class DiskRequest {
  public:
-  explicit DiskRequest(size_t operation_count) : left_(operation_count) {}
+  DiskRequest(size_t operation_count, bool is_write, uint64_t bytes)
+      : left_(operation_count), is_write_(is_write), bytes_(bytes) {}
 
   const Ticket& ticket() const noexcept { return ticket_; }
+
+  // One of the operations begins: the first of them is where the request begins in a trace.
+  void begin_one() noexcept {
+    int64_t unset = 0;
+    if (trace_is_on())
+      begin_ns_.compare_exchange_strong(unset, monotonic_now_ns(), std::memory_order_relaxed);
+  }
 
   // The last operation to end ends the ticket, with the first error.
   void end_one(std::exception_ptr error) noexcept {
@@ -45,12 +55,22 @@ class DiskRequest {
       std::lock_guard lock(mutex_);
       if (!error_) error_ = std::move(error);
     }
-    if (left_.fetch_sub(1, std::memory_order_acq_rel) == 1) ticket_.fail(error_);
+    if (left_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    // Before the ticket: who waited for the request finds its record.
+    if (const int64_t begin_ns = begin_ns_.load(std::memory_order_relaxed); begin_ns != 0 && trace_is_on()) {
+      const auto lane = is_write_ ? TraceLane::kDiskWrite : TraceLane::kDiskRead;
+      record_trace(lane, begin_ns, monotonic_now_ns(), bytes_, label_);
+    }
+    ticket_.fail(error_);
   }
 
  private:
   const Ticket ticket_ = Ticket::pending();
   std::atomic<size_t> left_;
+  const bool is_write_;
+  const uint64_t bytes_;
+  const TraceLabel label_ = trace_label();  // of the submitter
+  std::atomic<int64_t> begin_ns_{0};
   std::mutex mutex_;
   std::exception_ptr error_;  // guarded by mutex_ until the last operation ended
 };

@@ -10,6 +10,7 @@ namespace offload {
 
 DiskLane::Progress DiskLane::begin(BlockOperation& operation) noexcept {
   BlockRecord& record = *operation.record;
+  operation.request->begin_one();
   if (operation.is_write) {
     // Lost until the write has ended well: what the disk has in between is neither the old block nor the new.
     record.is_lost = true;

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
     from ._step_work import Machine, UnitWork, transformer_compute, unit_works
+    from ._trace_report import TraceReport
+    from ._tracing import trace
     from ._wrap import full_params, unwrap, wrap
     from .deepspeed import add_config_arguments, initialize
 
@@ -66,6 +68,7 @@ __all__ = [
     "StepForecast",
     "StepPrediction",
     "StorageError",
+    "TraceReport",
     "UnitWork",
     "__version__",
     "add_config_arguments",
@@ -81,6 +84,7 @@ __all__ = [
     "offload_activations",
     "predict",
     "save_checkpoint",
+    "trace",
     "transformer_compute",
     "unified",
     "unit_works",
@@ -114,6 +118,7 @@ _HOMES = {
     "StepPrediction": "_prediction",
     "StorageError": "_errors",
     "UnitWork": "_step_work",
+    "TraceReport": "_trace_report",
     "add_config_arguments": "deepspeed",
     "estimate": "_predict",
     "describe_checkpoint": "_export",
@@ -129,6 +134,7 @@ _HOMES = {
     "save_checkpoint": "_saving",
     "transformer_compute": "_step_work",
     "unit_works": "_step_work",
+    "trace": "_tracing",
     "unwrap": "_wrap",
     "wrap": "_wrap",
 }

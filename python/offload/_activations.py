@@ -64,6 +64,7 @@ class Lanes(Protocol):
     def in_ring(self, *, leaving_only: bool = False) -> dict[int, int]: ...
     @property
     def peak_ring_bytes(self) -> int: ...
+    def trace_sample(self) -> None: ...
 
 
 class Forward:
@@ -182,6 +183,10 @@ class Activations:
 
     def _on_device(self) -> int:
         return self._device_bytes + self._refused_bytes
+
+    def trace_sample(self) -> None:
+        """A trace that runs shows what that pool holds now."""
+        self._lanes.trace_sample()
 
     # --- forward --------------------------------------------------------------------------------------------
 

@@ -116,6 +116,10 @@ class CopyLanes:
         """The counters of the host pool."""
         return self._pool.stats()
 
+    def trace_sample(self) -> None:
+        """A trace that runs shows what the host pool holds now."""
+        self._pool.trace_sample()
+
     def reserve(self, nbytes: int) -> None:
         """Obtains host pages now where fewer than `nbytes` are free. Raises `OutOfHostMemory`."""
         pool = self.pool_stats()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from . import _trace
 from ._activation_region import ModelRegion
 from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
@@ -61,6 +62,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module, units: Iterable[Unit], engine: Engine) -> None:
         self._engine = engine
+        self.model, self.units = weakref.ref(model), tuple(units)  # of traces
         self._handles: list[RemovableHandle | WideGradient] = []
         self._watched: set[int] = set()
         self._widened: set[int] = set()
@@ -86,6 +88,11 @@ class Hooks:
             self._handles.append(model.register_forward_hook(leave, always_call=True))
             what = "activations that come and go" if engine.activations is not None else "weights that come and go"
             self._before_forward(model, CompiledGraphs(model, what).check)
+        _trace.wrapped(self)
+
+    @property
+    def engine(self) -> Engine:
+        return self._engine
 
     def _before_forward(self, module: nn.Module, call: Callable[[], None]) -> None:
         self._handles.append(module.register_forward_pre_hook(ModuleHook(call), prepend=True))
@@ -130,6 +137,7 @@ class Hooks:
             self._handles.append(WideGradient(parameter))
 
     def remove(self) -> None:
+        _trace.unwrapped(self)
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -176,7 +184,7 @@ def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Call
         engine.leave(unit)
         if not torch.is_grad_enabled():
             return
-        for tensor in itertools.chain(_tensors_in(output), *(_tensors_kept(inner) for inner in modules)):
+        for tensor in itertools.chain(tensors_in(output), *(_tensors_kept(inner) for inner in modules)):
             if engine.streaming.shares_memory(unit.number, tensor):
                 engine.streaming.pin(unit.number)  # who uses the output uses the weight
             # The base too: an edit in place of a view gives the view a new node, and the base's stays.
@@ -201,10 +209,10 @@ def _tensors_kept(module: nn.Module) -> Iterator[Tensor]:
     """
     for name, value in vars(module).items():
         if name not in _ATTRIBUTES_OF_ALL and isinstance(value, (Tensor, list, tuple, dict)):
-            yield from (tensor for tensor in _tensors_in(value, depth=2) if not isinstance(tensor, Parameter))
+            yield from (tensor for tensor in tensors_in(value, depth=2) if not isinstance(tensor, Parameter))
 
 
-def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
+def tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
     """Every tensor in what a forward returned: containers, dataclasses and plain objects are looked into."""
     if isinstance(value, Tensor):
         yield value
@@ -212,10 +220,10 @@ def _tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:
         return
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors_in(item, depth - 1)
+            yield from tensors_in(item, depth - 1)
     elif isinstance(value, (tuple, list, set, frozenset)):
         for item in value:
-            yield from _tensors_in(item, depth - 1)
+            yield from tensors_in(item, depth - 1)
     elif hasattr(value, "__dict__"):
         for item in vars(value).values():
-            yield from _tensors_in(item, depth - 1)
+            yield from tensors_in(item, depth - 1)

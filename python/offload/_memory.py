@@ -108,11 +108,11 @@ def summarize(
         tiers.append(_disk(stats, plan))
     resident = MemoryRow("resident memory of this process", process["resident"], process["peak_resident"])
     figures = [MemoryRow(f"{name} by torch", value["now"], value["peak"]) for name, value in allocator.items()]
+    notes = _notes(stats, plan)
     if "allocated" in allocator:
-        rest = max(0, allocator["allocated"]["now"] - device.total.now)
-        most = max(rest, allocator["allocated"]["peak"] - device.total.now)
-        figures.append(MemoryRow("of it not offload's", rest, most))
-    return MemorySummary(tuple(tiers), resident, tuple(figures), tuple(_notes(stats, plan)))
+        rest = format_size(max(0, allocator["allocated"]["now"] - device.total.now))
+        notes.append(f"{rest} of what torch has allocated now are not offload's: activations, workspace, your tensors")
+    return MemorySummary(tuple(tiers), resident, tuple(figures), tuple(notes))
 
 
 def _device(stats: Stats, plan: Plan) -> MemoryTier:
@@ -173,10 +173,14 @@ def _notes(stats: Stats, plan: Plan) -> list[str]:
         "what the device has together at most is no more than that: its owners need not have had theirs at once"
     )
     if plan.activations == "device":
-        notes.append("activations are on the device, among what is not offload's")
+        notes.append("activations are on the device, and not counted here")
     else:
         may = format_size(plan.activation_host_bytes)
         notes.append(f"activations may take {may} on the host, of which the plan does not know how much they will")
+    if stats.disk:
+        notes.append(
+            "on disk the states of each parameter, and weights that travel together, take whole blocks (disk_block)"
+        )
     if "torch_states" in stats.host_bytes:
         notes.append("states of torch's own lie beside the host budget")
     if stats.pool["waiting_bytes"]:

@@ -167,6 +167,8 @@ class HostPool:
     def acquire(self, nbytes: int, tag: Tag, alignment: int = 1) -> HostBuffer:
         """A block at an address that is a multiple of 256, and of `alignment` (a power of two)."""
     def trim(self) -> int: ...
+    def trace_sample(self) -> None:
+        """Records the bytes in use by tag, as each change of them is while a trace is on."""
     def stats(self) -> dict[str, Any]:
         """The fields of HostPoolStats; `tag_bytes` and `tag_peak_bytes` are dicts by tag."""
 
@@ -388,6 +390,7 @@ class StepPipeline:
         rounding_seed: int = 0,
         layout: StateLayout | None = None,
         disk_offset: int = 0,
+        trace_name: int = 0,
     ) -> int:
         """Addresses are 0 for what is not there, or is on disk: those that `layout` has, from `disk_offset` on."""
     def submit(
@@ -430,6 +433,29 @@ class StepPipeline:
     def hold(self) -> None:
         """The sequencer starts no further job until release(): for tests."""
     def release(self) -> None: ...
+
+# --- trace ------------------------------------------------------------------------------------------------
+
+# By the numbers of records; of tags, by the kind of a sample. See csrc/base/trace_ring.h.
+TRACE_LANES: tuple[str, ...]
+TRACE_TAGS: tuple[str, ...]
+TRACE_RECORD_BYTES: int
+
+def trace_start() -> None:
+    """From now on the core records what it does, in the whole process; what was recorded before is forgotten."""
+
+def trace_stop() -> None: ...
+def trace_is_on() -> bool: ...
+def trace_read() -> bytes:
+    """The records that came since the last call, as they lie in memory. One thread at a time."""
+
+def trace_lost_count() -> int:
+    """Records since trace_start() that found no room."""
+
+def trace_label() -> tuple[int, int]:
+    """Name and kind of what this thread submits and waits for."""
+
+def set_trace_label(name: int, kind: int = 0) -> None: ...
 
 # --- unified memory ---------------------------------------------------------------------------------------
 

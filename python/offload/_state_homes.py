@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _native
+from . import _native, _trace
 from ._adamw import FORMATS
 from ._config import Config
 from ._native_state import NativeState
@@ -177,6 +177,7 @@ class StateHomes:
             # The next touch of a streamed one uploads the weight.
             "device_weight": 0 if state.streamed else parameter.data_ptr(),
             "weight_bytes": parameter.numel() * parameter.element_size(),
+            "trace_name": _trace.number_of(state.name),
         }
         if state.stored is not None:
             slot |= {"layout": state.stored.layout, "disk_offset": state.stored.offset}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from . import _trace
 from ._adamw import AdamW
 from ._checkpoint import Groups, SavedState
 from ._engine import Engine
@@ -131,7 +132,10 @@ class TorchUpdater:
                     if self._take_master(state, versions[id(state)]) or id(state.parameter) in given
                 ]
             )
-            self.engine.torch_update_s += time.perf_counter() - start
+            end = time.perf_counter()
+            self.engine.torch_update_s += end - start
+            for lane in ("host_update", "wait"):  # the training thread runs it itself
+                _trace.record(lane, type(self._twin).__name__, int(start * 1e9), int(end * 1e9))
 
     def _give_groups(self, groups: Groups) -> None:
         """The twin sees the user's groups as they are now. A parameter that never had a gradient stands for itself."""

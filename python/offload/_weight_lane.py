@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import _native
+from . import _native, _trace
 from ._errors import StorageError
 from ._parameter_state import ParameterState
 from ._residency import Residency, host_runs
@@ -81,15 +81,16 @@ class WeightLane:
     def start_weights(self, residency: Residency, upload: Any) -> None:
         engine = self._engine
         engine.require_own_process()
-        after = self._ready_for(residency, upload)
-        engine.transfers.submit_to_device(
-            residency.address,
-            residency.host_address,
-            residency.nbytes,
-            engine.lanes.compute_stream(),
-            after,
-            upload,
-        )
+        with _trace.naming(lambda: self.name_of(residency.parameters[0]), "weights"):
+            after = self._ready_for(residency, upload)
+            engine.transfers.submit_to_device(
+                residency.address,
+                residency.host_address,
+                residency.nbytes,
+                engine.lanes.compute_stream(),
+                after,
+                upload,
+            )
 
     def _ready_for(self, residency: Residency, upload: Any) -> _native.Ticket | None:
         """Its host bytes have an address; what the upload has to wait for."""

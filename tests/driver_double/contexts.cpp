@@ -237,7 +237,7 @@ int cuEventCreate(void** event, unsigned flags) {
   if (flags > 7) return kInvalidValue;
   State& all = state();
   const uintptr_t handle = all.next_handle += 16;
-  all.events.emplace(handle, Event{.ordinal = pushed().back(), .latest = nullptr});
+  all.events.emplace(handle, Event{.ordinal = pushed().back(), .timed = (flags & 2) == 0, .latest = nullptr});
   *event = reinterpret_cast<void*>(handle);
   return kSuccess;
 }
@@ -254,7 +254,8 @@ int cuEventRecord(void* event_handle, void* stream_handle) {
     state().misuse("cuEventRecord of an event of another context");
     return kInvalidHandle;
   }
-  event->latest = std::make_shared<Completion>(Completion{.done = !stream});
+  event->latest =
+      std::make_shared<Completion>(Completion{.done = !stream, .done_at = std::chrono::steady_clock::now()});
   if (stream) stream->queue.push_back(Operation{.kind = Operation::kRecord, .completion = event->latest});
   state().changed.notify_all();
   return kSuccess;
@@ -275,6 +276,21 @@ int cuEventSynchronize(void* handle) {
   if (event == nullptr) return kInvalidHandle;
   if (!event->latest) return kSuccess;
   return wait_done(call.lock(), std::shared_ptr<Completion>(event->latest));
+}
+
+int cuEventElapsedTime(float* milliseconds, void* begin_handle, void* end_handle) {
+  Call call("cuEventElapsedTime", Needs::kContext);
+  if (call.refused()) return call.code();
+  const Event* begin = event_of("cuEventElapsedTime", begin_handle);
+  const Event* end = event_of("cuEventElapsedTime", end_handle);
+  if (begin == nullptr || end == nullptr || !begin->timed || !end->timed) return kInvalidHandle;
+  for (const Event* event : {begin, end}) {
+    if (!event->latest) return kInvalidHandle;
+    if (!event->latest->done) return kNotReady;
+  }
+  *milliseconds =
+      std::chrono::duration<float, std::milli>(end->latest->done_at - begin->latest->done_at).count();
+  return kSuccess;
 }
 
 int cuEventDestroy_v2(void* handle) {

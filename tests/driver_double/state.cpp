@@ -18,6 +18,7 @@ struct ExitMark {
 void finish(Operation& operation) {
   if (operation.kind == Operation::kWait) return;  // it is the event's
   operation.completion->done = true;
+  operation.completion->done_at = std::chrono::steady_clock::now();
   if (operation.kind != Operation::kCopy) return;
   --state().lanes[operation.direction].pending;
   if (operation.registration) --operation.registration->copies;

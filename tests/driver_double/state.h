@@ -10,6 +10,7 @@
 #include <sys/types.h>
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -49,6 +50,7 @@ enum Direction { kToHost, kToDevice };
 // The end of something queued; shared by the queue and by who waits for it.
 struct Completion {
   bool done = false;
+  std::chrono::steady_clock::time_point done_at;
 };
 
 struct Registration {
@@ -79,6 +81,7 @@ struct Stream {
 
 struct Event {
   int ordinal = 0;
+  bool timed = false;
   std::shared_ptr<Completion> latest;  // null: never recorded
 };
 

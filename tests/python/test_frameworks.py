@@ -71,10 +71,11 @@ def trained(
     """What Trainer logged (losses and gradient norms), the weights and the optimizer."""
     import transformers
 
+    torch.set_default_device(None)  # the sampler of Trainer's loader works on the CPU
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=64, **size))
-    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), device=device, **placement)
     arguments = transformers.TrainingArguments(
         output_dir=str(out), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=3,
         max_grad_norm=0.3, logging_steps=1, report_to=[], disable_tqdm=True, use_cpu=device.type == "cpu",
@@ -86,6 +87,7 @@ def trained(
         optimizers=(optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)),
     )
     trainer.train(resume_from_checkpoint=str(out / "checkpoint-3") if resume else None)
+    assert next(model.parameters()).device.type == device.type
     logs = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "grad_norm" in entry]
     return logs, [value.clone() for value in model.state_dict().values()], optimizer
 
@@ -110,6 +112,10 @@ def test_trainer(placement: dict[str, str], tmp_path: Path, device: torch.device
 def test_accelerate(placement: dict[str, str], device: torch.device) -> None:
     """prepare(), accumulate(), clip_grad_norm_() and a scheduler that steps with the optimizer."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the device of the process's first Accelerator
+    GradientState._reset_state()
 
     def run(placement: dict[str, str]) -> tuple[list[float], list[Tensor], Any]:
         accelerator = Accelerator(gradient_accumulation_steps=2, cpu=device.type == "cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from driver_double import DriverDouble
 
 import offload
 from offload import _activations, _engine, _native, _state_homes, _wrap
-from offload._memory import MemoryRow, MemorySummary
+from offload._memory import MemoryRow, MemorySummary, summarize
 from offload._unified_states import UnifiedStates
 from offload.cli import main
 from test_memory import Allocations
@@ -114,6 +115,7 @@ def test_streamed_weights_stay_within_what_the_plan_said(name: str, tmp_path: Pa
     on_host = {row.owner: row for row in summary.tier("host").rows}["weights"]
     aligned = ALIGNMENT if name == "all on disk" else 0
     assert on_host.planned is not None and on_host.planned - aligned <= on_host.now <= on_host.planned + padding
+    assert ("whole blocks" in str(summary)) == (name == "all on disk")
     if name == "all on disk":
         on_disk = {row.owner: row for row in summary.tier("disk").rows}
         assert on_disk["weights"].planned == weights <= on_disk["weights"].now
@@ -176,6 +178,20 @@ def test_states_of_torchs_own_lie_beside_the_pool() -> None:
     assert {row.owner for row in host.beside} == {"obtained from the system", "states of torch's own"}
     states = sum(p.nbytes for p in model.parameters()) + 4 * len(list(model.parameters()))  # square_avg, and a step
     assert host.beside[1].now == states and host.total.now == sum(row.now for row in host.rows)
+
+
+def test_torchs_own_figures_stand_beside_ours() -> None:
+    model, optimizer = offload.wrap(model := make_model(), torch.optim.AdamW(model.parameters()), **HOST)
+    allocator = {"allocated": {"now": 1 << 20, "peak": 3 << 20}, "reserved": {"now": 4 << 20, "peak": 4 << 20}}
+    process = {"resident": 5 << 20, "peak_resident": 6 << 20}
+    summary = summarize(optimizer.stats(), optimizer.plan, process=process, allocator=allocator)
+    assert summary.to_dict()["allocator"]["allocated by torch"] == {"now": 1 << 20, "peak": 3 << 20}
+    weights = sum(p.nbytes for p in model.parameters())
+    assert summary.tier("device").total.now == weights
+    assert f"{((1 << 20) - weights) / 1024:.2f} KiB of what torch has allocated now are not offload's" in str(summary)
+    assert re.search(r"resident memory of this process +5.00 MiB +6.00 MiB", str(summary))
+    with pytest.raises(KeyError):
+        summary.tier("disk")
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:

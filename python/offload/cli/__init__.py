@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from ._plan import run_plan
 
             return run_plan(arguments)
+        if arguments.command == "trace":
+            from ._trace import run_trace, run_trace_report
+
+            return run_trace(arguments) if arguments.action is None else run_trace_report(arguments)
         if arguments.part == "report":
             from ._bench_report import run_report
 
@@ -94,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     _add_config(commands)
     _add_checkpoint(commands)
+    _add_trace(commands)
     return parser
 
 
@@ -217,6 +222,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("step", on_device, "how much of the host update hides, and what hooks cost")
     add("link", on_device, "the copy lanes beside raw copies on the same link")
     add("swap", on_device, "what streamed weights cost, and how much of the link they use")
+    add("trace", on_device, "what a trace costs the steps that it records")
     add("engine", on_device, "what the DeepSpeed engine costs over wrap, step by step")
     add("update", on_device, "the update of states that stay on the device beside its memory's own speed and torch")
     add(
@@ -233,7 +239,8 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add(
         "all",
         on_device,
-        "all of these but engine, update, unified, checkpoint, disk, train, plan and largest, which take time or room",
+        "all of these but trace, engine, update, unified, checkpoint, disk, train, plan and largest, which take time or "
+        "room",
     )
 
 
@@ -341,6 +348,38 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
     export.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="bf16", help="of the weights (default bf16)"
     )
+
+
+def _add_trace(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    trace = commands.add_parser(
+        "trace",
+        help="where the time of a step goes: the demo training, traced",
+        description="Trains as `offload train` does and records copies, updates, waits, disk and memory: what is "
+        "hidden, what is waited for, and the setting that would help most. `offload trace report FILE` reads a trace "
+        "that was saved. To trace your own training use offload.trace().",
+        epilog=_EPILOG,
+    )
+    _add_training(trace, steps=12)
+    trace.add_argument("--out", default=None, metavar="FILE", help="the trace as JSON, which ui.perfetto.dev opens")
+    _add_trace_output(trace)
+    actions = trace.add_subparsers(dest="action", metavar="report")
+    report = actions.add_parser(
+        "report",
+        help="the report of a saved trace",
+        description="Prints the report of a trace that was saved, writes its page, or joins it with torch.profiler's.",
+        epilog=_EPILOG,
+    )
+    report.add_argument("file", metavar="FILE", help="JSON, as --out or offload.trace(path) wrote it")
+    report.add_argument(
+        "--profiler", default=None, metavar="FILE", help="what torch.profiler exported of the same run, to join in"
+    )
+    report.add_argument("--out", default=None, metavar="FILE", help="for the trace, with that of --profiler joined in")
+    _add_trace_output(report)
+
+
+def _add_trace_output(trace: argparse.ArgumentParser) -> None:
+    trace.add_argument("--html", default=None, metavar="FILE", help="a page with timeline, memory and the verdict")
+    trace.add_argument("--json", action="store_true", help="the report as one JSON object on stdout")
 
 
 def _positive(text: str) -> int:

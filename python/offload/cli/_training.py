@@ -129,10 +129,12 @@ def train(
     snapshot_step: int,
     placement: str | None,
     device: torch.device,
+    measures_peak: bool = True,
 ) -> Run:
     """Runs `steps` of the `options.steps` that the schedule spans; stops cleanly on Ctrl-C.
 
     placement: `"host"` (as the options say, gradients on the host) or `"device"` under offload, None for plain PyTorch.
+    measures_peak: of device bytes, which makes the first steps slow.
     """
     run = Run()
     model, optimizer, offloaded = _prepare(options, placement, device)
@@ -143,7 +145,7 @@ def train(
     model.train()
     measuring = ExitStack()
     try:
-        if offloaded:
+        if offloaded and measures_peak:
             run.peak = measuring.enter_context(measured_peak(device, _live_bytes(model, offloaded)))
         for step in range(1, steps + 1):
             start = time.perf_counter()

@@ -1,0 +1,129 @@
+"""What a trace costs: the same steps with and without one in turns, and what its hooks take of tiny units."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import offload
+
+from ._bench import summary
+from ._bench_step import ManyParameters, wait_for_compute
+from ._corpus import VOCABULARY
+from ._device import compute_device
+from ._table import table
+from ._training import build_model
+
+__all__ = ["run", "text"]
+
+_TARGET = 0.01
+_BATCH = 4
+_UNITS = 32
+_PARAMETERS = 2  # of a unit
+
+Step = Callable[[], None]
+
+
+def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Seconds a step with and without a trace; microseconds that a trace adds to a unit of nothing else."""
+    device = compute_device(options.device)
+    blocks, steps = (4, 1) if options.quick else (24, 5)
+    size, length, repeats = (100_000, 16, 5) if options.quick else (5_000_000, 128, 40)
+    step, end, units = _model_step(size, length, device)
+    seconds = _in_turns(step, blocks, steps, device)
+    end()
+    # Without the first block: pages, threads and the recording of the first step.
+    pairs = list(zip(seconds["off"], seconds["on"], strict=True))[1:]
+    tiny_step, end_tiny = _tiny_step(device)
+    tiny = _in_turns(tiny_step, repeats, 1, device)
+    end_tiny()
+    added_us = [(on - off) / _UNITS * 1e6 for off, on in zip(tiny["off"], tiny["on"], strict=True)][1:]
+    off, added = summary([pair[0] for pair in pairs]), summary(added_us)
+    yield {
+        "name": "trace",
+        "device": str(device),
+        "parameters": size,
+        "units": units,
+        "off_step_s": off,
+        "on_step_s": summary([pair[1] for pair in pairs]),
+        "overhead": summary([on / off_s - 1 for off_s, on in pairs]) | {"target": _TARGET},
+        "added_us_per_unit": added,
+        # What the hooks take of that step where they can be told from what steps differ by.
+        "reckoned_overhead": added["median"] * 1e-6 * units / off["median"],
+    }
+
+
+def _in_turns(step: Step, blocks: int, steps: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds a step of each block, "off" and "on"; the step before each block is not timed."""
+    seconds: dict[str, list[float]] = {"off": [], "on": []}
+    for block in range(blocks):
+        for name in ("off", "on") if block % 2 else ("on", "off"):
+            with offload.trace() if name == "on" else contextlib.nullcontext():
+                step()
+                wait_for_compute(device)
+                start = time.perf_counter()
+                for _ in range(steps):
+                    step()
+                wait_for_compute(device)
+                seconds[name].append((time.perf_counter() - start) / steps)
+    return seconds
+
+
+def _model_step(size: int, length: int, device: torch.device) -> tuple[Step, Callable[[], None], int]:
+    shape = argparse.Namespace(hidden=None, size=size, layers=6, length=length, seed=0, dtype="bfloat16")
+    model = build_model(shape)
+    plain = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model, optimizer = offload.wrap(model, plain, optimizer="host", gradients="host", device=str(device))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (_BATCH, length), generator=generator).to(device)
+
+    def step() -> None:
+        loss: Tensor = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def end() -> None:
+        offload.unwrap(model, optimizer)
+
+    return step, end, shape.layers + 3  # beside the blocks: embedding, norm and head
+
+
+def _tiny_step(device: torch.device) -> tuple[Step, Callable[[], None]]:
+    model: nn.Module = nn.Sequential(*(ManyParameters(_PARAMETERS) for _ in range(_UNITS))).to(device)
+    plain = torch.optim.AdamW(model.parameters())
+    model, optimizer = offload.wrap(model, plain, optimizer="host", gradients="host", device=str(device))
+    x = torch.ones(64, device=device)
+
+    def step() -> None:
+        model(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def end() -> None:
+        offload.unwrap(model, optimizer)
+
+    return step, end
+
+
+def text(result: dict[str, Any]) -> str:
+    """The result as a table."""
+    overhead, added = result["overhead"], result["added_us_per_unit"]
+    rows: list[tuple[str, ...]] = [("what", "median", "p20", "p80")]
+    for name, key, factor, unit in (
+        ("step without a trace", "off_step_s", 1e3, "ms"),
+        ("step with one", "on_step_s", 1e3, "ms"),
+        ("what it adds, pair by pair", "overhead", 100, "%"),
+        ("what it adds to a unit", "added_us_per_unit", 1, "us"),
+    ):
+        values = result[key]
+        rows.append((name, *(f"{values[share] * factor:.2f} {unit}" for share in ("median", "p20", "p80"))))
+    reckoned = result["reckoned_overhead"]
+    rows.append((f"of the step, {result['units']} units at {added['median']:.1f} us", f"{reckoned:.2%}", "", ""))
+    return table(rows) + f"\nasked for: at most {overhead['target']:.0%}"
