@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import offload
+from bench_results import check_figures
 from offload import StorageError, _native
 from offload.cli import _bench_disk, main
 
@@ -65,6 +66,7 @@ def test_bench_reports_every_mode_and_side(disk_path: str, capsys: pytest.Captur
     assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 0
     output = capsys.readouterr()
     result = json.loads(output.out)["results"]["disk"]
+    check_figures(result)
     assert [row["mode"] for row in result["rows"]] == ["read", "write", "both"]
     for row in result["rows"]:
         rates = row["gb_per_s"]
@@ -80,7 +82,7 @@ def test_bench_reports_every_mode_and_side(disk_path: str, capsys: pytest.Captur
     for name, raw in (("share_of_larger", "larger_s"), ("share_of_both", "both_s")):
         shares = zip(update[name]["samples"], update[raw]["samples"], update["update_s"]["samples"], strict=True)
         assert all(share == raw_s / own_s > 0 for share, raw_s, own_s in shares)
-    assert "share of raw" in output.err and disk_path in output.err
+    assert "of raw" in output.err and disk_path in output.err
     gc.collect()  # the model whose states were updated
     assert os.listdir(disk_path) == []
 
