@@ -25,9 +25,11 @@ from typing import Any, Protocol
 import offload
 
 from .. import _native
+from ._bench_disk_peers import DeepSpeedSide, deepspeed_refusal
 from ._bench_disk_update import measure_update
 from ._bench_disk_weights import measure_weights
 from ._bench_figures import Figure, figure
+from ._bench_figures import Side as Owner
 from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._table import format_bytes
@@ -158,6 +160,11 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         tier.check()
     raw = RawSide(path, block_count, all(tier.facts["direct"] for tier in tiers.values()), pool)
     sides: dict[str, Side] = {**tiers, "raw": raw}
+    refusal = deepspeed_refusal()
+    if refusal is None:
+        now_at("deepspeed: loading, or building at its first use")
+        sides["deepspeed"] = peer = DeepSpeedSide(path, block_count, block=_BLOCK, chunk=_CHUNK, window=_WINDOW)
+        peer.check()
     rows = []
     for mode in _MODES:
         now_at(mode)
@@ -168,6 +175,9 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         raw_median = row["gb_per_s"]["raw"]["median"]
         row["share_of_raw"] = {name: row["gb_per_s"][name]["median"] / raw_median for name in tiers}
         rows.append(row)
+
+    if refusal is None:
+        peer.close()
 
     def raw_gb_per_s(mode: str) -> float:
         return block_count * _BLOCK / raw.seconds(_spans(mode, block_count)) / 1e9
@@ -186,6 +196,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "raw_threads": _RAW_THREADS,
         "facts": {name: tier.facts for name, tier in tiers.items()},
         "rows": rows,
+        "absent_peers": {} if refusal is None else {"deepspeed async I/O": refusal},
         "update": update,
         "weights": weights,
     }
@@ -227,12 +238,15 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     """Bandwidths of the back-ends beside raw ones, and the update of states on disk."""
     found = []
     for row in result["rows"]:
+        peers = {name: rate for name, rate in row["gb_per_s"].items() if name == "deepspeed"}
         for name, rate in row["gb_per_s"].items():
+            label = f"{row['mode']}, {name}"
             if name in result["facts"]:
                 ceiling = "raw", row["gb_per_s"]["raw"]["median"]
-                found.append(figure(f"{row['mode']}, {name}", "GB/s", rate, better="higher", ceiling=ceiling))
+                found.append(figure(label, "GB/s", rate, better="higher", ceiling=ceiling, peers=peers))
             else:
-                found.append(figure(f"{row['mode']}, {name}", "GB/s", rate, side="ceiling", better="higher"))
+                side: Owner = "peer" if name in peers else "ceiling"
+                found.append(figure(label, "GB/s", rate, side=side, better="higher"))
     update = result["update"]
     ceiling = "the larger of a raw read and write", update["larger_s"]["median"]
     found.append(figure("update of states on disk", "s", update["update_s"], ceiling=ceiling))
