@@ -98,7 +98,9 @@ def test_an_engine_that_trains_otherwise_is_not_reported(monkeypatch: pytest.Mon
 # --- every part ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["engine", "link", "step", "swap", "train", "unified", "update"])
+@pytest.mark.parametrize(
+    "part", ["activations", "checkpoint", "engine", "link", "step", "swap", "train", "unified", "update"]
+)
 @pytest.mark.parametrize(("name", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "supported")])
 def test_a_device_that_cannot_be_measured_is_named(
     part: str, name: str, reason: str, capsys: pytest.CaptureFixture[str]

@@ -146,6 +146,8 @@ def test_all_measures_every_part_into_one_report(
     # Each has its own options, and the largest model the budgets that it needs on a CPU.
     assert stubs["disk"].gib == 1 and stubs["train"].size == "tiny" and stubs["largest"].host_budget == "4MiB"
     assert report["results"]["disk"]["arguments"] == {"quick": True, "disk_path": ".", "gib": 1}
+    # The default device and the same one by its name are one.
+    assert report["results"]["link"]["arguments"] == {"quick": True}
     assert all(f"text of {part}" in output.err for part in _bench.PARTS)
 
 

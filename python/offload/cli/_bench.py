@@ -35,7 +35,8 @@ PARTS = (
 )
 # What `all` asks of a part on the CPU, beside its defaults: there both tiers are one memory.
 _ON_CPU = {"largest": ("--device-budget", "1MiB", "--host-budget", "4MiB")}
-_NOT_MEASURED = {"json", "compare", "command", "part"}  # options that no figure depends on
+# Options that no figure depends on; which device it was stands in the results.
+_NOT_MEASURED = {"json", "compare", "command", "part", "device"}
 
 
 def run_bench(options: argparse.Namespace) -> int:

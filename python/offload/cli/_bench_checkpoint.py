@@ -25,6 +25,7 @@ import offload
 from ._bench_figures import Figure, figure
 from ._bench_progress import now_at
 from ._bench_spread import summary
+from ._device import compute_device
 from ._table import format_bytes
 
 __all__ = ["figures", "run", "text"]
@@ -43,7 +44,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     width = 1024
     depth = max(1, round(state_bytes / _BYTES_PER_PARAMETER / width**2))
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))).to(torch.bfloat16)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = compute_device(options.device)
     model.to(device)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-5)
     _, wrapped = offload.wrap(model, optim, optimizer="host", gradients="host", device=str(device))
@@ -91,6 +92,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     saved, raw = summary(save_s), summary(raw_s)
     yield {
         "name": "checkpoint",
+        "device": str(device),
         "bytes": nbytes,
         "disk_write_s": raw,
         "save_s": saved,

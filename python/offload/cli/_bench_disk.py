@@ -253,6 +253,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     weights = result["weights"]
     ceiling = "the largest of read, write and step in memory", weights["larger_s"]["median"]
     found.append(figure("step, weights on disk", "s", weights["step_s"], ceiling=ceiling))
+    found.append(figure("step, weights on the host", "s", weights["on_host_s"]))
     found.append(figure("step, weights in memory", "s", weights["in_memory_s"], side="ceiling"))
     return found
 

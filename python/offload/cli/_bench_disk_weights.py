@@ -28,32 +28,34 @@ def measure_weights(path: str, weight_bytes: int, rounds: int, raw_gb_per_s: Cal
 
     raw_gb_per_s: the disk's own rate now, of "read", "write" or "both"; each round asks for all three first.
 
-    The dict has, as summaries in seconds a step, `step_s`; `in_memory_s`, the same with weights in memory; `larger_s`,
-    the largest of that and of reading and writing as many bytes, each alone; and `both_s`, the larger of that and of
-    reading and writing at once. `share_of_larger` and `share_of_both` are these over `step_s`.
+    The dict has, as summaries in seconds a step, `step_s`; `on_host_s`, the same with weights that stream from the host
+    without a disk; `in_memory_s`, with weights where they are needed; `larger_s`, the largest of that and of reading
+    and writing as many bytes, each alone; and `both_s`, the larger of that and of reading and writing at once.
+    `share_of_larger` and `share_of_both` are these over `step_s`.
 
-    Raises AssertionError where the losses of the two are not the same, bit for bit.
+    Raises AssertionError where the losses of the three are not the same, bit for bit.
     """
     depth = max(8, weight_bytes // _UNIT_BYTES)
     on_disk = _Steps(depth, params="disk", disk_path=path, host_budget=_budget(depth, path))
-    in_memory = _Steps(depth, params="device")
-    step_s, memory_s, larger_s, both_s = [], [], [], []
+    on_host, in_memory = _Steps(depth, params="host"), _Steps(depth, params="device")
+    step_s, host_s, memory_s, larger_s, both_s = [], [], [], [], []
     for number in range(rounds + 1):
         rates = {mode: raw_gb_per_s(mode) * 1e9 for mode in ("read", "write", "both")}
         before = on_disk.moved()
-        seconds, resident = on_disk.seconds(), in_memory.seconds()
+        seconds, streamed, resident = on_disk.seconds(), on_host.seconds(), in_memory.seconds()
         read, written = (after - earlier for after, earlier in zip(on_disk.moved(), before, strict=True))
         if number > 0:  # the first records the order in which units are needed
             step_s.append(seconds)
+            host_s.append(streamed)
             memory_s.append(resident)
             larger_s.append(max(resident, read / _STEPS / rates["read"], written / _STEPS / rates["write"]))
             both_s.append(max(resident, (read + written) / _STEPS / rates["both"]))
-    if on_disk.losses != in_memory.losses:
+    if not on_disk.losses == on_host.losses == in_memory.losses:
         raise AssertionError("weights on disk train to other losses than weights in memory")
     if not read or not written:
         raise AssertionError(f"{read} bytes of weights were read and {written} written: they were not on disk")
     cache_bytes = on_disk.stats()["weights_cache_bytes"]
-    for steps in (on_disk, in_memory):
+    for steps in (on_disk, on_host, in_memory):
         steps.end()
     return {
         "weight_bytes": depth * _UNIT_BYTES,
@@ -61,6 +63,7 @@ def measure_weights(path: str, weight_bytes: int, rounds: int, raw_gb_per_s: Cal
         "read_bytes": read // _STEPS,
         "written_bytes": written // _STEPS,
         "step_s": summary(step_s),
+        "on_host_s": summary(host_s),
         "in_memory_s": summary(memory_s),
         "larger_s": summary(larger_s),
         "both_s": summary(both_s),
