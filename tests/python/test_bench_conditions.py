@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from offload.cli import _bench_conditions
+from offload.cli import _bench, _bench_conditions
 from offload.cli._bench_clocks import ClocksUnknown, open_clocks, over_time
 from offload.cli._bench_conditions import every, noise, recorded
 from offload.cli._bench_progress import Progress, now_at
@@ -133,6 +134,12 @@ def test_a_card_that_nvml_does_not_know_is_asked_of_nvidia_smi(no_tools: Path, m
     monkeypatch.setitem(sys.modules, "pynvml", pynvml())
     with pytest.raises(ClocksUnknown, match="NVML: Not Found; nvidia-smi is not on PATH"):
         open_clocks("GPU-other")
+
+
+def test_a_gpu_is_named_as_nvidias_tools_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = types.SimpleNamespace(uuid=UUID.removeprefix("GPU-"))  # as torch has it
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert _bench._gpu_uuid(torch.device("cuda", 0)) == UUID and _bench._gpu_uuid(torch.device("cpu")) is None
 
 
 def test_throttling_is_more_than_idleness() -> None:

@@ -23,8 +23,10 @@ _REASONS = {
     0x040: "hardware thermal slowdown",
     0x080: "power brake",
     0x100: "display clocks",
+    0x200: "board limit",
+    0x400: "reliability",
 }
-_THROTTLING = frozenset(_REASONS[bit] for bit in (0x004, 0x008, 0x020, 0x040, 0x080))
+_THROTTLING = frozenset(_REASONS[bit] for bit in (0x004, 0x008, 0x020, 0x040, 0x080, 0x200, 0x400))
 _SMI_FIELDS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "temperature.gpu", "power.draw", "enforced.power.limit")
 # The name of the bits since driver 535, and the one before.
 _SMI_REASONS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")
