@@ -81,6 +81,7 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         bench("swap", 60, f"swap --device {device}"),
         bench("update", 60, f"update --device {device}"),
         bench("unified", 60, f"unified --device {device}"),
+        bench("save-on-cpu", 90, f"activations --device {device}"),
     ]
     resident = "--beside compute resident --offload"
     if device == "cpu":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -15,12 +14,14 @@ import pytest
 import torch
 
 import offload
+from bench_results import bench_results
 from offload import _activations
 from offload.cli import _bench_engine, _bench_model, _bench_peers, _bench_train, main
 from offload.cli._model_shapes import TINY, shapes
 from offload.deepspeed._engine import Engine
 
 ROOT = Path(__file__).resolve().parents[2]
+BESIDE = ["--beside", "compute", "resident", "torch"]
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +43,13 @@ def torch_settings() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
-def report(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())["results"]
-
-
 # --- swap ---------------------------------------------------------------------------------------------------
 
 
 def test_swap_reports_what_was_streamed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "swap.json"
     assert main(["bench", "swap", "--quick", "--device", "cpu", "--json", str(path)]) == 0
-    result = report(path)["swap"]
+    result = bench_results(path)["swap"]
     assert (result["name"], result["device"], result["units"]) == ("swap", "cpu", 24)
     assert set(result["hooks"]["added_us"]) == {"1 parameters a unit", "9 parameters a unit"}
     # Every unit comes once in forward and once in backward, but the last three, which stay from one to the other: the
@@ -77,7 +74,7 @@ def accelerator_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_engine_reports_a_ratio_a_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "engine.json"
     assert main(["bench", "engine", "--quick", "--device", "cpu", "--json", str(path)]) == 0
-    result = report(path)["engine"]
+    result = bench_results(path)["engine"]
     assert (result["name"], result["device"], result["blocks"], result["steps"]) == ("engine", "cpu", 4, 1)
     assert [(row["dtype"], row["clip_norm"]) for row in result["rows"]] == [
         ("float32", 0.0), ("float32", 1.0), ("bfloat16", 1.0),
@@ -102,7 +99,9 @@ def test_an_engine_that_trains_otherwise_is_not_reported(monkeypatch: pytest.Mon
 # --- every part ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("part", ["engine", "link", "step", "swap", "train", "unified", "update"])
+@pytest.mark.parametrize(
+    "part", ["activations", "checkpoint", "engine", "link", "step", "swap", "train", "unified", "update"]
+)
 @pytest.mark.parametrize(("name", "reason"), [("cuda:99", "not there"), ("moon", "no device"), ("meta", "supported")])
 def test_a_device_that_cannot_be_measured_is_named(
     part: str, name: str, reason: str, capsys: pytest.CaptureFixture[str]
@@ -116,13 +115,13 @@ def test_a_run_that_is_stopped_leaves_what_it_had(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def stopped(options: Any) -> Iterator[dict[str, Any]]:
-        yield {"runs": 1}
+        yield {"runs": {}}
         raise KeyboardInterrupt
 
     monkeypatch.setattr(_bench_train, "run", stopped)
     path = tmp_path / "result.json"
     assert main(["bench", "train", "--json", str(path)]) == 130
-    assert report(path) == {"train": {"runs": 1}}
+    assert bench_results(path)["train"]["runs"] == {}
     assert "stopped" in capsys.readouterr().err
 
 
@@ -132,7 +131,7 @@ def test_a_run_that_is_stopped_leaves_what_it_had(
 def test_update_reports_ours_beside_a_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "update.json"
     assert main(["bench", "update", "--quick", "--device", "cpu", "--json", str(path)]) == 0
-    result = report(path)["update"]
+    result = bench_results(path)["update"]
     small = {"offload bf16, bf16 moments", "offload bf16, int8 moments", "offload bf16 master, int8 moments"}
     assert set(result["share_of_copy"]) == {"offload fp32", "offload bf16", *small}
     assert set(result["seconds"]) == {"copy", "torch fp32 fused", "torch bf16 casts + fused", *result["share_of_copy"]}
@@ -148,7 +147,7 @@ def test_update_reports_ours_beside_a_copy(tmp_path: Path, capsys: pytest.Captur
 
 def train(path: Path, *arguments: str) -> dict[str, Any]:
     assert main(["bench", "train", "--quick", "--device", "cpu", *arguments, "--json", str(path)]) == 0
-    return report(path)["train"]
+    return bench_results(path)["train"]
 
 
 @pytest.mark.parametrize("name", ["tiny", "1b", "8b"])
@@ -162,7 +161,7 @@ def test_the_model_has_the_shapes_that_the_bound_counts(name: str) -> None:
 
 @pytest.mark.usefixtures("torch_settings")
 def test_train_compares_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = train(tmp_path / "result.json", "--steps", "3", "--tokens", "64", "128", "--micro-batch", "64")
+    result = train(tmp_path / "result.json", "--steps", "3", "--tokens", "64", "128", "--micro-batch", "64", *BESIDE)
     runs, name = result["runs"], "optimizer+gradients"
     assert list(runs) == ["compute", "resident", "torch", name] and result["interleaved"]
     # Two steps to warm up, and one more before each of the three blocks of one timed step, for each number of tokens.
@@ -200,7 +199,7 @@ def test_train_goes_on_when_a_run_does_not_fit(
 
     monkeypatch.setattr(_bench_train, "Offloaded", too_large)
     monkeypatch.setattr(_bench_train, "free_bytes", lambda device: 0)  # one run after the other
-    arguments = ["--steps", "1", "--offload", "gradients", "--tokens", "16", "--no-checkpointing"]
+    arguments = ["--steps", "1", "--offload", "gradients", "--tokens", "16", "--no-checkpointing", *BESIDE]
     result = train(tmp_path / "result.json", *arguments)
     assert not result["interleaved"] and result["micro_batch_tokens"] == result["sequence_tokens"] == 16
     assert result["runs"]["resident"] == {"does_not_fit": "tried to allocate 112 GiB"}
@@ -305,6 +304,10 @@ def test_peers_train_the_same_or_say_why_not(tmp_path: Path, monkeypatch: pytest
     result = train(path, *sizes, "--offload", "--beside", "resident", "fsdp2", "torchao", "deepspeed")
     runs = result["runs"]
     assert runs["deepspeed"] == {"failed": "TypeError: of their own"}
+    assert result["absent_peers"] == {
+        "torchao": runs["torchao"]["unavailable"],
+        "deepspeed": "TypeError: of their own",
+    }
     assert set(runs["torchao"]) == {"unavailable"} and "torchao" in runs["torchao"]["unavailable"]
     if "record_event" in runs["fsdp2"].get("failed", ""):
         pytest.skip("FSDP2 of torch 2.6 cannot use a CPU's streams")
@@ -338,4 +341,5 @@ def test_unequal_losses_fail_the_command(
 ) -> None:
     monkeypatch.setattr(_bench_train, "run", lambda _: iter([{"name": "train", "losses_equal_resident": equal}]))
     monkeypatch.setattr(_bench_train, "text", lambda _: "")
+    monkeypatch.setattr(_bench_train, "figures", lambda _: [])
     assert main(["bench", "train", "--size", "tiny"]) == code

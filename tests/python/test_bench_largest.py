@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 import offload
+from bench_results import bench_results
 from offload.cli import _bench_largest, main
 from offload.cli._bench_largest import largest
 from offload.cli._model_shapes import TINY, shapes
@@ -39,7 +39,7 @@ def test_it_trains_within_the_budgets(tmp_path: Path, capsys: pytest.CaptureFixt
     path = tmp_path / "result.json"
     budgets = ["--device-budget", "1MiB", "--host-budget", "4MiB"]
     assert main(["bench", "largest", "--device", "cpu", *budgets, "--json", str(path)]) == 0
-    result = json.loads(path.read_text())["results"]["largest"]
+    result = bench_results(path)["largest"]
     stats, (row,) = result["run"]["stats"], result["run"]["steps"]
     assert result["places"]["params"] == "host" and 0 < result["places"]["optimizer"] < 1
     assert result["parameters"] == sum(map(math.prod, shapes(dataclasses.replace(TINY, layers=result["layers"]))))
@@ -53,7 +53,7 @@ def test_a_plan_alone_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyP
     path = tmp_path / "result.json"
     budgets = ["--device-budget", "1MiB", "--host-budget", "4MiB", "--derive-only"]
     assert main(["bench", "largest", "--device", "cpu", *budgets, "--json", str(path)]) == 0
-    result = json.loads(path.read_text())["results"]["largest"]
+    result = bench_results(path)["largest"]
     assert result["layers"] > 1 and "run" not in result
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from offload.cli import main
+from offload.cli import _bench_link, main
+from offload.cli._bench_figures import figure
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITTED = sorted((ROOT / "benches/results").glob("*.json"))
@@ -54,12 +55,37 @@ LINK = {
         for mode in ("to_host", "to_device", "both")
         for size in (65536, 262144)
     ],
-    "small": [{"mode": "to_device", "bytes": 4096, "gb_per_s": {"batches": spread(3.0)}}],
+    "small": [{"mode": "to_device", "bytes": 4096, "gb_per_s": {"batches": spread(3.0), "raw": spread(4.0)}}],
     "submission_us": {"lanes": {"to_host": spread(5.0)}},
     "host_memory": [
         {"copies": None, "gb_per_s": 160.0, "copies_gb_per_s": None},
         {"copies": "both", "gb_per_s": 125.0, "copies_gb_per_s": spread(88.0)},
     ],
+}
+STEP = [
+    figure("step", "s", spread(2.0)),
+    figure("update", "s", spread(3.0)),
+    figure("compute", "s", spread(1.0), side="ceiling"),
+    figure("hooks", "us", spread(9.0)),
+]
+CONDITIONS = {
+    "seconds": 12.0,
+    "load_average": {"before": 0.25, "after": 2.0},
+    "cpu_mhz": {"before": {"min": 2000.0, "median": 2600.0, "max": 2700.0}, "after": None},
+    "others_cpus": 0.5,
+    "stolen_cpus": 0.0,
+    "gpu": {
+        "source": "nvml",
+        "before": {},
+        "after": {},
+        "during": {
+            "samples": 11,
+            "sm_mhz": {"min": 1410, "median": 1980, "max": 1980},
+            "power_w": None,
+            "limited_by": ["power cap"],
+            "throttled_share": 0.25,
+        },
+    },
 }
 
 
@@ -101,7 +127,8 @@ def acceptance(tmp_path: Path) -> Path:
                 "seconds": 400.0,
                 "tests": {"passed": 900, "skipped": 1, "failed": 1, "not_passed": ["test_x::test_y[cuda]"]},
             },
-            "link": section("link", LINK),
+            "link": section("link", LINK | {"figures": _bench_link.figures(LINK), "conditions": CONDITIONS}),
+            "step": section("step", {"figures": STEP, "conditions": CONDITIONS | {"gpu": None}}),
             "pool": {"state": "stopped", "seconds": 40.0, "output": "mapping\nkilled | at last\n"},
             "train-8b": section("train", ours | {"losses_equal_resident": False}, "failed", output="losses"),
             "capped-8b": section("train", capped | {"losses_equal_resident": True}),
@@ -123,11 +150,15 @@ def test_an_acceptance_report_shows_all_of_it(acceptance: Path, capsys: pytest.C
         "date 2026-11-21, accelerator NVIDIA H200, commit abc, dirty False",
         "| tests | failed | 400.0 | 900 passed, 1 skipped, 1 failed; test_x::test_y[cuda] |",
         "| pool | stopped | 40.0 | killed \\| at last |",
-        "| to_host | 64 | 48 (24 to 96) | 50 (25 to 100) | 0.960 |",
-        "| to_device | 4 | 3 (1.5 to 6) |",
+        "| lanes, to_host, 64 KiB | 48 | 24 | 96 | GB/s | 0.960 of raw copies |  |",
+        "| raw, to_host, 64 KiB (ceiling) | 50 | 25 | 100 | GB/s |  |  |",
+        "| small copies, batches, to_device, 4 KiB | 3 | 1.5 | 6 | GB/s | 0.750 of raw copies |  |",
         "| none | 160 | - |",
         "| both | 125 | 88 (44 to 176) |",
-        "| submission_us, lanes, to_host | 5 (2.5 to 10) |",
+        "| submission, lanes, to_host | 5 | 2.5 | 10 | us |  |  |",
+        "Measured in 12 s. CPU clock 2,600 MHz. Load average 0.2 before, 2.0 after. **Other processes used 0.5 CPUs.** "
+        "**The GPU was throttled in 25% of samples.** GPU clock 1,410 to 1,980 MHz in 11 samples of nvml, limited by "
+        "power cap.",
         "Ceilings, GB/s: to_host 50.0, host_memory_while_copying 150.0.",
         "| resident | 16,384 | 3 (1.5 to 6) | 5,461 | - | - | - | - | - | - | - | 108.0 |",
         "| optimizer+gradients | 8,192 | 2 (1 to 4) | 4,096 | 0.800 | 1.5000 | host_update | 1.33 | 0.50 | 0.25 | 0.88 "
@@ -169,7 +200,7 @@ def test_a_real_result_of_training(tmp_path: Path, capsys: pytest.CaptureFixture
     assert text.count("| optimizer+gradients | 32 | ") == 2 and "equal bit for bit" in text and "**quick**" in text
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": 2, "results": {}}', '{"schema_version": 1}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"schema_version": 3, "results": {}}', '{"schema_version": 1}'])
 def test_a_file_that_no_bench_wrote_is_named(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)
@@ -188,6 +219,9 @@ class Recorder:
 
     def subplots(self) -> Recorder:
         return self
+
+    def barh(self, places: list[int], medians: list[float], *, xerr: Any, label: str, **_: Any) -> None:
+        self.lines[label] = (medians, xerr)
 
     def plot(self, x: list[float], y: list[float], _style: str, *, label: str, **_: Any) -> None:
         self.lines[label] = (x, y)
@@ -215,12 +249,14 @@ def test_plots_show_medians(acceptance: Path, tmp_path: Path, monkeypatch: pytes
         assert main(["bench", "report", str(acceptance), "--out", str(out), "--plots", str(tmp_path / "plots")]) == 0
     finally:
         sys.modules.pop("offload.cli._report_plots", None)  # it has the recorder
-    assert list(Recorder.images) == ["card-link.png", "card-train-8b-32768-8192.png"]
-    link, lines = Recorder.images.values()
+    assert list(Recorder.images) == ["card-link.png", "card-step.png", "card-train-8b-32768-8192.png"]
+    link, bars, lines = Recorder.images.values()
+    # Of the unit that most figures have; whiskers go from p20 to p80.
+    assert bars == {"ours": ([2.0, 3.0], ([1.0, 1.5], [2.0, 3.0])), "ceiling": ([1.0], ([0.5], [1.0]))}
     assert link["both, lanes"] == ([64, 256], [48, 48]) and len(link) == 6
     assert lines["resident"] == ([8192, 16384], [5120, pytest.approx(5461.3, abs=0.1)])
     assert lines["fsdp2"] == ([8192], [1024]) and "compute" not in lines
-    assert out.read_text().count("![card-") == 2
+    assert out.read_text().count("![card-") == 3
 
 
 def test_plots_without_matplotlib_say_what_is_missing(

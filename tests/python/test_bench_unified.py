@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench_results import bench_results
 from offload.cli import _bench_unified, main
 
 
 def test_unified_stands_beside_the_hosts_update(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "unified.json"
     assert main(["bench", "unified", "--quick", "--device", "cpu", "--json", str(path)]) == 0
-    result = json.loads(path.read_text())["results"]["unified"]
+    result = bench_results(path)["unified"]
     assert set(result["seconds"]) == {"device", "unified", "host"} and result["kind"] is None
     ((name, why),) = result["refused"].items()
     assert name == "mapped pinned" and why in capsys.readouterr().err

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-import offload
-from offload.cli import _bench, _bench_step, _train, main
+from offload.cli import _train, main
 from offload.cli._corpus import batches, read_corpus
 from offload.cli._peak import measured_peak
 from offload.cli._table import table
@@ -291,33 +290,3 @@ def test_master_adamw_is_adamw_over_fp32_copies() -> None:
 def test_table_aligns_columns() -> None:
     lines = table([("kind", "bytes"), ("weights", "1"), ("m", "1000")]).splitlines()
     assert lines == ["kind     bytes", "--------------", "weights      1", "m         1000"]
-
-
-def test_summary_orders_its_samples() -> None:
-    assert _bench.summary([3.0, 1.0, 2.0, 5.0, 4.0]) == {
-        "samples": [3.0, 1.0, 2.0, 5.0, 4.0],
-        "median": 3.0,
-        "p20": 2.0,
-        "p80": 4.0,
-    }
-
-
-def test_bench_writes_one_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "result.json"
-    assert main(["bench", "all", "--quick", "--json", str(path)]) == 0
-    report = json.loads(path.read_text())
-    assert json.loads(capsys.readouterr().out) == report
-    assert (report["schema_version"], report["quick"]) == (1, True)
-    assert report["environment"]["torch"] == torch.__version__
-    assert report["environment"]["offload"] == offload.__version__
-    assert list(report["results"]) == ["adamw", "pool", "step", "link", "swap"]
-    assert all(report["results"].values())
-    overlap = report["results"]["step"]["overlap"]
-    assert "sleep" in overlap["synthetic"]
-    assert overlap["step_s"]["p20"] <= overlap["step_s"]["median"] <= overlap["step_s"]["p80"]
-
-
-def test_bench_measures_one_part_alone(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(_bench_step, "run", lambda options: iter([{"quick": options.quick}]))
-    assert main(["bench", "step"]) == 0
-    assert json.loads(capsys.readouterr().out)["results"] == {"step": {"quick": False}}

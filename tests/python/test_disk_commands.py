@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import gc
+import importlib.machinery
 import json
 import os
 import subprocess
+import sys
 import tempfile
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import offload
+from bench_results import check_figures
 from offload import StorageError, _native
-from offload.cli import _bench_disk, main
+from offload.cli import _bench_disk, _bench_disk_peers, _bench_disk_weights, main
 
 MIB = 2**20
 
@@ -65,6 +70,7 @@ def test_bench_reports_every_mode_and_side(disk_path: str, capsys: pytest.Captur
     assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 0
     output = capsys.readouterr()
     result = json.loads(output.out)["results"]["disk"]
+    check_figures(result)
     assert [row["mode"] for row in result["rows"]] == ["read", "write", "both"]
     for row in result["rows"]:
         rates = row["gb_per_s"]
@@ -73,6 +79,11 @@ def test_bench_reports_every_mode_and_side(disk_path: str, capsys: pytest.Captur
         for name in result["facts"]:
             assert row["share_of_raw"][name] == rates[name]["median"] / rates["raw"]["median"] > 0
     assert result["bytes"] == 32 * MIB and "threads" in result["facts"]
+    weights = result["weights"]
+    assert weights["read_bytes"] > weights["weight_bytes"] > weights["cache_bytes"] > 0
+    assert weights["written_bytes"] > 0.5 * weights["weight_bytes"]
+    shares = zip(weights["larger_s"]["samples"], weights["in_memory_s"]["samples"], strict=True)
+    assert all(larger >= resident > 0 for larger, resident in shares)
     update = result["update"]
     states = 10 * update["parameters"]
     assert update["written_bytes"] >= states and states > update["read_bytes"] >= states - update["window_bytes"]
@@ -80,9 +91,24 @@ def test_bench_reports_every_mode_and_side(disk_path: str, capsys: pytest.Captur
     for name, raw in (("share_of_larger", "larger_s"), ("share_of_both", "both_s")):
         shares = zip(update[name]["samples"], update[raw]["samples"], update["update_s"]["samples"], strict=True)
         assert all(share == raw_s / own_s > 0 for share, raw_s, own_s in shares)
-    assert "share of raw" in output.err and disk_path in output.err
+    assert "of raw" in output.err and disk_path in output.err
     gc.collect()  # the model whose states were updated
     assert os.listdir(disk_path) == []
+
+
+def test_weights_on_disk_that_train_to_other_losses_are_not_reported(
+    disk_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = _bench_disk_weights._Steps.seconds
+
+    def seconds(steps: Any) -> float:
+        elapsed = honest(steps)
+        steps.losses[-1] += 1.0 if steps.stats() else 0.0
+        return elapsed
+
+    monkeypatch.setattr(_bench_disk_weights._Steps, "seconds", seconds)
+    with pytest.raises(AssertionError, match="other losses than weights in memory"):
+        _bench_disk_weights.measure_weights(disk_path, 0, 1, lambda mode: 1.0)
 
 
 def test_fio_is_asked_where_it_is_installed(
@@ -121,6 +147,94 @@ def test_bytes_that_did_not_move_are_found(disk_path: str) -> None:
     tier._file = Lazy()  # type: ignore[assignment]
     with pytest.raises(AssertionError, match="other bytes"):
         tier.check()
+
+
+class AsyncIo:
+    """DeepSpeed's async I/O: what is submitted is moved in `wait`, and a window is never larger than its queue."""
+
+    def __init__(self, block_size: int, queue_depth: int, intra_op_parallelism: int) -> None:
+        assert (block_size, queue_depth) == (MIB, 32) and intra_op_parallelism > 0
+        self.queued: list[tuple[str, torch.Tensor, str, int]] = []
+        self.lossy = False
+
+    def new_cpu_locked_tensor(self, count: int, example: torch.Tensor) -> torch.Tensor:
+        return torch.empty(count, dtype=example.dtype)
+
+    def free_cpu_locked_tensor(self, buffer: torch.Tensor) -> None:
+        assert not self.queued
+
+    def async_pread(self, buffer: torch.Tensor, name: str, offset: int) -> int:
+        self.queued.append(("read", buffer, name, offset))
+        return 0
+
+    def async_pwrite(self, buffer: torch.Tensor, name: str, offset: int) -> int:
+        self.queued.append(("write", buffer, name, offset))
+        return 0
+
+    def wait(self) -> int:
+        assert len({buffer.data_ptr() for _, buffer, _, _ in self.queued}) == len(self.queued) > 0
+        for verb, buffer, name, offset in self.queued:
+            with open(name, "r+b", buffering=0) as file:
+                file.seek(offset)
+                if verb == "write":
+                    assert offset + buffer.nbytes <= os.path.getsize(name)
+                    file.write(memoryview(buffer.numpy()))
+                elif not self.lossy:
+                    file.readinto(memoryview(buffer.numpy()))
+        moved = len(self.queued)
+        self.queued.clear()
+        return moved
+
+
+@pytest.fixture
+def deepspeed(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
+    """An installed DeepSpeed; `compatible` says whether its library can be built."""
+    facts = types.SimpleNamespace(compatible=True)
+    library = types.SimpleNamespace(aio_handle=AsyncIo)
+    builder = types.SimpleNamespace(is_compatible=lambda: facts.compatible, load=lambda: library)
+    for name in ("deepspeed", "deepspeed.ops", "deepspeed.ops.op_builder"):
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    module.__dict__["AsyncIOBuilder"] = lambda: builder
+    return facts
+
+
+def test_deepspeeds_io_takes_its_turns(
+    deepspeed: types.SimpleNamespace, disk_path: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 0
+    result = json.loads(capsys.readouterr().out)["results"]["disk"]
+    check_figures(result)
+    figures = {one["name"]: one for one in result["figures"]}
+    for mode in ("read", "write", "both"):
+        peer, ours = figures[f"{mode}, deepspeed"], figures[f"{mode}, threads"]
+        assert peer["side"] == "peer" and peer["samples"] == 3
+        assert ours["times_as_fast_as"] == {"deepspeed": pytest.approx(ours["median"] / peer["median"])}
+    assert result["absent_peers"] == {}
+    gc.collect()
+    assert os.listdir(disk_path) == []
+
+
+def test_deepspeeds_io_that_cannot_be_built_is_named(
+    deepspeed: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deepspeed.compatible = False
+    assert "libaio" in str(_bench_disk_peers.deepspeed_refusal())
+    sys.modules["deepspeed.ops.op_builder"].__dict__.pop("AsyncIOBuilder")
+    assert str(_bench_disk_peers.deepspeed_refusal()).startswith("AttributeError")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    assert _bench_disk_peers.deepspeed_refusal() == "not installed"
+
+
+def test_deepspeeds_bytes_that_did_not_move_are_found(deepspeed: types.SimpleNamespace, disk_path: str) -> None:
+    side = _bench_disk_peers.DeepSpeedSide(disk_path, 11, block=MIB, chunk=8, window=32)
+    side.check()
+    side._handles["read"].lossy = True
+    with pytest.raises(AssertionError, match="other bytes"):
+        side.check()
+    side.close()
+    assert os.listdir(disk_path) == []
 
 
 def test_a_short_raw_transfer_is_found(disk_path: str, monkeypatch: pytest.MonkeyPatch) -> None:

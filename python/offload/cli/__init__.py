@@ -206,16 +206,24 @@ def _add_training(train: argparse.ArgumentParser, *, steps: int) -> None:
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    bench = commands.add_parser("bench", help="measure one part against its bound", epilog=_EPILOG)
+    epilog = _EPILOG.replace("a check failed", "a check failed, a part of all failed, or something is worse")
+    bench = commands.add_parser("bench", help="measure one part against its bound", epilog=epilog)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--quick", action="store_true", help="small sizes, few repeats: shows that it runs")
     shared.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the result to FILE")
+    shared.add_argument(
+        "--compare",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="an earlier result of this machine: what is better or worse now; exit code 1 if anything is worse",
+    )
     on_device = argparse.ArgumentParser(add_help=False, parents=[shared])
     on_device.add_argument("--device", default=None, help="compute device (default: the accelerator, or the CPU)")
     parts = bench.add_subparsers(dest="part", metavar="PART", required=True)
 
     def add(name: str, parent: argparse.ArgumentParser, text: str) -> argparse.ArgumentParser:
-        return parts.add_parser(name, parents=[parent], help=text, description=f"Measures {text}.", epilog=_EPILOG)
+        return parts.add_parser(name, parents=[parent], help=text, description=f"Measures {text}.", epilog=epilog)
 
     add("adamw", shared, "the host update beside the memory's own speed and its peers")
     add("pool", shared, "what a block of host memory costs, and what the layout wastes")
@@ -223,6 +231,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add("link", on_device, "the copy lanes beside raw copies on the same link")
     add("swap", on_device, "what streamed weights cost, and how much of the link they use")
     add("trace", on_device, "what a trace costs the steps that it records")
+    add("activations", on_device, "activations on the host beside torch's save_on_cpu and beside none off the device")
     add("engine", on_device, "what the DeepSpeed engine costs over wrap, step by step")
     add("update", on_device, "the update of states that stay on the device beside its memory's own speed and torch")
     add(
@@ -236,12 +245,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _add_bench_plan(add("plan", shared, "steps of many settings beside what offload.forecast predicts of them"))
     _add_bench_largest(add("largest", on_device, "the largest model that the device and its host can train"))
     _add_bench_report(parts)
-    add(
-        "all",
-        on_device,
-        "all of these but trace, engine, update, unified, checkpoint, disk, train, plan and largest, which take time or "
-        "room",
-    )
+    add("all", on_device, "all of these that run here, each with its defaults")
 
 
 def _add_bench_disk(disk: argparse.ArgumentParser) -> None:
@@ -269,9 +273,10 @@ def _add_bench_train(train: argparse.ArgumentParser) -> None:
         "--beside",
         nargs="*",
         choices=("compute", "resident", "torch", "fsdp2", "torchao", "deepspeed"),
-        default=["compute", "resident", "torch"],
+        default=None,
         metavar="RUN",
-        help="what they are compared with: compute, resident, torch (default these), fsdp2, torchao, deepspeed",
+        help="what they are compared with: compute, resident, torch (default these; all of a tiny model), fsdp2, "
+        "torchao, deepspeed",
     )
     train.add_argument(
         "--host-budget", default=None, metavar="SIZE", help="for offload, as '110GiB' (default: measured)"
@@ -313,6 +318,7 @@ def _add_bench_report(parts: argparse._SubParsersAction[argparse.ArgumentParser]
         epilog=_EPILOG,
     )
     report.add_argument("files", nargs="+", type=Path, metavar="FILE", help="JSON, as --json wrote it")
+    report.add_argument("--compare", type=Path, default=None, metavar="FILE", help="what is better or worse than there")
     report.add_argument("--out", type=Path, default=None, metavar="FILE", help="for the Markdown (default: stdout)")
     report.add_argument(
         "--plots", type=Path, default=None, metavar="DIR", help="for PNG files; needs matplotlib (the extra 'plot')"

@@ -1,4 +1,4 @@
-"""`offload bench`: runs one measurement and wraps its result with what is needed to read it later."""
+"""`offload bench`: runs the measurements and wraps their results with what is needed to read them later."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +18,126 @@ import torch
 
 import offload
 
-__all__ = ["environment", "run_bench", "summary"]
+from ._bench_conditions import recorded
+from ._bench_figures import absent_peers, figure_rows
+from ._bench_progress import shown
+from ._device import compute_device
+from ._table import table
 
-_SCHEMA_VERSION = 1
+__all__ = ["PARTS", "environment", "run_bench"]
+
+_SCHEMA_VERSION = 2
 _EXIT_CHECK_FAILED = 1
-_ALL = ("adamw", "pool", "step", "link", "swap")
+# In the order of `all`: those that make algorithms deterministic for the whole process come last.
+PARTS = (
+    *("adamw", "pool", "link", "step", "swap", "activations", "trace", "engine", "update", "unified", "checkpoint"),
+    *("disk", "plan", "train", "largest"),
+)
+# What `all` asks of a part on the CPU, beside its defaults: there both tiers are one memory.
+_ON_CPU = {"largest": ("--device-budget", "1MiB", "--host-budget", "4MiB")}
+# Options that no figure depends on; which device it was stands in the results.
+_NOT_MEASURED = {"json", "compare", "command", "part", "device"}
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """Measures `options.part` (or all of them), prints the JSON, and its table on stderr where a part has one.
+    """Measures `options.part` (or all of them), prints the JSON, and tables of it on stderr.
 
-    The exit code is 1 if offloaded and resident losses were not equal bit for bit.
+    The exit code is 1 if offloaded and resident losses were not equal bit for bit, if a part of `all` failed, or if a
+    figure of ours is worse than in the result that `options.compare` names.
 
     The file that was asked for is written whenever a part has something new: a long run that is stopped leaves what
     it had.
     """
-    report: dict[str, Any] = {
-        "schema_version": _SCHEMA_VERSION,
-        "quick": options.quick,
-        "environment": environment(),
-        "results": {},
-    }
-    for part in _ALL if options.part == "all" else (options.part,):
+    chosen = PARTS if options.part == "all" else (options.part,)
+    report: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "environment": environment(), "results": {}}
+    report["quick"] = options.quick
+    earlier = None
+    if options.compare is not None:
+        from ._bench_compare import read_earlier
+
+        earlier = read_earlier(options.compare, report["environment"], chosen)
+    for part in chosen:
         print(f"offload bench {part}: measuring", file=sys.stderr, flush=True)
-        module = importlib.import_module(f"._bench_{part}", __package__)
-        for result in module.run(options):
-            report["results"][part] = result
-            if options.json is not None:
-                options.json.write_text(json.dumps(report, indent=2) + "\n")
-        if hasattr(module, "text"):
-            print(module.text(report["results"][part]), file=sys.stderr)
+        try:
+            for result in _measured(part, _options_of(part, options)):
+                report["results"][part] = result
+                _write(options.json, report)
+        except Exception as error:  # whatever fails in one part of `all` is to cost no other
+            if options.part != "all":
+                raise
+            missing = isinstance(error, ModuleNotFoundError)
+            outcome = {"unavailable": str(error)} if missing else {"failed": f"{type(error).__name__}: {error}"}
+            report["results"][part] = {**report["results"].get(part, {}), **outcome}
+        print(_text(part, report["results"][part]), file=sys.stderr)
+    worse = False
+    if earlier is not None:
+        worse = _compare(earlier, report)
+    _write(options.json, report)
     print(json.dumps(report, indent=2))
-    # Only `train` compares bits; other parts have no such key.
-    unequal = any(result.get("losses_equal_resident") is False for result in report["results"].values())
-    return _EXIT_CHECK_FAILED if unequal else 0
+    results = report["results"].values()
+    # Only `train` compares losses; other parts have no such key.
+    unequal = any(result.get("losses_equal_resident") is False for result in results)
+    return _EXIT_CHECK_FAILED if unequal or worse or any("failed" in result for result in results) else 0
+
+
+def _options_of(part: str, options: argparse.Namespace) -> argparse.Namespace:
+    """Those of one part: what was given, or for `all` its defaults, with what it shares with `all`."""
+    if options.part != "all":
+        return options
+    from . import _parser
+
+    on_cpu = compute_device(options.device).type == "cpu"
+    own = _parser().parse_args(["bench", part, *(_ON_CPU.get(part, ()) if on_cpu else ())])
+    for name in ("quick", "device"):
+        if hasattr(own, name):
+            setattr(own, name, getattr(options, name))
+    return own
+
+
+def _measured(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What a part yields, with its figures and with what they depend on."""
+    module = importlib.import_module(f"._bench_{part}", __package__)
+    arguments = {name: value for name, value in vars(options).items() if name not in _NOT_MEASURED}
+    device = compute_device(getattr(options, "device", None))
+    with shown(part), recorded(_gpu_uuid(device)) as conditions:
+        for result in module.run(options):
+            more = {"figures": module.figures(result), "arguments": arguments, "conditions": conditions()}
+            yield {**result, **more}
+
+
+def _text(part: str, result: Mapping[str, Any]) -> str:
+    """All that a terminal shows of a part."""
+    outcomes = [f"{part}: {kind}: {result[kind]}\n" for kind in ("unavailable", "failed") if kind in result]
+    if outcomes:
+        return "".join(outcomes)
+    own: Callable[[Any], str] | None = getattr(importlib.import_module(f"._bench_{part}", __package__), "text", None)
+    lines = [own(result)] if own is not None else []
+    if result["figures"]:
+        lines.append(table(figure_rows(result["figures"])))
+    return "\n".join(filter(None, [*lines, *absent_peers(result)])) + "\n"
+
+
+def _compare(earlier: Mapping[str, Any], report: dict[str, Any]) -> bool:
+    """Adds the comparison to the report, shows it, and tells whether a figure of ours is worse."""
+    from ._bench_compare import compare, comparison_lines, comparison_rows
+
+    report["comparison"] = compared = compare(earlier, report)
+    rows = comparison_rows(compared)
+    tables = [table(rows, left=2)] if len(rows) > 1 else []
+    print("\n".join([*tables, *comparison_lines(compared)]), file=sys.stderr)
+    return bool(compared["counts"]["worse"])
+
+
+def _write(path: Path | None, report: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _gpu_uuid(device: torch.device) -> str | None:
+    """As NVIDIA's tools call the device; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def environment() -> dict[str, Any]:
@@ -71,16 +158,6 @@ def environment() -> dict[str, Any]:
         "driver": _driver_version(),
         "cuda": torch.version.cuda,
     }
-
-
-def summary(samples: list[float]) -> dict[str, Any]:
-    """`samples` with their median and 20th and 80th percentiles, in the samples' own unit."""
-    ordered = sorted(samples)
-
-    def percentile(share: float) -> float:
-        return ordered[round(share * (len(ordered) - 1))]
-
-    return {"samples": samples, "median": percentile(0.5), "p20": percentile(0.2), "p80": percentile(0.8)}
 
 
 def _driver_version() -> str | None:

@@ -8,10 +8,13 @@ non-temporal stores, with and without software prefetch, one thread and all.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import importlib.util
 import itertools
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,9 +24,11 @@ from torch import Tensor
 
 from .. import _native
 from .._adamw import FORMATS, AdamWHyper
-from ._bench import summary
+from ._bench_figures import Figure, figure
+from ._bench_progress import now_at
+from ._bench_spread import summary
 
-__all__ = ["run", "streaming_bytes_per_s"]
+__all__ = ["figures", "run", "streaming_bytes_per_s"]
 
 _HYPER = AdamWHyper(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, decoupled=True, maximize=False)
 _STEP = 10  # the step number whose bias correction is applied: any but the first
@@ -36,6 +41,13 @@ _FORMATS = {
     "split int8 moments": ("split", torch.uint8),
     "bf16 master int8 moments": ("own", torch.uint8),
 }
+# Which peers do the same work; those of all other formats update fp32 states in fp32.
+_PEERS_OF = {
+    "fp32": ("torch fp32 fused", "deepspeed fp32"),
+    "bf16": ("torch bf16 casts + fused",),
+    "bf16 master int8 moments": ("torch fp32 fused", "bitsandbytes 8-bit"),
+}
+_FP32_PEERS = ("torch fp32 fused",)
 _MASTER_FORMATS = {
     torch.float32: _native.MASTER_FLOAT32,
     torch.int16: _native.MASTER_SPLIT,
@@ -181,15 +193,41 @@ def _torch_bf16(count: int) -> _Variant:
     return _Variant("torch bf16 casts + fused", step, master.detach())
 
 
-def _deepspeed(count: int) -> list[_Variant]:
-    if importlib.util.find_spec("deepspeed") is None:
-        return []
-    from deepspeed.ops.adam import DeepSpeedCPUAdam  # type: ignore[import-not-found]
+def _deepspeed(count: int) -> _Variant:
+    with contextlib.redirect_stdout(sys.stderr):  # it builds its kernels aloud; stdout is for the JSON
+        adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
+        parameter = torch.nn.Parameter(torch.randn(count))
+        parameter.grad = torch.randn(count)
+        optim = adam([parameter], lr=_HYPER.lr, weight_decay=_HYPER.weight_decay, adamw_mode=True)
+    return _Variant("deepspeed fp32", optim.step, parameter.detach())
 
-    parameter = torch.nn.Parameter(torch.randn(count))
-    parameter.grad = torch.randn(count)
-    optim = DeepSpeedCPUAdam([parameter], lr=_HYPER.lr, weight_decay=_HYPER.weight_decay, adamw_mode=True)
-    return [_Variant("deepspeed fp32", optim.step, parameter.detach())]
+
+def _bitsandbytes(count: int) -> _Variant:
+    """Its 8-bit AdamW over bf16 weights without masters, which on a CPU is a composition of torch's operations."""
+    adamw = importlib.import_module("bitsandbytes").optim.AdamW8bit
+    parameter = torch.nn.Parameter(torch.randn(count).bfloat16())
+    parameter.grad = torch.randn(count).bfloat16()
+    optim = adamw([parameter], lr=_HYPER.lr, weight_decay=_HYPER.weight_decay)
+    return _Variant("bitsandbytes 8-bit", optim.step, parameter.detach())
+
+
+def _installed_peers(count: int) -> tuple[list[_Variant], dict[str, str]]:
+    """Those of other packages that can be made here and step once, and why the others cannot."""
+    found: list[_Variant] = []
+    absent: dict[str, str] = {}
+    for package, make in (("deepspeed", _deepspeed), ("bitsandbytes", _bitsandbytes)):
+        if importlib.util.find_spec(package) is None:
+            absent[package] = "not installed"
+            continue
+        now_at(f"{package}: loading, or building at its first use")
+        try:
+            variant = make(count)
+            variant.measure()
+        except Exception as error:  # a peer may fail in any way, which costs no other figure
+            absent[package] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        else:
+            found.append(variant)
+    return found, absent
 
 
 def _measure(variants: list[_Variant], rounds: int) -> None:
@@ -197,7 +235,8 @@ def _measure(variants: list[_Variant], rounds: int) -> None:
     for variant in variants:
         variant.measure()
         variant.seconds.clear()
-    for _ in range(rounds):
+    for number in range(rounds):
+        now_at(f"round {number + 1} of {rounds}")
         for variant in variants:
             variant.measure()
 
@@ -215,13 +254,14 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Times one step over 64 Mi elements (quick: 4 Mi). Seconds; shares are of the streaming ceiling.
 
     Yields a JSON-able dict: `variants`, each with `name`, `samples`, `median`, `p20`, `p80` in seconds,
-    `ns_an_element` and, where there is one, `share_of_ceiling` and `gb_per_s`; and `ratios` between variants.
+    `ns_an_element` and, where there is one, its `format`, `share_of_ceiling` and `gb_per_s`; and `absent_peers`.
     """
     count = (4 if options.quick else 64) << 20
     rounds = 7 if options.quick else 9
     all_buffers = [_Buffers.make(name, count) for name in _FORMATS]
     variants = [variant for buffers in all_buffers for variant in buffers.passes() + buffers.updates()]
-    variants += [_torch_fused(count), _torch_bf16(count), *_deepspeed(count)]
+    peers, absent = _installed_peers(count)
+    variants += [_torch_fused(count), _torch_bf16(count), *peers]
     _measure(variants, rounds)
 
     results = {variant.name: {"name": variant.name, **summary(variant.seconds)} for variant in variants}
@@ -231,6 +271,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for variant in variants:
             if variant.ceiling_of == buffers.name:
                 result = results[variant.name]
+                result["format"] = buffers.name
                 result["bytes_an_element"] = buffers.bytes_an_element
                 result["gb_per_s"] = buffers.bytes_an_element * count / result["median"] / 1e9
                 result["share_of_ceiling"] = results[ceiling]["median"] / result["median"]
@@ -243,20 +284,24 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "threads": _native.shared_thread_count(),
         "active_isa": _native.active_isa(),
         "variants": list(results.values()),
-        "ratios": _ratios({name: result["median"] for name, result in results.items()}),
+        "absent_peers": absent,
     }
 
 
-def _ratios(medians: dict[str, float]) -> dict[str, float]:
-    """How many times faster than the peer: medians of the peer over ours."""
-    ours = f" {_native.active_isa()}"
-    pairs = {
-        "fp32 against torch fused": ("torch fp32 fused", "offload fp32" + ours),
-        "bf16 against torch casts + fused": ("torch bf16 casts + fused", "offload bf16" + ours),
-        "split against torch fused": ("torch fp32 fused", "offload split" + ours),
-        "split bf16 moments against torch fused": ("torch fp32 fused", "offload split bf16 moments" + ours),
-        "split int8 moments against torch fused": ("torch fp32 fused", "offload split int8 moments" + ours),
-        "bf16 master int8 moments against torch fused": ("torch fp32 fused", "offload bf16 master int8 moments" + ours),
-        "fp32 against deepspeed": ("deepspeed fp32", "offload fp32" + ours),
-    }
-    return {name: medians[peer] / medians[own] for name, (peer, own) in pairs.items() if peer in medians}
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Nanoseconds an element of our updates, of the best streaming pass of each format, and of the peers."""
+    variants = {one["name"]: one for one in result["variants"]}
+    # Which streaming pass is the best of its format changes from run to run.
+    ceilings = {one["ceiling"]: one["format"] for one in variants.values() if "ceiling" in one}
+    scale = 1e9 / result["count"]
+    found = []
+    for name, one in variants.items():
+        if name.startswith("offload "):
+            peers = {peer: variants[peer] for peer in _PEERS_OF.get(one["format"], _FP32_PEERS) if peer in variants}
+            ceiling = "streaming", variants[one["ceiling"]]["median"]
+            found.append(figure(name, "ns an element", one, scale=scale, ceiling=ceiling, peers=peers))
+        elif name in ceilings:
+            found.append(figure(f"streaming, {ceilings[name]}", "ns an element", one, side="ceiling", scale=scale))
+        elif not name.startswith("stream "):
+            found.append(figure(name, "ns an element", one, side="peer", scale=scale))
+    return found

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from torch import nn
 
 import offload
 
-from ._bench import summary
-from ._table import format_bytes, table
+from ._bench_figures import Figure, figure
+from ._bench_progress import now_at
+from ._bench_spread import summary
+from ._device import compute_device
+from ._table import format_bytes
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run", "text"]
 
 _PIECE_BYTES = 8 << 20
 _THREADS = 4
@@ -41,7 +44,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     width = 1024
     depth = max(1, round(state_bytes / _BYTES_PER_PARAMETER / width**2))
     model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(depth))).to(torch.bfloat16)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = compute_device(options.device)
     model.to(device)
     optim = torch.optim.AdamW(model.parameters(), lr=1e-5)
     _, wrapped = offload.wrap(model, optim, optimizer="host", gradients="host", device=str(device))
@@ -64,7 +67,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         offload.save_checkpoint(folder, model, wrapped, tag="bench")  # the first pays for pages and threads
         nbytes = sum(path.stat().st_size for path in (folder / "bench").iterdir())
         raw_s, save_s, calls_s, stalls_s, slower_s = [], [], [], [], []
-        for _ in range(rounds):  # removing a file takes a while too: both make a new one
+        for number in range(rounds):  # removing a file takes a while too: both make a new one
+            now_at(f"saves, round {number + 1} of {rounds}")
             raw_s.append(_timed(lambda: _write_raw(folder / "raw", nbytes)))
             (folder / "raw").unlink()
             shutil.rmtree(folder / "bench")
@@ -72,7 +76,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         step_s = summary([steps(1)[0] for _ in range(rounds)])["median"]
         # Steps until the writer is done, so that all of its cost is seen.
         count = max(2, round(2 * summary(save_s)["median"] / step_s))
-        for _ in range(rounds):
+        for number in range(rounds):
+            now_at(f"steps beside a save, round {number + 1} of {rounds}")
             without_s, in_step_without_s = steps(count)
             start = time.perf_counter()
             save = offload.save_checkpoint(folder, model, wrapped, tag="bench", async_save=True)
@@ -87,6 +92,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     saved, raw = summary(save_s), summary(raw_s)
     yield {
         "name": "checkpoint",
+        "device": str(device),
         "bytes": nbytes,
         "disk_write_s": raw,
         "save_s": saved,
@@ -101,22 +107,6 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "async_slower_s": summary(slower_s),
         "async_stall_share": summary([stall / saved["median"] for stall in stalls_s]) | {"target": _STALL_TARGET},
     }
-
-
-def text(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    rows = [
-        ("", "median", "target"),
-        ("saved", format_bytes(result["bytes"]), ""),
-        ("speed of a save", f"{result['save_gb_per_s']:.2f} GB/s", ""),
-        ("share of the disk's own", f"{result['share_of_disk']['median']:.2f}", f">= {_SHARE_TARGET}"),
-        (
-            "asynchronous: training waits, of a save",
-            f"{result['async_stall_share']['median']:.1%}",
-            f"<= {_STALL_TARGET:.0%}",
-        ),
-    ]
-    return table(rows)
 
 
 def _timed(call: Callable[[], object]) -> float:
@@ -136,3 +126,20 @@ def _write_raw(path: Path, nbytes: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """A save beside the disk, and what an asynchronous one costs the steps beside it."""
+    disk = result["disk_write_s"]
+    return [
+        figure("save", "s", result["save_s"], ceiling=("the disk", disk["median"])),
+        figure("raw write of the same bytes", "s", disk, side="ceiling"),
+        figure("call of an asynchronous save", "s", result["async_call_s"]),
+        figure("training waits in calls", "share of a save", result["async_stall_share"]),
+        figure("steps beside a save are longer by", "s", result["async_slower_s"]),
+    ]
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """How much was saved."""
+    return f"{format_bytes(result['bytes'])} a save, {result['save_gb_per_s']:.2f} GB/s"

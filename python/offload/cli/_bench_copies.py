@@ -22,7 +22,7 @@ from torch import Tensor
 import offload
 
 from .. import _native
-from ._bench import summary
+from ._bench_spread import summary
 
 __all__ = ["MODES", "Copy", "Link", "Side", "busy_link", "raw_bytes_per_s"]
 

@@ -4,7 +4,7 @@ The raw side is as little as the machine allows: O_DIRECT `preadv` and `pwritev`
 checksums, over a file that is reserved and written once, to and from the same huge pages (with small pages a transfer
 falls into more pieces: half the speed on a virtual disk). The back-ends of the tier and the raw side take turns, round
 after round, over files of the same size. `fio` does the same once, where it is installed. Last, states on disk are
-updated.
+updated, and a model trains whose weights are on disk.
 """
 
 from __future__ import annotations
@@ -18,18 +18,23 @@ import subprocess
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import offload
 
 from .. import _native
-from ._bench import summary
+from ._bench_disk_peers import DeepSpeedSide, deepspeed_refusal
 from ._bench_disk_update import measure_update
-from ._table import format_bytes, table
+from ._bench_disk_weights import measure_weights
+from ._bench_figures import Figure, figure
+from ._bench_figures import Side as Owner
+from ._bench_progress import now_at
+from ._bench_spread import summary
+from ._table import format_bytes
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run", "text"]
 
 _MIB = 2**20
 _BLOCK = _MIB
@@ -141,7 +146,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
     Yields a JSON-able dict: `rows`, each with `mode`, by side a summary of samples, and `share_of_raw` of each
     back-end; `facts` of the directory by back-end; `window_bytes` of host memory a direction; `update` as
-    `measure_update` gives it.
+    `measure_update` gives it, and `weights` as `measure_weights` does.
     """
     path: str = options.disk_path
     block_count, rounds = (32, 3) if options.quick else (options.gib * 1024, 5)
@@ -155,8 +160,14 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         tier.check()
     raw = RawSide(path, block_count, all(tier.facts["direct"] for tier in tiers.values()), pool)
     sides: dict[str, Side] = {**tiers, "raw": raw}
+    refusal = deepspeed_refusal()
+    if refusal is None:
+        now_at("deepspeed: loading, or building at its first use")
+        sides["deepspeed"] = peer = DeepSpeedSide(path, block_count, block=_BLOCK, chunk=_CHUNK, window=_WINDOW)
+        peer.check()
     rows = []
     for mode in _MODES:
+        now_at(mode)
         rates = _measure(sides, mode, block_count, rounds)
         row: dict[str, Any] = {"mode": mode, "gb_per_s": {name: summary(samples) for name, samples in rates.items()}}
         if (fio := shutil.which("fio")) is not None:
@@ -165,11 +176,17 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         row["share_of_raw"] = {name: row["gb_per_s"][name]["median"] / raw_median for name in tiers}
         rows.append(row)
 
+    if refusal is None:
+        peer.close()
+
     def raw_gb_per_s(mode: str) -> float:
         return block_count * _BLOCK / raw.seconds(_spans(mode, block_count)) / 1e9
 
     window_bytes = min(_UPDATE_WINDOW_BYTES, block_count * _BLOCK // 4)
+    now_at("the update of states on disk")
     update = measure_update(path, block_count * _BLOCK, window_bytes, rounds, raw_gb_per_s)
+    now_at("steps of a model whose weights are on disk")
+    weights = measure_weights(path, block_count * _BLOCK // 4, rounds, raw_gb_per_s)
     raw.close()
     yield {
         "name": "disk",
@@ -179,7 +196,9 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "raw_threads": _RAW_THREADS,
         "facts": {name: tier.facts for name, tier in tiers.items()},
         "rows": rows,
+        "absent_peers": {} if refusal is None else {"deepspeed async I/O": refusal},
         "update": update,
+        "weights": weights,
     }
 
 
@@ -215,26 +234,40 @@ def _fio_gb_per_s(fio: str, path: str, mode: str, block_count: int) -> float:
     return float(sum(job[verb]["bw_bytes"] for job in jobs for verb in _VERBS["both"]) / 1e9)
 
 
-def text(result: dict[str, Any]) -> str:
-    """The table of a result."""
-    sides = list(result["rows"][0]["gb_per_s"])
-    tiers = list(result["facts"])
-    rows = [("GB/s", *sides, *(f"{name}, share of raw" for name in tiers))]
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Bandwidths of the back-ends beside raw ones, and the update of states on disk."""
+    found = []
     for row in result["rows"]:
-        rates = [f"{row['gb_per_s'][name]['median']:.2f}" for name in sides]
-        rows.append((row["mode"], *rates, *(f"{row['share_of_raw'][name]:.3f}" for name in tiers)))
-    facts = result["facts"][tiers[0]]
-    direct = "O_DIRECT" if facts["direct"] else f"buffered ({facts['direct_refusal']})"
+        peers = {name: rate for name, rate in row["gb_per_s"].items() if name == "deepspeed"}
+        for name, rate in row["gb_per_s"].items():
+            label = f"{row['mode']}, {name}"
+            if name in result["facts"]:
+                ceiling = "raw", row["gb_per_s"]["raw"]["median"]
+                found.append(figure(label, "GB/s", rate, better="higher", ceiling=ceiling, peers=peers))
+            else:
+                side: Owner = "peer" if name in peers else "ceiling"
+                found.append(figure(label, "GB/s", rate, side=side, better="higher"))
     update = result["update"]
-    updates = [
-        ("update of states on disk", "median", "target"),
-        ("seconds", f"{update['update_s']['median']:.3f}", ""),
-        ("read, written", f"{format_bytes(update['read_bytes'])}, {format_bytes(update['written_bytes'])}", ""),
-        (
-            "share of the larger of a raw read and write",
-            f"{update['share_of_larger']['median']:.3f}",
-            f">= {update['share_of_larger']['target']}",
-        ),
-        ("share of both at once", f"{update['share_of_both']['median']:.3f}", ""),
-    ]
-    return f"{facts['directory']}, {facts['file_system']}, {direct}\n{table(rows)}\n\n{table(updates)}"
+    ceiling = "the larger of a raw read and write", update["larger_s"]["median"]
+    found.append(figure("update of states on disk", "s", update["update_s"], ceiling=ceiling))
+    weights = result["weights"]
+    ceiling = "the largest of read, write and step in memory", weights["larger_s"]["median"]
+    found.append(figure("step, weights on disk", "s", weights["step_s"], ceiling=ceiling))
+    found.append(figure("step, weights on the host", "s", weights["on_host_s"]))
+    found.append(figure("step, weights in memory", "s", weights["in_memory_s"], side="ceiling"))
+    return found
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """Which disk it was, and how much of the states went through."""
+    facts = next(iter(result["facts"].values()))
+    direct = "O_DIRECT" if facts["direct"] else f"buffered ({facts['direct_refusal']})"
+    update, weights = result["update"], result["weights"]
+    return (
+        f"{facts['directory']}, {facts['file_system']}, {direct}\nupdate of states on disk: "
+        f"{format_bytes(update['read_bytes'])} read, {format_bytes(update['written_bytes'])} written, "
+        f"{update['share_of_both']['median']:.3f} of a raw read and write at once\nstep with "
+        f"{format_bytes(weights['weight_bytes'])} of weights on disk, {format_bytes(weights['cache_bytes'])} cached: "
+        f"{format_bytes(weights['read_bytes'])} read, {format_bytes(weights['written_bytes'])} written, "
+        f"{weights['share_of_both']['median']:.3f} of both at once or the step in memory"
+    )

@@ -11,7 +11,7 @@ from torch import nn
 
 import offload
 
-from ._bench import summary
+from ._bench_spread import summary
 
 __all__ = ["measure_update"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,14 +13,15 @@ from torch import Tensor
 
 import offload
 
-from ._bench import summary
+from ._bench_figures import Figure, figure
+from ._bench_progress import now_at
+from ._bench_spread import summary
 from ._bench_step import wait_for_compute
 from ._corpus import VOCABULARY
 from ._device import compute_device
-from ._table import table
 from ._training import build_model
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run"]
 
 _TARGET = 0.02
 _BATCH = 4
@@ -55,6 +56,7 @@ def _measure(
     seconds: dict[str, list[float]] = {"wrap": [], "engine": []}
     losses: dict[str, list[float]] = {"wrap": [], "engine": []}
     for block in range(blocks):
+        now_at(f"{shape.dtype}, block {block + 1} of {blocks}")
         tokens = [
             torch.randint(VOCABULARY, (_BATCH, shape.length), generator=generator).to(device) for _ in range(steps + 1)
         ]
@@ -131,18 +133,15 @@ def _engine(shape: argparse.Namespace, clip_norm: float, device: torch.device) -
     return step, engine.destroy
 
 
-def text(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    rows = [("model", "clipping", "wrap", "engine", "overhead", "target")]
-    rows += [
-        (
-            row["dtype"],
-            f"{row['clip_norm']:g}" if row["clip_norm"] else "none",
-            f"{row['wrap_step_s']['median'] * 1e3:.2f} ms",
-            f"{row['engine_step_s']['median'] * 1e3:.2f} ms",
-            f"{row['overhead']['median']:+.1%}",
-            f"<= {row['overhead']['target']:.0%}",
-        )
-        for row in result["rows"]
-    ]
-    return table(rows, left=2)
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """By model: a step of the engine, one of wrap, and what the engine adds."""
+    found = []
+    for row in result["rows"]:
+        case = f"{row['dtype']}{', clipped' if row['clip_norm'] else ''}"
+        wrap = row["wrap_step_s"]
+        found += [
+            figure(f"engine, {case}", "s a step", row["engine_step_s"], ceiling=("a step of wrap", wrap["median"])),
+            figure(f"wrap, {case}", "s a step", wrap),
+            figure(f"overhead, {case}", "share of a step", row["overhead"]),
+        ]
+    return found

@@ -18,12 +18,14 @@ import torch
 import offload
 from offload import Plan
 
+from ._bench_figures import Figure, figure
+from ._bench_progress import now_at
 from ._bench_run import Offloaded, Place, Run, Size, release
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
 from ._table import format_bytes, table
 
-__all__ = ["largest", "run", "text"]
+__all__ = ["figures", "largest", "run", "text"]
 
 _WIDTHS: dict[str, tuple[ModelShape, int, int]] = {  # shape, tokens a step and of a sequence
     "tiny": (TINY, 64, 32),
@@ -61,6 +63,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     yield result
     if options.derive_only:
         return
+    now_at("training it")
     make_deterministic(device)
     start = partial(Offloaded, size, device, places, device_budget=device_bytes, host_budget=host_bytes)
     try:
@@ -127,6 +130,12 @@ def largest(shape: ModelShape, device_bytes: int, host_bytes: int) -> tuple[int,
 def _on_meta(shape: ModelShape, layers: int) -> torch.nn.Module:
     meta = torch.device("meta")
     return Size(dataclasses.replace(shape, layers=layers), (1,), 1, 1, 1).build(meta, meta)
+
+
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Its steps, where it was trained."""
+    steps = result.get("run", {}).get("steps", ())
+    return [figure(f"step of {row['tokens']:,} tokens", "s", row["step_s"]) for row in steps]
 
 
 def text(result: dict[str, Any]) -> str:

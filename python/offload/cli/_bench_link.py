@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ._bench import summary
 from ._bench_adamw import streaming_bytes_per_s
 from ._bench_copies import COPIES_AT_MOST, MODES, Link, busy_link
+from ._bench_figures import Figure, Side, figure
+from ._bench_progress import now_at
+from ._bench_spread import summary
 from ._device import compute_device
 from ._table import table
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run", "text"]
 
 _KIB, _MIB = 2**10, 2**20
 _SIZES = tuple(64 * _KIB * 4**power for power in range(7))  # 64 KiB to 256 MiB
@@ -59,6 +61,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def _row(link: Link, names: Sequence[str], mode: str, nbytes: int, rounds: int) -> dict[str, Any]:
+    now_at(f"{mode}, {nbytes // _KIB} KiB")
     rates = link.measure(names, mode, nbytes, rounds)
     by_side = {name: summary([rate / 1e9 for rate in samples]) for name, samples in rates.items()}
     return {"mode": mode, "bytes": nbytes, "gb_per_s": by_side}
@@ -68,6 +71,8 @@ def _host_memory(link: Link, quick: bool) -> list[dict[str, Any]]:
     """By what is copied meanwhile (None: nothing), GB/s read and written by all threads, and those of the copies."""
     elements, rounds = (1 if quick else 64) * _MIB, 3
     nbytes = (4 if quick else 64) * _MIB
+
+    now_at("host memory while copies run")
 
     def stream() -> float:
         return streaming_bytes_per_s(_UPDATE_FORMAT, elements, rounds) / 1e9
@@ -96,33 +101,30 @@ def _submission_us(link: Link, rounds: int) -> dict[str, Any]:
     }
 
 
-def text(result: dict[str, Any]) -> str:
-    """The tables of a result."""
-    sides = list(result["rows"][0]["gb_per_s"])
-    rows = [("GB/s", "KiB", *sides, "share of raw")]
-    for row in result["rows"]:
-        rates = [f"{row['gb_per_s'][name]['median']:.2f}" for name in sides]
-        rows.append((row["mode"], f"{row['bytes'] // _KIB}", *rates, f"{row['share_of_raw']:.3f}"))
-    sides = list(result["small"][0]["gb_per_s"])
-    small = [("GB/s", "KiB", *sides)]
-    for row in result["small"]:
-        rates = [f"{row['gb_per_s'][name]['median']:.2f}" for name in sides]
-        small.append((row["mode"], f"{row['bytes'] // _KIB}", *rates))
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Bandwidths of each side by size and direction, beside raw copies; what the submission of a small copy costs."""
+    found = [one for row in result["rows"] for one in _rates(row, "")]
+    found += [one for row in result["small"] for one in _rates(row, "small copies, ")]
+    for side, by_lane in result["submission_us"].items():
+        owner: Side = "ceiling" if side == "raw" else "ours"
+        found += [figure(f"submission, {side}, {lane}", "us", one, side=owner) for lane, one in by_lane.items()]
+    return found
+
+
+def _rates(row: Mapping[str, Any], kind: str) -> Iterator[Figure]:
+    raw = row["gb_per_s"]["raw"]
+    for side, rate in row["gb_per_s"].items():
+        name = f"{kind}{side}, {row['mode']}, {row['bytes'] // _KIB} KiB"
+        if side == "raw":
+            yield figure(name, "GB/s", rate, side="ceiling", better="higher")
+        else:
+            yield figure(name, "GB/s", rate, better="higher", ceiling=("raw copies", raw["median"]))
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """What host memory streams while copies run."""
     memory = [("GB/s", "host memory", "the copies")]
     for row in result["host_memory"]:
         copied = "-" if row["copies"] is None else f"{row['copies_gb_per_s']['median']:.2f}"
         memory.append((row["copies"] or "no copies", f"{row['gb_per_s']:.2f}", copied))
-    costs = [
-        f"{name} {lane} {cost['median']:.2f} us"
-        for name, by_lane in result["submission_us"].items()
-        for lane, cost in by_lane.items()
-    ]
-    return "\n".join(
-        (
-            f"{result['device']}, raw: {result['raw']}",
-            table(rows),
-            f"submitting a small copy: {', '.join(costs)}",
-            table(small),
-            table(memory),
-        )
-    )
+    return f"{result['device']}, raw: {result['raw']}\n{table(memory)}"

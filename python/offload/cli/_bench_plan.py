@@ -29,11 +29,12 @@ import offload
 from offload import Machine, ParameterSize
 
 from .. import _native
-from ._bench import summary
+from ._bench_figures import Figure, figure
 from ._bench_model import sizes_of
+from ._bench_spread import summary
 from ._table import table
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run", "text"]
 
 _TOLERANCE = 0.15
 _PREFETCH = 1
@@ -368,8 +369,19 @@ def _read_predictions(path: Any, grid: Sequence[Setting]) -> dict[str, Any]:
     return result
 
 
-def text(result: dict[str, Any]) -> str:
-    """The result as a table."""
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Steps that were measured; the ceiling is the bound that the forecast gives."""
+    found = []
+    for row in result["rows"]:
+        if "step_s" in row:
+            clipped = ", clipped" if row["clips"] else ""
+            name = f"{row['shape']}, {row['placement']}, {row['micro_batches']} micro-batches{clipped}"
+            found.append(figure(name, "ms", row["step_s"], scale=1e3, ceiling=("the bound", row["bound_s"])))
+    return found
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """What was predicted and measured."""
     header = (
         "shape",
         "placement",

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 
 import offload
 
+from ._bench_conditions import noise
+from ._bench_figures import absent_peers, figure_rows
 from ._table import format_bytes
 
-__all__ = ["Entry", "markdown", "read", "run_report", "tokens_by_run"]
+__all__ = ["Entry", "entries", "markdown", "read", "run_report", "tokens_by_run"]
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSIONS = (1, 2)  # of benches; since the second results have figures. 1 is that of make gpu-acceptance
+_EXIT_WORSE = 1
 _LANES = ("to_host", "to_device")
 _OUTCOMES = ("does_not_fit", "unavailable", "failed")  # of a run that did not come about
 _LABELS = ("name", "model", "mode")  # under which a result says what it is of
@@ -36,23 +39,34 @@ class Entry(NamedTuple):
 
 
 def run_report(options: argparse.Namespace) -> int:
-    """Prints the Markdown, or writes it; draws where it was asked for.
+    """Prints the Markdown, or writes it; draws where it was asked for. The exit code is 1 if anything is worse.
 
     Raises `InvalidArgument` for a file that no bench wrote, ModuleNotFoundError for plots without matplotlib.
     """
     reports = {path: read(path) for path in options.files}
     text = "\n".join(markdown(path.stem, report) for path, report in reports.items())
+    worse = False
+    if options.compare is not None:
+        from ._bench_compare import compare, comparison_lines, comparison_rows
+
+        for path, report in reports.items():
+            compared = compare(read(options.compare), report)
+            rows = comparison_rows(compared)
+            tables = [_table(rows)] if len(rows) > 1 else []
+            chapters = [f"# {path.stem} beside {options.compare.stem}", *tables, *comparison_lines(compared)]
+            text += "\n" + "\n\n".join(chapters) + "\n"
+            worse = worse or compared["counts"]["worse"] > 0
     if options.plots is not None:
         from ._report_plots import draw
 
         for path, report in reports.items():
-            images = draw(_entries(report), options.plots, path.stem)
+            images = draw(entries(report), options.plots, path.stem)
             text += "".join(f"\n![{image.stem}]({image})\n" for image in images)
     if options.out is None:
         print(text, end="")
     else:
         options.out.write_text(text)
-    return 0
+    return _EXIT_WORSE if worse else 0
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -62,15 +76,15 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise offload.InvalidArgument(f"{path}: {error}: give JSON files of offload bench --json") from error
     version = report.get("schema_version") if isinstance(report, dict) else None
-    if version != _SCHEMA_VERSION or not {"results", "sections"} & set(report):
+    if version not in _SCHEMA_VERSIONS or not {"results", "sections"} & set(report):
         raise offload.InvalidArgument(
-            f"{path}: schema version {version!r} and neither results nor sections: give JSON files of this release's "
-            f"offload bench --json (version {_SCHEMA_VERSION})"
+            f"{path}: schema version {version!r}, with neither results nor sections or not of {_SCHEMA_VERSIONS}: give "
+            "JSON files of this release's offload bench --json"
         )
     return dict(report)
 
 
-def _entries(report: Mapping[str, Any]) -> list[Entry]:
+def entries(report: Mapping[str, Any]) -> list[Entry]:
     found = [Entry(part, part, result) for part, result in report.get("results", {}).items()]
     for name, section in report.get("sections", {}).items():
         results = section.get("bench", {}).get("results", {})
@@ -85,10 +99,10 @@ def markdown(title: str, report: Mapping[str, Any]) -> str:
     chapters = [f"# {title}", ", ".join(facts) + (", **quick**" if _is_quick(report) else "")]
     if "sections" in report:
         chapters += ["## sections", _table(_sections(report["sections"]))]
-    entries = _entries(report)
-    for entry in entries:
+    found = entries(report)
+    for entry in found:
         chapters += [f"## {entry.section}", *_chapter(entry)]
-    beside = _beside_peers(entries)
+    beside = _beside_peers(found)
     if len(beside) > 1:
         chapters += [
             "## beside peers",
@@ -103,20 +117,39 @@ def _is_quick(report: Mapping[str, Any]) -> bool:
 
 
 def _chapter(entry: Entry) -> list[str]:
-    """Paragraphs and tables of one result."""
+    """Paragraphs and tables of one result: its figures, and what they leave out."""
     result = entry.result
-    if entry.part == "train":
-        return _train(result)
-    if entry.part == "link":
-        tables = [_table(_link(result[kind])) for kind in ("rows", "small") if kind in result]
-        if "host_memory" in result:
-            tables.append(_table(_host_memory(result["host_memory"])))
-        return [*tables, *_figures({"submission_us": result["submission_us"]})]
-    if entry.part == "adamw":
-        return [_table(_adamw(result)), *_figures({"times as fast": result["ratios"]})]
-    if entry.part == "largest":
-        return _largest(result)
-    return _figures(result)
+    own: list[str] = []
+    if entry.part == "train" and "runs" in result:
+        own = _train(result)
+    elif entry.part == "largest" and "plan" in result:
+        own = _largest(result)
+    if "figures" not in result:  # of version 1, or not measured
+        return own or _figures(result)
+    if "host_memory" in result:
+        own = [_table(_host_memory(result["host_memory"]))]
+    measured = [_table(figure_rows(result["figures"]))] if result["figures"] else []
+    measured += [f"**Failed: {result['failed']}**"] if "failed" in result else []
+    return [*measured, *absent_peers(result), *own, _conditions(result["conditions"])]
+
+
+def _conditions(conditions: Mapping[str, Any]) -> str:
+    """What else the figures depend on, in a paragraph."""
+    load, mhz = conditions["load_average"], conditions["cpu_mhz"]["before"]
+    clock = "" if mhz is None else f" CPU clock {mhz['median']:,.0f} MHz."
+    words = f"Measured in {conditions['seconds']:.0f} s.{clock} Load average {load['before']:.1f} before, "
+    words += f"{load['after']:.1f} after."
+    words += "".join(f" **{disturbance[0].upper()}{disturbance[1:]}.**" for disturbance in noise(conditions))
+    gpu = conditions["gpu"]
+    if gpu is None:
+        return words
+    if "unknown" in gpu:
+        return f"{words} GPU clocks are unknown: {gpu['unknown']}."
+    during = gpu["during"]
+    clocks = during["sm_mhz"] or {}
+    limits = ", ".join(during["limited_by"]) or "nothing"
+    spread = " to ".join(f"{clocks[key]:,.0f}" for key in ("min", "max") if key in clocks) or "?"
+    return f"{words} GPU clock {spread} MHz in {during['samples']} samples of {gpu['source']}, limited by {limits}."
 
 
 # --- by part ------------------------------------------------------------------------------------------------------
@@ -136,31 +169,11 @@ def _sections(sections: Mapping[str, Any]) -> Rows:
     return rows
 
 
-def _link(measured: Sequence[Mapping[str, Any]]) -> Rows:
-    sides = list(measured[0]["gb_per_s"])
-    shares = ["share of raw"] if "share_of_raw" in measured[0] else []
-    rows: Rows = [("copies", "KiB", *(f"{side}, GB/s" for side in sides), *shares)]
-    for row in measured:
-        rates = [_spread(row["gb_per_s"][side]) for side in sides]
-        rows.append((row["mode"], str(row["bytes"] // 1024), *rates, *(f"{row['share_of_raw']:.3f}" for _ in shares)))
-    return rows
-
-
 def _host_memory(measured: Sequence[Mapping[str, Any]]) -> Rows:
     rows: Rows = [("copies meanwhile", "host memory, GB/s", "the copies, GB/s")]
     for row in measured:
         copied = _spread(row["copies_gb_per_s"]) if row["copies"] else "-"
         rows.append((row["copies"] or "none", _value(row["gb_per_s"]), copied))
-    return rows
-
-
-def _adamw(result: Mapping[str, Any]) -> Rows:
-    rows: Rows = [("variant", "ns an element", "GB/s", "share of the ceiling")]
-    for one in result["variants"]:
-        scale = 1e9 / result["count"]
-        rate = f"{one['gb_per_s']:.1f}" if "gb_per_s" in one else "-"
-        share = f"{one['share_of_ceiling']:.3f}" if "share_of_ceiling" in one else "-"
-        rows.append((one["name"], _spread(one, scale), rate, share))
     return rows
 
 
@@ -239,7 +252,7 @@ def tokens_by_run(entries: Sequence[Entry]) -> dict[tuple[Any, ...], dict[str, d
     """
     found: dict[tuple[Any, ...], dict[str, dict[int, float]]] = {}
     for _, part, result in entries:
-        if part != "train" or result["device_cap_gib"] is not None:
+        if part != "train" or "runs" not in result or result["device_cap_gib"] is not None:
             continue
         keys = ("size", "vocabulary", "micro_batch_tokens", "gradient_checkpointing")
         runs = found.setdefault(tuple(result[key] for key in keys), {})
@@ -252,7 +265,7 @@ def tokens_by_run(entries: Sequence[Entry]) -> dict[tuple[Any, ...], dict[str, d
 
 def _beside_peers(entries: Sequence[Entry]) -> Rows:
     """A row a peer and number of tokens, and one for each peer that did not run, with its reason."""
-    trained = [entry.result for entry in entries if entry.part == "train"]
+    trained = [entry.result for entry in entries if entry.part == "train" and "runs" in entry.result]
     placements = list(dict.fromkeys(n for result in trained for n, one in result["runs"].items() if "places" in one))
     rows: Rows = [("peer", "model", "tokens", "its tokens/s", *(f"{name}, times as fast" for name in placements))]
     for (size, *_), runs in tokens_by_run(entries).items():

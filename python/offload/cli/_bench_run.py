@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import offload
 
-from ._bench import summary
 from ._bench_model import build
+from ._bench_spread import summary
 from ._model_shapes import ModelShape, shapes
 
 __all__ = [

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 import offload
 
-from ._bench import summary
+from ._bench_figures import Figure, figure
+from ._bench_progress import now_at
+from ._bench_spread import summary
 from ._device import compute_device
 
-__all__ = ["hook_costs", "run", "sleep_on", "wait_for_compute"]
+__all__ = ["figures", "hook_costs", "hook_figures", "run", "sleep_on", "wait_for_compute"]
 
 _BLOCKS = 64  # the update of the first block is what nothing hides, so it should be a small part
 
@@ -113,7 +115,8 @@ def _overlap(quick: bool, device: torch.device) -> dict[str, Any]:
         block.sleep_s = sleep_s / _BLOCKS
 
     computes, steps, updates, hidden = [], [], [], []
-    for _ in range(repeats):
+    for number in range(repeats):
+        now_at(f"overlap, round {number + 1} of {repeats}")
         computes.append(timed(update=False))
         updates.append(host_update())
         timed(update=True)
@@ -148,6 +151,7 @@ def hook_costs(units: int, repeats: int, device: torch.device, **where: str) -> 
 
     where: what `offload.wrap` is to place on the host besides optimizer and gradients.
     """
+    now_at("what hooks add")
     few, many = 1, 9
     added = {count: summary(_added_us(units, count, repeats, device, where)) for count in (few, many)}
     per_parameter = (added[many]["median"] - added[few]["median"]) / (units * (many - few))
@@ -182,3 +186,24 @@ def _added_us(units: int, count: int, repeats: int, device: torch.device, where:
     samples = [(timed(wrapped) - timed(plain)) * 1e6 for _ in range(repeats)]
     offload.unwrap(wrapped, optimizer)
     return samples
+
+
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """A step beside the larger of its compute and its host update, and what hooks add."""
+    overlap = result["overlap"]
+    larger = max(overlap["compute_s"]["median"], overlap["update_s"]["median"])
+    return [
+        figure("step", "s", overlap["step_s"], ceiling=("the larger of compute and update", larger)),
+        figure("compute", "s", overlap["compute_s"], side="ceiling"),
+        figure("host update, not hidden", "s", overlap["update_s"]),
+        figure("hidden of the host update", "share", overlap["hidden_share"], better="higher"),
+        *hook_figures(result["hooks"]),
+    ]
+
+
+def hook_figures(hooks: Mapping[str, Any]) -> list[Figure]:
+    """Of what `hook_costs` gave: microseconds that they add to a forward and backward of a unit."""
+    return [
+        figure(f"hooks, {name}", "us a unit", added, scale=1 / hooks["units"])
+        for name, added in hooks["added_us"].items()
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 import offload
 
 from .. import _native
-from ._bench import summary
 from ._bench_copies import raw_bytes_per_s
-from ._bench_step import hook_costs, sleep_on, wait_for_compute
+from ._bench_figures import Figure, figure
+from ._bench_progress import now_at
+from ._bench_spread import summary
+from ._bench_step import hook_costs, hook_figures, sleep_on, wait_for_compute
 from ._device import compute_device
-from ._table import table
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run", "text"]
 
 _UNITS = 24
 _KIB = 2**10
@@ -117,7 +118,8 @@ class StreamedModel:
     def measure(self, repeats: int) -> dict[str, Any]:
         self._seconds_and_bytes()  # the first step records the order
         shares, transfers = [], []
-        for _ in range(repeats):
+        for number in range(repeats):
+            now_at(f"uploads alone, round {number + 1} of {repeats}")
             seconds, moved = self._seconds_and_bytes()
             shares.append(moved / seconds / self._rate)
             transfers.append(moved / self._rate)
@@ -127,7 +129,8 @@ class StreamedModel:
             block.sleep_s = self.nbytes / self._rate
         computes, steps = [], []
         self._seconds_and_bytes()
-        for _ in range(repeats):
+        for number in range(repeats):
+            now_at(f"balance, round {number + 1} of {repeats}")
             computes.append(self._compute_s())
             steps.append(self._seconds_and_bytes()[0])
         compute, step = summary(computes), summary(steps)
@@ -166,15 +169,20 @@ class StreamedModel:
         return time.perf_counter() - start
 
 
-def text(result: dict[str, Any]) -> str:
-    """The table of a result."""
-    hooks, balance = result["hooks"], result["balance"]
-    rows = [
-        ("figure", "measured"),
-        ("hooks, us a unit", f"{hooks['us_per_unit']:.1f}"),
-        ("hooks, us a parameter", f"{hooks['us_per_parameter']:.1f}"),
-        ("share of the link", f"{result['link']['share']['median']:.3f}"),
-        ("step over the larger of compute and transfer", f"{balance['step_over_larger']:.3f}"),
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """What hooks add, what uploads reach of the link, and a step whose compute is as long as its uploads."""
+    link, balance = result["link"], result["balance"]
+    larger = max(balance["compute_s"]["median"], balance["transfer_s"]["median"])
+    return [
+        figure("uploads, nothing else", "share of the link", link["share"], better="higher", ceiling=("the link", 1.0)),
+        figure("step", "s", balance["step_s"], ceiling=("the larger of compute and transfer", larger)),
+        figure("compute", "s", balance["compute_s"], side="ceiling"),
+        *hook_figures(result["hooks"]),
     ]
-    rate = f"{result['link_bytes_per_s'] / 1e9:.2f} GB/s, {result['link_is']}"
-    return f"{result['device']}, link: {rate}\n{table(rows)}"
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """Which link it was, and what hooks cost apart from each other."""
+    hooks, rate = result["hooks"], f"{result['link_bytes_per_s'] / 1e9:.2f} GB/s, {result['link_is']}"
+    costs = f"{hooks['us_per_unit']:.1f} us a unit and {hooks['us_per_parameter']:.1f} us a parameter"
+    return f"{result['device']}, link: {rate}\nhooks: {costs}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 import offload
 
-from ._bench import summary
+from ._bench_figures import Figure, figure
+from ._bench_spread import summary
 from ._bench_step import ManyParameters, wait_for_compute
 from ._corpus import VOCABULARY
 from ._device import compute_device
-from ._table import table
 from ._training import build_model
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run", "text"]
 
 _TARGET = 0.01
 _BATCH = 4
@@ -112,18 +112,22 @@ def _tiny_step(device: torch.device) -> tuple[Step, Callable[[], None]]:
     return step, end
 
 
-def text(result: dict[str, Any]) -> str:
-    """The result as a table."""
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """A step with and without a trace, and what a trace adds to a unit of nothing else."""
+    off = result["off_step_s"]
+    return [
+        figure("step without a trace", "ms", off, side="ceiling", scale=1e3),
+        figure("step with one", "ms", result["on_step_s"], scale=1e3, ceiling=("one without", off["median"])),
+        figure("added to a unit", "us", result["added_us_per_unit"]),
+    ]
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """What a trace costs, beside what was asked for."""
     overhead, added = result["overhead"], result["added_us_per_unit"]
-    rows: list[tuple[str, ...]] = [("what", "median", "p20", "p80")]
-    for name, key, factor, unit in (
-        ("step without a trace", "off_step_s", 1e3, "ms"),
-        ("step with one", "on_step_s", 1e3, "ms"),
-        ("what it adds, pair by pair", "overhead", 100, "%"),
-        ("what it adds to a unit", "added_us_per_unit", 1, "us"),
-    ):
-        values = result[key]
-        rows.append((name, *(f"{values[share] * factor:.2f} {unit}" for share in ("median", "p20", "p80"))))
-    reckoned = result["reckoned_overhead"]
-    rows.append((f"of the step, {result['units']} units at {added['median']:.1f} us", f"{reckoned:.2%}", "", ""))
-    return table(rows) + f"\nasked for: at most {overhead['target']:.0%}"
+    low, middle, high = (f"{overhead[share]:.2%}" for share in ("p20", "median", "p80"))
+    return (
+        f"a trace adds {middle} to a step, pair by pair ({low} to {high}); by what it adds to a unit it would be "
+        f"{result['reckoned_overhead']:.2%} ({result['units']} units at {added['median']:.1f} us); asked for: at most "
+        f"{overhead['target']:.0%}"
+    )

@@ -26,16 +26,20 @@ import torch
 import offload
 
 from ._bench_ceilings import ceilings
+from ._bench_figures import Figure, figure
 from ._bench_model import build, sizes_of
 from ._bench_peers import PEERS, Unavailable, leaving_the_group
+from ._bench_progress import now_at
 from ._bench_run import KINDS, ROUNDED, Compute, Offloaded, Place, Run, Size, Training, free_bytes, plain_adamw, release
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
 from ._table import format_bytes, table
 
-__all__ = ["conclude", "parse_places", "run", "text"]
+__all__ = ["conclude", "figures", "parse_places", "run", "text"]
 
 _LANES = ("to_host", "to_device")
+_BESIDE = ("compute", "resident", "torch")
+_PEER_RUNS = ("torch", *PEERS)
 _BLOCKS = 3  # of runs that take turns
 # Of compute: a quarter where checkpoints are recomputed, a third else.
 _FORWARD_SHARE = 0.25
@@ -105,8 +109,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     `peak_device_bytes`, `losses` and `steps`, by tokens a step: `tokens`, `micro_batches`, `step_s`, `tokens_per_s`
     and `step_over_resident`; of placements `moved_bytes` a step, `share_of_link`, `hidden_share`, `bound` (what each
     lane of the forecast has to do), `bound_by`, `share_of_bound` and `forecast_s`. A run that did not come about has
-    only `does_not_fit`, `unavailable` or `failed`, with the reason. `losses_equal_resident`: of all placements but those
-    that round activations.
+    only `does_not_fit`, `unavailable` or `failed`, with the reason. `losses_equal_resident`: of all placements but
+    those that round activations.
     """
     size = _size(options)
     placements = {text: parse_places(text) for text in options.offload}
@@ -150,7 +154,11 @@ def _starts(
         "torch": partial(plain_adamw, size, device),
         **{name: partial(start, size, device) for name, start in PEERS.items()},
     }
-    return {name: start for name, start in beside.items() if name in options.beside} | {
+    # A tiny model costs little beside any peer; others are named where they are wanted.
+    wanted = options.beside
+    if wanted is None:
+        wanted = [*_BESIDE, *(PEERS if options.size == "tiny" else ())]
+    return {name: start for name, start in beside.items() if name in wanted} | {
         text: partial(offloaded, places) for text, places in placements.items()
     }
 
@@ -160,6 +168,7 @@ def _measure(starts: Mapping[str, Start], size: Size, device: torch.device) -> I
     refused: dict[str, Any] = {}
     runs: dict[str, Run] = {}
     for name, start in starts.items():
+        now_at(f"{name}: warming up")
         started = _started(name, start, size, device)
         if isinstance(started, Run):
             runs[name] = started
@@ -168,7 +177,8 @@ def _measure(starts: Mapping[str, Start], size: Size, device: torch.device) -> I
     blocks = min(_BLOCKS, size.steps) if len(starts) > 1 else 1
     for tokens in size.tokens:
         for number in range(blocks):
-            for one in runs.values():
+            for name, one in runs.items():
+                now_at(f"{name}: {tokens:,} tokens, block {number + 1} of {blocks}")
                 one.block(tokens, size.steps // blocks + (number < size.steps % blocks))
         yield refused | {name: one.result() for name, one in runs.items()}
 
@@ -229,6 +239,13 @@ def conclude(result: Mapping[str, Any]) -> dict[str, Any]:
             concluded["runs"][name]["losses_equal_resident"] = equal[-1]
     if equal:
         concluded["losses_equal_resident"] = all(equal)
+    concluded["absent_peers"] = {
+        name: reason
+        for name, one in result["runs"].items()
+        if name in PEERS
+        for reason in one.values()
+        if "steps" not in one
+    }
     return concluded
 
 
@@ -241,7 +258,8 @@ def _forecast(
 ) -> offload.StepForecast:
     """Of a step with `places` on the host; activations do not count, nor does the device's own update, whose rate the
     ceilings do not have. micro_batch_s: forward and backward of one, alone."""
-    sizes, plan = _planned(shape, tuple(places.items()))
+    options: dict[str, Any] = {kind: place for kind, place in places.items() if kind != "activations"}
+    sizes, plan = _planned(shape, tuple(options.items()))
     total = sum(size.numel for size in sizes)
     compute: dict[str, tuple[float, float]] = {}
     for size in sizes:
@@ -254,7 +272,6 @@ def _forecast(
         host_update=rates["host_memory_while_copying"],
         device_update=math.inf,
     )
-    options: dict[str, Any] = dict(places)
     works = offload.unit_works(sizes, plan, offload.Config(**options), compute)
     return offload.forecast(works, machine, micro_batches=micro_batches, prefetch=plan.prefetch)
 
@@ -299,11 +316,31 @@ def _capped(device: torch.device, fraction: float | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Steps of every run by their tokens; placements beside their bound and, at as many tokens, beside the peers."""
+    rows = {(name, row["tokens"]): row for name, one in result["runs"].items() for row in one.get("steps", ())}
+    found = []
+    for (name, tokens), row in rows.items():
+        label = f"{name}, {tokens:,} tokens"
+        if name == "compute":
+            found.append(figure(label, "s a step", row["step_s"], side="ceiling"))
+            continue
+        if name in _PEER_RUNS:
+            found.append(figure(label, "s a step", row["step_s"], side="peer"))
+            continue
+        ceiling = (f"its bound ({row['bound_by']})", row["bound"][row["bound_by"]]) if "bound" in row else None
+        peers = {peer: rows[peer, tokens]["step_s"] for peer in _PEER_RUNS if (peer, tokens) in rows}
+        found.append(figure(label, "s a step", row["step_s"], ceiling=ceiling, peers=peers))
+    return found
+
+
 def text(result: dict[str, Any]) -> str:
     """The table of a result."""
     header = ("run", "tokens", "step s", "p20", "p80", "tokens/s", "of resident", "of bound", "hidden", "device peak")
     rows: list[Sequence[str]] = [header]
     for name, one in result["runs"].items():
+        if name in result.get("absent_peers", {}):  # they have a line of their own
+            continue
         if "steps" not in one:
             ((outcome, reason),) = one.items()
             rows.append((f"{name}: {outcome.replace('_', ' ')}: {reason[:60]}", *[""] * 9))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,13 @@ import offload
 
 from .._adamw import AdamWHyper
 from .._kernels import find_kernels
-from ._bench import summary
 from ._bench_copies import raw_bytes_per_s
+from ._bench_figures import Figure, figure
+from ._bench_progress import now_at
+from ._bench_spread import summary
 from ._device import compute_device
-from ._table import table
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run", "text"]
 
 _LR = 1e-2  # a bf16 weight of 1 must move in the fewest steps
 _STATE_BYTES = 12  # of an element: master and moments, each read and written in a step
@@ -53,6 +54,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
             weights[name], variants[name] = made
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
+        now_at(f"round {turn} of {rounds}")
         for name, step in variants.items():
             seconds = _seconds(step, steps, device)
             if turn > 0:  # the first is of first touches
@@ -76,17 +78,6 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         },
         "refused": refused,
     }
-
-
-def text(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    rows = [("unified", "ms a step", "GB/s each way", "share of link", "host's time over it")]
-    for name, seconds in result["seconds"].items():
-        cells = [result[key].get(name) for key in ("gb_per_s", "share_of_link", "host_over")]
-        rows.append(
-            (name, f"{seconds['median'] * 1e3:.2f}", *("" if cell is None else f"{cell:.2f}" for cell in cells))
-        )
-    return "\n".join([table(rows), *(f"{name} is left out: {why}" for name, why in result["refused"].items())])
 
 
 def _made_or_refusal(
@@ -153,3 +144,18 @@ def _seconds(step: Step, steps: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a step of the device returns when it is submitted
     return (time.perf_counter() - start) / steps
+
+
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Milliseconds a step; the ceiling of states in host memory is what the link takes for them, one way."""
+    found = []
+    for name, one in result["seconds"].items():
+        share = result["share_of_link"].get(name)
+        ceiling = None if share is None else ("the link, one way", one["median"] * share)
+        found.append(figure(name, "ms", one, scale=1e3, ceiling=ceiling))
+    return found
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """What was left out, and why."""
+    return "\n".join(f"{name} is left out: {why}" for name, why in result["refused"].items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 import offload
 
-from ._bench import summary
+from ._bench_figures import Figure, figure
+from ._bench_progress import now_at
+from ._bench_spread import summary
 from ._device import compute_device
-from ._table import table
 
-__all__ = ["run", "text"]
+__all__ = ["figures", "run", "text"]
 
 # Weight, options of `wrap`, and what is read and written of an element: gradient, master and moments; a bf16 weight is
 # written beside an fp32 master. Scales of int8 moments are left out.
@@ -32,6 +33,7 @@ _FORMATS: dict[str, tuple[torch.dtype, dict[str, Any], int]] = {
     "bf16, int8 moments": (torch.bfloat16, {"moments": "int8"}, 2 + 2 * 6 + 2),
     "bf16 master, int8 moments": (torch.bfloat16, {"moments": "int8", "master": "bf16"}, 2 + 2 * 4),
 }
+_PEERS = {"offload fp32": "torch fp32 fused", "offload bf16": "torch bf16 casts + fused"}
 _LR = 1e-2  # a bf16 weight of 1 must move in the fewest steps
 Step = Callable[[], object]
 
@@ -52,6 +54,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     variants |= {"torch fp32 fused": _torch_fused(count, device), "torch bf16 casts + fused": _casts(count, device)}
     samples: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(rounds + 1):
+        now_at(f"round {turn} of {rounds}")
         for name, step in variants.items():
             seconds = _seconds(step, steps, device)
             if turn > 0:  # the first is of lazily made states and first touches
@@ -72,22 +75,6 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "share_of_copy": {name: rate / rates["copy"] for name, rate in rates.items() if name != "copy"},
         "fallbacks": list(wrapped["fp32"][1].stats().fallbacks),
     }
-
-
-def text(result: dict[str, Any]) -> str:
-    """The result as a table."""
-    rows = [("update", "ms a step", "GB/s", "share of a copy")]
-    for name, seconds in result["seconds"].items():
-        rate, share = result["gb_per_s"].get(name), result["share_of_copy"].get(name)
-        rows.append(
-            (
-                name,
-                f"{seconds['median'] * 1e3:.2f}",
-                "" if rate is None else f"{rate:.0f}",
-                "" if share is None else f"{share:.2f}",
-            )
-        )
-    return "\n".join([table(rows), *result["fallbacks"]])
 
 
 def _wrapped(
@@ -132,3 +119,21 @@ def _seconds(step: Step, steps: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # a step returns when it is submitted
     return (time.perf_counter() - start) / steps
+
+
+def figures(result: Mapping[str, Any]) -> list[Figure]:
+    """Milliseconds a step; the ceiling of an update is what a copy would take for as many bytes."""
+    seconds, found = result["seconds"], []
+    for name, one in seconds.items():
+        if name not in result["share_of_copy"]:
+            found.append(figure(name, "ms", one, side="ceiling" if name == "copy" else "peer", scale=1e3))
+            continue
+        ceiling = "a copy within the device", one["median"] * result["share_of_copy"][name]
+        peers = {_PEERS[name]: seconds[_PEERS[name]]} if name in _PEERS else {}
+        found.append(figure(name, "ms", one, scale=1e3, ceiling=ceiling, peers=peers))
+    return found
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """Which slower way was taken, and why."""
+    return "\n".join(result["fallbacks"])

@@ -2,45 +2,77 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 
+from ._bench_figures import Figure
 from ._bench_report import Entry, tokens_by_run
 
 __all__ = ["draw"]
 
 _COLOURS = {"to_host": "C0", "to_device": "C1", "both": "C2"}
 _STYLES = ("-", "--", ":")
+_SIDES = {"ours": "C0", "peer": "C1", "ceiling": "0.6"}
 
 
 def draw(entries: Sequence[Entry], folder: Path, stem: str) -> list[Path]:
-    """PNG files in `folder`, which is made: bandwidths by size of copy, and tokens a second by tokens of a step."""
+    """PNG files in `folder`, which is made: bandwidths by size of copy, tokens a second by tokens of a step, and of
+    all other parts their figures."""
     folder.mkdir(parents=True, exist_ok=True)
     images = []
     for section, part, result in entries:
-        if part == "link":
-            images.append(_image(folder / f"{stem}-{section}.png", partial(_link, result)))
+        path = folder / f"{stem}-{section}.png"
+        if part == "link" and "rows" in result:
+            images.append(_curves(path, partial(_link, result)))
+        elif part not in ("link", "train") and result.get("figures"):
+            images.append(_bars(path, part, result["figures"]))
     for (size, vocabulary, micro_batch, checkpointing), runs in tokens_by_run(entries).items():
         name = f"{stem}-train-{size}-{vocabulary}-{micro_batch}{'' if checkpointing else '-activations'}"
-        images.append(_image(folder / f"{name}.png", partial(_train, size, runs)))
+        images.append(_curves(folder / f"{name}.png", partial(_train, size, runs)))
     return images
 
 
-def _image(path: Path, fill: Callable[[Axes], None]) -> Path:
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+def _bars(path: Path, part: str, figures: Sequence[Figure]) -> Path:
+    """Medians of all that has the part's most frequent unit, with p20 to p80: ours beside peers and ceilings."""
+    (unit, _), *_ = Counter(one["unit"] for one in figures).most_common(1)
+    shown = [one for one in figures if one["unit"] == unit]
+    canvas = Canvas(figsize=(9, 1.2 + 0.3 * len(shown)), layout="constrained")
+    axes = canvas.subplots()
+    for side, colour in _SIDES.items():
+        own = [(place, one) for place, one in enumerate(shown) if one["side"] == side]
+        if own:
+            medians = [one["median"] for _, one in own]
+            below = [one["median"] - one["p20"] for _, one in own]
+            above = [one["p80"] - one["median"] for _, one in own]
+            places = [place for place, _ in own]
+            axes.barh(places, medians, xerr=(below, above), color=colour, ecolor="0.2", capsize=2, label=side)
+    axes.set_yticks(range(len(shown)), [one["name"] for one in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel(f"{unit}, {shown[0]['better']} is better; p20 to p80")
+    axes.set_title(part)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.legend()
+    canvas.savefig(path, dpi=120)
+    return path
+
+
+def _curves(path: Path, fill: Callable[[Axes], None]) -> Path:
+    canvas = Canvas(figsize=(8, 5), layout="constrained")
+    axes = canvas.subplots()
     fill(axes)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    canvas.savefig(path, dpi=120)
     return path
 
 

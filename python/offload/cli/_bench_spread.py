@@ -1,0 +1,26 @@
+"""Many samples as few numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["low_median_high", "summary"]
+
+
+def summary(samples: list[float]) -> dict[str, Any]:
+    """`samples` with their median and 20th and 80th percentiles, in the samples' own unit."""
+    ordered = sorted(samples)
+
+    def percentile(share: float) -> float:
+        return ordered[round(share * (len(ordered) - 1))]
+
+    return {"samples": samples, "median": percentile(0.5), "p20": percentile(0.2), "p80": percentile(0.8)}
+
+
+def low_median_high(values: Sequence[float]) -> dict[str, float] | None:
+    """Their extremes and median; None of nothing."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    return {"min": ordered[0], "median": ordered[len(ordered) // 2], "max": ordered[-1]}
