@@ -34,6 +34,7 @@ SMALL: dict[str, list[str]] = {
     "offload plan": ["--batch", "1"],
     "offload train": TINY,
     "offload memory": TINY,
+    "offload trace": TINY,
     "offload config": [],
     "offload checkpoint": [],
     "offload bench pool": ["--quick"],
@@ -43,7 +44,6 @@ SMALL: dict[str, list[str]] = {
 NOT_RUN = {
     "offload bench": "minutes long, or in need of a disk's room; tests/python/test_bench*.py run each one with --quick",
     "offload bench report result.json --out report.md --plots": "needs matplotlib; test_bench_report.py draws with it",
-    "offload trace": "the tests of the trace run it",
     "make": "builds, or runs this test: CI runs it; here its target must be in the Makefile",
     "pip": "installs; tests/python/test_package.py looks at the package, here its extras must exist",
     "python examples/": "tests/python/test_examples.py and test_deepspeed_examples.py run them",
