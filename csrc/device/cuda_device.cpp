@@ -3,7 +3,9 @@
 #include <utility>
 #include <vector>
 
+#include "base/clock.h"
 #include "base/error.h"
+#include "base/trace_ring.h"
 #include "device/cuda_stream.h"
 
 namespace offload {
@@ -95,8 +97,19 @@ void CudaDevice::wait_compute(Stream& stream, uintptr_t compute_stream) {
 bool CudaDevice::compute_wait(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns) {
   context_->owner().require_owner("this CudaDevice");
   const CudaCopyMark* mark = CudaCopyMark::of(ticket, context_.get());
-  if (mark == nullptr || ticket.done()) return ticket.wait(timeout_ns);
-  if (!mark->issued().wait_ended(timeout_ns)) return false;
+  if (ticket.done()) return ticket.wait();
+  // A copy that is not issued yet is behind work of the host, which the stream must not wait for.
+  const Ticket& gate = mark == nullptr ? ticket : mark->issued();
+  if (!gate.done()) {
+    const int64_t begin_ns = monotonic_now_ns();
+    const bool ended = gate.wait_ended(timeout_ns);
+    if (trace_is_on()) {
+      record_trace(TraceLane::kWait, begin_ns, monotonic_now_ns(), 0,
+                   {.name = trace_label().name, .kind = 1});
+    }
+    if (!ended) return false;
+  }
+  if (mark == nullptr) return ticket.wait();  // it has ended: rethrows its error
   const std::shared_ptr<CudaEvent> event = mark->event();
   if (!event) return ticket.wait();  // it has ended meanwhile: rethrows its error
   CudaPrimaryContext::Current current(*context_);

@@ -29,7 +29,8 @@ __all__ = [
     "wrapped_models",
 ]
 
-# So many native records are kept, 160 MB of them; more are counted as lost.
+# So many records are kept, 160 MB of native ones. Native ones beyond that are counted as lost, until the step ends and
+# the recording with it.
 MOST_RECORDS = 4_000_000
 
 # Lane, name, begin and end; these are moments of the clock of a model's device (see `_trace_units.py`).
@@ -66,6 +67,11 @@ class Recorder:
         elif count:
             self._native.append(records)
             self._count += count
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is no room for another step."""
+        return self._lost > 0 or self._count + sum(len(spans) for _, spans in self.unread) >= MOST_RECORDS
 
     @property
     def native(self) -> bytes:

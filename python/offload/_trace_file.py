@@ -9,7 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ _VERSION = 1
 _QUARTER_NS = 7_889_238 * 10**9
 # Processes of ours beside torch.profiler's, which has the real number: Linux has none as high.
 _PROCESS_OFFSET = 10_000_000
+# Of a lane, at most so many tracks.
+_ROWS = 100
 _TITLES = {
     "step": "steps",
     "phase": "forward, backward, step()",
@@ -50,27 +52,25 @@ def to_json(data: TraceData) -> dict[str, Any]:
         {"ph": "M", "pid": process, "tid": 0, "name": "process_name", "args": {"name": "offload"}},
         {"ph": "M", "pid": process, "tid": 0, "name": "process_sort_index", "args": {"sort_index": -1}},
     ]
-    used = {span.lane for span in data.spans}
-    for number, lane in enumerate(LANES, start=1):
-        if lane in used:
-            events.append(
-                {"ph": "M", "pid": process, "tid": number, "name": "thread_name", "args": {"name": _TITLES[lane]}}
-            )
-            events.append(
-                {"ph": "M", "pid": process, "tid": number, "name": "thread_sort_index", "args": {"sort_index": number}}
-            )
+    tracks = _tracks(data.spans)
+    for track in sorted(set(tracks)):
+        lane, row = LANES[track // _ROWS], track % _ROWS
+        title = _TITLES[lane] if row == 0 else f"{_TITLES[lane]} ({row + 1})"
+        meta = {"ph": "M", "pid": process, "tid": track + 1}
+        events.append({**meta, "name": "thread_name", "args": {"name": title}})
+        events.append({**meta, "name": "thread_sort_index", "args": {"sort_index": track}})
     events += [
         {
             "ph": "X",
             "pid": process,
-            "tid": LANES.index(span.lane) + 1,
+            "tid": track + 1,
             "cat": span.lane,
             "name": span.name or span.kind or span.lane,
             "ts": microseconds(span.begin_ns),
             "dur": (span.end_ns - span.begin_ns) / 1000,
             "args": {"unit": span.name, "bytes": span.nbytes, "kind": span.kind, "thread": span.thread},
         }
-        for span in data.spans
+        for span, track in zip(data.spans, tracks, strict=True)
     ]
 
     def counter(name: str, at_ns: int, values: dict[str, int]) -> dict[str, Any]:
@@ -100,6 +100,28 @@ def to_json(data: TraceData) -> dict[str, Any]:
             "notes": list(data.notes),
         },
     }
+
+
+def _tracks(spans: Sequence[Span]) -> list[int]:
+    """The track of each span: the first of its lane in which it lies beside the others, or inside one.
+
+    Viewers draw what overlaps otherwise wrongly, or not at all; several reads of a disk do. `spans` are in order.
+    """
+    open_ends: dict[str, list[list[int]]] = {}
+    tracks = []
+    for span in spans:
+        rows = open_ends.setdefault(span.lane, [])
+        for row, ends in enumerate(rows):
+            while ends and ends[-1] <= span.begin_ns:
+                ends.pop()
+            if not ends or span.end_ns <= ends[-1] or row == _ROWS - 1:
+                ends.append(span.end_ns)
+                break
+        else:
+            row = len(rows)
+            rows.append([span.end_ns])
+        tracks.append(LANES.index(span.lane) * _ROWS + row)
+    return tracks
 
 
 def from_json(values: Mapping[str, Any], where: str) -> TraceData:

@@ -20,7 +20,8 @@ _MOST_SAMPLES = 4_000  # of a kind of memory: more than there are pixels
 def page(data: TraceData, report: TraceReport) -> str:
     """The page's text."""
     shown = _last_steps(data)
-    begin_ns = min((span.begin_ns for span in shown), default=data.begin_ns)
+    # The first step begins with the trace, and what comes before its first forward may be long.
+    begin_ns = min((span.begin_ns for span in shown if span.lane != "step"), default=data.begin_ns)
     names: dict[str, int] = {}
 
     def index(text: str) -> int:

@@ -104,12 +104,12 @@ class TraceReport:
     def verdict(self) -> str:
         """One sentence: what bounds the step."""
         if not self.steps:
-            return "no step ended inside the trace: call optim.step() inside it"
+            return "No step ended inside the trace: call optim.step() inside it"
         exposed = self.exposed_total_s
         share = exposed / self.step_s
         waited = f"{_ms(exposed)} of {_ms(self.step_s)} a step ({share:.1%}) are waited for"
         if share < _HIDDEN:
-            text = f"everything is hidden: {waited}"
+            text = f"Everything is hidden: {waited}"
         else:
             cause = max(self.exposed_s, key=self.exposed_s.__getitem__)
             text = f"{waited}, {_ms(self.exposed_s[cause])} of them for: {CAUSES[cause]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import sys
 import threading
 import time
 import weakref
@@ -147,6 +146,7 @@ class _Recording:
         self._stepping: weakref.ref[OffloadOptimizer] | None = None
         self._step_begin_ns = 0
         self._step_count = 0
+        self._notes: list[str] = []
         # Weakly: a model that is dropped inside dies there.
         self._units: weakref.WeakKeyDictionary[Hooks, TracedUnits] = weakref.WeakKeyDictionary()
         self._models: list[dict[str, Any]] = []
@@ -209,7 +209,10 @@ class _Recording:
         self._step_count += 1
         _trace.record("step", f"step {self._step_count}", self._boundary_ns, now_ns)
         self._boundary_ns = now_ns
-        if self._step_count == self._limit:
+        if self._recorder.is_full and self._step_count != self._limit:
+            self._notes.append(f"recording ended with step {self._step_count}: there was no room for more records")
+            self._stop()
+        elif self._step_count == self._limit:
             self._stop()
 
     # --- the end --------------------------------------------------------------------------------------------
@@ -231,7 +234,7 @@ class _Recording:
         self._stop()
         spans, memory = _decode(self._recorder.native)
         spans += [Span(*span) for span in self._recorder.spans]
-        notes = [self._sampler.note] if self._sampler.note else []
+        notes = [*self._notes, *([self._sampler.note] if self._sampler.note else [])]
         try:
             for times, unread in self._recorder.unread:
                 spans += [Span(lane, name, times.read(begin), times.read(end)) for lane, name, begin, end in unread]
@@ -284,7 +287,7 @@ def _facts_of(hooks: Hooks) -> dict[str, Any]:
 
 def _decode(records: bytes) -> tuple[list[Span], list[MemorySample]]:
     """Native records as spans, and as samples of host memory summed over all pools."""
-    assert _RECORD.size == _native.TRACE_RECORD_BYTES and sys.byteorder == "little"
+    assert _RECORD.size == _native.TRACE_RECORD_BYTES
     spans: list[Span] = []
     memory: list[MemorySample] = []
     pools: dict[tuple[int, int], int] = {}

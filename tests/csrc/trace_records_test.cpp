@@ -88,6 +88,28 @@ void a_copy_begins_when_the_lane_gets_to_it(test::DeviceKind kind) {
   if (!records.empty()) CHECK(records[0].begin_ns >= released_ns);
 }
 
+void who_waits_for_a_copy_is_recorded(test::DeviceKind kind) {
+  test::AnyDevice any(kind);
+  TransferQueue queue(any.device);
+  char on_device[8] = {};
+  start_trace();
+  const Ticket after = Ticket::pending();
+  const Ticket copied = queue.submit(Direction::kToDevice, on_device, any.host_memory.data(), 8, 0, after);
+  {
+    const TraceLabelled traced({.name = 3});
+    CHECK(!queue.wait_on_stream(0, copied, 1));  // a nanosecond
+  }
+  after.complete();
+  copied.wait();
+  CHECK(queue.wait_on_stream(0, copied));  // over: nobody waits
+  stop_trace();
+  const auto waits = of_lane(read_all(), TraceLane::kWait);
+  CHECK_EQ(waits.size(), size_t{1});
+  if (waits.empty()) return;
+  CHECK_EQ(waits[0].name, 3u);
+  CHECK_EQ(static_cast<int>(waits[0].kind), 1);
+}
+
 void copies_of_a_manual_clock_are_exact() {
   auto clock = std::make_shared<ManualClock>();
   HostDeviceOptions options;
@@ -252,6 +274,7 @@ int main() {
   for (const test::DeviceKind kind : test::kEveryDevice) {
     copies_have_lane_bytes_and_label(kind);
     a_copy_begins_when_the_lane_gets_to_it(kind);
+    who_waits_for_a_copy_is_recorded(kind);
   }
   copies_of_a_manual_clock_are_exact();
   a_failed_copy_leaves_no_record();

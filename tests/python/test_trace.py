@@ -164,7 +164,7 @@ def test_evaluation_has_no_backward() -> None:
     with offload.trace() as trace, torch.no_grad():
         loss_of(model, next(batches(1)))
     assert [span.name for span in trace.data.lane("phase")] == ["forward"]
-    assert trace.report.steps == 0 and "no step" in trace.report.verdict
+    assert trace.report.steps == 0 and "No step" in trace.report.verdict
 
 
 # --- its limits ---------------------------------------------------------------------------------------------
@@ -186,10 +186,11 @@ def test_records_beyond_the_limit_are_counted(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_trace, "MOST_RECORDS", 0)
     model, optimizer = wrapped()
     with offload.trace() as trace:
-        step(model, optimizer)
-        optimizer.synchronize()
+        for _ in range(2):
+            step(model, optimizer)
     assert not trace.data.lane("to_host") and trace.data.lost_count > 0
-    assert "records were lost" in str(trace.report)
+    assert len(trace.data.lane("step")) == 1  # what would come after is lost too, so nothing comes
+    assert "records were lost" in str(trace.report) and "recording ended with step 1" in str(trace.report)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True, "2"])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from offload import TraceReport
 from offload._intervals import Intervals, intersect, subtract, total, union
+from offload._trace_file import to_json
 from offload._trace_records import ClockSample, MemorySample, Span, TraceData
 from offload._trace_report import analyse
 
@@ -115,7 +116,7 @@ def test_on_cuda_the_compute_stream_waits_for_uploads_by_itself() -> None:
 def test_without_a_step_there_is_no_figure() -> None:
     found = analyse(TraceData(0, MS, 0, (span("wait", 0, 1),)))
     assert found.steps == 0 and found.advice is None
-    assert "no step ended" in found.verdict and "no step ended" in str(found)
+    assert "No step ended" in found.verdict and "No step ended" in str(found)
     json.dumps(found.to_dict())
 
 
@@ -136,7 +137,7 @@ def test_losses_and_notes_are_told() -> None:
 def test_a_hidden_step_needs_no_advice() -> None:
     found = report(*PASSES, span("wait", 0, 1.5), span("host_update", 0, 80, nbytes=1))
     assert found.advice is None
-    assert found.verdict.startswith("everything is hidden: 1.50 ms of 100.00 ms")
+    assert found.verdict.startswith("Everything is hidden: 1.50 ms of 100.00 ms")
 
 
 def test_time_outside_of_training_is_named() -> None:
@@ -198,6 +199,25 @@ def test_a_slowed_clock_is_told_with_its_reason() -> None:
 def test_a_low_clock_without_a_reason_is_rest() -> None:
     found = report(*PASSES, clocks=clocks(300, 300, 1980))
     assert not found.clocks[0].fell and "SLOWED" not in str(found)
+
+
+# --- tracks -------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), max_size=40))
+def test_spans_of_a_track_lie_beside_or_inside_each_other(pairs: list[tuple[int, int]]) -> None:
+    spans = sorted(
+        (Span("disk_read", "", at, at + length) for at, length in pairs), key=lambda s: (s.begin_ns, -s.end_ns)
+    )
+    events = [e for e in to_json(TraceData(0, 99, 0, tuple(spans)))["traceEvents"] if e["ph"] == "X"]
+    by_track: dict[int, list[Span]] = {}
+    for event, one in zip(events, spans, strict=True):
+        by_track.setdefault(event["tid"], []).append(one)
+    for track in by_track.values():
+        for one, other in itertools.combinations(track, 2):  # the other begins later, or is shorter
+            assert other.begin_ns >= one.end_ns or other.end_ns <= one.end_ns
+    most = max((sum(s.begin_ns <= at < s.end_ns for s in spans) for at in range(70)), default=0)
+    assert len(by_track) <= most
 
 
 # --- sets of time -------------------------------------------------------------------------------------------
