@@ -185,7 +185,7 @@ def test_committed_results_are_read(path: Path, tmp_path: Path) -> None:
     report, text = json.loads(path.read_text()), out.read_text()
     assert f"# {path.stem}\n" in text and report["environment"]["cpu"] in text
     (part,) = report["results"]
-    assert f"## {part}\n" in text and text.count("\n| ") > 8
+    assert f"## {part}\n" in text and text.count("\n| ") > 5
 
 
 def test_a_real_result_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
