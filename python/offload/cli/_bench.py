@@ -97,7 +97,11 @@ def _options_of(part: str, options: argparse.Namespace) -> argparse.Namespace:
 def _measured(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """What a part yields, with its figures and with what they depend on."""
     module = importlib.import_module(f"._bench_{part}", __package__)
-    arguments = {name: value for name, value in vars(options).items() if name not in _NOT_MEASURED}
+    arguments = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(options).items()
+        if name not in _NOT_MEASURED
+    }
     device = compute_device(getattr(options, "device", None))
     with shown(part), recorded(_gpu_uuid(device)) as conditions:
         for result in module.run(options):

@@ -328,7 +328,9 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
         if name in _PEER_RUNS:
             found.append(figure(label, "s a step", row["step_s"], side="peer"))
             continue
-        ceiling = (f"its bound ({row['bound_by']})", row["bound"][row["bound_by"]]) if "bound" in row else None
+        ceiling = None
+        if "bound" in row:
+            ceiling = f"its bound ({row['bound_by']})", row["share_of_bound"] * row["step_s"]["median"]
         peers = {peer: rows[peer, tokens]["step_s"] for peer in _PEER_RUNS if (peer, tokens) in rows}
         found.append(figure(label, "s a step", row["step_s"], ceiling=ceiling, peers=peers))
     return found
