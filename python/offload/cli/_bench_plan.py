@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -302,6 +303,18 @@ def _one_thread_each() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+def _keep_freed_memory() -> None:
+    """Torch's intermediate results stay in malloc's heap, for the rest of the process.
+
+    Else each is of new pages that the kernel clears, or not, as the heap happens to be: up to 100 MB a step.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # of glibc's malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has no such thing
+        libc.mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Predicts every setting, then measures each. Rates in bytes a second, times in seconds.
 
@@ -311,6 +324,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     grid = _grid(options.quick)
     shapes = _QUICK_SHAPES if options.quick else _SHAPES
+    if not options.quick:
+        _keep_freed_memory()
     with _one_thread_each():
         if options.predictions is None:
             result = _predictions(grid, shapes, options.quick)
