@@ -3,9 +3,8 @@
 The links are HostDevice's own, capped in real time, so that a step is bound by what the caps say and not by the noise
 of the machine. Compute is real: bf16 matrix products by one thread of torch, beside one worker thread of the host
 update, so that two cores are enough for both. All rates are measured once, before the first setting: compute alone, the
-host update while a model computes and copies run, the device's own update of what a placement leaves there (torch's
-operations on a CPU have no one rate: the smaller the weights, the faster), and the norms of clipping. No setting is
-measured before all of them are predicted.
+host update while a model computes and copies run, the device's own update of what a placement leaves there, and the
+norms of clipping. No setting is measured before all of them are predicted.
 """
 
 from __future__ import annotations
