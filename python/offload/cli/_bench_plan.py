@@ -3,15 +3,15 @@
 The links are HostDevice's own, capped in real time, so that a step is bound by what the caps say and not by the noise
 of the machine. Compute is real: bf16 matrix products by one thread of torch, beside one worker thread of the host
 update, so that two cores are enough for both. All rates are measured once, before the first setting: compute alone, the
-host update while a model computes and copies run, the device's own update of what a placement leaves there (torch's
-operations on a CPU have no one rate: the smaller the weights, the faster), and the norms of clipping. No setting is
-measured before all of them are predicted.
+host update while a model computes and copies run, the device's own update of what a placement leaves there, and the
+norms of clipping. No setting is measured before all of them are predicted.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import itertools
@@ -303,6 +303,18 @@ def _one_thread_each() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+def _keep_freed_memory() -> None:
+    """Torch's intermediate results stay in malloc's heap, for the rest of the process.
+
+    Else each is of new pages that the kernel clears, or not, as the heap happens to be: up to 100 MB a step.
+    """
+    mmap_threshold, trim_threshold = -3, -1  # of glibc's malloc.h
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has no such thing
+        libc.mallopt(mmap_threshold, 32 << 20)  # the most that glibc takes
+        libc.mallopt(trim_threshold, (1 << 31) - 1)
+
+
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Predicts every setting, then measures each. Rates in bytes a second, times in seconds.
 
@@ -312,6 +324,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """
     grid = _grid(options.quick)
     shapes = _QUICK_SHAPES if options.quick else _SHAPES
+    if not options.quick:
+        _keep_freed_memory()
     with _one_thread_each():
         if options.predictions is None:
             result = _predictions(grid, shapes, options.quick)
