@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,9 +60,11 @@ class ForwardHook(ModuleHook):
 class Hooks:
     """All hooks of one wrapped model; `remove()` leaves none."""
 
-    def __init__(self, model: nn.Module, units: Iterable[Unit], engine: Engine) -> None:
+    def __init__(self, model: nn.Module, units: Sequence[Unit], engine: Engine) -> None:
         self._engine = engine
-        self.model, self.units = weakref.ref(model), tuple(units)  # of traces
+        # For traces: modules by the name of their unit. Weakly: a unit may be the model, which must be free to die.
+        self.model = weakref.ref(model)
+        self.units = [(unit.name, [weakref.ref(module) for module in unit.modules]) for unit in units]
         self._handles: list[RemovableHandle | WideGradient] = []
         self._watched: set[int] = set()
         self._widened: set[int] = set()

@@ -161,8 +161,10 @@ def unwrapped(model: Any) -> None:
 
 
 def _end_in_child() -> None:
+    """The models are the parent's: their states and streams are not there."""
     global _active
     _active = None
+    _wrapped.clear()
 
 
 os.register_at_fork(after_in_child=_end_in_child)

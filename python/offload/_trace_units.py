@@ -76,7 +76,7 @@ def times_of(device: torch.device) -> Times:
 class TracedUnits:
     """The hooks of one wrapped model; `remove()` leaves none, and what is left on a graph does nothing."""
 
-    def __init__(self, hooks: Hooks, recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, hooks: Hooks, recorder: Recorder) -> None:
         self._recorder = recorder
         self._engine = weakref.ref(hooks.engine)
         self._times = times_of(hooks.engine.streaming.device)
@@ -88,12 +88,11 @@ class TracedUnits:
         self._backward: Any = None
         self._end: weakref.ref[_BackwardEnd] | None = None
         self._handles: list[RemovableHandle] = []
-        model = hooks.model()
-        assert model is not None
-        for unit in hooks.units:
-            for module in unit.modules:
-                if module is not model:  # what the root keeps is there in all of the model's forward
-                    self._watch(module, "compute", unit.name)
+        for name, modules in hooks.units:
+            for module in (weakly() for weakly in modules):
+                # What is the model's own is there in all of its forward.
+                if module is not None and module is not model:
+                    self._watch(module, "compute", name)
         self._watch(model, "phase", "forward")
         hooks.engine.lanes.trace_sample()
         if hooks.engine.activations is not None:

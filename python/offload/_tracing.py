@@ -176,9 +176,10 @@ class _Recording:
 
     def model_wrapped(self, model: Any) -> None:
         hooks: Hooks = model
-        if self._running:
+        module = hooks.model()  # None: it was dropped, and its optimizer was not
+        if self._running and module is not None:
             self._models.append(_facts_of(hooks))
-            self._units[hooks] = TracedUnits(hooks, self._recorder)
+            self._units[hooks] = TracedUnits(module, hooks, self._recorder)
 
     def model_unwrapped(self, model: Any) -> None:
         units = self._units.pop(model, None)

@@ -39,6 +39,19 @@ def step(model: nn.Module, optimizer: Any, *, micro_batches: int = 1) -> None:
     optimizer.zero_grad()
 
 
+@pytest.fixture
+def alone() -> None:
+    """No model that another test has dropped is waiting for the garbage collector: it would be traced too."""
+    gc.collect()
+
+
+def settle(optimizer: Any) -> None:
+    """Nothing is on its way: neither updates nor the weights that the next forward begins with."""
+    optimizer.synchronize()
+    for upload in optimizer._engine.streaming.window.last_upload.values():
+        upload.wait()
+
+
 def hook_count(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -60,16 +73,18 @@ def test_traced_training_has_the_same_bits(placement: dict[str, str]) -> None:
     assert trace.report.steps == 2 and trace.data.lost_count == 0
 
 
-@pytest.mark.parametrize("placement", [HOST, STREAMED], ids=["host", "streamed"])
+@pytest.mark.parametrize(
+    "placement", [HOST, STREAMED, {**HOST, "activations": "host"}], ids=["host", "streamed", "activations"]
+)
 def test_every_byte_that_moved_is_recorded(placement: dict[str, str]) -> None:
     model, optimizer = wrapped(placement=placement)
     step(model, optimizer)
-    optimizer.synchronize()
+    settle(optimizer)
     before = optimizer.stats().transfers
     with offload.trace() as trace:
         for _ in range(2):
             step(model, optimizer, micro_batches=2)
-        optimizer.synchronize()
+        settle(optimizer)
     after = optimizer.stats().transfers
     for lane in ("to_host", "to_device"):
         moved = sum(span.nbytes for span in trace.data.lane(lane))
@@ -97,6 +112,7 @@ def test_units_compute_in_order_and_copies_have_their_names() -> None:
     assert names(trace, "to_device")["blocks.1.norm.weight"] >= 1
 
 
+@pytest.mark.usefixtures("alone")
 def test_host_memory_follows_the_pool() -> None:
     model, optimizer = wrapped()
     step(model, optimizer)
@@ -223,6 +239,7 @@ def test_one_trace_at_a_time() -> None:
 # --- what comes and goes inside -----------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_model_wrapped_inside_is_traced_and_unwrapped_is_plain() -> None:
     with offload.trace() as trace:
         model, optimizer = wrapped()
@@ -234,6 +251,7 @@ def test_a_model_wrapped_inside_is_traced_and_unwrapped_is_plain() -> None:
     assert len(trace.data.models) == 1
 
 
+@pytest.mark.usefixtures("alone")
 def test_several_models_are_on_one_timeline() -> None:
     one, other = wrapped(), wrapped(seed=1)
     with offload.trace() as trace:
@@ -245,18 +263,29 @@ def test_several_models_are_on_one_timeline() -> None:
     assert len(trace.data.models) == 2
 
 
-def test_a_model_dropped_inside_dies_there_and_stays_in_the_trace() -> None:
+@pytest.mark.parametrize("depth", [1, 2], ids=["one unit", "units"])
+def test_a_model_dropped_inside_dies_there_and_stays_in_the_trace(depth: int) -> None:
     with offload.trace() as trace:
-        model, optimizer = wrapped()
+        model, optimizer = wrapped(depth=depth)
         step(model, optimizer)
         engine = weakref.ref(optimizer._engine)
         del model, optimizer
         gc.collect()
         assert engine() is None
-        again = wrapped()
+        again = wrapped(depth=depth)
         step(*again)
-    assert names(trace, "compute")["blocks.0"] == 2
+    assert names(trace, "phase")["forward"] == 2 and names(trace, "phase")["backward"] == 2
     assert len(trace.data.lane("step")) == 2  # the next optimizer ends steps
+
+
+@pytest.mark.usefixtures("alone")
+def test_an_optimizer_whose_model_was_dropped_is_not_traced() -> None:
+    model, optimizer = wrapped()
+    del model
+    gc.collect()
+    with offload.trace() as trace:
+        assert optimizer._hooks.model() is None
+    assert trace.data.models == ()
 
 
 def test_an_exception_inside_leaves_files_and_no_hooks(tmp_path: Path) -> None:
@@ -295,6 +324,7 @@ def test_a_failed_backward_is_forgotten() -> None:
 
 
 def test_a_forked_child_is_not_traced_and_writes_nothing(tmp_path: Path) -> None:
+    _ = wrapped()  # the parent's: a trace of the child must not touch it
     path = tmp_path / "trace.json"
     with offload.trace(path):
         child = os.fork()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 import types
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from offload._clocks import ClockSampler
+from offload._trace_units import times_of
 
 DEVICE = torch.device("cuda", 0)
 
@@ -85,3 +87,34 @@ def test_a_cpu_has_no_sampler_and_no_note() -> None:
     sampler.start()
     sampler.stop()
     assert sampler.note == "" and not sampler.clocks
+
+
+class Event:
+    """One that happens when it is recorded, 3 ms after the one before."""
+
+    count = 0
+
+    def record(self, stream: str) -> None:
+        assert stream == "compute"
+        Event.count += 1
+        self.at_ms = 3 * Event.count
+
+    def synchronize(self) -> None: ...
+
+    def elapsed_time(self, later: Event) -> float:
+        return later.at_ms - self.at_ms
+
+
+def test_events_of_the_compute_stream_are_times_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "compute")
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    before_ns = time.monotonic_ns()
+    times = times_of(DEVICE)
+    after_ns = time.monotonic_ns()
+    first, second = times.now(), times.now()
+    assert not waited
+    assert times.read(second) - times.read(first) == 3_000_000
+    assert before_ns <= times.read(first) - 3_000_000 <= after_ns
+    assert waited == [DEVICE]  # once, when the trace is over

@@ -125,3 +125,27 @@ def test_everything_is_given_back(double: DriverDouble) -> None:
     del optimizer
     assert {kind: double.live(kind) for kind in kinds} == before
     assert double.misuses() == (0, "")
+
+
+@pytest.mark.parametrize("refused", [False, True], ids=["timed", "refused"])
+def test_a_trace_times_copies_by_the_devices_own_events(double: DriverDouble, refused: bool) -> None:
+    model = make_model(depth=1)
+    streamed = PINNED | {"params": "host"}
+    plain = wrapped_run(model, streamed, steps=2)
+    assert double.calls("cuEventElapsedTime") == 0
+    if refused:
+        double.fail("cuEventElapsedTime", 1, 999, lasting=True)  # CUDA_ERROR_UNKNOWN
+    with offload.trace() as trace:
+        traced = wrapped_run(model, streamed, steps=2)
+        traced.optimizer.synchronize()
+        for upload in traced.optimizer._engine.streaming.window.last_upload.values():
+            upload.wait()  # of the weights that the next forward begins with
+    assert_same_bits(plain, traced)
+    transfers = traced.optimizer.stats().transfers
+    copies = {lane: trace.data.lane(lane) for lane in ("to_host", "to_device")}
+    for lane, spans in copies.items():
+        assert sum(span.nbytes for span in spans) == transfers[f"{lane}_bytes"]
+        # A driver that does not say how long it took: each is a point, at its end.
+        assert refused == all(span.begin_ns == span.end_ns for span in spans)
+    assert double.calls("cuEventElapsedTime") == sum(map(len, copies.values()))
+    assert double.misuses() == (0, "")
