@@ -239,7 +239,7 @@ class Engine:
     def check_gradients(self, parameters: Sequence[Parameter]) -> None:
         """Raises `InvalidArgument` naming the first parameter whose gradient no update can use."""
         gradients = reading_metadata(lambda: [p.grad for p in parameters])
-        on_device = sum([gradient.nbytes for gradient in gradients if type(gradient) is Tensor])
+        on_device = sum([g.numel() * g.element_size() for g in gradients if type(g) is Tensor])
         self.peak_gradient_bytes = max(self.peak_gradient_bytes, on_device)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             assert gradient is not None

@@ -23,6 +23,7 @@ from ._bench_run import LEARNING_RATE, Size, Training
 
 __all__ = ["PEERS", "Unavailable", "leaving_the_group"]
 
+_OF_THE_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 _FP32_STATES = "bf16 compute, fp32 masters and moments"
 _BF16_STATES = "bf16 weights and moments, no fp32 masters: not the same training"
 
@@ -58,12 +59,18 @@ def _join_group_of_one(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def leaving_the_group() -> Iterator[None]:
-    """No process group of a peer is left after the context."""
+    """No process group of a peer, and nothing of the environment that it is made from, is left after the context."""
+    before = {name: os.environ.get(name) for name in _OF_THE_GROUP}
     try:
         yield
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _Peer(Training):
