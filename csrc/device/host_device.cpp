@@ -8,6 +8,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <deque>
+#include <memory>
 #include <optional>
 #include <thread>
 #include <utility>
@@ -53,13 +54,19 @@ struct Occupation {
   int64_t end_ns;
 };
 
+// The end of a ticket that a copy waits for: when it was, however late the stream's thread gets to it.
+struct Cause {
+  Ticket ended = Ticket::pending();  // follows the ticket
+  int64_t ns = INT64_MIN;            // once `ended` is done
+};
+
 struct Copy {
   Direction direction;
   std::vector<CopySpan> spans;
   int64_t submitted_ns;
-  size_t failing_nth;         // 0: this copy is meant to work
-  TraceLabel label;           // of the submitter
-  std::vector<Ticket> after;  // the waits submitted before it
+  size_t failing_nth;                         // 0: this copy is meant to work
+  TraceLabel label;                           // of the submitter
+  std::vector<std::shared_ptr<Cause>> after;  // the waits submitted before it
   Ticket ticket;
 
   size_t total_bytes() const {
@@ -77,8 +84,14 @@ class StreamWorker {
 
   // Copies run in order, so a wait that the next copy observes holds back all later ones.
   void wait_ticket(const Ticket& ticket) {
+    auto cause = std::make_shared<Cause>();
+    const bool was_done = ticket.done();
+    ticket.on_end([clock = clock_, cause, was_done](const std::exception_ptr& error) {
+      if (!was_done) cause->ns = clock->now_ns();
+      cause->ended.fail(error);
+    });
     std::lock_guard lock(mutex_);
-    waits_.push_back(ticket);
+    waits_.push_back(std::move(cause));
   }
 
   void submit(Copy copy) {
@@ -109,7 +122,7 @@ class StreamWorker {
 
   void run_copy(const Copy& copy, std::stop_token stop) {
     HostLink& link = *links_[static_cast<size_t>(copy.direction)];
-    std::exception_ptr error = wait_tickets(copy.after, stop);
+    std::exception_ptr error = wait_causes(copy.after, stop);
     const std::optional<Occupation> paced = occupy(link, copy, error != nullptr, stop);
     if (!error && copy.failing_nth > 0) {
       error = std::make_exception_ptr(
@@ -138,19 +151,17 @@ class StreamWorker {
     copy.ticket.fail(error);
   }
 
-  // Returns the first error of the tickets, null when all went well.
-  std::exception_ptr wait_tickets(const std::vector<Ticket>& tickets, std::stop_token stop) {
+  // Returns the first error of the causes, null when all went well.
+  std::exception_ptr wait_causes(const std::vector<std::shared_ptr<Cause>>& causes, std::stop_token stop) {
     std::exception_ptr error;
-    for (const Ticket& ticket : tickets) {
-      if (!ticket.done()) {
-        if (!ticket.wait_ended(stop)) {
-          return std::make_exception_ptr(
-              Error(ErrorKind::kDevice, "the copy was cancelled: its stream " + name_ +
-                                            " was destroyed before the work it waits for ended"));
-        }
-        earliest_ns_ = clock_->now_ns();
+    for (const std::shared_ptr<Cause>& cause : causes) {
+      if (!cause->ended.wait_ended(stop)) {
+        return std::make_exception_ptr(
+            Error(ErrorKind::kDevice, "the copy was cancelled: its stream " + name_ +
+                                          " was destroyed before the work it waits for ended"));
       }
-      if (!error) error = ticket.error();
+      earliest_ns_ = std::max(earliest_ns_, cause->ns);
+      if (!error) error = cause->ended.error();
     }
     return error;
   }
@@ -178,7 +189,7 @@ class StreamWorker {
   std::mutex mutex_;
   std::condition_variable_any submitted_;
   // guarded by mutex_
-  std::vector<Ticket> waits_;  // for the next copy
+  std::vector<std::shared_ptr<Cause>> waits_;  // for the next copy
   std::deque<Copy> queue_;
 
   std::jthread thread_;  // last: its destructor requests the stop and joins while the rest still lives
