@@ -9,7 +9,7 @@ read, and the write of an image that gives up its place for the update. So an im
 - changed by its update, which writes nothing;
 - written when it gives up its place, if it was changed: those of frozen weights are written once.
 
-The place is given up by the images that are needed last; one that is needed sooner than what comes is left where it is.
+Places are given up by the images that are needed last; one that is needed sooner than what comes is left where it is.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ __all__ = ["WeightCache"]
 # Later than any use that is known: of images whose next use is not, the least recently used one goes first.
 _UNKNOWN = 1 << 40
 _NEVER = 1 << 62
+# So many of the places that are needed last are used in turn: the updates of a step all pass through them, and in one
+# place a read waits for the write before it.
+_IN_TURN = 3
 
 
 class _Image:
@@ -304,12 +307,14 @@ class WeightCache:
         self._read_bytes += residency.nbytes
 
     def _place_for(self, nbytes: int, rank: int | None) -> tuple[int, int]:
-        """Neighbouring extents of so many bytes: those where the image that is needed first is needed last of all.
+        """Neighbouring extents of so many bytes, where the image that is needed first is needed last of all: of the few
+        best of these, the one that was used least recently.
 
         rank: none that is needed sooner gives way; an empty span where there is no such place.
         """
-        best, latest = (0, 0), -1 if rank is None else rank
+        latest = -1 if rank is None else rank
         needed = [self._next_use(extent) for extent in self._extents]
+        spans = []
         for first in range(len(self._extents)):
             size, soonest = 0, _NEVER
             for last in range(first, len(self._extents)):
@@ -317,9 +322,16 @@ class WeightCache:
                 if soonest <= latest:
                     break
                 if size >= nbytes:
-                    best, latest = (first, last + 1), soonest
+                    spans.append((soonest, first, last + 1))
                     break
-        return best
+        spans.sort(key=lambda span: -span[0])
+        _, first, last = min(spans[:_IN_TURN], key=lambda span: self._last_use(*span[1:]), default=(0, 0, 0))
+        return first, last
+
+    def _last_use(self, first: int, last: int) -> int:
+        """The number of the use; 0 for places of nobody."""
+        extents = self._extents[first:last]
+        return max(0 if one.residency is None else self._images[one.residency].last_use for one in extents)
 
     def _next_use(self, extent: _Extent) -> int:
         if extent.residency is None:
