@@ -124,6 +124,8 @@ def _chapter(entry: Entry) -> list[str]:
         own = _train(result)
     elif entry.part == "largest" and "plan" in result:
         own = _largest(result)
+    elif entry.part == "plan" and "rows" in result:
+        own = [_table(_plan(result["rows"]))]
     if "figures" not in result:  # of version 1, or not measured
         return own or _figures(result)
     if "host_memory" in result:
@@ -222,6 +224,16 @@ def _train_rows(name: str, one: Mapping[str, Any]) -> Iterator[Sequence[str]]:
             f"{row['hidden_share']:.2f}" if "hidden_share" in row else "-",
             "-" if one["peak_device_bytes"] is None else f"{one['peak_device_bytes'] / 2**30:.1f}",
         )
+
+
+def _plan(settings: Sequence[Mapping[str, Any]]) -> Rows:
+    rows: Rows = [("shape", "on the host", "micro-batches", "clipped", "bound", "predicted s", "measured s", "error")]
+    for row in settings:
+        measured = (f"{row['step_s']['median']:.3f}", f"{row['error']:+.1%}") if "error" in row else ("", "")
+        clipped = "yes" if row["clips"] else "no"
+        what = (row["shape"], row["placement"], str(row["micro_batches"]), clipped, row["bound_by"])
+        rows.append((*what, f"{row['predicted_s']:.3f}", *measured))
+    return rows
 
 
 def _largest(result: Mapping[str, Any]) -> list[str]:
