@@ -168,7 +168,7 @@ def give_back_cases() -> list[Case]:
 # them fails.
 POINTS = int(os.environ.get("OFFLOAD_FAULT_POINTS", "8"))
 # How often these are called depends on how far the lanes' threads have come: what there is at least.
-VARYING = {CREATE_EVENT: 2, "cuEventDestroy_v2": 2, "cuDeviceGetAttribute": 1, REGISTER: 1, UNREGISTER: 1}
+VARYING = {CREATE_EVENT: 4, "cuEventDestroy_v2": 4, "cuDeviceGetAttribute": 1, REGISTER: 1, UNREGISTER: 1}
 
 # Called while the driver is loaded, which happens once a process.
 LOAD_ENTRIES = ("cuInit", "cuDriverGetVersion", "cuGetProcAddress_v2")
@@ -182,6 +182,8 @@ SWEPT_ENTRIES = (*LOAD_ENTRIES, *OTHER_ENTRIES, *GIVE_BACK)
 
 def sweep(entry: str, calls: int) -> list[Case]:
     """Trainings in which one of the `calls` calls of `entry` fails, counted from the opening of the device."""
+    # Of those that vary as many are tried as the training may make, however few this one made.
+    calls = max(calls, VARYING.get(entry, 1))
     count = min(calls, VARYING.get(entry, POINTS))
     last = max(count - 1, 1)
     return [
