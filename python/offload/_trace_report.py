@@ -134,9 +134,10 @@ class TraceReport:
         lines += [f"{name:<36}{_ms(value):>12}{value / self.step_s:>8.1%}" for name, value in rows]
         lines += ["", f"{'lane':<16}{'busy':>11}{'hidden':>11}{'exposed':>11}{'bytes':>14}{'rate':>13}"]
         for lane, use in self.lanes.items():
-            rate = f"{use.bytes_per_s / 1e9:.2f} GB/s"
+            # Of an update the weights are counted, a part of what it reads and writes.
+            rate = "" if lane == "host_update" else f"{use.bytes_per_s / 1e9:.2f} GB/s"
             times = "".join(f"{_ms(value):>11}" for value in (use.busy_s, use.hidden_s, use.exposed_s))
-            lines.append(f"{lane:<16}{times}{format_size(use.nbytes):>14}{rate:>13}")
+            lines.append(f"{lane:<16}{times}{format_size(use.nbytes):>14}{rate:>13}".rstrip())
         for tier, kinds in self.memory.items():
             parts = ", ".join(f"{kind} {format_size(nbytes)}" for kind, nbytes in kinds.items() if nbytes)
             lines += [""] if tier == next(iter(self.memory)) else []
