@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import mmap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -142,7 +143,8 @@ def test_what_the_weights_leave_goes_back_to_the_system(monkeypatch: pytest.Monk
     model = nn.Sequential(*(nn.utils.skip_init(nn.Linear, 512, 512, bias=False) for _ in range(count)))
     for parameter in model.parameters():
         nn.init.ones_(parameter)
-    assert resident_bytes() - before >= count * block
+    # Whole pages: malloc puts a block's first and last bytes on pages that it shares with blocks already there.
+    assert resident_bytes() - before >= count * (block - mmap.PAGESIZE)
     seen = []
     reserve = _native.HostPool.reserve
 
