@@ -54,7 +54,7 @@ sanitize: $(VENV)/.tools
 	  cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(VENV))/bin/ninja -S . -B $$build -DCMAKE_BUILD_TYPE=RelWithDebInfo \
 	    -DOFFLOAD_BUILD_PYTHON=OFF -DOFFLOAD_BUILD_TESTS=ON -DOFFLOAD_SANITIZE=$$kind && \
 	  cmake --build $$build -j $(JOBS) && \
-	  ctest --test-dir $$build --output-on-failure || exit 1; \
+	  TSAN_OPTIONS=suppressions=$(abspath tests/csrc/tsan.supp) ctest --test-dir $$build --output-on-failure || exit 1; \
 	done
 
 # What has a body or an instruction of its own on aarch64, cross-compiled and run by qemu.
