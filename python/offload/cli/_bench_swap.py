@@ -33,43 +33,57 @@ _KIB = 2**10
 _CAP_BYTES_PER_S = 5e8
 _STEPS = 3  # in a sample: the link is to stay busy from one step to the next, too
 
-Sleep = Callable[[float], None]
+Spin = Callable[[float], None]
 
 
-class _Sleeping(torch.autograd.Function):
-    """Sleeps in forward and as long again in backward."""
+def _spin_on(device: torch.device) -> Spin:
+    """Computes for so many seconds. On the CPU it keeps its core, as compute does: a thread that slept wakes up cold, and
+    the hooks that run next take ten times as long."""
+    if device.type != "cpu":
+        return sleep_on(device)
+
+    def spin(seconds: float) -> None:
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    return spin
+
+
+class _Spinning(torch.autograd.Function):
+    """Computes in forward and as long again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sleep: Sleep, seconds: float) -> Tensor:
-        ctx.sleep, ctx.seconds = sleep, seconds
-        sleep(seconds)
+    def forward(ctx: Any, x: Tensor, spin: Spin, seconds: float) -> Tensor:
+        ctx.spin, ctx.seconds = spin, seconds
+        spin(seconds)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        ctx.sleep(ctx.seconds)
+        ctx.spin(ctx.seconds)
         return gradients[0], None, None
 
 
 class StreamedBlock(nn.Module):
     """A large frozen weight, of which one element is read, and a tiny trained one, so that backward comes through.
 
-    Nothing but the uploads of weights is on the link, and nothing but the sleep computes.
+    Nothing but the uploads of weights is on the link, and nothing but `spin` computes.
     """
 
-    def __init__(self, nbytes: int, sleep: Sleep) -> None:
+    def __init__(self, nbytes: int, spin: Spin) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(nbytes // 2, dtype=torch.bfloat16), requires_grad=False)
         self.scale = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-        self.sleep = sleep
-        self.sleep_s = 0.0
+        self.spin = spin
+        self.compute_s = 0.0
 
     def forward(self, x: Tensor) -> Tensor:
         x = x * self.scale + self.weight[0]
-        if self.sleep_s == 0:
+        if self.compute_s == 0:
             return x
-        slept: Tensor = _Sleeping.apply(x, self.sleep, self.sleep_s)  # type: ignore[no-untyped-call]
-        return slept
+        computed: Tensor = _Spinning.apply(x, self.spin, self.compute_s)  # type: ignore[no-untyped-call]
+        return computed
 
 
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -103,8 +117,8 @@ class StreamedModel:
         self.nbytes = nbytes
         self._device = device
         self._rate = rate
-        sleep = sleep_on(device)
-        self._blocks = [StreamedBlock(nbytes, sleep) for _ in range(_UNITS)]
+        spin = _spin_on(device)
+        self._blocks = [StreamedBlock(nbytes, spin) for _ in range(_UNITS)]
         model: nn.Module = nn.Sequential(*self._blocks).to(device)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._model, self._optimizer = offload.wrap(
@@ -126,7 +140,7 @@ class StreamedModel:
         transfer = summary(transfers)
         # Each touch uploads one unit: so much compute a touch is equal to it.
         for block in self._blocks:
-            block.sleep_s = self.nbytes / self._rate
+            block.compute_s = self.nbytes / self._rate
         computes, steps = [], []
         self._seconds_and_bytes()
         for number in range(repeats):
@@ -138,7 +152,7 @@ class StreamedModel:
         return {
             "link": {"transfer_s": transfer, "share": summary(shares)},
             "balance": {
-                "synthetic": "the compute is a sleep in each block's forward and backward, as long as its upload",
+                "synthetic": "each block computes in forward and in backward, nothing of use, as long as its upload takes",
                 "compute_s": compute,
                 "transfer_s": transfer,
                 "step_s": step,
@@ -160,11 +174,11 @@ class StreamedModel:
         return seconds / _STEPS, moved / _STEPS
 
     def _compute_s(self) -> float:
-        """The sleeps of a step alone: they take longer than they were asked to."""
+        """The compute of a step alone: it takes a little longer than it was asked to."""
         start = time.perf_counter()
         for block in self._blocks:
             for _ in ("forward", "backward"):
-                block.sleep(block.sleep_s)
+                block.spin(block.compute_s)
         wait_for_compute(self._device)
         return time.perf_counter() - start
 
