@@ -57,7 +57,7 @@ def test_swap_reports_what_was_streamed(tmp_path: Path, capsys: pytest.CaptureFi
     moved = result["link"]["transfer_s"]["median"] * result["link_bytes_per_s"]
     assert 45 * result["unit_bytes"] <= moved <= 46 * result["unit_bytes"]
     assert len(result["link"]["share"]["samples"]) == len(result["balance"]["step_s"]["samples"]) == 2
-    assert "sleep" in result["balance"]["synthetic"] and result["balance"]["step_over_larger"] > 0
+    assert "nothing of use" in result["balance"]["synthetic"] and result["balance"]["step_over_larger"] > 0
     assert "share of the link" in capsys.readouterr().err
 
 

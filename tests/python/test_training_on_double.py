@@ -10,7 +10,7 @@ import torch
 from driver_double import DriverDouble
 
 import offload
-from offload import _engine, _native
+from offload import _copy_lanes, _engine, _native
 from offload._pending import PendingParameter
 from training import (
     HOST,
@@ -41,12 +41,17 @@ def double(
 @pytest.mark.parametrize(
     "loop", [{"clip": None}, {"clip": 0.1}, {"micro_batches": 3}], ids=["plain", "clipped", "accumulated"]
 )
-def test_bits_equal_host_device_and_resident(double: DriverDouble, dtype: torch.dtype, loop: dict[str, Any]) -> None:
+def test_bits_equal_host_device_and_resident(
+    double: DriverDouble, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, loop: dict[str, Any]
+) -> None:
     model = make_model(dtype, depth=1)
+    if dtype is torch.float32:  # small gradients leave one by one, and together with bf16
+        monkeypatch.setattr(_copy_lanes, "_SMALL_BYTES", 0)
     on_double = wrapped_run(model, PINNED, steps=3, **loop)
     assert_offloaded(on_double.optimizer)
     assert on_double.optimizer.stats().pinned
-    assert double.calls("cuMemcpyDtoHAsync_v2") > 0 and double.calls("cuMemcpyBatchAsync") > 0
+    assert (double.calls("cuMemcpyDtoHAsync_v2") > 0) or dtype is not torch.float32
+    assert double.calls("cuMemcpyBatchAsync") > 0
     assert double.misuses() == (0, "")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_engine, "open_device", lambda _: _native.HostDevice())
