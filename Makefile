@@ -57,7 +57,8 @@ sanitize: $(VENV)/.tools
 	  TSAN_OPTIONS=suppressions=$(abspath tests/csrc/tsan.supp) ctest --test-dir $$build --output-on-failure || exit 1; \
 	done
 
-# What has a body or an instruction of its own on aarch64, cross-compiled and run by qemu.
+# What has a body or an instruction of its own on aarch64, cross-compiled and run by qemu, as a CPU without SVE and with
+# SVE of each width that has a body.
 AARCH64 := aarch64-linux-gnu
 
 test-aarch64: $(VENV)/.tools
@@ -68,7 +69,12 @@ test-aarch64: $(VENV)/.tools
 	  -DCMAKE_CROSSCOMPILING_EMULATOR='qemu-aarch64;-L;/usr/$(AARCH64)' \
 	  -DOFFLOAD_BUILD_PYTHON=OFF -DOFFLOAD_BUILD_TESTS=ON
 	cmake --build build/aarch64 -j $(JOBS)
-	ctest --test-dir build/aarch64 --output-on-failure -R '^(update|update_digest|block_file)_test$$'
+	run() { QEMU_CPU=max,$$1 EXPECTED_ISAS="$$2" \
+	  ctest --test-dir build/aarch64 --output-on-failure -R '^(update|update_digest|block_file)_test$$'; }; \
+	run sve=off 'scalar neon' && run sve128=on 'scalar sve128 neon' && run sve256=on 'scalar neon sve256' && \
+	run sve512=on 'scalar neon sve512'
+	AARCH64_OBJECTS=build/aarch64/CMakeFiles/offload_core.dir/csrc/optimizer \
+	  $(PY) -m pytest -q -p no:cacheprovider -k 'cross_compiled or sve_registers' tests/python/test_isa_objects.py
 
 # Memory, threads, files and objects must not grow over so many steps; about 4 ms a step.
 STEPS ?= 10000

@@ -5,6 +5,7 @@
 #elif defined(__aarch64__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
+#include <sys/prctl.h>
 #endif
 
 namespace offload {
@@ -45,15 +46,23 @@ bool cpu_has_crc32c() noexcept {
 }
 
 bool cpu_has_neon() noexcept { return false; }
+int cpu_sve_bits() noexcept { return 0; }
 
 #else
 
 #if defined(__aarch64__)
 bool cpu_has_crc32c() noexcept { return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0; }
 bool cpu_has_neon() noexcept { return true; }
+
+int cpu_sve_bits() noexcept {
+  if ((getauxval(AT_HWCAP) & HWCAP_SVE) == 0) return 0;
+  const int state = prctl(PR_SVE_GET_VL);
+  return state < 0 ? 0 : (state & PR_SVE_VL_LEN_MASK) * 8;
+}
 #else
 bool cpu_has_crc32c() noexcept { return false; }
 bool cpu_has_neon() noexcept { return false; }
+int cpu_sve_bits() noexcept { return 0; }
 #endif
 
 bool cpu_has_avx2() noexcept { return false; }

@@ -32,6 +32,9 @@ const UpdateKernels& kernels_for(Isa isa) {
     case Isa::kAvx512: return kernels_avx512;
 #elif defined(__aarch64__)
     case Isa::kNeon: return kernels_neon;
+    case Isa::kSve128: return kernels_sve128;
+    case Isa::kSve256: return kernels_sve256;
+    case Isa::kSve512: return kernels_sve512;
 #endif
     default: return kernels_scalar;
   }
@@ -113,7 +116,8 @@ void require(bool holds, const char* message) {
 void check(const UpdateSpan& span, const UpdateScalars& scalars, const Factor* factors, size_t factor_count,
            Isa isa) {
   require(isa_available(isa),
-          "this CPU or build has not the instruction set asked for: see available_isas()");
+          "this CPU, build or thread (SVE: its vector length) has not the instruction set asked for: "
+          "see available_isas()");
   require(factors != nullptr || factor_count == 0, "factors is null but factor_count is not 0");
   require(span.gradient_format <= FloatFormat::kFloat16,
           "gradient_format must be FLOAT32, BFLOAT16 or FLOAT16");
@@ -182,6 +186,9 @@ bool isa_available(Isa isa) noexcept {
     case Isa::kAvx2: return cpu_has_avx2();
     case Isa::kAvx512: return cpu_has_avx512();
     case Isa::kNeon: return cpu_has_neon();
+    case Isa::kSve128: return cpu_sve_bits() == 128;
+    case Isa::kSve256: return cpu_sve_bits() == 256;
+    case Isa::kSve512: return cpu_sve_bits() == 512;
   }
   return false;
 }
@@ -192,6 +199,9 @@ const char* isa_name(Isa isa) noexcept {
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
     case Isa::kNeon: return "neon";
+    case Isa::kSve128: return "sve128";
+    case Isa::kSve256: return "sve256";
+    case Isa::kSve512: return "sve512";
   }
   return "unknown";
 }

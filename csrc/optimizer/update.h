@@ -22,12 +22,23 @@ class WorkerPool;
 // The kind of scalars names the optimizer.
 using UpdateScalars = std::variant<AdamWScalars, LionScalars, AdagradScalars>;
 
-enum class Isa : uint8_t { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
-// The better ones of an architecture come later.
-inline constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kNeon};
+enum class Isa : uint8_t {
+  kScalar = 0,
+  kAvx2 = 1,
+  kAvx512 = 2,
+  kNeon = 3,
+  kSve128 = 4,
+  kSve256 = 5,
+  kSve512 = 6,
+};
+// The better ones of an architecture come later. SVE at NEON's own width has nothing over it here.
+inline constexpr Isa kAllIsas[] = {Isa::kScalar, Isa::kAvx2,   Isa::kAvx512, Isa::kSve128,
+                                   Isa::kNeon,   Isa::kSve256, Isa::kSve512};
 
-// The instruction set chosen at load: the best this CPU has, or OFFLOAD_FORCE_ISA=scalar|avx2|avx512|neon.
+// The instruction set chosen at load: the best this CPU has, or the one that OFFLOAD_FORCE_ISA names.
 Isa active_isa();
+// SVE is there at one width, that of the calling thread: Linux lets a thread change its own (PR_SVE_SET_VL),
+// and those it starts inherit it. It must not change between the start of a WorkerPool and its updates.
 bool isa_available(Isa isa) noexcept;
 const char* isa_name(Isa isa) noexcept;
 

@@ -23,6 +23,7 @@ struct UpdateKernels {
   UpdateKernel<AdagradScalars>* adagrad;
 };
 
-extern const UpdateKernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_neon;
+extern const UpdateKernels kernels_scalar, kernels_avx2, kernels_avx512, kernels_neon, kernels_sve128,
+    kernels_sve256, kernels_sve512;
 
 }  // namespace offload

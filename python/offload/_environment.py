@@ -39,10 +39,11 @@ def environment(disk_paths: Iterable[str | os.PathLike[str]] = (), *, measure: b
     versions: of offload, python, torch, the CUDA that torch was built for, the driver and the kernel; None for what is
     not there. host, device: as `HostFacts` and `DeviceFacts`. gpus: what torch sees, each with the kind of its memory
     and its PCIe link. memory: the facts of `offload.unified.classify` and their `meaning`; None where the device is the
-    CPU. isa: of the host update, and isa_forced by OFFLOAD_FORCE_ISA. kernel_refusal: why states on the device are
-    updated by separate torch operations; None where kernels do it. uring_refusal: why the disk tier would do without
-    io_uring. disks: by path. copies: with `measure`, GB/s (1e9 bytes) of copies of 64 MiB between host and
-    device, and why the host's memory could not be page-locked; takes about 0.1 s. findings: what could be better.
+    CPU. isa: of the host update, out of the isas that this CPU and build have, and isa_forced by OFFLOAD_FORCE_ISA.
+    kernel_refusal: why states on the device are updated by separate torch operations; None where kernels do it.
+    uring_refusal: why the disk tier would do without io_uring. disks: by path. copies: with `measure`, GB/s (1e9 bytes)
+    of copies of 64 MiB between host and device, and why the host's memory could not be page-locked; takes about 0.1 s.
+    findings: what could be better.
 
     A directory of `disk_paths` is opened as training would open it: raises StorageError for one that cannot be used.
     """
@@ -60,6 +61,7 @@ def environment(disk_paths: Iterable[str | os.PathLike[str]] = (), *, measure: b
         "gpus": list(_gpus()),
         "memory": None if memory is None else {**dataclasses.asdict(memory), "meaning": memory.meaning},
         "isa": _native.active_isa(),
+        "isas": _native.available_isas(),
         "isa_forced": os.environ.get("OFFLOAD_FORCE_ISA"),
         "poison": os.environ.get("OFFLOAD_POISON", "0") not in ("", "0"),
         "kernel_refusal": find_kernels(torch.device(device.name)).refusal,

@@ -2,7 +2,13 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <string>
+#include <thread>
 #include <vector>
+
+#if defined(__aarch64__)
+#include <sys/prctl.h>
+#endif
 
 #include "base/worker_pool.h"
 #include "check.h"
@@ -233,13 +239,46 @@ void a_streaming_pass_keeps_what_it_updates() {
                streaming_pass(pool, {{line.bytes + 2, 2, Access::kRead}}, 64, {}));
 }
 
+// `make test-aarch64` names those of the CPU that qemu plays, the best last.
+void the_instruction_sets_are_those_of_this_cpu() {
+  std::string available;
+  Isa best = Isa::kScalar;
+  for (Isa isa : kAllIsas) {
+    if (!isa_available(isa)) continue;
+    available += std::string(available.empty() ? "" : " ") + isa_name(isa);
+    best = isa;
+  }
+  CHECK(std::getenv("OFFLOAD_FORCE_ISA") != nullptr || active_isa() == best);
+  const char* expected = std::getenv("EXPECTED_ISAS");
+  CHECK(expected == nullptr || available == expected);
+}
+
+#if defined(__aarch64__)
+void a_thread_with_shorter_sve_vectors_is_refused() {
+  for (Isa isa : {Isa::kSve256, Isa::kSve512}) {
+    if (!isa_available(isa)) continue;
+    std::thread([isa] {
+      CHECK_EQ(prctl(PR_SVE_SET_VL, 16), 16);
+      CHECK(!isa_available(isa));
+      CHECK(isa_available(Isa::kSve128));
+      const States states({FloatFormat::kFloat32, MasterFormat::kFloat32, false, FloatFormat::kFloat32}, 40,
+                          0);
+      CHECK_THROWS(ErrorKind::kInvalidArgument, "instruction set",
+                   update_states(states.span(), kScalars, nullptr, 0, false, isa));
+    }).join();
+    CHECK(isa_available(isa));
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace offload
 
 int main() {
   using namespace offload;
+  the_instruction_sets_are_those_of_this_cpu();
 #if defined(__aarch64__)
-  CHECK(std::getenv("OFFLOAD_FORCE_ISA") != nullptr || active_isa() == Isa::kNeon);
+  a_thread_with_shorter_sve_vectors_is_refused();
 #endif
   every_isa_and_alignment_gives_the_same_bits_on_every_tail();
   threads_do_not_change_the_bits();

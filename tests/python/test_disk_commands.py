@@ -42,6 +42,7 @@ def test_env_shows_how_a_directory_serves(disk_path: str, capsys: pytest.Capture
     assert facts["isa"] == _native.active_isa() and facts["host"]["cpu_count"] > 0
     assert main(["env", "--disk-path", disk_path]) == 0
     text = capsys.readouterr().out
+    assert f"instruction set {facts['isa']} of {', '.join(_native.available_isas())}" in text
     assert disk_path in text and disk["backend"] in text and "O_DIRECT" in text
     assert os.listdir(disk_path) == []
 

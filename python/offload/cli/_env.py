@@ -31,7 +31,8 @@ def _text(facts: dict[str, Any]) -> str:
         f"limit {'none' if limit is None else format_bytes(limit)}, huge pages {host['huge_pages'] or 'unknown'}, "
         f"may lock {'all' if locked is None else format_bytes(locked)}",
         f"cpu       {host['cpu_count']} CPUs, quota {'none' if quota is None else f'{quota:g}'}, "
-        f"{host['numa_node_count']} NUMA nodes, instruction set {facts['isa']}",
+        f"{host['numa_node_count']} NUMA nodes, instruction set {facts['isa']} of "
+        f"{', '.join(facts['isas'])}",
         f"device    {device['name']}, {format_bytes(device['free_bytes'])} of {format_bytes(device['total_bytes'])} "
         "free",
     ]
