@@ -152,6 +152,15 @@ def test_every_section_is_a_command_and_fits_a_call(kind: str, quick: bool) -> N
             assert kind == "cpu" or (size.shape.vocabulary == 32768 and 4096 <= size.micro_batch <= 8192)
 
 
+@pytest.mark.parametrize(("key", "setting"), [("tests", ""), ("bench", "expandable_segments:True")])
+def test_tests_run_with_torchs_own_allocator_settings(monkeypatch: pytest.MonkeyPatch, key: str, setting: str) -> None:
+    """Pools of unified memory, which tests make, are refused with those that large models want."""
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    script = 'echo "\\"$PYTORCH_CUDA_ALLOC_CONF\\"" > "$0"'
+    record = acceptance.run(acceptance.Section("prints", 60.0, ("sh", "-c", script, "{out}"), key))
+    assert record["state"] == "done" and record[key] == setting
+
+
 def test_the_parts_hold_every_test_once() -> None:
     run = [
         word for section in acceptance.tests("cuda", quick=False) for word in section.command if word.endswith(".py")
