@@ -278,7 +278,7 @@ for name, body in json.load(sys.stdin).items():
         os.close(writer)
         faulthandler.dump_traceback_later(30, exit=True)
         model = make_model()
-        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), device="cpu", **HOST)
         device = optimizer._engine.device
         def backward(): loss_of(model, tokens).backward()
         backward()
