@@ -142,6 +142,7 @@ def test_every_section_is_a_command_and_fits_a_call(kind: str, quick: bool) -> N
         assert section.limit_s + acceptance.GRACE_S < limit_s - 5, f"{section.name} would never begin"
         if section.key == "tests":
             assert ("OFFLOAD_REQUIRE_GPU=1" in section.command) == (kind == "cuda")
+            assert 1 <= int(section.command[section.command.index("-n") + 1]) <= 8, "beside each other they fit a call"
             continue
         assert section.command[:3] == (sys.executable, "-m", "offload")
         options = _parser().parse_args(section.command[3:])  # ends the test where it is no command
