@@ -87,8 +87,10 @@ bench: $(VENV)/.installed
 install: $(VENV)/.installed
 
 # For a machine with an NVIDIA card, without a network: PYTHON has torch, cuda-core, transformers, pytest, pytest-timeout,
-# hypothesis, scikit-build-core, pybind11, cmake and ninja already. REQUIRE_GPU=0 runs the same on the CPU.
+# pytest-xdist, hypothesis, scikit-build-core, pybind11, cmake and ninja already. REQUIRE_GPU=0 runs the same on the CPU.
 REQUIRE_GPU ?= 1
+# Processes that share the card: one after the other the tests of both devices would not end within 8 minutes.
+GPU_TEST_WORKERS ?= $(shell n=$$(($(JOBS) / 2)); echo $$((n > 8 ? 8 : n < 1 ? 1 : n)))
 GPU_SITE := $(abspath build/gpu-site)
 
 gpu-build:
@@ -97,8 +99,10 @@ gpu-build:
 
 # Stopped, as by Ctrl-C, when it takes 8 minutes.
 gpu-test: gpu-build
-	PYTHONPATH=$(GPU_SITE) OFFLOAD_POISON=1 $(if $(filter 0,$(REQUIRE_GPU)),,OFFLOAD_REQUIRE_GPU=1) \
-	  timeout --foreground --signal=INT --kill-after=15 480 $(PYTHON) -m pytest tests
+	PYTHONPATH=$(GPU_SITE) OFFLOAD_POISON=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+	  $(if $(filter 0,$(REQUIRE_GPU)),,OFFLOAD_REQUIRE_GPU=1) \
+	  timeout --foreground --signal=INT --kill-after=15 480 \
+	  $(PYTHON) -m pytest -n $(GPU_TEST_WORKERS) --dist worksteal tests
 
 # The tests and every bench into one JSON; FLAGS="--quick --sections train,peers". Call again until it says that all is done.
 gpu-acceptance: gpu-build

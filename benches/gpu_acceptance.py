@@ -40,6 +40,7 @@ _ON_HOST, _HALF, _STREAMED = "optimizer+gradients", "optimizer:0.5+gradients", "
 _UNIFIED = "optimizer:unified"
 _ACTIVATIONS = f"{_ON_HOST}+activations {_ON_HOST}+activations:int8"
 _TEST_PARTS = 4  # each fits a call, also on the slowest of hosts
+_TEST_WORKERS = 8  # at most, and a core for each two: processes share the card
 _QUICK_TESTS = ("test_cuda_device", "test_copies", "test_stream_rules", "test_together")
 
 Reader = Callable[[Path], Any]
@@ -138,7 +139,11 @@ def tests(device: str, *, quick: bool) -> list[Section]:
     else:
         parts = {f"tests-{number + 1}": files[number::_TEST_PARTS] for number in range(_TEST_PARTS)}
     require = () if device == "cpu" else ("OFFLOAD_REQUIRE_GPU=1",)
-    command = ("env", "OFFLOAD_POISON=1", *require, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    workers = max(1, min(_TEST_WORKERS, len(os.sched_getaffinity(0)) // 2))
+    # Threads of several processes that spin while they wait would take each other's cores.
+    settings = ("OFFLOAD_POISON=1", "OMP_WAIT_POLICY=PASSIVE", "GOMP_SPINCOUNT=0", *require)
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n", str(workers), "--dist", "worksteal")
+    command = ("env", *settings, *pytest)
     return [
         Section(name, 100 if quick else 400, (*command, "--junitxml", "{out}", *map(str, paths)), "tests", read_tests)
         for name, paths in parts.items()
@@ -168,8 +173,9 @@ def run(section: Section) -> dict[str, Any]:
     """Runs it to its end or its limit: `state` (done, failed, stopped), `seconds`, and what it wrote."""
     environment = {**os.environ}
     environment.pop("OFFLOAD_POISON", None)  # filling memory with NaN takes time
-    # The 8 B model resident fills most of the largest cards: no room for a fragmented cache.
-    environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if section.key != "tests":  # there pools of unified memory are made, which torch refuses with it
+        # The 8 B model resident fills most of the largest cards: no room for a fragmented cache.
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     with tempfile.TemporaryDirectory() as folder:
         out, log = Path(folder) / "out", Path(folder) / "log"
         command = [argument.replace("{out}", str(out)) for argument in section.command]

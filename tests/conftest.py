@@ -45,10 +45,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """The compute device; modules and tensors that the test makes are on it unless it says otherwise."""
+    """The compute device; modules and tensors that the test makes are on it unless it says otherwise.
+
+    A test on the CPU is one on a machine without a card: defaults and warnings are that machine's.
+    """
     name: str = request.param
     if name == "cpu":
-        yield torch.device("cpu")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: False)
+            yield torch.device("cpu")
         return
     if not torch.cuda.is_available():
         pytest.fail("OFFLOAD_REQUIRE_GPU=1, and torch sees no CUDA device")

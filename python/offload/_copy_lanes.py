@@ -117,6 +117,8 @@ class CopyLanes:
         """Inside, this thread computes on the stream of that handle."""
         if self._device.type == "cpu" or stream == self.compute_stream():
             return contextlib.nullcontext()
+        if stream == 0:  # the default one: torch takes an ExternalStream of 0 for a new stream
+            return torch.cuda.stream(torch.cuda.default_stream(self._device))
         return torch.cuda.stream(torch.cuda.ExternalStream(stream, self._device))  # type: ignore[no-untyped-call]
 
     def send(

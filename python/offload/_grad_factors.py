@@ -86,7 +86,7 @@ def make_factor(operation: Any, scale: Any, dtype: torch.dtype, device: torch.de
     kind_of_scale = _kind_of_scale(scale, device)
     if kind_of_scale is None:
         return None
-    form = _native_form(operation, dtype, device.type, kind_of_scale)
+    form = _native_form(operation, dtype, device, kind_of_scale)
     if form is None:
         return None
     kind, rounding = form
@@ -115,11 +115,11 @@ def _kind_of_scale(scale: Any, device: torch.device) -> tuple[Any, ...] | None:
 
 @functools.cache
 def _native_form(
-    operation: Any, dtype: torch.dtype, device_type: str, kind_of_scale: tuple[Any, ...]
+    operation: Any, dtype: torch.dtype, device: torch.device, kind_of_scale: tuple[Any, ...]
 ) -> tuple[int, torch.dtype] | None:
     """(kind, dtype that the scale is rounded to) that gives torch's bits; see [Note: probing a scale].
 
-    Waits for the device, once per combination.
+    Waits for the device, once per combination, and uses no other one: that would cost a context there.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return None  # the optimizer reads no other
@@ -137,10 +137,11 @@ def _native_form(
             elif kind_of_scale[0] is float:
                 scale = number
             else:
-                scale = torch.tensor(number, dtype=kind_of_scale[0], device=kind_of_scale[1])
+                place = device if kind_of_scale[1] == device.type else kind_of_scale[1]
+                scale = torch.tensor(number, dtype=kind_of_scale[0], device=place)
             exact = torch.as_tensor(scale, dtype=torch.float64, device="cpu")
             for piece in (values, values[-1009:], values[5:18], values[7:8]):
-                probed = piece.to(device_type, copy=True)
+                probed = piece.to(device, copy=True)
                 try:
                     SCALES[operation](probed, scale)
                 except RuntimeError:

@@ -160,8 +160,9 @@ class _CurrentStream:
 
 
 def _cuda_launch(device: torch.device, source: Source) -> Launch:
-    from cuda.core import LaunchConfig, ObjectCode, launch
+    from cuda.core import Device, LaunchConfig, ObjectCode, launch
 
+    index = torch.cuda.current_device() if device.index is None else device.index
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         loaded = ObjectCode.from_cubin(_cubin(source, f"sm_{major}{minor}"))
@@ -170,6 +171,7 @@ def _cuda_launch(device: torch.device, source: Source) -> Launch:
 
     def launch_on_current_stream(name: str, grid: int, block: int, arguments: Sequence[Any]) -> None:
         with torch.cuda.device(device):
+            Device(index).set_current()  # a thread in which torch has run nothing yet has no context
             launch(stream, LaunchConfig(grid=grid, block=block), kernels[name], *arguments)
 
     return launch_on_current_stream

@@ -76,6 +76,8 @@ class Residency:
         # That of `_flat`: asking for it costs as much as resizing it.
         self._storage: torch.UntypedStorage
         self._answers: Sequence[Away] = ()
+        # The compute stream on which it was allocated, and to which its memory goes back.
+        self.stream = 0
         # Versions of the parameters when device and host were equal: another one means that somebody wrote.
         self._versions: list[int] = []
         # Whether hide() has ended and show() has not begun.
@@ -147,6 +149,11 @@ class Residency:
         self._storage.resize_(self.nbytes)
         if poison:
             self._flat.fill_(0xFF)  # NaN in every format
+
+    def used_on(self, stream: Any) -> None:
+        """Another stream of torch's than its own computes with it: when it is freed, that work comes first."""
+        assert self._flat is not None
+        self._flat.record_stream(stream)
 
     def free(self) -> None:
         self._storage.resize_(0)

@@ -62,14 +62,20 @@ class Pool:
             stack.__exit__(kind, error, trace)
 
     def _prove(self) -> None:
-        """Some settings of torch's allocator pass the pool by, without a word."""
-        probe = torch.empty(1, dtype=torch.uint8, device=self.device)
-        if _native.UnifiedBlock.find(probe.data_ptr(), 1) is None:
+        """Some settings of torch's allocator pass the pool by: older versions without a word, newer ones refuse it."""
+        cause: RuntimeError | None = None
+        try:
+            probe = torch.empty(1, dtype=torch.uint8, device=self.device)
+            self._proven = _native.UnifiedBlock.find(probe.data_ptr(), 1) is not None
+        except RuntimeError as error:
+            if "expandable_segments" not in str(error):
+                raise
+            cause = error
+        if not self._proven:
             raise StateError(
                 "torch did not allocate in the pool of unified memory: take expandable_segments:True out of "
-                "PYTORCH_CUDA_ALLOC_CONF, or use a newer torch"
-            )
-        self._proven = True
+                "PYTORCH_CUDA_ALLOC_CONF and PYTORCH_ALLOC_CONF"
+            ) from cause
 
 
 def pool(device: str | torch.device | int | None = None) -> Pool:

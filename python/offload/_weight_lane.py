@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -83,11 +84,12 @@ class WeightLane:
         engine.require_own_process()
         with _trace.naming(lambda: self.name_of(residency.parameters[0]), "weights"):
             after = self._ready_for(residency, upload)
+            residency.stream = engine.lanes.compute_stream()
             engine.transfers.submit_to_device(
                 residency.address,
                 residency.host_address,
                 residency.nbytes,
-                engine.lanes.compute_stream(),
+                residency.stream,
                 after,
                 upload,
             )
@@ -98,6 +100,10 @@ class WeightLane:
 
     def wait_weights(self, residency: Residency, upload: Any) -> None:
         self._engine.transfers.wait_on_stream(self._engine.lanes.compute_stream(), upload)
+
+    def note_use(self, residency: Residency) -> None:
+        if self._engine.lanes.compute_stream() != residency.stream:
+            residency.used_on(torch.cuda.current_stream(self._engine.streaming.device))
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
         self._engine.require_own_process()

@@ -65,6 +65,9 @@ class WeightStore(Protocol):
     def wait_weights(self, residency: Residency, upload: Any) -> None:
         """The compute stream waits for what start_weights() started; raises its error."""
 
+    def note_use(self, residency: Residency) -> None:
+        """The compute stream is about to compute with what is on the device: it may be another one than it came on."""
+
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
         """The updates of these parameters have ended afterwards; raises their error."""
 
@@ -120,7 +123,10 @@ class WeightWindow:
     def make_ready(self, residencies: Iterable[Residency]) -> None:
         """Those of them that are on their way can be computed with afterwards."""
         for residency in residencies:
-            upload = self._uploads.get(residency)
+            if residency not in self._uploads:
+                continue
+            self._store.note_use(residency)
+            upload = self._uploads[residency]
             if upload is None:
                 continue
             try:

@@ -1,6 +1,6 @@
 // As much of libcuda as cuda.core needs to load a binary and to launch what is in it: a launch runs the
-// kernel of this library, whatever the binary says. HOST_DRIVER_FAILS=<entry> makes that entry return
-// HOST_DRIVER_CODE.
+// kernel of this library, whatever the binary says, in a thread that has a context. HOST_DRIVER_FAILS=<entry>
+// makes that entry return HOST_DRIVER_CODE.
 #include <dlfcn.h>
 
 #include <cstddef>
@@ -11,7 +11,11 @@
 
 namespace {
 
-constexpr int kSuccess = 0, kInvalidValue = 1, kNotFound = 500;
+constexpr int kSuccess = 0, kInvalidValue = 1, kInvalidContext = 201, kNotFound = 500;
+
+// The context that is current in this thread; there is one, that of the one device.
+thread_local void* current_context = nullptr;
+int context;
 
 struct LaunchConfig {  // CUlaunchConfig of cuda.h
   unsigned grid[3], block[3], shared_bytes;
@@ -73,6 +77,33 @@ int cuGetErrorString(int, const char** text) {
   return kSuccess;
 }
 
+int cuDeviceGetCount(int* count) {
+  *count = 1;
+  return kSuccess;
+}
+
+int cuDeviceGet(int* device, int) {
+  *device = 0;
+  return kSuccess;
+}
+
+int cuDevicePrimaryCtxRetain(void** retained, int) {
+  *retained = &context;
+  return kSuccess;
+}
+
+int cuDevicePrimaryCtxRelease(int) { return kSuccess; }
+
+int cuCtxSetCurrent(void* wanted) {
+  current_context = wanted;
+  return kSuccess;
+}
+
+int cuCtxGetCurrent(void** current) {
+  *current = current_context;
+  return kSuccess;
+}
+
 int cuLibraryLoadData(void** library, const void* code, void*, void*, unsigned, void*, void*, unsigned) {
   if (std::memcmp(code,
                   "\x7f"
@@ -95,6 +126,7 @@ int cuLibraryGetKernel(const void** kernel, void*, const char* name) {
 }
 
 int cuLaunchKernelEx(const LaunchConfig* config, const Kernel* kernel, void** arguments, void**) {
+  if (current_context == nullptr) return kInvalidContext;
   std::printf("%s on %zu\n", kernel->name, reinterpret_cast<size_t>(config->stream));
   std::fflush(stdout);
   const auto launch = reinterpret_cast<Launch>(own(std::string("launch_") + kernel->name));

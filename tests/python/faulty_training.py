@@ -144,7 +144,9 @@ class Scene:
         model = make_model(**_TINY)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         self.enter("load")
-        self.model, self.optimizer = offload.wrap(model, optimizer, **HOST, pin=True, host_budget=self.budget)
+        self.model, self.optimizer = offload.wrap(
+            model, optimizer, **HOST, device="cpu", pin=True, host_budget=self.budget
+        )
 
     def train_step(self, step: int) -> None:
         assert self.model is not None

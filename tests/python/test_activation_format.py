@@ -355,21 +355,25 @@ def test_a_write_to_what_came_back_is_told(device: torch.device) -> None:
         loss.backward()
 
 
-def test_what_one_stream_saved_is_packed_behind_it(device: torch.device) -> None:
+@pytest.mark.parametrize("begins_on_the_default", [False, True])
+def test_what_one_stream_saved_is_packed_behind_it(device: torch.device, begins_on_the_default: bool) -> None:
     """It departs when another stream is the current one."""
     seen: list[Tensor] = []
     x = normal(1 << 16, 1.0).to(device).requires_grad_()
+    default: Any = contextlib.nullcontext()
     other: Any = contextlib.nullcontext()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         other = torch.cuda.stream(torch.cuda.Stream(device))
     region = region_of(device, format="int8", keep=x.nbytes)
+    first, second = (default, other) if begins_on_the_default else (other, default)
     with region:
-        with other:
+        with first:
             if device.type == "cuda":
                 torch.cuda._sleep(50_000_000)
             late = Saves.apply(x, x * 2, seen).sum()
-        early = Saves.apply(x, x * 3, seen).sum()
+        with second:
+            early = Saves.apply(x, x * 3, seen).sum()
     assert region.stats()["offloaded_bytes"] == x.nbytes
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -224,7 +224,7 @@ def test_bits_follow_the_order_in_memory() -> None:
         ours = copy.deepcopy(model)
         ours, optimizer = offload.wrap(ours, MAKERS["adamw"](ours.parameters()), master="bf16", **placement)
         for step in range(4):
-            images = torch.randn(2, 3, 5, 5, generator=torch.Generator("cpu").manual_seed(step))
+            images = torch.randn(2, 3, 5, 5, generator=torch.Generator("cpu").manual_seed(step), device="cpu")
             ours(images.to(ours[0].weight.device, torch.bfloat16)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()

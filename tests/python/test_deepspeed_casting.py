@@ -68,7 +68,7 @@ def test_buffers_that_are_kept_in_fp32(dtype: str, keep: dict[str, Any], kept: s
     for name in ("inner.correction", "scale", "other"):
         assert model.get_buffer(f"0.{name}").dtype == (torch.float32 if name in kept else lower), name
     if "inner.correction" in kept:
-        assert torch.equal(model[0].inner.correction.cpu(), torch.full((2,), 5.001))
+        assert torch.equal(model[0].inner.correction.cpu(), torch.full((2,), 5.001, device="cpu"))
 
 
 def test_nothing_is_kept_apart_in_an_fp32_model() -> None:

@@ -142,6 +142,7 @@ def test_every_section_is_a_command_and_fits_a_call(kind: str, quick: bool) -> N
         assert section.limit_s + acceptance.GRACE_S < limit_s - 5, f"{section.name} would never begin"
         if section.key == "tests":
             assert ("OFFLOAD_REQUIRE_GPU=1" in section.command) == (kind == "cuda")
+            assert 1 <= int(section.command[section.command.index("-n") + 1]) <= 8, "beside each other they fit a call"
             continue
         assert section.command[:3] == (sys.executable, "-m", "offload")
         options = _parser().parse_args(section.command[3:])  # ends the test where it is no command
@@ -150,6 +151,15 @@ def test_every_section_is_a_command_and_fits_a_call(kind: str, quick: bool) -> N
             size = _bench_train._size(options)
             assert all(_bench_train.parse_places(text) for text in options.offload)
             assert kind == "cpu" or (size.shape.vocabulary == 32768 and 4096 <= size.micro_batch <= 8192)
+
+
+@pytest.mark.parametrize(("key", "setting"), [("tests", ""), ("bench", "expandable_segments:True")])
+def test_tests_run_with_torchs_own_allocator_settings(monkeypatch: pytest.MonkeyPatch, key: str, setting: str) -> None:
+    """Pools of unified memory, which tests make, are refused with those that large models want."""
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    script = 'echo "\\"$PYTORCH_CUDA_ALLOC_CONF\\"" > "$0"'
+    record = acceptance.run(acceptance.Section("prints", 60.0, ("sh", "-c", script, "{out}"), key))
+    assert record["state"] == "done" and record[key] == setting
 
 
 def test_the_parts_hold_every_test_once() -> None:

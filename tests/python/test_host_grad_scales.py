@@ -112,7 +112,7 @@ def test_the_probe_tells_the_three_kinds_and_the_rounding_of_the_scale_apart(mon
     forms = {}
     for name, operation in operations.items():
         monkeypatch.setitem(_grad_factors.SCALES, name, operation)
-        forms[name] = _grad_factors._native_form(name, torch.bfloat16, "cpu", (float,))
+        forms[name] = _grad_factors._native_form(name, torch.bfloat16, torch.device("cpu"), (float,))
     assert forms == {
         "divide": (DIVIDE, torch.float32),
         "multiply": (MULTIPLY, torch.float32),
@@ -122,6 +122,26 @@ def test_the_probe_tells_the_three_kinds_and_the_rounding_of_the_scale_apart(mon
         "tail": None,
         "refused": None,
     }
+
+
+def test_the_probe_runs_on_the_gradients_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the current one it would make a context there, on a card that nobody asked for."""
+
+    class Probed(Exception):
+        pass
+
+    class Piece:
+        def __getitem__(self, _: slice) -> Piece:
+            return self
+
+        def to(self, device: torch.device, *, copy: bool) -> Tensor:
+            raise Probed(device)
+
+    monkeypatch.setattr(_grad_factors, "_probe_values", lambda _: Piece())
+    second = torch.device("cuda", 1)
+    with pytest.raises(Probed) as probed:
+        _grad_factors._native_form("anything", torch.float32, second, (float,))
+    assert probed.value.args == (second,)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

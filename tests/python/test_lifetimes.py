@@ -226,6 +226,14 @@ PENDING: dict[str, Callable[[nn.Module, Any], Any]] = {
 }
 
 
+def refusal_of(name: str) -> str:
+    """How the error of a forked child begins. Where there is a card torch itself refuses every backward of a child,
+    once its parent had one."""
+    if name == "backward" and torch.cuda.is_available():
+        return "RuntimeError: Unable to handle autograd's threading"
+    return "StateError: "
+
+
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_is_refused_what_it_cannot_have() -> None:
     model, optimizer = stepped()
@@ -236,7 +244,7 @@ def test_a_forked_child_is_refused_what_it_cannot_have() -> None:
     expected = loss.item()
     del loss
     for name, call in REFUSED.items():
-        assert in_child(lambda call=call: call(model, optimizer)).startswith("StateError: "), name  # type: ignore[misc]
+        assert in_child(lambda call=call: call(model, optimizer)).startswith(refusal_of(name)), name  # type: ignore[misc]
     # What needs nothing of ours works: current weights are the model's own.
     assert in_child(lambda: loss_of(model, next(batches(1))).item()) == repr(expected)
     assert in_child(lambda: len(model.state_dict())) == repr(len(model.state_dict()))
@@ -245,7 +253,7 @@ def test_a_forked_child_is_refused_what_it_cannot_have() -> None:
     device.hold("to_device")
     optimizer.step()
     for name, call in (REFUSED | PENDING).items():
-        assert in_child(lambda call=call: call(model, optimizer)).startswith("StateError: "), name  # type: ignore[misc]
+        assert in_child(lambda call=call: call(model, optimizer)).startswith(refusal_of(name)), name  # type: ignore[misc]
     assert in_child(lambda: subprocess.run(["true"], check=True).returncode) == "0"
     device.release("to_device")
 
@@ -278,7 +286,7 @@ for name, body in json.load(sys.stdin).items():
         os.close(writer)
         faulthandler.dump_traceback_later(30, exit=True)
         model = make_model()
-        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), device="cpu", **HOST)
         device = optimizer._engine.device
         def backward(): loss_of(model, tokens).backward()
         backward()

@@ -13,6 +13,7 @@ from torch import nn
 import offload
 from offload._config import Config
 from offload._gradient_lanes import GradientLanes
+from offload._kernels import Kernels
 from offload._native_state import AdamWState
 from offload._parameter_size import ParameterSize, states_that_stay
 from offload._plan import Plan, TierBytes, make_plan
@@ -331,8 +332,14 @@ def test_a_gradient_that_no_update_can_use_changes_nothing() -> None:
         assert all(same_bits(value, before[1][index][key]) for key, value in state.items())
 
 
-@pytest.mark.parametrize("part", [(GradientLanes, "on_device"), (AdamWState, "torch_step")], ids=["read", "update"])
-def test_an_update_that_fails_on_the_device_is_told(part: tuple[type, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "parts",
+    [[(GradientLanes, "on_device")], [(AdamWState, "torch_step"), (Kernels, "update_")]],  # a card has kernels
+    ids=["read", "update"],
+)
+def test_an_update_that_fails_on_the_device_is_told(
+    parts: list[tuple[type, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The host's part runs by then, so weights are of two steps: nothing but unwrap is left."""
     model, optimizer = wrapped()
     steps(model, optimizer)
@@ -342,7 +349,8 @@ def test_an_update_that_fails_on_the_device_is_told(part: tuple[type, str], monk
         raise RuntimeError("no memory for the update")
 
     with monkeypatch.context() as patched:
-        patched.setattr(*part, fail)
+        for part in parts:
+            patched.setattr(*part, fail)
         with pytest.raises(RuntimeError, match="no memory"):
             optimizer.step()
     with pytest.raises(offload.StateError, match="an earlier update failed.*no memory"):

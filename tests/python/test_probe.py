@@ -103,6 +103,7 @@ def test_the_cpu_device_has_the_memory_of_the_host() -> None:
 
 @pytest.mark.parametrize("name", ["warp", "meta", "cuda:99"])
 def test_devices_that_do_not_exist_are_named(name: str) -> None:
+    before = torch.cuda.is_initialized()  # another test of this process may have used a card
     with pytest.raises(offload.DeviceError, match=name):
         probe_device(name)
-    assert not torch.cuda.is_initialized()
+    assert torch.cuda.is_initialized() == before

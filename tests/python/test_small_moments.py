@@ -305,8 +305,8 @@ def test_blocks_follow_the_order_in_memory() -> None:
         ours = copy.deepcopy(model)
         ours, optimizer = offload.wrap(ours, torch.optim.AdamW(ours.parameters(), lr=1e-2), moments="int8", **placement)
         for step in range(4):
-            ours(torch.randn(2, 3, 5, 5, generator=torch.Generator("cpu").manual_seed(step)).to(ours[0].weight.device)
-                 ).square().sum().backward()  # fmt: skip
+            images = torch.randn(2, 3, 5, 5, generator=torch.Generator("cpu").manual_seed(step), device="cpu")
+            ours(images.to(ours[0].weight.device)).square().sum().backward()
             optimizer.step()
             optimizer.zero_grad()
         assert optimizer.state[ours[0].weight]["exp_avg"].stride() == ours[0].weight.stride()

@@ -347,7 +347,8 @@ def test_the_process_may_end_inside() -> None:
 import torch, offload
 from training import batches, loss_of, make_model
 model = make_model()
-model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), optimizer="host", params="host")
+adamw = torch.optim.AdamW(model.parameters())
+model, optimizer = offload.wrap(model, adamw, device="cpu", optimizer="host", params="host")
 trace = offload.trace()
 trace.__enter__()
 loss_of(model, next(batches(1))).backward()

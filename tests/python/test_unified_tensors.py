@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from typing import NoReturn
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ PAGE = 2 << 20  # of the largest pages in which a driver keeps managed memory
 
 def live_bytes() -> int:
     return _native.UnifiedMemory(0).live_managed_bytes
+
+
+def raises(error: Exception) -> NoReturn:
+    raise error
 
 
 @pytest.fixture
@@ -239,7 +244,10 @@ def test_a_pool_takes_forward_and_backward(device: torch.device) -> None:
 
 
 @pytest.mark.cpu_only
-def test_a_pool_that_torch_passes_by_is_refused(side: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refusal", [None, "MemPool doesn't currently support expandable_segments."])
+def test_a_pool_that_torch_passes_by_is_refused(
+    side: Side, monkeypatch: pytest.MonkeyPatch, refusal: str | None
+) -> None:
     """torch's part is played: what it routes shows on a card alone."""
     entered: list[object] = []
 
@@ -266,8 +274,13 @@ def test_a_pool_that_torch_passes_by_is_refused(side: Side, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda.memory, "CUDAPluggableAllocator", Allocator)
     monkeypatch.setattr(Pool, "device", torch.device("cpu"))
     pool = unified.pool("cuda:0")
-    with pytest.raises(StateError, match="expandable_segments:True"), pool:
-        raise AssertionError("not entered")
+    with monkeypatch.context() as patch, pytest.raises(StateError, match="expandable_segments:True"):
+        if refusal is not None:
+            patch.setattr(torch, "empty", lambda *_, **__: raises(RuntimeError(refusal)))
+        pool.__enter__()
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(torch, "empty", lambda *_, **__: raises(torch.OutOfMemoryError("CUDA out of memory")))
+        pool.__enter__()
     assert not entered and torch._C._is_multithreading_enabled()
     monkeypatch.setattr(Pool, "_prove", lambda self: None)
     for _ in range(2):

@@ -261,6 +261,7 @@ def test_twice_or_with_the_wrong_optimizer_is_refused() -> None:
     offload.unwrap(other, other_optimizer)
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("lane", ["to_host", "to_device"])
 @pytest.mark.parametrize("seen", [True, False], ids=["seen before", "seen by unwrap"])
 def test_after_a_failed_update(lane: str, seen: bool) -> None:
@@ -306,6 +307,7 @@ def test_after_a_failed_update(lane: str, seen: bool) -> None:
         assert same_bits(one.detach(), two.detach())
 
 
+@pytest.mark.cpu_only
 def test_a_failed_engine_dies_with_its_model() -> None:
     """Nothing can be trained on with it, so most are dropped without unwrap: the error must not keep them."""
 
