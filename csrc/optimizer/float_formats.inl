@@ -10,11 +10,11 @@ inline Words canonical_bits(Floats value, Words bits) {
   return value != value ? (bits & 0x80000000u) | 0x7fc00000u : bits;
 }
 
-// Canonical fp32 bits -> bf16 in the low half, rounded half up in magnitude. What that leaves out is the
-// low half of the bits, read as a signed number: the remainder of a split master.
+// Canonical fp32 bits -> bf16 in the upper half, rounded half up in magnitude. What that leaves out is the
+// lower half of the bits, read as a signed number: the remainder of a split master.
 template <typename Words>
-inline Words to_bfloat16_half_up(Words bits) {
-  return (bits + 0x8000u) >> 16;
+inline Words rounded_half_up(Words bits) {
+  return bits + 0x8000u;
 }
 
 // Canonical fp32 bits -> the fp32 bits of the nearest bf16, ties to even, as torch rounds.
@@ -23,10 +23,10 @@ inline Words round_to_bfloat16(Words bits) {
   return (bits + 0x7fffu + ((bits >> 16) & 1u)) & 0xffff0000u;
 }
 
-// Canonical fp32 bits -> bf16 in the low half, rounded up in magnitude where `random`, below 2^16, says so.
+// Canonical fp32 bits -> bf16 in the upper half, rounded up in magnitude where `random`, below 2^16, says so.
 template <typename Words>
-inline Words to_bfloat16_stochastic(Words bits, Words random) {
-  return (bits + random) >> 16;
+inline Words rounded_stochastically(Words bits, Words random) {
+  return bits + random;
 }
 
 // A bijection on words whose every bit depends on every bit of the word: two rounds of multiplication and

@@ -35,8 +35,10 @@ inline Words widen(const uint8_t* from) {
 }
 
 inline void narrow(Words low, Words high, uint16_t* to) {
-  store_16bit(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(low)), to);
-  store_16bit(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(high)), to + kLanes);
+  const __m512i even = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32, 30,
+                                        28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  _mm512_storeu_si512(
+      to, _mm512_permutex2var_epi16(reinterpret_cast<__m512i>(low), even, reinterpret_cast<__m512i>(high)));
 }
 
 inline void narrow(Words low, Words high, uint8_t* to) {

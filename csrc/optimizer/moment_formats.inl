@@ -1,8 +1,8 @@
 // How the moments of an optimizer are loaded and stored: [Note: small moments] in update_rules.h.
 //
-// Include after lanes.inl. A format works on groups of kGroup elements. `Format<Rule>(span, at, key)` begins
-// the group at element `at`; load and store_pair are called for all of its elements, and finish once at its
-// end.
+// Include after lanes.inl. A format works on groups of kGroup elements: load_pair and store_pair are called
+// for all pairs of a group, then end_group for where it began. Its Block is what it keeps of a group until
+// then.
 
 // Of one vector of elements. `root` is the square root of `second`, which the optimizer has computed anyway.
 struct Moments {
@@ -29,42 +29,54 @@ ALWAYS_INLINE void prefetch_stride(const Element* array, size_t at) {
 
 inline uint32_t rounding_key(uint32_t seed, uint32_t step) { return scrambled(seed + scrambled(step)); }
 
-// The random words of the elements from `at` on.
+// The random words of the elements.
 struct RandomWords {
   ALWAYS_INLINE RandomWords(const UpdateSpan& span, uint32_t key)
       : first(static_cast<uint32_t>(span.first_element) + key) {}
-  ALWAYS_INLINE Words from(size_t at) const {
-    return scrambled(count_from(first + static_cast<uint32_t>(at)));
+  template <typename Order>
+  ALWAYS_INLINE Pair<Words> of_pair(size_t at, Order order) const {
+    const Pair<Words> counts = order.count_from(first + static_cast<uint32_t>(at));
+    return {scrambled(counts.left), scrambled(counts.right)};
   }
 
   uint32_t first;
 };
 
+struct NoBlock {};
+
 template <typename Rule>
 struct Float32Moments {
   using Element = float;
+  using Block = NoBlock;
+  static constexpr bool kNarrow = false;
   static constexpr size_t kGroup = kStride;
 
-  ALWAYS_INLINE Float32Moments(const UpdateSpan& span, size_t, uint32_t)
+  ALWAYS_INLINE Float32Moments(const UpdateSpan& span, uint32_t, Block&)
       : first(static_cast<float*>(span.exp_avg)), second(static_cast<float*>(span.exp_avg_sq)) {}
 
-  ALWAYS_INLINE Moments load(size_t at) const {
-    Moments moments = {};
-    if (Rule::kHasExpAvg) moments.first = ::offload::load(first + at);
-    if (Rule::kHasExpAvgSq) moments.second = ::offload::load(second + at);
-    return moments;
-  }
-  ALWAYS_INLINE void store_pair(size_t at, const Moments& low, const Moments& high) const {
+  ALWAYS_INLINE Pair<Moments> load_pair(size_t at, InHalves) const {
+    Pair<Moments> moments = {};
     if (Rule::kHasExpAvg) {
-      store(low.first, first + at);
-      store(high.first, first + at + kLanes);
+      moments.left.first = load(first + at);
+      moments.right.first = load(first + at + kLanes);
     }
     if (Rule::kHasExpAvgSq) {
-      store(low.second, second + at);
-      store(high.second, second + at + kLanes);
+      moments.left.second = load(second + at);
+      moments.right.second = load(second + at + kLanes);
+    }
+    return moments;
+  }
+  ALWAYS_INLINE void store_pair(size_t at, const Pair<Moments>& moments, InHalves) const {
+    if (Rule::kHasExpAvg) {
+      store(moments.left.first, first + at);
+      store(moments.right.first, first + at + kLanes);
+    }
+    if (Rule::kHasExpAvgSq) {
+      store(moments.left.second, second + at);
+      store(moments.right.second, second + at + kLanes);
     }
   }
-  ALWAYS_INLINE void finish() const {}
+  ALWAYS_INLINE void end_group(size_t, InHalves) const {}
 
   float *first, *second;
 };
@@ -72,31 +84,46 @@ struct Float32Moments {
 template <typename Rule>
 struct BFloat16Moments {
   using Element = uint16_t;
+  using Block = NoBlock;
+  static constexpr bool kNarrow = true;
   static constexpr size_t kGroup = kStride;
 
-  ALWAYS_INLINE BFloat16Moments(const UpdateSpan& span, size_t, uint32_t key)
+  ALWAYS_INLINE BFloat16Moments(const UpdateSpan& span, uint32_t key, Block&)
       : first(static_cast<uint16_t*>(span.exp_avg)),
         second(static_cast<uint16_t*>(span.exp_avg_sq)),
         random(span, key) {}
 
-  ALWAYS_INLINE Moments load(size_t at) const {
-    Moments moments = {};
-    if (Rule::kHasExpAvg) moments.first = floats_of(widen(first + at) << 16);
-    if (Rule::kHasExpAvgSq) moments.second = floats_of(widen(second + at) << 16);
-    return moments;
-  }
-  ALWAYS_INLINE void store_pair(size_t at, const Moments& low, const Moments& high) const {
-    const Words low_random = random.from(at), high_random = random.from(at + kLanes);
+  template <typename Order>
+  ALWAYS_INLINE Pair<Moments> load_pair(size_t at, Order order) const {
+    Pair<Moments> moments = {};
     if (Rule::kHasExpAvg) {
-      narrow(to_bfloat16_stochastic(canonical_bits(low.first), low_random & 0xffffu),
-             to_bfloat16_stochastic(canonical_bits(high.first), high_random & 0xffffu), first + at);
+      const Pair<Floats> loaded = floats_of(order.load_upper(first + at));
+      moments.left.first = loaded.left;
+      moments.right.first = loaded.right;
     }
     if (Rule::kHasExpAvgSq) {
-      narrow(to_bfloat16_stochastic(canonical_bits(low.second), low_random >> 16),
-             to_bfloat16_stochastic(canonical_bits(high.second), high_random >> 16), second + at);
+      const Pair<Floats> loaded = floats_of(order.load_upper(second + at));
+      moments.left.second = loaded.left;
+      moments.right.second = loaded.right;
+    }
+    return moments;
+  }
+  template <typename Order>
+  ALWAYS_INLINE void store_pair(size_t at, const Pair<Moments>& moments, Order order) const {
+    const Pair<Words> words = random.of_pair(at, order);
+    if (Rule::kHasExpAvg) {
+      order.store_upper({rounded_stochastically(canonical_bits(moments.left.first), words.left & 0xffffu),
+                         rounded_stochastically(canonical_bits(moments.right.first), words.right & 0xffffu)},
+                        first + at);
+    }
+    if (Rule::kHasExpAvgSq) {
+      order.store_upper({rounded_stochastically(canonical_bits(moments.left.second), words.left >> 16),
+                         rounded_stochastically(canonical_bits(moments.right.second), words.right >> 16)},
+                        second + at);
     }
   }
-  ALWAYS_INLINE void finish() const {}
+  template <typename Order>
+  ALWAYS_INLINE void end_group(size_t, Order) const {}
 
   uint16_t *first, *second;
   RandomWords random;
@@ -113,11 +140,11 @@ struct Levels {
   static ALWAYS_INLINE Floats decoded(Words code) {
     return floats_of((code << kShift) + kOffsetBits) - kOffset;
   }
-  // `random`, below 2^16, decides which neighbour; its half unit keeps a level that a rounding error put a
-  // hair too low.
+  // The 16 bits of `random` below bit kShift decide which neighbour; their half unit keeps a level that a
+  // rounding error put a hair too low.
   static ALWAYS_INLINE Words encoded(Floats level, Words random) {
-    const Words raised = (random << (kShift - 16)) + ((1u << (kShift - 17)) - kOffsetBits);
-    return smaller((bits_of(level + kOffset) + raised) >> kShift, broadcast(kTopCode));
+    const Words raise = (random & (0xffffu << (kShift - 16))) | ((1u << (kShift - 17)) - kOffsetBits);
+    return smaller((bits_of(level + kOffset) + raise) >> kShift, broadcast(kTopCode));
   }
 
   // The scale of a block whose largest magnitude has these bits.
@@ -145,89 +172,118 @@ inline uint32_t largest_of(Words words) {
 template <typename Rule>
 struct Int8Moments {
   using Element = uint8_t;
+  static constexpr bool kNarrow = true;
   static constexpr size_t kGroup = kMomentBlock;
+  // What is to be stored, in fp32 until the scale is known.
+  struct Block {
+    alignas(64) float firsts[kMomentBlock], roots[kMomentBlock];
+  };
 
-  ALWAYS_INLINE Int8Moments(const UpdateSpan& span, size_t at, uint32_t key) : begin(at), random(span, key) {
+  ALWAYS_INLINE Int8Moments(const UpdateSpan& span, uint32_t key, Block& scratch)
+      : first(static_cast<uint8_t*>(span.exp_avg)),
+        second(static_cast<uint8_t*>(span.exp_avg_sq)),
+        first_scales(span.exp_avg_scales),
+        second_scales(span.exp_avg_sq_scales),
+        random(span, key),
+        block(scratch) {}
+
+  template <typename Order>
+  ALWAYS_INLINE Pair<Moments> load_pair(size_t at, Order order) const {
+    Pair<Moments> moments = {};
     if (Rule::kHasExpAvg) {
-      first = static_cast<uint8_t*>(span.exp_avg);
-      first_scale = span.exp_avg_scales + at / kMomentBlock;
+      const Pair<Words> codes = order.load_bytes(first + at);
+      const float scale = first_scales[at / kMomentBlock];
+      moments.left.first = decoded_first(codes.left, scale);
+      moments.right.first = decoded_first(codes.right, scale);
     }
     if (Rule::kHasExpAvgSq) {
-      second = static_cast<uint8_t*>(span.exp_avg_sq);
-      second_scale = span.exp_avg_sq_scales + at / kMomentBlock;
-    }
-  }
-
-  ALWAYS_INLINE Moments load(size_t at) const {
-    Moments moments = {};
-    if (Rule::kHasExpAvg) {
-      const Words code = widen(first + at);
-      const Floats magnitude = FirstLevels::decoded(code & 0x7fu) * *first_scale;
-      moments.first = floats_of(bits_of(magnitude) | ((code & 0x80u) << 24));
-    }
-    if (Rule::kHasExpAvgSq) {
-      const Floats root = RootLevels::decoded(widen(second + at)) * *second_scale;
-      moments.second = root * root;
+      const Pair<Words> codes = order.load_bytes(second + at);
+      const float scale = second_scales[at / kMomentBlock];
+      moments.left.second = decoded_second(codes.left, scale);
+      moments.right.second = decoded_second(codes.right, scale);
     }
     return moments;
   }
-  // What is stored is kept in fp32 until the block's scale is known.
-  ALWAYS_INLINE void store_pair(size_t at, const Moments& low, const Moments& high) {
-    keep(at - begin, low);
-    keep(at - begin + kLanes, high);
+  template <typename Order>
+  ALWAYS_INLINE void store_pair(size_t at, const Pair<Moments>& moments, Order) {
+    keep(at % kMomentBlock, moments.left);
+    keep(at % kMomentBlock + kLanes, moments.right);
   }
-  ALWAYS_INLINE void finish() {
+  template <typename Order>
+  ALWAYS_INLINE void end_group(size_t begin, Order order) {
     float to_first = 0, to_root = 0;
     if (Rule::kHasExpAvg) {
-      *first_scale = FirstLevels::scale_of(largest_of(largest_first), kLeastFirst);
-      to_first = reciprocal_of(*first_scale);
+      float& scale = first_scales[begin / kMomentBlock];
+      scale = FirstLevels::scale_of(largest_of(largest_first), kLeastFirst);
+      to_first = reciprocal_of(scale);
     }
     if (Rule::kHasExpAvgSq) {
-      *second_scale = RootLevels::scale_of(largest_of(largest_root), kLeastRoot);
-      to_root = reciprocal_of(*second_scale);
+      float& scale = second_scales[begin / kMomentBlock];
+      scale = RootLevels::scale_of(largest_of(largest_root), kLeastRoot);
+      to_root = reciprocal_of(scale);
     }
-    for (size_t at = 0; at < kMomentBlock; at += kPairLanes) {
-      const Words low_random = random.from(begin + at), high_random = random.from(begin + at + kLanes);
+    largest_first = largest_root = Words{};
+    for (size_t at = 0; at < kMomentBlock; at += 2 * kPairLanes) {
+      const Pair<Words> low = random.of_pair(begin + at, order);
+      const Pair<Words> high = random.of_pair(begin + at + kPairLanes, order);
       if (Rule::kHasExpAvg) {
-        narrow(first_code(at, to_first, low_random), first_code(at + kLanes, to_first, high_random),
-               first + begin + at);
+        order.store_bytes(first_codes(at, to_first, low), first_codes(at + kPairLanes, to_first, high),
+                          first + begin + at);
       }
       if (Rule::kHasExpAvgSq) {
-        narrow(root_code(at, to_root, low_random), root_code(at + kLanes, to_root, high_random),
-               second + begin + at);
+        order.store_bytes(root_codes(at, to_root, low), root_codes(at + kPairLanes, to_root, high),
+                          second + begin + at);
       }
     }
   }
 
  private:
+  static ALWAYS_INLINE Floats decoded_first(Words code, float scale) {
+    const Floats magnitude = FirstLevels::decoded(code & 0x7fu) * scale;
+    return floats_of(bits_of(magnitude) | ((code << 24) & 0x80000000u));
+  }
+  static ALWAYS_INLINE Floats decoded_second(Words code, float scale) {
+    const Floats root = RootLevels::decoded(code) * scale;
+    return root * root;
+  }
+
   ALWAYS_INLINE void keep(size_t at, const Moments& moments) {
     if (Rule::kHasExpAvg) {
-      store(moments.first, firsts + at);
+      store(moments.first, block.firsts + at);
       largest_first = larger(largest_first, bits_of(moments.first) & 0x7fffffffu);
     }
     if (Rule::kHasExpAvgSq) {
-      store(moments.root, roots + at);
-      largest_root = larger(largest_root, bits_of(moments.root) & 0x7fffffffu);
+      store(moments.root, block.roots + at);
+      largest_root =
+          larger(largest_root, bits_of(moments.root));  // never -0; the sign of a NaN makes it larger
     }
   }
+
   ALWAYS_INLINE Words first_code(size_t at, float to_level, Words random_words) const {
-    const Words value = bits_of(::offload::load(firsts + at));
+    const Words value = bits_of(load(block.firsts + at));
     const Floats level = floats_of(value & 0x7fffffffu) * to_level;
-    return FirstLevels::encoded(level, random_words & 0xffffu) | ((value >> 24) & 0x80u);
+    return FirstLevels::encoded(level, random_words << (FirstLevels::kShift - 16)) | ((value >> 24) & 0x80u);
+  }
+  ALWAYS_INLINE Pair<Words> first_codes(size_t at, float to_level, Pair<Words> random_words) const {
+    return {first_code(at, to_level, random_words.left),
+            first_code(at + kLanes, to_level, random_words.right)};
   }
   // Never zero for what is not: the step divides by it.
   ALWAYS_INLINE Words root_code(size_t at, float to_level, Words random_words) const {
-    const Floats level = ::offload::load(roots + at) * to_level;
-    return larger(RootLevels::encoded(level, random_words >> 16), smaller(bits_of(level), broadcast(1u)));
+    const Floats level = load(block.roots + at) * to_level;
+    return larger(RootLevels::encoded(level, random_words >> (32 - RootLevels::kShift)),
+                  smaller(bits_of(level), broadcast(1u)));
+  }
+  ALWAYS_INLINE Pair<Words> root_codes(size_t at, float to_level, Pair<Words> random_words) const {
+    return {root_code(at, to_level, random_words.left), root_code(at + kLanes, to_level, random_words.right)};
   }
 
  public:
-  uint8_t *first = nullptr, *second = nullptr;
+  uint8_t *first, *second;
 
  private:
-  size_t begin;
+  float *first_scales, *second_scales;
   RandomWords random;
-  float *first_scale = nullptr, *second_scale = nullptr;
+  Block& block;
   Words largest_first = {}, largest_root = {};
-  alignas(64) float firsts[kMomentBlock], roots[kMomentBlock];
 };

@@ -260,7 +260,7 @@ bool flush_denormals_enabled() noexcept { return FloatingPointMode::flushes_deno
 void split_master(const float* master, uint16_t* weight, int16_t* remainder, size_t count) noexcept {
   for (size_t i = 0; i < count; ++i) {
     const uint32_t bits = canonical_bits(master[i], bits_of(master[i]));
-    weight[i] = static_cast<uint16_t>(to_bfloat16_half_up(bits));
+    weight[i] = static_cast<uint16_t>(rounded_half_up(bits) >> 16);
     remainder[i] = static_cast<int16_t>(bits & 0xffffu);
   }
 }

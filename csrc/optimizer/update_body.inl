@@ -3,19 +3,30 @@
 //
 // Include after lanes.inl and moment_formats.inl.
 
+// A format is narrow when its array is of 16 bits or less and has both orders of a pair; the others are
+// loaded and stored InHalves only.
+
 struct Float32Gradient {
   using Element = float;
-  static Floats load(const Element* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
+  static constexpr bool kNarrow = false;
+  static Pair<Floats> load_pair(const Element* from, InHalves) { return {load(from), load(from + kLanes)}; }
   static Floats round(Floats value) { return value; }
 };
 struct BFloat16Gradient {
   using Element = uint16_t;
-  static Floats load(const Element* from) { return floats_of(widen(from) << 16); }
+  static constexpr bool kNarrow = true;
+  template <typename Order>
+  static Pair<Floats> load_pair(const Element* from, Order order) {
+    return floats_of(order.load_upper(from));
+  }
   static Floats round(Floats value) { return floats_of(round_to_bfloat16(canonical_bits(value))); }
 };
 struct Float16Gradient {
   using Element = uint16_t;
-  static Floats load(const Element* from) { return load_float16(from); }
+  static constexpr bool kNarrow = false;
+  static Pair<Floats> load_pair(const Element* from, InHalves) {
+    return {load_float16(from), load_float16(from + kLanes)};
+  }
   static Floats round(Floats value) { return round_to_float16(value); }
 };
 
@@ -23,49 +34,55 @@ struct Float16Gradient {
 // rounded stochastically to bf16 before it is stored.
 struct Float32Master {
   using Element = float;
-  static constexpr bool kHasWeight = false, kIsRounded = false;
-  static Floats load(const Element* master, const uint16_t*) {
-    return *reinterpret_cast<const UnalignedFloats*>(master);
+  static constexpr bool kHasWeight = false, kIsRounded = false, kNarrow = false;
+  static Pair<Floats> load_pair(const Element* master, const uint16_t*, InHalves) {
+    return {load(master), load(master + kLanes)};
   }
-  static void store_pair(Floats low, Floats high, Element* master, uint16_t*) {
-    store(low, master);
-    store(high, master + kLanes);
+  static void store_pair(Pair<Floats> updated, Element* master, uint16_t*, InHalves) {
+    store(updated.left, master);
+    store(updated.right, master + kLanes);
   }
 };
 struct BFloat16WeightMaster : Float32Master {
   static constexpr bool kHasWeight = true;
-  static void store_pair(Floats low, Floats high, Element* master, uint16_t* weight) {
-    Float32Master::store_pair(low, high, master, nullptr);
-    narrow(to_bfloat16_half_up(canonical_bits(low)), to_bfloat16_half_up(canonical_bits(high)), weight);
+  static void store_pair(Pair<Floats> updated, Element* master, uint16_t* weight, InHalves order) {
+    Float32Master::store_pair(updated, master, nullptr, order);
+    const Pair<Words> bits = canonical_bits(updated);
+    order.store_upper({rounded_half_up(bits.left), rounded_half_up(bits.right)}, weight);
   }
 };
 struct Float16WeightMaster : Float32Master {
   static constexpr bool kHasWeight = true;
-  static void store_pair(Floats low, Floats high, Element* master, uint16_t* weight) {
-    Float32Master::store_pair(low, high, master, nullptr);
-    store_float16(low, high, weight);
+  static void store_pair(Pair<Floats> updated, Element* master, uint16_t* weight, InHalves order) {
+    Float32Master::store_pair(updated, master, nullptr, order);
+    store_float16(updated.left, updated.right, weight);
   }
 };
 struct SplitMaster {
   using Element = uint16_t;  // the pattern of the signed remainder
-  static constexpr bool kHasWeight = true, kIsRounded = false;
-  static Floats load(const Element* master, const uint16_t* weight) {
-    const Words remainder = widen(master);
-    // Adds the remainder with its sign: 2^16 less where its top bit is set.
-    return floats_of((widen(weight) << 16) + remainder - ((remainder & 0x8000u) << 1));
+  static constexpr bool kHasWeight = true, kIsRounded = false, kNarrow = true;
+  template <typename Order>
+  static Pair<Floats> load_pair(const Element* master, const uint16_t* weight, Order order) {
+    const Pair<Words> upper = order.load_upper(weight), remainder = order.load_signed(master);
+    return {floats_of(upper.left + remainder.left), floats_of(upper.right + remainder.right)};
   }
-  static void store_pair(Floats low, Floats high, Element* master, uint16_t* weight) {
-    const Words low_bits = canonical_bits(low), high_bits = canonical_bits(high);
-    narrow(to_bfloat16_half_up(low_bits), to_bfloat16_half_up(high_bits), weight);
-    narrow(low_bits & 0xffffu, high_bits & 0xffffu, master);
+  template <typename Order>
+  static void store_pair(Pair<Floats> updated, Element* master, uint16_t* weight, Order order) {
+    const Pair<Words> bits = canonical_bits(updated);
+    order.store_upper({rounded_half_up(bits.left), rounded_half_up(bits.right)}, weight);
+    order.store_lower(bits, master);
   }
 };
 struct BFloat16Master {
   using Element = uint16_t;  // the pattern of the weight
-  static constexpr bool kHasWeight = false, kIsRounded = true;
-  static Floats load(const Element* master, const uint16_t*) { return floats_of(widen(master) << 16); }
-  static void store_pair(Floats low, Floats high, Element* master, uint16_t*) {
-    narrow(bits_of(low) >> 16, bits_of(high) >> 16, master);
+  static constexpr bool kHasWeight = false, kIsRounded = true, kNarrow = true;
+  template <typename Order>
+  static Pair<Floats> load_pair(const Element* master, const uint16_t*, Order order) {
+    return floats_of(order.load_upper(master));
+  }
+  template <typename Order>
+  static void store_pair(Pair<Floats> updated, Element* master, uint16_t*, Order order) {
+    order.store_upper(bits_of(updated), master);
   }
 };
 
@@ -103,45 +120,49 @@ ALWAYS_INLINE Floats scaled_gradient(Floats gradient, const Step<Rule>& step) {
   return gradient;
 }
 
-// Returns the new master, as it is to be stored.
-template <typename Gradient, typename Master, typename Rule>
-ALWAYS_INLINE Floats update_lanes(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step,
-                                  Moments& moments) {
-  Floats gradient = scaled_gradient<Gradient>(Gradient::load(arrays.gradient + at), step);
-  gradient = floats_of(bits_of(gradient) ^ step.gradient_sign);
-  const Floats weight = Master::load(arrays.master + at, arrays.weight + (Master::kHasWeight ? at : 0));
-  const Floats updated = step.rule.update(gradient, weight, moments);
-  if (!Master::kIsRounded) return updated;
-  return floats_of(to_bfloat16_stochastic(canonical_bits(updated), arrays.random.from(at) & 0xffffu) << 16);
+template <typename Gradient, typename Rule>
+ALWAYS_INLINE Floats updated(Floats gradient, Floats weight, const Step<Rule>& step, Moments& moments) {
+  gradient = scaled_gradient<Gradient>(gradient, step);
+  return step.rule.update(floats_of(bits_of(gradient) ^ step.gradient_sign), weight, moments);
 }
 
-template <typename Gradient, typename Master, typename Rule, typename Kept>
+template <typename Gradient, typename Master, typename Rule, typename Kept, typename Order>
 ALWAYS_INLINE void update_pair(const Arrays<Gradient, Master>& arrays, size_t at, const Step<Rule>& step,
-                               Kept& kept) {
-  Moments low = kept.load(at), high = kept.load(at + kLanes);
-  const Floats low_master = update_lanes(arrays, at, step, low);
-  const Floats high_master = update_lanes(arrays, at + kLanes, step, high);
-  Master::store_pair(low_master, high_master, arrays.master + at,
-                     arrays.weight + (Master::kHasWeight ? at : 0));
-  kept.store_pair(at, low, high);
+                               Kept& kept, Order order) {
+  uint16_t* const weight = arrays.weight + (Master::kHasWeight ? at : 0);
+  Pair<Moments> moments = kept.load_pair(at, order);
+  const Pair<Floats> gradients = Gradient::load_pair(arrays.gradient + at, order);
+  Pair<Floats> masters = Master::load_pair(arrays.master + at, weight, order);
+  masters = {updated<Gradient>(gradients.left, masters.left, step, moments.left),
+             updated<Gradient>(gradients.right, masters.right, step, moments.right)};
+  if (Master::kIsRounded) {
+    const Pair<Words> bits = canonical_bits(masters), random = arrays.random.of_pair(at, order);
+    masters = {floats_of(rounded_stochastically(bits.left, random.left & 0xffffu)),
+               floats_of(rounded_stochastically(bits.right, random.right & 0xffffu))};
+  }
+  Master::store_pair(masters, arrays.master + at, weight, order);
+  kept.store_pair(at, moments, order);
 }
 
 // The first elements of a span, as far as they fill groups; returns their number.
 template <typename Gradient, typename Master, typename Kept, typename Rule>
 ALWAYS_INLINE size_t update_groups(const UpdateSpan& span, const Step<Rule>& step) {
+  using Order = typename OrderOf<Gradient::kNarrow && Master::kNarrow && Kept::kNarrow>::Type;
   const Arrays<Gradient, Master> arrays(span, step.key);
+  typename Kept::Block block;
+  Kept kept(span, step.key, block);
   size_t begin = 0;
   for (; begin + Kept::kGroup <= span.count; begin += Kept::kGroup) {
-    Kept kept(span, begin, step.key);
     for (size_t at = begin; at < begin + Kept::kGroup; at += kStride) {
       prefetch_stride(arrays.gradient, at);
       prefetch_stride(arrays.master, at);
       if (Master::kHasWeight) prefetch_stride(arrays.weight, at);
       if (Rule::kHasExpAvg) prefetch_stride(kept.first, at);
       if (Rule::kHasExpAvgSq) prefetch_stride(kept.second, at);
-      for (size_t pair = 0; pair < kStride; pair += kPairLanes) update_pair(arrays, at + pair, step, kept);
+      for (size_t pair = 0; pair < kStride; pair += kPairLanes)
+        update_pair(arrays, at + pair, step, kept, Order());
     }
-    kept.finish();
+    kept.end_group(begin, Order());
   }
   return begin;
 }
