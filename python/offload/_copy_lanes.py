@@ -55,7 +55,7 @@ class CopyLanes:
     """See the module's text. One compute thread at a time, as autograd gives it."""
 
     def __init__(self, device: torch.device, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
-        self._device = device
+        self.device = device
         self._pool = pool
         self._transfers = transfers
         self._ring: deque[_Copy] = deque()
@@ -65,15 +65,15 @@ class CopyLanes:
 
     def compute_stream(self) -> int:
         """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return 0
-        return torch.cuda.current_stream(self._device).cuda_stream
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def on_stream(self, stream: int) -> contextlib.AbstractContextManager[Any]:
         """Inside, this thread computes on the stream of that handle."""
-        if self._device.type == "cpu" or stream == self.compute_stream():
+        if self.device.type == "cpu" or stream == self.compute_stream():
             return contextlib.nullcontext()
-        return torch.cuda.stream(torch.cuda.ExternalStream(stream, self._device))  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(torch.cuda.ExternalStream(stream, self.device))  # type: ignore[no-untyped-call]
 
     def send(self, tensor: Tensor, tag: _native.Tag, stream: int, room: int | None = None) -> LandedBytes:
         """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed.
