@@ -82,11 +82,12 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         precision = self.settings.precision
         if precision.cast_inputs:
             inputs, kwargs = cast((inputs, kwargs), TORCH_DTYPES[precision.dtype])
+        module = self.module
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if precision.autocast is not None:
             autocast = torch.autocast(self.device.type, TORCH_DTYPES[precision.autocast.dtype])
-        with self._report.timed("forward"), self._report.profiled(self.module, self.global_steps + 1), autocast:
-            return self.module(*inputs, **kwargs)
+        with self._report.timed("forward"), self._report.profiled(module, self.global_steps + 1), autocast:
+            return module(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backward of `loss` (a scalar) divided by the accumulation steps, under the loss scale; returns the quotient.
@@ -198,7 +199,10 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         return [] if self.optimizer is None else self.optimizer.param_groups
 
     def get_global_grad_norm(self) -> float | None:
-        """L2 norm of the gradients of the last step, unscaled, before clipping; inf where it was skipped."""
+        """L2 norm of the gradients of the last step, unscaled, before clipping; inf where it was skipped.
+
+        None before the first step, and with `compute_grad_norm: false` where nothing else takes it.
+        """
         return None if self.optimizer is None else self.optimizer.global_grad_norm
 
     def _require_optimizer(self, name: str) -> EngineOptimizer:

@@ -18,6 +18,8 @@ from ._settings import FlopsProfiler, Settings
 
 __all__ = ["Report"]
 
+_NOTHING = contextlib.nullcontext()
+
 
 class Report:
     """Follows the calls of one engine. With nothing switched on it costs a few comparisons a step."""
@@ -30,12 +32,12 @@ class Report:
         self._seconds: dict[str, float] = {}
         self._losses: list[Tensor] = []
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Adds the block's time to the breakdown of the step; work on the device is waited for only to measure it."""
-        if not self._logging.wall_clock_breakdown:
-            yield
-            return
+        return self._timed(name) if self._logging.wall_clock_breakdown else _NOTHING
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         self._synchronize()
         start = time.perf_counter()
         yield
@@ -70,12 +72,13 @@ class Report:
             momenta = [group.get("betas", group.get("momentum")) for group in optimizer.param_groups]
             logger.info("step=%d, skipped=%d, lr=%s, mom=%s", step, skipped, rates, momenta)
 
-    @contextlib.contextmanager
-    def profiled(self, module: nn.Module, step: int) -> Iterator[None]:
+    def profiled(self, module: nn.Module, step: int) -> contextlib.AbstractContextManager[None]:
         """Counts the floating-point operations of a forward, in the one step that the config names."""
-        if not self._flops.enabled or step != self._flops.profile_step:
-            yield
-            return
+        wanted = self._flops.enabled and step == self._flops.profile_step
+        return self._profiled(module) if wanted else _NOTHING
+
+    @contextlib.contextmanager
+    def _profiled(self, module: nn.Module) -> Iterator[None]:
         depth = self._flops.module_depth
         # Any depth: no model nests as deep as this.
         with FlopCounterMode(display=False, depth=depth if depth >= 0 else 999) as counter:
