@@ -10,6 +10,7 @@ from torch import Tensor
 
 import offload
 
+from ._backward_guard import BackwardGuard
 from ._loss_scale import DynamicLossScale, StaticLossScale
 
 __all__ = ["EngineOptimizer", "global_norm"]
@@ -52,6 +53,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self.optimizer = wrapped
         self.loss_scaler = loss_scale
         self.overflow = False
+        self.guard = BackwardGuard()
         self._clip_norm = clip_norm
         self._skip_bad_steps = skip_bad_steps
         self._takes_norm = takes_norm or skip_bad_steps or clip_norm > 0
@@ -94,10 +96,21 @@ class EngineOptimizer(torch.optim.Optimizer):
         return self._norm
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
-        """Backward of the scaled loss. A 16-bit loss is widened first, so that its scale cannot overflow it."""
-        if self.loss_scale != 1.0 or self.dynamic_loss_scale:
-            loss = loss.float() * self.loss_scale
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        """Backward of the scaled loss."""
+        before, self.guard.expected = self.guard.expected, True
+        try:
+            self._scaled(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        finally:
+            self.guard.expected = before
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The scaled loss, for a caller who runs its backward before the engine's next `step()`."""
+        self.guard.expected = True
+        return self._scaled(loss)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """A 16-bit loss is widened first, so that its scale cannot overflow it."""
+        return loss.float() * self.loss_scale if self.loss_scale != 1.0 or self.dynamic_loss_scale else loss
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
