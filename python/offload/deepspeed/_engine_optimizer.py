@@ -23,13 +23,12 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     """The L2 norm over all gradients, accumulated in fp32: a scalar tensor on their device."""
     if not gradients:
         return torch.zeros(())
-    places: dict[torch.dtype, list[int]] = {}
-    for place, gradient in enumerate(gradients):
-        places.setdefault(gradient.dtype, []).append(place)
-    norms: dict[int, Tensor] = {}
-    for alike in places.values():  # of several dtypes in one list torch takes all gradients to the device at once
-        norms |= zip(alike, torch._foreach_norm([gradients[place] for place in alike], 2.0, torch.float32), strict=True)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([norms[place] for place in range(len(norms))]), 2.0)
+    # In one call; but of several dtypes it would take all gradients to the device at once.
+    alike = len({gradient.dtype for gradient in gradients}) == 1
+    norms: list[Tensor] = []
+    for some in [gradients] if alike else [[gradient] for gradient in gradients]:
+        norms += torch._foreach_norm(some, 2.0, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
     return norm
 
 
