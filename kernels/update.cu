@@ -81,8 +81,9 @@ struct Arrays {
   float* exp_avg_sq_scales;
   long long count;
   int gradient_format, master_format, weight_format;
-  unsigned rounding_key;  // [Note: stochastic rounding] of csrc/optimizer/update_rules.h
-  float grad_scale;       // multiplies the widened gradient, in fp32
+  unsigned rounding_key;       // [Note: stochastic rounding] of csrc/optimizer/update_rules.h
+  const float* grad_scale_at;  // what multiplies the widened gradient, in fp32; null: grad_scale does
+  float grad_scale;
   bool maximize;
 };
 
@@ -104,7 +105,8 @@ __device__ unsigned short to_bfloat16_stochastic(float value, unsigned random) {
 template <typename Rule>
 __device__ void update_element(const Arrays& arrays, const Rule& rule, long long at, float& exp_avg,
                                float& exp_avg_sq) {
-  const float scale = arrays.maximize ? -arrays.grad_scale : arrays.grad_scale;  // the sign is exact
+  const float given = arrays.grad_scale_at != nullptr ? *arrays.grad_scale_at : arrays.grad_scale;
+  const float scale = arrays.maximize ? -given : given;  // the sign is exact
   const unsigned bits = load_bits(arrays.gradient, arrays.gradient_format, at);
   float master = widen(load_bits(arrays.master, arrays.master_format, at), arrays.master_format);
   rule.update(widen(bits, arrays.gradient_format) * scale, master, exp_avg, exp_avg_sq);
@@ -259,11 +261,11 @@ __device__ void update_int8(const Arrays& arrays, const Rule& rule) {
 #define ARRAYS                                                                                             \
   const void *gradient, int gradient_format, void *master, int master_format, void *weight,                \
       int weight_format, void *exp_avg, void *exp_avg_sq, float *exp_avg_scales, float *exp_avg_sq_scales, \
-      unsigned rounding_key, long long count, float grad_scale, bool maximize
+      unsigned rounding_key, long long count, const float *grad_scale_at, float grad_scale, bool maximize
 #define THE_ARRAYS                                                                           \
   Arrays {                                                                                   \
-    gradient, master, weight, exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales, count, \
-        gradient_format, master_format, weight_format, rounding_key, grad_scale, maximize    \
+    gradient, master, weight, exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales, count,             \
+        gradient_format, master_format, weight_format, rounding_key, grad_scale_at, grad_scale, maximize \
   }
 
 #define ADAMW                                                                                               \

@@ -98,7 +98,7 @@ class CopyLanes:
     """See the module's text. One compute thread at a time, as autograd gives it."""
 
     def __init__(self, device: torch.device, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
-        self._device = device
+        self.device = device
         self._pool = pool
         self._transfers = transfers
         self._ring: deque[_Copy] = deque()
@@ -109,17 +109,17 @@ class CopyLanes:
 
     def compute_stream(self) -> int:
         """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return 0
-        return torch.cuda.current_stream(self._device).cuda_stream
+        return torch.cuda.current_stream(self.device).cuda_stream
 
     def on_stream(self, stream: int) -> contextlib.AbstractContextManager[Any]:
         """Inside, this thread computes on the stream of that handle."""
-        if self._device.type == "cpu" or stream == self.compute_stream():
+        if self.device.type == "cpu" or stream == self.compute_stream():
             return contextlib.nullcontext()
         if stream == 0:  # the default one: torch takes an ExternalStream of 0 for a new stream
-            return torch.cuda.stream(torch.cuda.default_stream(self._device))
-        return torch.cuda.stream(torch.cuda.ExternalStream(stream, self._device))  # type: ignore[no-untyped-call]
+            return torch.cuda.stream(torch.cuda.default_stream(self.device))
+        return torch.cuda.stream(torch.cuda.ExternalStream(stream, self.device))  # type: ignore[no-untyped-call]
 
     def send(
         self, tensor: Tensor, tag: _native.Tag, stream: int, room: int | None = None, *, may_wait: bool = False

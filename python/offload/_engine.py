@@ -28,7 +28,7 @@ from ._adamw import FORMATS, check_gradient
 from ._config import Config
 from ._copy_lanes import CopyLanes, ticket_of, wait_to_end
 from ._errors import InvalidArgument, OffloadError, StateError
-from ._grad_factors import with_scale
+from ._grad_factors import GradScale
 from ._gradient_lanes import GradientLanes, StepGradient, landed
 from ._interrupts import Uninterrupted
 from ._native_state import Hyper, NativeState
@@ -70,7 +70,6 @@ class Update:
 
     parameter: Parameter
     hyper: Hyper
-    grad_scale: float = 1.0
 
 
 _Work = tuple[NativeState, Update]
@@ -213,7 +212,7 @@ class Engine:
 
     # --- the step -------------------------------------------------------------------------------------------
 
-    def submit_step(self, updates: Sequence[Update], kind: type[NativeState]) -> None:
+    def submit_step(self, updates: Sequence[Update], kind: type[NativeState], grad_scale: GradScale = 1.0) -> None:
         """Submits the updates in the order in which the next forward needs them, and returns.
 
         Parameters are pending from here until their unit's next forward, or any other access, waits for them.
@@ -233,7 +232,7 @@ class Engine:
         of_host.sort(key=lambda pair: self._position(pair[0], order))
         if self._goes_backwards([state for state, _ in of_host]):
             of_host.reverse()
-        self._update(of_host, [pair for pair in work if not pair[0].on_host])
+        self._update(of_host, [pair for pair in work if not pair[0].on_host], grad_scale)
         self.streaming.rest()
 
     def check_gradients(self, parameters: Sequence[Parameter]) -> None:
@@ -328,9 +327,9 @@ class Engine:
     def _position(self, state: ParameterState, order: Mapping[EngineUnit, int]) -> int:
         return min((order.get(u, len(order)) for u in self._units_of.get(id(state.parameter), ())), default=0)
 
-    def _update(self, of_host: Sequence[_Work], of_device: Sequence[_Work]) -> None:
+    def _update(self, of_host: Sequence[_Work], of_device: Sequence[_Work], grad_scale: GradScale) -> None:
         """The host's part first: it runs while the device updates its own."""
-        jobs, read = self._host_jobs(of_host)
+        jobs, read = self._host_jobs(of_host, grad_scale)
         states = [state for state, _ in of_host]
         if self.config.poison_enabled:
             self._finish(states)
@@ -351,7 +350,7 @@ class Engine:
                         self.streaming.open_for_writing([state.parameter])
                         self._reseed_written([state])
                     begun = True
-                    state.update_on_device(gradient, update.hyper.scalars(state.step + 1), update.grad_scale)
+                    state.update_on_device(gradient, update.hyper.scalars(state.step + 1), grad_scale)
                     state.step += 1
                     self._wrote(state)
                 self.step_count += 1
@@ -362,20 +361,21 @@ class Engine:
             raise
         self._finish_what_cannot_wait(states)
 
-    def _host_jobs(self, work: Sequence[_Work]) -> tuple[list[Any], list[StepGradient]]:
+    def _host_jobs(self, work: Sequence[_Work], grad_scale: GradScale) -> tuple[list[Any], list[StepGradient]]:
         """What the pipeline is to run, and the gradients that it reads."""
         jobs = []
         read = []
+        scale = self.lanes.scale_for_step(grad_scale if work else 1.0)
         scalars: dict[tuple[Hyper, int], Any] = {}
         for state, update in work:
             key = (update.hyper, state.step + 1)
             if key not in scalars:
                 scalars[key] = update.hyper.native_scalars(state.step + 1)
-            taken = self.lanes.for_step(state.parameter)
+            taken = self.lanes.for_step(state.parameter, scale)
             tickets = [*taken.tickets, *self.streaming.uploads_of(state.parameter), *self._readers_of(state)]
             jobs.append(
                 (self._slots[id(state.parameter)], taken.address, FORMATS[taken.dtype], tickets, scalars[key],
-                 with_scale(taken.factors, update.grad_scale))
+                 taken.factors)
             )  # fmt: skip
             read.append(taken)
         # A plain gradient is still the user's own tensor: it must have left before the user can write to it.

@@ -10,7 +10,7 @@ value, and a factor may wait only in a form that gave the same bits everywhere. 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "DIVIDE", "MULTIPLY", "MULTIPLY_RECIPROCAL", "SCALES", "UNSCALE", "Factor", "HostBytes", "apply_factor",
-    "make_factor", "scaled", "with_scale",
+    "DIVIDE", "MULTIPLY", "MULTIPLY_RECIPROCAL", "MULTIPLY_WIDE", "SCALES", "UNSCALE", "Factor", "GradScale",
+    "HostBytes", "apply_factor", "make_factor", "scaled",
 ]  # fmt: skip
 
 # FactorKind of csrc/optimizer/update_rules.h.
@@ -31,6 +31,9 @@ _aten = torch.ops.aten
 UNSCALE = _aten._amp_foreach_non_finite_check_and_unscale_.default
 
 Apply = Callable[[Tensor, Any], object]
+
+# What `step()` multiplies gradients with: a number, or an fp32 tensor of one element on the device that computes.
+GradScale = float | Tensor
 
 # How each operation is called for one gradient and one scale.
 SCALES: dict[Any, Apply] = {
@@ -189,14 +192,11 @@ def apply_factor(wide: Tensor, kind: int, value: float, dtype: torch.dtype) -> T
     return scaled.to(dtype).to(torch.float32)
 
 
-def with_scale(factors: Sequence[tuple[int, int, float]], scale: float) -> Sequence[tuple[int, int, float]]:
-    """What a job applies to a gradient that `step(grad_scale=scale)` scales: its pending factors first."""
-    return factors if scale == 1.0 else (*factors, (MULTIPLY_WIDE, 0, scale))
-
-
-def scaled(gradient: Tensor, scale: float) -> Tensor:
-    """The same of a tensor: `gradient` itself, or a new one in fp32."""
-    return gradient if scale == 1.0 else gradient.to(torch.float32) * scale
+def scaled(gradient: Tensor, scale: GradScale) -> Tensor:
+    """What `step(grad_scale=scale)` makes of a gradient: itself, or a new one in fp32."""
+    if not isinstance(scale, Tensor) and scale == 1.0:
+        return gradient
+    return gradient.to(torch.float32) * scale
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch.nn import Parameter
 from . import _native
 from ._copy_lanes import CopyLanes, LandedBytes
 from ._errors import OffloadError
-from ._grad_factors import apply_factor
+from ._grad_factors import MULTIPLY_WIDE, GradScale, apply_factor
 from ._host_grad import HostBytes, HostGrad, hold
 from ._pending import reading_metadata
 
@@ -29,15 +28,19 @@ _SCALAR_BYTES = 4
 _NO_BACKWARD = -1
 
 
+# A GradScale as jobs read it: a number, or the host copy of one, on its way or landed.
+StepScale = float | LandedBytes
+
+
 @dataclass(frozen=True)
 class StepGradient:
     """What a job reads: the gradient's bytes in the parameter's element order, and its pending factors."""
 
     address: int
     dtype: torch.dtype
-    tickets: Sequence[_native.Ticket]
-    factors: Sequence[tuple[int, int, float]]
-    _read: tuple[LandedBytes, ...]
+    tickets: list[_native.Ticket]
+    factors: list[tuple[int, int, float]]
+    _read: list[LandedBytes]
 
     def float32(self, parameter: Parameter) -> Tensor:
         """Waits until the bytes have landed: the gradient in fp32 on the host, factors applied.
@@ -67,6 +70,16 @@ def landed(parameter: Parameter, name: str, gradient: StepGradient | None) -> Te
         return gradient.float32(parameter)
     except OffloadError as error:
         raise type(error)(f"{name}: its gradient did not arrive: {error}") from error
+
+
+def _scaled(gradient: StepGradient, scale: StepScale) -> StepGradient:
+    if isinstance(scale, LandedBytes):
+        gradient.tickets.append(scale.ticket)
+        gradient.factors.append((MULTIPLY_WIDE, scale.address, 0.0))
+        gradient._read.append(scale)
+    elif scale != 1.0:
+        gradient.factors.append((MULTIPLY_WIDE, 0, scale))
+    return gradient
 
 
 class GradientLanes(CopyLanes):
@@ -119,8 +132,12 @@ class GradientLanes(CopyLanes):
 
     # --- entering the update --------------------------------------------------------------------------------
 
-    def for_step(self, parameter: Parameter) -> StepGradient:
-        """The parameter's gradient on the host, in the parameter's own element order."""
+    def scale_for_step(self, scale: GradScale) -> StepScale:
+        """For `for_step`. A tensor leaves as soon as it is computed: nothing waits here."""
+        return self.to_host(scale) if isinstance(scale, Tensor) else scale
+
+    def for_step(self, parameter: Parameter, scale: StepScale = 1.0) -> StepGradient:
+        """The parameter's gradient on the host, in the parameter's own element order; `scale` is its last factor."""
         gradient, strides = reading_metadata(lambda: (parameter.grad, parameter.stride()))
         assert gradient is not None
         if isinstance(gradient, HostGrad):
@@ -128,12 +145,12 @@ class GradientLanes(CopyLanes):
             if held.strides == strides:
                 factors = [(kind, address, value) for kind, address, value, _ in held.factors]
                 read = (held.bytes, *(keep for *_, keep in held.factors if keep is not None))
-                mine = tuple(landed for landed in read if isinstance(landed, LandedBytes))
-                return StepGradient(held.bytes.address, held.dtype, held.tickets, factors, mine)
+                mine = [landed for landed in read if isinstance(landed, LandedBytes)]
+                return _scaled(StepGradient(held.bytes.address, held.dtype, held.tickets, factors, mine), scale)
         plain = self.on_device(parameter)
         landed = self.to_host(plain)
         self._plain_ticket = landed.ticket
-        return StepGradient(landed.address, plain.dtype, [landed.ticket], (), (landed,))
+        return _scaled(StepGradient(landed.address, plain.dtype, [landed.ticket], [], [landed]), scale)
 
     def on_device(self, parameter: Parameter) -> Tensor:
         """The parameter's gradient as a plain device tensor with the parameter's strides."""

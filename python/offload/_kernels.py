@@ -69,7 +69,7 @@ class Kernels:
         moments: Mapping[str, int],
         gradient: Tensor,
         scalars: Mapping[str, Any],
-        grad_scale: float = 1.0,
+        grad_scale: float | Tensor = 1.0,
         rounding_key: int = 0,
     ) -> None:
         """One step of the optimizer `rule` ("adamw", "lion" or "adagrad"), in place, with the bits of the native core.
@@ -78,7 +78,8 @@ class Kernels:
         fp32, with the bf16 or fp16 working `weight`, or None where the master is the weight; or bf16 and its own, which
         is rounded stochastically. moments: addresses of `exp_avg` and `exp_avg_sq`, 0 for one that the optimizer does
         not keep, their `moment_format` (fp32 unless given), and `exp_avg_scales`, `exp_avg_sq_scales` of int8 ones.
-        scalars: what `scalars()` of its hyperparameters gives. grad_scale multiplies the gradient in fp32.
+        scalars: what `scalars()` of its hyperparameters gives. grad_scale multiplies the gradient in fp32: a number, or
+        an fp32 tensor of one element on the device, which the kernel reads when it runs.
         rounding_key: of the `RandomWords` that small formats are rounded with.
         """
         count = master.numel()
@@ -98,7 +99,8 @@ class Kernels:
             moments.get("exp_avg_sq_scales", 0),
             ctypes.c_uint32(rounding_key),
             count,
-            ctypes.c_float(grad_scale),
+            grad_scale.data_ptr() if isinstance(grad_scale, Tensor) else 0,
+            ctypes.c_float(1.0 if isinstance(grad_scale, Tensor) else grad_scale),
             ctypes.c_bool(scalars["maximize"]),
             *(ctypes.c_float(scalars[name]) for name in _SCALARS[rule]),
         )

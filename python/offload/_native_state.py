@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from ._adagrad import adagrad_step_
 from ._adamw import adamw_step_, round_to_weight
-from ._grad_factors import scaled
+from ._grad_factors import GradScale, scaled
 from ._kernels import Found, find_kernels
 from ._lion import lion_step_
 from ._moments import MOMENTS, Float32Moment, Moment, RandomWords, moment_bytes, round_stochastically_, seed_of
@@ -144,7 +144,7 @@ class NativeState(ParameterState):
         return arguments
 
     @torch.no_grad()
-    def update_on_device(self, gradient: Tensor, scalars: dict[str, Any], grad_scale: float) -> None:
+    def update_on_device(self, gradient: Tensor, scalars: dict[str, Any], grad_scale: GradScale) -> None:
         """One step where the states are: for states that stay on the device.
 
         gradient: there, with the parameter's strides; grad_scale multiplies it in fp32.

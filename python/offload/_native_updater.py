@@ -18,6 +18,7 @@ from ._adamw import AdamWHyper
 from ._checkpoint import Groups, SavedState
 from ._engine import Engine, Update
 from ._errors import InvalidArgument
+from ._grad_factors import GradScale
 from ._lion import Lion, LionHyper
 from ._native_state import AdagradState, AdamWState, Hyper, LionState, NativeState
 from ._pending import reading_metadata
@@ -91,14 +92,14 @@ class NativeUpdater:
             state.begin_moments(self._original.defaults["initial_accumulator_value"])
         return state
 
-    def step(self, groups: Groups, grad_scale: float) -> None:
+    def step(self, groups: Groups, grad_scale: GradScale) -> None:
         updates = []
         for group in groups:
             hyper = self._hyper_of(group)
             gradients = reading_metadata(lambda: [p.grad for p in group["params"]])  # noqa: B023  # called now
             pairs = zip(group["params"], gradients, strict=True)
-            updates += [Update(parameter, hyper, grad_scale) for parameter, grad in pairs if grad is not None]
-        self.engine.submit_step(updates, self._kind)
+            updates += [Update(parameter, hyper) for parameter, grad in pairs if grad is not None]
+        self.engine.submit_step(updates, self._kind, grad_scale)
 
     # --- states ---------------------------------------------------------------------------------------------
 

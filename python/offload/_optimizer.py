@@ -15,7 +15,8 @@ from . import _checkpoint
 from ._checkpoint import Groups, SavedState
 from ._engine import BeforeUpdate, Engine
 from ._engine_stats import allocator_bytes, engine_stats
-from ._errors import StateError
+from ._errors import InvalidArgument, StateError
+from ._grad_factors import GradScale
 from ._hooks import Hooks
 from ._memory import MemorySummary, summarize
 from ._parameter_state import ParameterState
@@ -47,7 +48,7 @@ class Updater(Protocol):
     def adopt(self, parameter: Parameter) -> None:
         """Makes the state of a parameter. Idempotent."""
 
-    def step(self, groups: Groups, grad_scale: float) -> None:
+    def step(self, groups: Groups, grad_scale: GradScale) -> None:
         """Updates every parameter that has a gradient, or submits that; it reads them times `grad_scale`, in fp32."""
 
     def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
@@ -152,27 +153,37 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float = 1.0) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float | Tensor = 1.0) -> Any:
         """Submits one update of every parameter that has a gradient; returns what `closure` returned.
 
         Hyperparameters are read now. The update reads each gradient times `grad_scale`, a product in fp32 that is not
         rounded to the gradient's dtype: a loss scale and a clipping coefficient are undone here without losing what is
-        too small for fp16. `p.grad` stays as it is.
+        too small for fp16. It may be a tensor of one element; one on the device that computes is not waited for.
+        `p.grad` stays as it is.
 
-        Raises `InvalidArgument` naming the parameter for a gradient that cannot be used (nothing is changed then),
-        `StateError` after an earlier update failed, and what the step of another class raises: masters, and weights
-        with them, may then be updated in part, as in plain torch.
+        Raises `InvalidArgument` naming the parameter for a gradient that cannot be used, and for a `grad_scale` of
+        several elements (nothing is changed then), `StateError` after an earlier update failed, and what the step of
+        another class raises: masters, and weights with them, may then be updated in part, as in plain torch.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        scale = self._usable_scale(grad_scale)
         if not self._updater.announces_updates:
             self._announce_change()
-        self._updater.step(self.param_groups, float(grad_scale))
+        self._updater.step(self.param_groups, scale)
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
         return loss
+
+    def _usable_scale(self, scale: float | Tensor) -> GradScale:
+        """A tensor on the device as a copy in fp32, which the update may read after the caller's next write to it."""
+        if isinstance(scale, Tensor) and scale.numel() != 1:
+            raise InvalidArgument(f"grad_scale has the shape {tuple(scale.shape)}: give a number, or one element")
+        if not isinstance(scale, Tensor) or scale.device != self._engine.lanes.device:
+            return float(scale)
+        return scale.detach().reshape(()).to(torch.float32, copy=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. Gradients may be set to None while their parameters are pending."""

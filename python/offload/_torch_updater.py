@@ -25,7 +25,7 @@ from ._adamw import AdamW
 from ._checkpoint import Groups, SavedState
 from ._engine import Engine
 from ._errors import InvalidArgument
-from ._grad_factors import scaled
+from ._grad_factors import GradScale, scaled
 from ._parameter_state import ParameterState
 from ._pending import noted_on
 
@@ -95,7 +95,7 @@ class TorchUpdater:
     # --- the step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, groups: Groups, grad_scale: float) -> None:
+    def step(self, groups: Groups, grad_scale: GradScale) -> None:
         """Runs the class's own step; its error passes unchanged, and leaves what plain torch would.
 
         The masters may be updated in part then, and the weights follow them: training can go on where it could there.
@@ -106,7 +106,10 @@ class TorchUpdater:
             self.adopt(parameter)
         states = self._states(groups)
         self.engine.settle(states)
-        gradients = [scaled(g, grad_scale) for g in self.engine.float32_gradients(with_gradient)]
+        gradients = self.engine.float32_gradients(with_gradient)
+        if self.engine.plan.optimizer != "device":
+            grad_scale = float(grad_scale)  # waits no longer than the gradients did
+        gradients = [scaled(gradient, grad_scale) for gradient in gradients]
         start = time.perf_counter()
         versions = {}
         for state in states:

@@ -83,9 +83,15 @@ def test_engine_reports_a_ratio_a_block(tmp_path: Path, capsys: pytest.CaptureFi
         wrap, engine = row["wrap_step_s"]["samples"], row["engine_step_s"]["samples"]
         assert row["overhead"]["samples"] == [one / other - 1.0 for one, other in zip(engine, wrap, strict=True)]
         assert len(wrap) == 3 and row["overhead"]["target"] == 0.02
+        assert row["cpu_overhead"]["median_between"][0] <= row["cpu_overhead"]["median"]
+        own = [row["own_us"][part] for part in ("forward", "backward", "step")]
+        assert [len(part["samples"]) for part in own] == [result["calls"]] * 3
+        added = sum(part["median"] for part in own) * 1e-6
+        assert row["own_share"] == pytest.approx(added / row["wrap_step_s"]["median"])
     # Without clipping the two run the same arithmetic.
     assert len(set(result["rows"][0]["last_loss"].values())) == 1
-    assert "overhead" in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "the engine adds" in shown and "overhead in CPU time, bfloat16, clipped" in shown
 
 
 @pytest.mark.usefixtures("accelerator_setting")

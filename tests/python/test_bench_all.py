@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import json
+import math
 import sys
 import types
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from bench_results import bench_results
 from offload import InvalidArgument
 from offload.cli import _bench, _bench_adamw, _bench_pool, main
 from offload.cli._bench_figures import figure, figure_rows
-from offload.cli._bench_spread import low_median_high, summary
+from offload.cli._bench_spread import low_median_high, median_interval, summary
 
 
 @pytest.fixture
@@ -190,6 +191,14 @@ def test_a_part_alone_has_its_own_arguments(stubs: dict[str, Any], tmp_path: Pat
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_a_median_holds_it_in_95_of_100_cases() -> None:
+    """As many of 100 samples lie below their median as coins show heads."""
+    low, high = median_interval([float(rank) for rank in range(100, 0, -1)])
+    chance = sum(math.comb(100, heads) for heads in range(int(low), int(high))) / 2**100
+    assert 0.95 <= chance < 0.96
+    assert median_interval([2.0]) == (2.0, 2.0)
 
 
 def test_summary_orders_its_samples() -> None:

@@ -393,6 +393,9 @@ def test_the_csv_monitor_writes_a_file_a_scalar(tmp_path: Path) -> None:
     for name, value in (("lr", 1e-2), ("loss_scale", 8.0)):
         rows = (tmp_path / "run" / f"Train_Samples_{name}.csv").read_text().splitlines()
         assert [float(row.split(",")[1]) for row in rows[1:]] == [value, value]
+    assert engine.monitor.enabled  # scripts write through it too
+    engine.monitor.write_events([("Eval/accuracy", torch.tensor(0.5), engine.global_samples)])
+    assert (tmp_path / "run" / "Eval_accuracy.csv").read_text().split() == ["step,accuracy", "16,0.5"]
 
 
 def test_the_tensorboard_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import importlib
 import inspect
 import itertools
 import logging
+import os
 import re
 from typing import Any
 
@@ -78,7 +79,8 @@ def test_every_name_of_the_submodules_is_there() -> None:
         ("utils", "safe_get_full_fp32_param", "optimizer.state"),
         ("utils", "nonsense", "it has logger"),
         ("runtime.lr_schedules", "nonsense", "it has LRRangeTest"),
-        ("runtime.utils", "see_memory_usage", "optimizer.stats"),
+        ("runtime.utils", "clip_grad_norm_", "get_global_grad_norm"),
+        ("utils", "get_z3_leaf_modules", "found from the model"),
         ("moe.layer", "MoE", "the model's own"),
         ("profiling.flops_profiler", "FlopsProfiler", "flop_counter"),
         ("nonsense", "x", "it has runtime"),
@@ -96,11 +98,11 @@ def test_what_the_engine_lacks_names_what_to_use() -> None:
     engine, *_ = deepspeed.initialize(model=make_model(), config=config_of())
     engine.allreduce_gradients()
     engine.empty_partition_cache()
-    for name, instead in {"zero_sub_group_size": "engine.settings", "monitor": "csv_monitor"}.items():
+    for name, instead in {"zero_sub_group_size": "engine.settings", "summary_events": "csv_monitor"}.items():
         with pytest.raises(AttributeError, match=rf"the engine has no '{name}': .*{instead}"):
             getattr(engine, name)
-    engine.module.scale = 3  # the model's own
-    assert engine.scale == 3 and engine.embedding is engine.module.embedding
+    engine.module.timers = 3  # the model's own
+    assert engine.timers == 3 and engine.embedding is engine.module.embedding
     with pytest.raises(AttributeError, match="TinyLM"):
         engine.nonsense  # noqa: B018
 
@@ -112,14 +114,53 @@ def test_log_dist_is_for_rank_0(caplog: pytest.LogCaptureFixture) -> None:
     assert [record.getMessage() for record in caplog.records] == ["to None", "to [0]", "to [-1]"]
 
 
+def test_leaf_modules_are_named_and_change_nothing() -> None:
+    from offload.deepspeed.utils import set_z3_leaf_modules, unset_z3_leaf_modules
+
+    model = make_model()
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for given in (nn.Linear, "Linear", "torch.nn.modules.linear.Linear"):
+        assert set_z3_leaf_modules(model, [nn.Conv2d, given]) == linear
+    assert unset_z3_leaf_modules(model, [nn.Conv2d], raise_if_not_found=False) == []
+    with pytest.raises(ValueError, match="no module of .*Conv2d"):
+        set_z3_leaf_modules(model, [nn.Conv2d])
+
+
+def test_states_are_named_by_their_enums() -> None:
+    from offload.deepspeed.runtime.zero.offload_config import OffloadDeviceEnum, OffloadStateTypeEnum
+
+    engine, *_ = deepspeed.initialize(model=make_model(), config=config_of(zero=STAGES["stage 2"]))
+    engine.offload_states(include=[OffloadStateTypeEnum.optim_states], device=OffloadDeviceEnum.cpu)
+    assert engine.optimizer.plan.optimizer == "host"
+    engine.reload_states()
+    assert engine.optimizer.plan.optimizer == "device"
+    with pytest.raises(offload.InvalidArgument, match="legal is 'cpu'"):
+        engine.offload_states(device=OffloadDeviceEnum.nvme)
+
+
+def test_see_memory_usage_tells_when_forced(caplog: pytest.LogCaptureFixture) -> None:
+    from offload.deepspeed.runtime.utils import see_memory_usage
+
+    caplog.set_level(logging.INFO, "offload.deepspeed")
+    see_memory_usage("quiet")
+    see_memory_usage("after the model", force=True)
+    (text,) = [record.getMessage() for record in caplog.records]
+    found = re.fullmatch(r"after the model\naccelerator: .* at most .*; host: (.+) GiB of (.+) GiB", text)
+    assert found is not None and 0 < float(found[1]) < float(found[2])
+
+
 # --- one process ----------------------------------------------------------------------------------------------
 
 
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not torch.distributed.is_initialized()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.setenv(name, "")  # so that it is as before afterwards
+        monkeypatch.delenv(name)
     deepspeed.init_distributed(dist_backend="nccl", auto_mpi_discovery=True)
     deepspeed.init_distributed()
     assert (torch.distributed.get_rank(), torch.distributed.get_world_size()) == (0, 1)
+    assert [os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["0", "0", "1"]
     torch.distributed.barrier()
     comm = deepspeed.comm
     assert comm.is_initialized() and comm.is_available()

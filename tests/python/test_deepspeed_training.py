@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import offload
@@ -52,6 +53,70 @@ def test_a_stage_equals_plain_torch(
     assert_same(engine_run(config), expected)
     if "clip" in loop:
         assert max(norm for norm in expected.norms if norm is not None) > loop["clip"]
+
+
+class _Operations(TorchDispatchMode):
+    """The torch operations that ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+UNCHECKED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"gradient_clipping": 0.5}, {"gradient_clipping": 0.5, **UNCHECKED}],
+    ids=["plain", "clipped", "clipped bf16"],
+)
+@pytest.mark.parametrize("zero", STAGES.values(), ids=STAGES.keys())
+def test_a_step_that_is_not_checked_reads_nothing_back(zero: dict[str, Any], keys: dict[str, Any]) -> None:
+    """It would wait for all of backward, which plain torch does not."""
+    engine, *_ = offload.initialize(model=make_model(), config=config_of(zero=zero, **keys))
+    for tokens in batches(2):
+        loss = loss_of(engine, tokens)
+        with _Operations() as operations:
+            engine.backward(loss)
+            engine.step()
+        assert "aten._local_scalar_dense.default" not in operations.names
+    assert engine.get_global_grad_norm() > 0
+
+
+def test_a_norm_that_nobody_asks_for_is_not_taken() -> None:
+    zero = {**STAGES["stage 2, optimizer on the host"], "compute_grad_norm": False}
+    runs = []
+    for stage in (STAGES["stage 2"], zero):
+        model = make_model()
+        engine, *_ = offload.initialize(model=model, config=config_of(zero=stage))
+        with _Operations() as operations:
+            for tokens in batches(2):
+                engine.backward(loss_of(engine, tokens))
+                engine.step()
+        runs.append({name: weight.clone() for name, weight in engine.module.state_dict().items()})
+    assert not {"aten._foreach_norm.Scalar", "aten.linalg_vector_norm.default"} & set(operations.names)
+    assert engine.get_global_grad_norm() is None
+    assert all(same_bits(runs[0][name], weight) for name, weight in runs[1].items())
+    with pytest.raises(offload.InvalidArgument, match="gradient_clipping=0.5 needs the norm"):
+        offload.initialize(model=make_model(), config=config_of(zero=zero, gradient_clipping=0.5))
+
+
+def test_the_norm_of_gradients_of_several_dtypes() -> None:
+    """One at a time, so that no more than one of them is on the device."""
+    model = make_model()
+    model.blocks.bfloat16()
+    engine, *_ = offload.initialize(model=nn.ModuleDict({"a": model.head, "b": model.blocks[0].up}), config=config_of())
+    x = torch.ones(2, engine.module["a"].in_features, device=engine.device)
+    (engine.module["a"](x).sum() + engine.module["b"](x.bfloat16()).float().sum()).backward()
+    gradients = [parameter.grad.float() for parameter in engine.module.parameters()]
+    engine.step()
+    expected = torch.stack([gradient.double().norm() for gradient in gradients]).norm().item()
+    assert engine.get_global_grad_norm() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["offload_optimizer", "offload_param"])

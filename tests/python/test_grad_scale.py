@@ -29,11 +29,11 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
 
 
-def train(model: nn.Module, optimizer: Any) -> dict[str, torch.Tensor]:
+def train(model: nn.Module, optimizer: Any, grad_scale: float | torch.Tensor = GRAD_SCALE) -> dict[str, torch.Tensor]:
     for tokens in batches(4):
         (loss_of(model, tokens) * LOSS_SCALE).backward()
         before = None if model.norm.weight.grad is None else model.norm.weight.grad.clone()
-        optimizer.step(grad_scale=GRAD_SCALE)
+        optimizer.step(grad_scale=grad_scale)
         assert before is not None and torch.equal(model.norm.weight.grad, before)
         optimizer.zero_grad()
     return {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -88,3 +88,48 @@ def test_what_a_loss_scale_keeps_above_zero_in_fp16_is_not_lost(placement: dict[
     optimizer.step(grad_scale=2.0**-26)  # 2**-36 is zero in fp16
     expected = torch.full((4, 4), -(2.0**-16), dtype=torch.float16)
     assert same_bits(model.state_dict()["weight"], expected)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, sgd], ids=["native", "another class"])
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
+def test_a_tensor_scales_as_its_number_does(placement: dict[str, str], kind: Any, device: torch.device) -> None:
+    numbers, tensors = (
+        train(*offload.wrap(model, kind(model.parameters()), **placement), grad_scale=scale)
+        for model, scale in (
+            (make_model(torch.bfloat16), GRAD_SCALE),
+            (make_model(torch.bfloat16), torch.tensor([GRAD_SCALE], dtype=torch.float64, device=device)),
+        )
+    )
+    for name, weight in numbers.items():
+        assert same_bits(tensors[name], weight), name
+
+
+@pytest.mark.cpu_only
+def test_a_step_does_not_wait_for_its_scale() -> None:
+    """The update reads the value of the call, once the tensor has left the device; what is written to it later counts
+    for later steps."""
+    model, optimizer = offload.wrap(model := make_model(), torch.optim.AdamW(model.parameters(), eps=1e-3), **HOST)
+    twin, expected = offload.wrap(twin := make_model(), torch.optim.AdamW(twin.parameters(), eps=1e-3), **HOST)
+    (tokens,) = batches(1)
+    loss_of(model, tokens).backward()
+    loss_of(twin, tokens).backward()
+    expected.step(grad_scale=GRAD_SCALE)
+    scale = torch.tensor(GRAD_SCALE)
+    optimizer._engine.device.hold("to_host")
+    try:
+        optimizer.step(grad_scale=scale)
+        scale.fill_(float("nan"))
+    finally:
+        optimizer._engine.device.release("to_host")
+    for name, weight in twin.state_dict().items():
+        assert same_bits(model.state_dict()[name], weight), name
+
+
+def test_a_scale_of_several_elements_is_refused_and_changes_nothing() -> None:
+    model, optimizer = offload.wrap(model := make_model(), torch.optim.AdamW(model.parameters()), **HOST)
+    loss_of(model, next(batches(1))).backward()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    with pytest.raises(offload.InvalidArgument, match=r"grad_scale has the shape \(2,\)"):
+        optimizer.step(grad_scale=torch.ones(2))
+    for name, weight in model.state_dict().items():
+        assert same_bits(weight, before[name]), name

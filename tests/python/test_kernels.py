@@ -93,7 +93,7 @@ class States:
         moments = {"exp_avg": normal(2.0), "exp_avg_sq": normal(2.0).square()}
         return cls(normal(4.0).to(gradient_dtype), normal(1.0), moments, weight_dtype)
 
-    def by_kernel(self, kernels: Kernels, name: str, rule: Rule, grad_scale: float) -> dict[str, Tensor]:
+    def by_kernel(self, kernels: Kernels, name: str, rule: Rule, grad_scale: float | Tensor) -> dict[str, Tensor]:
         guarded = {"gradient": Guarded(self.gradient), "master": Guarded(self.master)}
         guarded |= {key: Guarded(self.moments[key]) for key in rule.moments}
         if self.weight_dtype != torch.float32:
@@ -160,6 +160,7 @@ def assert_same_values(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -
 
 def assert_all_agree(states: States, kernels: Kernels, name: str, rule: Rule, grad_scale: float = 1.0) -> None:
     written = states.by_kernel(kernels, name, rule, grad_scale)
+    assert_same_values(written, states.by_kernel(kernels, name, rule, torch.tensor(grad_scale)))  # read where it lies
     assert_same_values(written, states.by_native_core(rule, grad_scale))
     assert_same_values(written, states.by_torch_operations(rule, grad_scale))
 

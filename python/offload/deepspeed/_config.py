@@ -78,6 +78,7 @@ def resolve(
         batch=_batch_sizes(values, report),
         precision=_precision(values, report),
         gradient_clipping=values["gradient_clipping"],
+        grad_norm=values["zero_optimization"]["compute_grad_norm"],
         managed_accumulation=values["managed_gradient_accumulation"],
         placement=_placement(values, report, has_aio=config.get("aio") is not None),
         optimizer=resolve_optimizer(values["optimizer"], report),
@@ -94,6 +95,11 @@ def resolve(
         checkpoint=Checkpoint(async_save=values["checkpoint"]["writer"]["decoupled"]),
         notices=_notices(config, report),
     )
+    if settings.gradient_clipping > 0 and not settings.grad_norm:
+        report.errors.append(
+            f"zero_optimization.compute_grad_norm=False: gradient_clipping={settings.gradient_clipping:g} needs the "
+            "norm: write gradient_clipping: 0.0, or leave compute_grad_norm out"
+        )
     if settings.placement.optimizer == "host":
         check_named_share(settings.placement.optimizer_ratio, settings.optimizer, report)
     order = {name: position for position, name in enumerate(config)}

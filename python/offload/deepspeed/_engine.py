@@ -20,7 +20,7 @@ from ._engine_settings import EngineSettings
 from ._log import logger
 from ._placement import Placed
 from ._reporting import Report
-from ._settings import Settings
+from ._settings import BatchSizes, Settings
 
 __all__ = ["Engine"]
 
@@ -35,6 +35,7 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
 
     micro_steps, global_steps, global_samples, skipped_steps: micro-batches, optimizer steps (skipped ones too),
     samples and skipped steps so far. optimizer, lr_scheduler, training_dataloader: as `initialize` returned them.
+    monitor: writes scalars to what the config enables, the script's own too.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         self.device = device
         self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
         self._placed: Placed | None = placed
-        self._batch = settings.batch
+        self._micro_batches = 0  # that went backward since the last update
         self._report = Report(settings, self._synchronize)
+        self.monitor = self._report.monitor
         self._boundary: bool | None = None  # as set by the caller
         self._step_applied = False
         self._inside_no_sync = False
+        self._set_batch(settings.batch)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -82,11 +85,12 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         precision = self.settings.precision
         if precision.cast_inputs:
             inputs, kwargs = cast((inputs, kwargs), TORCH_DTYPES[precision.dtype])
+        module = self.module
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if precision.autocast is not None:
             autocast = torch.autocast(self.device.type, TORCH_DTYPES[precision.autocast.dtype])
-        with self._report.timed("forward"), self._report.profiled(self.module, self.global_steps + 1), autocast:
-            return self.module(*inputs, **kwargs)
+        with self._report.timed("forward"), self._report.profiled(module, self.global_steps + 1), autocast:
+            return module(*inputs, **kwargs)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> Tensor:
         """Backward of `loss` (a scalar) divided by the accumulation steps, under the loss scale; returns the quotient.
@@ -94,16 +98,24 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         scale_wrt_gas: False leaves the division to the caller.
         """
         optimizer = self._require_optimizer("backward")
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
-            raise offload.InvalidArgument(
-                f"backward() was given a {type(loss).__name__}{shape}: give the loss, a tensor of one element"
-            )
-        if scale_wrt_gas and self.settings.managed_accumulation and self._batch.accumulation > 1:
-            loss = loss / self._batch.accumulation
-        self._report.keep_loss(loss)
+        _check_loss("backward", loss)
+        loss = self._counted(loss, scale_wrt_gas)
         with self._report.timed("backward"):
             optimizer.backward(loss, retain_graph=retain_graph)
+        return loss
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """What `backward(loss)` runs backward from, for scripts that call `.backward()` of the result themselves."""
+        optimizer = self._require_optimizer("scale")
+        _check_loss("scale", loss)
+        return optimizer.scale(self._counted(loss, divided=True))
+
+    def _counted(self, loss: Tensor, divided: bool) -> Tensor:
+        """The share of a micro-batch in the step, as the monitors and the count of samples see it too."""
+        if divided and self._batch.accumulation > 1:
+            loss = loss / self._batch.accumulation
+        self._report.keep_loss(loss)
+        self._micro_batches += 1
         return loss
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -114,7 +126,7 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         optimizer = self._require_optimizer("step")
         if self._inside_no_sync:
             raise offload.StateError("step() was called inside no_sync(): leave the context first")
-        self._step_applied = False
+        self._step_applied = optimizer.guard.expected = False
         if self.is_gradient_accumulation_boundary() or not self.settings.managed_accumulation:
             with self._report.timed("step"):
                 optimizer.step()
@@ -126,7 +138,9 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
             elif self.lr_scheduler is not None:
                 self.lr_scheduler.step(**(lr_kwargs or {}))
             self.global_steps += 1
-            self.global_samples += self._batch.train
+            counted = self.settings.managed_accumulation
+            self.global_samples += self._batch.train if counted else self._batch.micro * self._micro_batches
+            self._micro_batches = 0
             self._report.after_step(
                 step=self.global_steps,
                 skipped=self.skipped_steps,
@@ -137,13 +151,21 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         self.micro_steps += 1
 
     def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the current micro-batch is the last one before an update."""
+        """Whether the current micro-batch is the last one before an update.
+
+        False with `managed_gradient_accumulation: false`: only the caller of `step()` knows.
+        """
         if self._boundary is not None:
             return self._boundary
-        return (self.micro_steps + 1) % self._batch.accumulation == 0
+        return self.settings.managed_accumulation and (self.micro_steps + 1) % self._batch.accumulation == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """From now on the caller says which micro-batch is the last one, and the engine stops counting."""
+        if not self.settings.managed_accumulation:
+            raise offload.StateError(
+                "set_gradient_accumulation_boundary() with managed_gradient_accumulation: false, where each step() "
+                "updates: leave one of them out"
+            )
         self._boundary = bool(is_boundary)
 
     def was_step_applied(self) -> bool:
@@ -198,7 +220,10 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         return [] if self.optimizer is None else self.optimizer.param_groups
 
     def get_global_grad_norm(self) -> float | None:
-        """L2 norm of the gradients of the last step, unscaled, before clipping; inf where it was skipped."""
+        """L2 norm of the gradients of the last step, unscaled, before clipping; inf where it was skipped.
+
+        None before the first step, and with `compute_grad_norm: false` where nothing else takes it.
+        """
         return None if self.optimizer is None else self.optimizer.global_grad_norm
 
     def _require_optimizer(self, name: str) -> EngineOptimizer:
@@ -209,6 +234,18 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
                 f"{name}() needs an optimizer: pass optimizer= to initialize, or name one in the config"
             )
         return self.optimizer
+
+    def _set_batch(self, batch: BatchSizes) -> None:
+        """Gradients of a loss that is to be divided, or scaled, may come of the engine's own backward alone."""
+        self._batch = batch
+        if self.optimizer is None:
+            return
+        reason = None
+        if batch.accumulation > 1:
+            reason = f"gradient_accumulation_steps is {batch.accumulation}, by which the engine divides"
+        elif self.optimizer.loss_scale != 1.0 or self.optimizer.dynamic_loss_scale:
+            reason = "the engine scales the loss"
+        self.optimizer.guard.require(reason, self.module.parameters())
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
@@ -239,5 +276,15 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
     def destroy(self) -> None:
         """Ends the engine: `module` becomes a plain model with its weights. Calling it again does nothing."""
         placed, self._placed = self._placed, None
+        if self.optimizer is not None:
+            self.optimizer.guard.remove()
         if placed is not None:
             placed.unwrap()
+
+
+def _check_loss(name: str, loss: Any) -> None:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = f" of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else ""
+        raise offload.InvalidArgument(
+            f"{name}() was given a {type(loss).__name__}{shape}: give the loss, a tensor of one element"
+        )

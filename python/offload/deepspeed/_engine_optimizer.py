@@ -10,6 +10,7 @@ from torch import Tensor
 
 import offload
 
+from ._backward_guard import BackwardGuard
 from ._loss_scale import DynamicLossScale, StaticLossScale
 
 __all__ = ["EngineOptimizer", "global_norm"]
@@ -22,7 +23,11 @@ def global_norm(gradients: list[Tensor]) -> Tensor:
     """The L2 norm over all gradients, accumulated in fp32: a scalar tensor on their device."""
     if not gradients:
         return torch.zeros(())
-    norms = [torch.linalg.vector_norm(gradient, 2.0, dtype=torch.float32) for gradient in gradients]
+    # In one call; but of several dtypes it would take all gradients to the device at once.
+    alike = len({gradient.dtype for gradient in gradients}) == 1
+    norms: list[Tensor] = []
+    for some in [gradients] if alike else [[gradient] for gradient in gradients]:
+        norms += torch._foreach_norm(some, 2.0, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
     return norm
 
@@ -41,13 +46,16 @@ class EngineOptimizer(torch.optim.Optimizer):
         *,
         clip_norm: float,
         skip_bad_steps: bool,
+        takes_norm: bool,
     ) -> None:
         # No call of super().__init__(): groups, states and hooks are those of `wrapped`, found by __getattr__.
         self.optimizer = wrapped
         self.loss_scaler = loss_scale
         self.overflow = False
+        self.guard = BackwardGuard()
         self._clip_norm = clip_norm
         self._skip_bad_steps = skip_bad_steps
+        self._takes_norm = takes_norm or skip_bad_steps or clip_norm > 0
         self._norm: Tensor | float | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -79,18 +87,29 @@ class EngineOptimizer(torch.optim.Optimizer):
 
     @property
     def global_grad_norm(self) -> float | None:
-        """L2 norm of the last step's gradients, unscaled, before clipping: None before the first step, inf after one
-        that was skipped.
+        """L2 norm of the last step's gradients, unscaled, before clipping: inf after a step that was skipped, None
+        before the first and where the config asks for none.
         """
         if isinstance(self._norm, Tensor):
             self._norm = self._norm.item()
         return self._norm
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
-        """Backward of the scaled loss. A 16-bit loss is widened first, so that its scale cannot overflow it."""
-        if self.loss_scale != 1.0 or self.dynamic_loss_scale:
-            loss = loss.float() * self.loss_scale
-        loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        """Backward of the scaled loss."""
+        before, self.guard.expected = self.guard.expected, True
+        try:
+            self._scaled(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        finally:
+            self.guard.expected = before
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The scaled loss, for a caller who runs its backward before the engine's next `step()`."""
+        self.guard.expected = True
+        return self._scaled(loss)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """A 16-bit loss is widened first, so that its scale cannot overflow it."""
+        return loss.float() * self.loss_scale if self.loss_scale != 1.0 or self.dynamic_loss_scale else loss
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -98,18 +117,27 @@ class EngineOptimizer(torch.optim.Optimizer):
         if closure is not None:
             raise offload.InvalidArgument("step(closure) is not supported under a loss scale: call backward() yourself")
         self.overflow = False
-        scale = self.loss_scale
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = global_norm(gradients) / scale
-        if not self._skip_bad_steps and self._clip_norm == 0:
-            self._norm = norm  # read when asked for: no need to wait for backward here
-            self.optimizer.step(grad_scale=1.0 / scale)
+        if not self._takes_norm:
+            self.optimizer.step()
             return
+        gradients = [p.grad for group in self.param_groups for p in group["params"]]
+        norm = global_norm([gradient for gradient in gradients if gradient is not None])
+        scale = self.loss_scale
+        if scale != 1.0:
+            norm = norm / scale
         coefficient = torch.clamp(self._clip_norm / (norm + _CLIP_EPS), max=1.0) if self._clip_norm > 0 else None
-        self.overflow = self._skip_bad_steps and not bool(torch.isfinite(norm))
-        self._norm = math.inf if self.overflow else norm
-        if not self.overflow:
-            self.optimizer.step(grad_scale=(1.0 if coefficient is None else coefficient.item()) / scale)
+        if not self._skip_bad_steps:  # and the scale is 1
+            # Nothing is waited for: the update reads the coefficient when it is there, and who asks reads the norm.
+            self._norm = norm
+            self.optimizer.step(grad_scale=1.0 if coefficient is None else coefficient)
+            return
+        # Whether to step is decided here, so backward is waited for, once, as torch's GradScaler does.
+        self._norm, by = torch.stack((norm, torch.ones_like(norm) if coefficient is None else coefficient)).tolist()
+        self.overflow = not math.isfinite(self._norm)
+        if self.overflow:
+            self._norm = math.inf
+        else:
+            self.optimizer.step(grad_scale=by / scale)
         self.loss_scaler.update(self.overflow)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -29,6 +29,9 @@ class EngineSettings:
     world_size = dp_world_size = mp_world_size = seq_dp_world_size = sequence_parallel_size = 1
     has_moe_layers = pipeline_parallelism = False
 
+    def _set_batch(self, batch: BatchSizes) -> None:
+        raise NotImplementedError
+
     def train_batch_size(self) -> int:
         """Samples of one optimizer step."""
         return self._batch.train
@@ -52,14 +55,14 @@ class EngineSettings:
             raise offload.InvalidArgument(
                 f"train batch size {train_batch_size} is not a multiple of the micro-batch size {self._batch.micro}"
             )
-        self._batch = BatchSizes(train_batch_size, self._batch.micro, accumulation)
+        self._set_batch(BatchSizes(train_batch_size, self._batch.micro, accumulation))
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Another micro-batch size, and so another train batch size, with the same number of micro-batches."""
         if micro_batch_size < 1:
             raise offload.InvalidArgument(f"micro-batch size {micro_batch_size}: give 1 or more")
         accumulation = self._batch.accumulation
-        self._batch = BatchSizes(micro_batch_size * accumulation, micro_batch_size, accumulation)
+        self._set_batch(BatchSizes(micro_batch_size * accumulation, micro_batch_size, accumulation))
 
     def managed_gradient_accumulation(self) -> bool:
         """Whether the engine counts micro-batches; else every `step()` updates."""

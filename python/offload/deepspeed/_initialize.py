@@ -123,6 +123,7 @@ def initialize(
                 make_loss_scale(settings),
                 clip_norm=settings.gradient_clipping,
                 skip_bad_steps=settings.precision.skip_bad_steps,
+                takes_norm=settings.grad_norm,
             )
             logger.info("%s", "; ".join(placed.wrapped.plan.reason))
         scheduler = _scheduler(lr_scheduler, placed.wrapped, settings)

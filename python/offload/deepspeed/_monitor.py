@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ import offload
 
 from ._settings import Monitor, Settings
 
-__all__ = ["CsvMonitor", "TensorBoardMonitor", "Writer", "make_writers"]
+__all__ = ["CsvMonitor", "Monitors", "TensorBoardMonitor", "Writer"]
 
 
 class Writer(Protocol):
@@ -55,11 +56,24 @@ class TensorBoardMonitor:
         self._writer.flush()
 
 
-def make_writers(settings: Settings) -> list[Writer]:
-    """The enabled monitors."""
-    writers: list[Writer] = []
-    if settings.csv_monitor.enabled:
-        writers.append(CsvMonitor(settings.csv_monitor))
-    if settings.tensorboard.enabled:
-        writers.append(TensorBoardMonitor(settings.tensorboard))
-    return writers
+class Monitors:
+    """What the config enables. Scripts write scalars of their own through it: `engine.monitor.write_events(...)`."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._writers: list[Writer] = []
+        if settings.csv_monitor.enabled:
+            self._writers.append(CsvMonitor(settings.csv_monitor))
+        if settings.tensorboard.enabled:
+            self._writers.append(TensorBoardMonitor(settings.tensorboard))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether anything is written."""
+        return bool(self._writers)
+
+    def write_events(self, events: Iterable[tuple[str, Any, int]]) -> None:
+        """Writes (name, number, samples seen so far); a number may be a tensor of one element."""
+        for name, value, samples in events if self._writers else ():
+            number = float(value)
+            for writer in self._writers:
+                writer.write(name, number, samples)

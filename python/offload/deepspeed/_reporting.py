@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ._log import logger
-from ._monitor import make_writers
+from ._monitor import Monitors
 from ._settings import FlopsProfiler, Settings
+from .accelerator import get_accelerator
 
-__all__ = ["Report"]
+__all__ = ["Report", "see_memory_usage"]
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Report:
@@ -25,17 +28,17 @@ class Report:
     def __init__(self, settings: Settings, synchronize: Callable[[], None]) -> None:
         self._logging = settings.logging
         self._flops = settings.flops_profiler
-        self._writers = make_writers(settings)
+        self.monitor = Monitors(settings)
         self._synchronize = synchronize
         self._seconds: dict[str, float] = {}
         self._losses: list[Tensor] = []
 
-    @contextlib.contextmanager
-    def timed(self, name: str) -> Iterator[None]:
+    def timed(self, name: str) -> contextlib.AbstractContextManager[None]:
         """Adds the block's time to the breakdown of the step; work on the device is waited for only to measure it."""
-        if not self._logging.wall_clock_breakdown:
-            yield
-            return
+        return self._timed(name) if self._logging.wall_clock_breakdown else _NOTHING
+
+    @contextlib.contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         self._synchronize()
         start = time.perf_counter()
         yield
@@ -44,19 +47,17 @@ class Report:
 
     def keep_loss(self, loss: Tensor) -> None:
         """The loss of a micro-batch, divided by the accumulation: the monitors write their sum."""
-        if self._writers:
+        if self.monitor.enabled:
             self._losses.append(loss.detach())
 
     def after_step(self, *, step: int, skipped: int, samples: int, optimizer: Any, loss_scale: float | None) -> None:
         """Called after every optimizer step, skipped ones too."""
-        if self._writers:
-            scalars = {"train_loss": float(torch.stack(self._losses).sum())} if self._losses else {}
+        if self.monitor.enabled:
+            scalars: dict[str, Any] = {"train_loss": torch.stack(self._losses).sum()} if self._losses else {}
             scalars["lr"] = optimizer.param_groups[0]["lr"]
             if loss_scale is not None:
                 scalars["loss_scale"] = loss_scale
-            for writer in self._writers:
-                for name, value in scalars.items():
-                    writer.write(f"Train/Samples/{name}", float(value), samples)
+            self.monitor.write_events((f"Train/Samples/{name}", value, samples) for name, value in scalars.items())
             self._losses.clear()
         if self._logging.wall_clock_breakdown:
             parts = " | ".join(f"{name}: {seconds * 1e3:.2f} ms" for name, seconds in self._seconds.items())
@@ -70,12 +71,13 @@ class Report:
             momenta = [group.get("betas", group.get("momentum")) for group in optimizer.param_groups]
             logger.info("step=%d, skipped=%d, lr=%s, mom=%s", step, skipped, rates, momenta)
 
-    @contextlib.contextmanager
-    def profiled(self, module: nn.Module, step: int) -> Iterator[None]:
+    def profiled(self, module: nn.Module, step: int) -> contextlib.AbstractContextManager[None]:
         """Counts the floating-point operations of a forward, in the one step that the config names."""
-        if not self._flops.enabled or step != self._flops.profile_step:
-            yield
-            return
+        wanted = self._flops.enabled and step == self._flops.profile_step
+        return self._profiled(module) if wanted else _NOTHING
+
+    @contextlib.contextmanager
+    def _profiled(self, module: nn.Module) -> Iterator[None]:
         depth = self._flops.module_depth
         # Any depth: no model nests as deep as this.
         with FlopCounterMode(display=False, depth=depth if depth >= 0 else 999) as counter:
@@ -102,3 +104,20 @@ def _tell(settings: FlopsProfiler, counter: FlopCounterMode, module: nn.Module, 
         logger.info("%s", text)
     else:
         Path(settings.output_file).write_text(text + "\n")
+
+
+def see_memory_usage(message: str, force: bool = False) -> None:
+    """Logs `message` and what is in use: of torch's memory on the accelerator, now and at most since the last call, and
+    of the host's. Without `force` it does nothing, as DeepSpeed's.
+    """
+    if not force:
+        return
+    accelerator = get_accelerator()
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(facts[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    now, most = accelerator.memory_allocated(), accelerator.max_memory_allocated()
+    logger.info(
+        "%s\naccelerator: %.2f GiB, at most %.2f GiB; host: %.2f GiB of %.2f GiB",
+        message, *(count / 2**30 for count in (now, most, total - available, total)),
+    )  # fmt: skip
+    accelerator.reset_peak_memory_stats()

@@ -208,6 +208,7 @@ class Settings:
     """A DeepSpeed config, resolved.
 
     gradient_clipping: the L2 norm that gradients are clipped to; 0.0 clips nothing.
+    grad_norm: `zero_optimization.compute_grad_norm`: the norm is taken even where no step depends on it.
     managed_accumulation: `managed_gradient_accumulation`: the engine counts micro-batches; False: every `step()`
         applies an update, and the caller chooses when to call it.
     optimizer, scheduler: None where the config names none.
@@ -217,6 +218,7 @@ class Settings:
     batch: BatchSizes
     precision: Precision = field(default_factory=Precision)
     gradient_clipping: float = 1.0
+    grad_norm: bool = True
     managed_accumulation: bool = True
     placement: Placement = field(default_factory=Placement)
     optimizer: Optimizer | None = None

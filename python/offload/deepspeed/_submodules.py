@@ -25,6 +25,7 @@ _ZERO = _names(
     "GatheredParameters Init ZeroParamStatus register_external_parameter unregister_external_parameter", home="zero"
 )
 _LOG = _names("logger log_dist", home="_log")
+_LEAVES = _names("set_z3_leaf_modules unset_z3_leaf_modules", home="_leaf_modules")
 # By path: the module of this package that has each name, "" for the package itself.
 _HOMES = {
     "runtime": {},
@@ -36,7 +37,9 @@ _HOMES = {
     "runtime.dataloader": _names("RepeatingLoader", home="_data"),
     "runtime.engine": _names("DeepSpeedEngine", home=""),
     "runtime.lr_schedules": _names("LRRangeTest OneCycle WarmupCosineLR WarmupDecayLR WarmupLR", home="_schedulers"),
+    "runtime.utils": _names("see_memory_usage", home="_reporting"),
     "runtime.zero": _ZERO,
+    "runtime.zero.offload_config": _names("OffloadDeviceEnum OffloadStateTypeEnum", home="_offload_config"),
     "runtime.zero.partition_parameters": _ZERO,
     "runtime.zero.stage3": _names(
         "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold", home="zero"
@@ -44,13 +47,14 @@ _HOMES = {
     "runtime.zero.stage_1_and_2": _names(
         "estimate_zero2_model_states_mem_needs_all_live estimate_zero2_model_states_mem_needs_all_cold", home="zero"
     ),
-    "utils": _LOG | _names("RepeatingLoader", home="_data"),
+    "utils": _LOG | _LEAVES | _names("RepeatingLoader", home="_data"),
     "utils.logging": _LOG,
+    "utils.z3_leaf_module": _LEAVES,
 }
 ROOTS = ("runtime", "utils")
 
 _EXPORT = "offload.export_checkpoint(directory, 'model.safetensors', dtype='fp32') writes the weights of a checkpoint"
-_LEAF = "leave the call out: which modules travel as one is found from the model"
+_LEAF = "leave the call out: which modules travel as one is found from the model; set_z3_leaf_modules is accepted"
 _STATE = "optimizer.state[parameter] has 'master' (of 16-bit weights) and the moments, live"
 _PIPELINE = "pipeline parallelism is not supported; the plain model trains offloaded on one device"
 _INFERENCE = "offload trains; run the plain model for inference"
@@ -88,9 +92,10 @@ _INSTEAD = {
     "safe_set_full_fp32_param": "write the parameter inside zero.GatheredParameters",
     "safe_set_full_optimizer_state": _STATE,
     "sequence": "sequence parallelism is not supported",
-    "set_z3_leaf_modules": _LEAF,
+    "set_z3_leaf_module": _LEAF,
+    "set_z3_leaf_modules_by_name": _LEAF,
+    "set_z3_leaf_modules_by_suffix": _LEAF,
     "tp_model_init": "tensor parallelism is not supported",
-    "unset_z3_leaf_modules": _LEAF,
     "utils.zero_to_fp32": _EXPORT,
 }  # fmt: skip
 

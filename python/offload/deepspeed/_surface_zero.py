@@ -67,7 +67,12 @@ _ZERO = (
     accepted("overlap_comm", "bool?", None, "Copies always overlap with compute."),
     accepted("contiguous_gradients", "bool", True, "Gradients on the host always lie in one block a unit."),
     accepted("ignore_unused_parameters", "bool", True, "A parameter without a gradient is always left as it is."),
-    accepted("compute_grad_norm", "bool", True, "The norm is waited for only where clipping or the script reads it."),
+    honoured(
+        "compute_grad_norm",
+        "bool",
+        True,
+        "`false`: `get_global_grad_norm()` is None where no check for overflow takes the norm; not with clipping.",
+    ),
     accepted("parameter_alignment", "bool", False, "Parameters always begin at multiples of 256 bytes."),
     accepted("load_from_fp32_weights", "bool", True, "Checkpoints hold the exact master weights; those are read."),
     accepted("elastic_checkpoint", "bool", False, "Checkpoints always load under other placements and devices."),

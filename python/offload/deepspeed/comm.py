@@ -40,13 +40,16 @@ def init_distributed(*args: Any, **kwargs: Any) -> None:
     """Accepts every argument of DeepSpeed's. No launcher, MPI or port is needed.
 
     `torch.distributed`, which scripts ask for their rank and for barriers, gets a group of this one process, unless it
-    has one. Raises `InvalidArgument` where `WORLD_SIZE` is above 1.
+    has one. `RANK`, `LOCAL_RANK` and `WORLD_SIZE`, which scripts read too, are set in the environment where no launcher
+    has set them. Raises `InvalidArgument` where `WORLD_SIZE` is above 1.
     """
     global _initialized
     require_one_process()
     if torch.distributed.is_available() and not torch.distributed.is_initialized():
         store = torch.distributed.HashStore()  # type: ignore[attr-defined]  # in this process: nothing listens
         torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
     _initialized = True
 
 
