@@ -83,9 +83,10 @@ def receive(process: BaseProcess, receiver: Any) -> Any:
 
 def run(library: str, batch: Batch) -> list[tuple[Case, Outcome | str]]:
     """Every case with its outcome, or with what is wrong where there is none; at the end the training without fault."""
-    process, receiver = start(run_batch, library, [case.fault for case in batch.cases], batch.device_kind)
     fresh = Case("a fresh training afterwards", None, "went on", "", batch.cases[-1].may_leak)
-    results = [(case, receive(process, receiver)) for case in (*batch.cases, fresh)]
+    cases = (*batch.cases, fresh)
+    process, receiver = start(run_batch, library, [(case.fault, case.may_leak) for case in cases], batch.device_kind)
+    results = [(case, receive(process, receiver)) for case in cases]
     process.join()
     return results
 
