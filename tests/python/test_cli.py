@@ -243,7 +243,7 @@ def test_ctrl_c_ends_with_the_table_so_far() -> None:
         while not process.stderr.readline().startswith("offloaded: step 1/"):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
     report = json.loads(output)
     assert report["interrupted"] and report["steps"] == len(report["losses"])

@@ -377,7 +377,7 @@ finally:
 def test_a_forked_child_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     code = textwrap.dedent(FORKED)
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
     )
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     assert os.listdir(tmp_path) == [], "the end of the interpreter closes files that nobody closed"

@@ -275,7 +275,7 @@ for name, body in json.load(sys.stdin).items():
         os.dup2(writer, 2)
         os.close(reader)
         os.close(writer)
-        faulthandler.dump_traceback_later(30, exit=True)
+        faulthandler.dump_traceback_later(100, exit=True)
         model = make_model()
         model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
         device = optimizer._engine.device
@@ -341,7 +341,7 @@ def test_the_interpreter_exits_in_any_state() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER],
         input=json.dumps({name: body for name, (body, _) in EXITS.items()}),
-        env=environment, capture_output=True, text=True, timeout=100, check=True,
+        env=environment, capture_output=True, text=True, timeout=280, check=True,
     )  # fmt: skip
     outcomes = json.loads(done.stdout)
     assert outcomes.keys() == EXITS.keys()
