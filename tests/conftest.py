@@ -26,11 +26,24 @@ _REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
 def pytest_configure(config: pytest.Config) -> None:
     # Weights that wait for their update and recycled buffers are filled with NaN: an early read shows in the loss.
     os.environ.setdefault("OFFLOAD_POISON", "1")
+    _examples_are_the_same_everywhere()
     # A shell ignores Ctrl-C for what it starts in the background; the tests send it to themselves and to children.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers", "cpu_only: uses the controls of HostDevice, or host tensors, so it runs on the CPU alone"
     )
+
+
+def _examples_are_the_same_everywhere() -> None:
+    """hypothesis tries the same examples in every run, and no clock has a say in what it thinks of them."""
+    try:
+        from hypothesis import HealthCheck, settings
+    except ImportError:  # tests/compat has none
+        return
+    settings.register_profile(
+        "offload", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    )
+    settings.load_profile("offload")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent / "python"))
 
 import offload
 from training import HOST, TinyLM, batches, loss_of
+from what_lives import open_files, thread_numbers
 
 WARM_UP_STEPS = 100
 REWRAP_EVERY = 50
@@ -124,8 +125,8 @@ class Soak:
             self.peak_resident_bytes,
             self.peak_outside_pool_bytes,
             max(self.peak_pool_bytes, self.pool_bytes("peak_used_bytes")),
-            len(os.listdir("/proc/self/task")),
-            len(os.listdir("/proc/self/fd")),
+            len(thread_numbers()),
+            len(open_files()),
             len(gc.get_objects()),
         )
 

@@ -153,9 +153,8 @@ class _Recording:
         self._sampler = ClockSampler(_cuda_devices())
         self._lock = threading.Lock()
         self._running = True
-        # One pair of readings, taken one right after the other, aligns the two clocks.
         self._begin_ns = self._boundary_ns = time.monotonic_ns()
-        self._realtime_offset_ns = time.time_ns() - self._begin_ns
+        self._realtime_offset_ns = _realtime_offset_ns()
         self._end_ns = self._begin_ns
         self._recorder = Recorder(self)
         _trace.activate(self._recorder)
@@ -264,6 +263,16 @@ def _cuda_devices() -> list[torch.device]:
     if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return []
     return [torch.device("cuda", torch.cuda.current_device())]
+
+
+def _realtime_offset_ns() -> int:
+    """What the calendar's clock is ahead of CLOCK_MONOTONIC, from the closest of several readings of one between two of
+    the other: this thread may stand still in any of them."""
+    readings = []
+    for _ in range(5):
+        before, calendar, after = time.monotonic_ns(), time.time_ns(), time.monotonic_ns()
+        readings.append((after - before, calendar - (before + after) // 2))
+    return min(readings)[1]
 
 
 def _facts_of(hooks: Hooks) -> dict[str, Any]:

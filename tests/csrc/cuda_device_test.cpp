@@ -11,7 +11,7 @@
 namespace offload {
 namespace {
 
-constexpr int64_t kHangNs = 20'000'000'000;  // far more than anything here takes
+constexpr int64_t kHangNs = 60'000'000'000;  // far more than anything here takes
 
 std::exception_ptr broken() { return std::make_exception_ptr(Error(ErrorKind::kStorage, "broken")); }
 

@@ -12,6 +12,8 @@
 namespace offload {
 namespace {
 
+constexpr int64_t kHangNs = 60'000'000'000;  // far more than anything here takes
+
 constexpr AdamWScalars kScalars{.weight_scale = 0.99f,
                                 .l2 = 0.0f,
                                 .one_minus_beta1 = 0.1f,
@@ -281,7 +283,7 @@ void a_small_upload_waits_for_no_gradient_and_no_long_update() {
   const Ticket gate = Ticket::pending();
   small.jobs[1].tickets = {gate};
   const std::vector<Ticket> tickets = f.pipeline->submit(small.jobs, 0);
-  CHECK(tickets[0].wait(10'000'000'000));  // though the sequencer waits for the second's gradient
+  CHECK(tickets[0].wait(kHangNs));  // though the sequencer waits for the second's gradient
   CHECK(small.uploaded(0));
   const Ticket behind = f.submit(f.pipeline->add_slot(large.slot("large")), large);
   f.device->hold(Direction::kToDevice);
@@ -299,7 +301,7 @@ void a_slot_is_updated_again_while_its_upload_would_wait_for_others() {
   SmallOnes small(f, 1);
   Parameter expected(300);
   const std::vector<Ticket> tickets = f.pipeline->submit({small.jobs[0], small.jobs[0]}, 0);
-  CHECK(f.pipeline->wait(tickets, 10'000'000'000));
+  CHECK(f.pipeline->wait(tickets, kHangNs));
   expected.update();
   expected.update();
   CHECK(small.parameters[0].same_states(expected) && small.uploaded(0));

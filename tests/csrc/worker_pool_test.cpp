@@ -126,7 +126,7 @@ size_t threads_of_this_process() {
 
 // A joined thread may be listed for a moment longer: the system wakes its joiner before it forgets it.
 bool threads_become(size_t count) {
-  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(60);
   while (threads_of_this_process() != count) {
     if (std::chrono::steady_clock::now() > deadline) return false;
     std::this_thread::yield();

@@ -12,7 +12,7 @@ import gc
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,14 +25,15 @@ from torch import Tensor, nn
 import offload
 from offload import _engine, _native
 from training import HOST, batches, loss_of, make_model, same_bits
+from what_lives import collect, threads
 
 STEPS = 3
 MICRO_BATCHES = 2
 _TINY = {"vocabulary": 16, "width": 8, "depth": 1}
 # Refused so often, nothing changes any more.
 _ATTEMPTS = 3
-_THREAD_SECONDS = 2.0
-_ORPHAN_SECONDS = 0.5
+# What is given back late is given back long before.
+_LATE_SECONDS = 20.0
 _LANE_THREADS = ("offload-to_host", "offload-to_dev", "offload-step")
 
 
@@ -183,8 +184,7 @@ class Scene:
         self.enter("drop")
         self.model = self.optimizer = self.device = None
         self.eaten.clear()
-        for _ in range(2):  # what the first frees lets go of more
-            gc.collect()
+        collect()
 
 
 def _values(model: nn.Module) -> dict[str, Tensor]:
@@ -206,7 +206,13 @@ class Reference:
         scene.drop()
 
 
-def run_fault(double: DriverDouble, reference: Reference, fault: Fault | None, device_kind: str = "cuda") -> Outcome:
+def run_fault(
+    double: DriverDouble,
+    reference: Reference,
+    fault: Fault | None,
+    device_kind: str = "cuda",
+    may_leak: Collection[str] = (),
+) -> Outcome:
     """Trains with `fault`, drops everything, and tells what became of it."""
     double.reset()
     before = {what: double.live(what) for what in _LIVE}
@@ -220,7 +226,7 @@ def run_fault(double: DriverDouble, reference: Reference, fault: Fault | None, d
             outcome.problems.append(f"the fault was never armed: {scene.fault}")
         _try(scene, outcome, scene.drop)
     outcome.warned = any("pageable" in str(warning.message) for warning in caught)
-    _check_released(double, before, outcome)
+    _check_released(double, before, outcome, may_leak)
     return outcome
 
 
@@ -290,10 +296,15 @@ def _check_values(model: nn.Module, reference: Reference, outcome: Outcome, went
             outcome.problems.append("state_dict() refuses readable weights")
 
 
-def _check_released(double: DriverDouble, before: dict[str, int], outcome: Outcome) -> None:
+def _check_released(double: DriverDouble, before: dict[str, int], outcome: Outcome, may_leak: Collection[str]) -> None:
+    def late() -> bool:
+        return bool(threads(*_LANE_THREADS)) or any(
+            double.live(what) != before[what] for what in _LIVE if what not in may_leak
+        )
+
     # Pages that a copy still used when their pool died are freed when another one dies.
-    deadline = time.monotonic() + _ORPHAN_SECONDS
-    while any(double.live(what) != before[what] for what in _LIVE) and time.monotonic() < deadline:
+    deadline = time.monotonic() + _LATE_SECONDS
+    while late() and time.monotonic() < deadline:
         _native.HostPool(slab_bytes=1 << 20)
         os.sched_yield()
     for what in _LIVE:
@@ -301,20 +312,8 @@ def _check_released(double: DriverDouble, before: dict[str, int], outcome: Outco
             outcome.leaked[what] = double.live(what) - before[what]
     if double.misuses()[0]:
         outcome.problems.append(f"broke a rule of the driver: {double.misuses()}")
-    # A joined thread leaves /proc a moment later.
-    deadline = time.monotonic() + _THREAD_SECONDS
-    while (left := _lane_threads()) and time.monotonic() < deadline:
-        os.sched_yield()
-    if left:
+    if left := threads(*_LANE_THREADS):
         outcome.problems.append(f"threads live on: {left}")
-
-
-def _lane_threads() -> list[str]:
-    names = []
-    for thread in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):
-            names.append((thread / "comm").read_text().strip())
-    return [name for name in names if name.startswith(_LANE_THREADS)]
 
 
 def _begin(library: str) -> tuple[DriverDouble, Reference]:
@@ -324,12 +323,13 @@ def _begin(library: str) -> tuple[DriverDouble, Reference]:
     return double, Reference(double)
 
 
-def run_batch(library: str, faults: Iterable[Fault | None], device_kind: str, connection: Connection) -> None:
-    """The main function of a child process: sends one outcome a fault, then that of a fresh training without one."""
+def run_batch(
+    library: str, faults: Iterable[tuple[Fault | None, Collection[str]]], device_kind: str, connection: Connection
+) -> None:
+    """The main function of a child process: sends one outcome a fault, with what it may leak."""
     double, reference = _begin(library)
-    for fault in faults:
-        connection.send(run_fault(double, reference, fault, device_kind))
-    connection.send(run_fault(double, reference, None, device_kind))
+    for fault, may_leak in faults:
+        connection.send(run_fault(double, reference, fault, device_kind, may_leak))
     connection.close()
 
 

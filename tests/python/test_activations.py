@@ -370,7 +370,8 @@ def test_the_device_holds_about_what_is_kept(device: torch.device, monkeypatch: 
     assert peak(nullcontext()) >= 32
     region = region_of(device, keep=4 << 18)
     peak(region)
-    assert peak(region) <= 4 + 4 + 5  # kept; on its way; the value, its gradient, the next of both, and one in use
+    # Kept; on its way; the value, its gradient, the next of both, and one in use.
+    assert peak(region) <= 4 + 4 + 5, (region.stats(), pool_of(region).stats())
 
 
 # --- the door -----------------------------------------------------------------------------------------------

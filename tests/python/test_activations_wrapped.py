@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import offload
 from activation_models import MODELS, llama
+from copy_schedule import CopySchedule
 from offload import _activations
 from test_exceptions import PACKAGE, QUIET_FILES, QUIET_FUNCTIONS
 from test_memory import Allocations
@@ -347,8 +348,12 @@ def functions_entered(training: Training) -> Callable[[int], int]:
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("form", ["exact", "int8"])
-def test_an_exception_anywhere_in_our_code_leaves_nothing(form: str) -> None:
-    """Without attention: torch keeps its node, and with it the graph, for a while after an unpack hook raised."""
+def test_an_exception_anywhere_in_our_code_leaves_nothing(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without attention: torch keeps its node, and with it the graph, for a while after an unpack hook raised.
+
+    Copies end when somebody waits for them: how far they have come decides which functions are entered.
+    """
+    schedule = CopySchedule(monkeypatch, seed=0, progress=0.0)
     off = RESIDENT | {"activations": "host", "activation_format": form}
     training = Training("tiny", off)
     run = functions_entered(training)
@@ -364,6 +369,7 @@ def test_an_exception_anywhere_in_our_code_leaves_nothing(form: str) -> None:
         gc.collect(1)  # tracebacks
         assert_nothing_left(training)
     assert_same(training.steps(2), Training("tiny", ON if form == "exact" else off).steps(2))
+    schedule.finish()
 
 
 # --- races, faults, memory ----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from offload import _copy_lanes
 from offload.cli import _train, main
 from offload.cli._corpus import batches, read_corpus
 from offload.cli._peak import measured_peak
@@ -86,7 +87,7 @@ def test_train_with_states_on_disk(tmp_path: Path, capsys: pytest.CaptureFixture
     report = json.loads(output.out)
     assert report["check"]["nothing_offloaded"]["ok"] and "equal bit for bit" in output.err
     on_disk = sum(report["bytes"]["disk"].values())
-    assert report["stats"]["pool"]["peak_used_bytes"] <= 3 << 20 < on_disk
+    assert report["stats"]["pool"]["peak_used_bytes"] <= 3 << 20 < on_disk, report["stats"]
     assert report["stats"]["disk"]["allocated_bytes"] >= on_disk and report["stats"]["host_bytes"]["moments"] == 0
     assert "states on disk" in output.err and list(tmp_path.iterdir()) == []
 
@@ -201,7 +202,11 @@ def no_collection() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_collection")
-def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Gradients on their way add to a peak, as many as the machine is slow: here each has left before the next is made.
+    monkeypatch.setattr(_copy_lanes, "_RING_BYTES", 0)
     sizes = ["--layers", "12", "--hidden", "64", "--length", "64", "--batch", "4", "--steps", "3"]
 
     def report(*arguments: str) -> dict[str, Any]:
@@ -216,14 +221,8 @@ def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(capsys: pytest.Ca
     assert 0 < streamed["stats"]["peak_weight_bytes"] <= weights // 4 < resident["stats"]["peak_weight_bytes"]
     smallest = report("--device-budget", str(weights // 4), "--activations", "host")
     assert smallest["losses"] == resident["losses"] and smallest["stats"]["activations"]["offloaded_bytes"] > 0
-    assert smallest["peak_device"]["bytes"] < 0.8 * streamed["peak_device"]["bytes"]
-    # Gradients on their way add to a peak, as many as the machine is slow: the least of several runs is without them.
-    peak = streamed["peak_device"]["bytes"]
-    for _ in range(10):
-        if resident["peak_device"]["bytes"] - peak >= 0.7 * weights:
-            break
-        peak = min(peak, report("--device-budget", str(weights // 4))["peak_device"]["bytes"])
-    assert resident["peak_device"]["bytes"] - peak >= 0.7 * weights
+    peaks = [run["peak_device"]["bytes"] for run in (resident, streamed, smallest)]
+    assert peaks[2] < 0.8 * peaks[1] and peaks[0] - peaks[1] >= 0.7 * weights, (peaks, weights)
     assert main(["train", *sizes]) == 0
     assert "weights on the device" in capsys.readouterr().out
 
@@ -244,7 +243,7 @@ def test_ctrl_c_ends_with_the_table_so_far() -> None:
         while not process.stderr.readline().startswith("offloaded: step 1/"):
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors
     report = json.loads(output)
     assert report["interrupted"] and report["steps"] == len(report["losses"])

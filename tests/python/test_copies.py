@@ -105,7 +105,11 @@ model = torch.load(sys.argv[1], weights_only=False)
 print(model(torch.ones(1, 3)).tolist())
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", code, str(tmp_path / "model.pt")],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
     )
     assert done.stdout.strip() == str(expected.tolist())
 

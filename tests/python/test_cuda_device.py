@@ -61,7 +61,7 @@ print(_native.CudaDevice().kind)
 """
     environment = {"OFFLOAD_CUDA_DRIVER": str(driver_double_library), "PYTHONPATH": ":".join(sys.path)}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False, env=environment
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False, env=environment
     )
     assert done.stdout.split() == ["False", "cuda"], done.stderr
 

@@ -128,7 +128,7 @@ def test_every_error_comes_at_once() -> None:
 def test_what_deepspeed_lets_pass_is_a_warning_and_strictly_an_error(config: dict[str, Any], message: str) -> None:
     with pytest.warns(UserWarning) as record:
         settings = load(config)
-    (warning,) = record
+    (warning,) = (one for one in record if one.category is not ResourceWarning)  # of what is collected meanwhile
     assert message in str(warning.message) and warning.filename == __file__
     assert settings.placement.params == "device"
     assert settings.precision.dtype == ("bf16" if "data_types" in config else "fp32")
@@ -150,7 +150,7 @@ def test_what_deepspeed_lets_pass_is_a_warning_and_strictly_an_error(config: dic
 def test_old_spellings_mean_the_new_with_one_warning(old: dict[str, Any], new: dict[str, Any]) -> None:
     with pytest.warns(UserWarning, match="old spelling") as record:
         settings = load(old, strict=True)
-    assert len(record) == 1
+    assert len([one for one in record if one.category is not ResourceWarning]) == 1
     expected = load(new)
     assert settings.placement == expected.placement and settings.precision == expected.precision
 

@@ -33,19 +33,20 @@ def honest_calls() -> _native.FailingSystemCalls:
     return calls
 
 
-def usable() -> list[tuple[_native.DiskBackend, bool]]:
-    """(backend, direct) of this machine: a sandbox may have no io_uring, a file system no O_DIRECT."""
+SETTINGS = [(backend, direct) for backend in ("threads", "io_uring") for direct in (True, False)]
+
+
+@pytest.fixture(params=SETTINGS, ids=lambda one: f"{one[0]}-{'direct' if one[1] else 'buffered'}")
+def setting(request: pytest.FixtureRequest) -> tuple[_native.DiskBackend, bool]:
+    """(backend, direct): a sandbox may have no io_uring, a file system no O_DIRECT."""
+    backend, direct = request.param
     with tempfile.TemporaryDirectory() as directory:
         (facts,) = DiskStore(directory, calls=honest_calls()).stats()
-    backends: list[_native.DiskBackend] = ["threads"]
-    if facts["backend"] == "io_uring":
-        backends.append("io_uring")
-    return [(backend, direct) for backend in backends for direct in (True, False) if facts["direct"] or not direct]
-
-
-@pytest.fixture(params=usable(), ids=lambda one: f"{one[0]}-{'direct' if one[1] else 'buffered'}")
-def setting(request: pytest.FixtureRequest) -> tuple[_native.DiskBackend, bool]:
-    return request.param
+    if backend == "io_uring" and facts["backend"] != "io_uring":
+        pytest.skip(f"this kernel gives no io_uring: {facts['uring_refusal']}")
+    if direct and not facts["direct"]:
+        pytest.skip(f"this file system has no O_DIRECT: {facts['direct_refusal']}")
+    return backend, direct
 
 
 @pytest.fixture
@@ -85,7 +86,7 @@ def pieces(first: int, count: int) -> tuple[int, int]:
 
 
 # `setting` is a value, which no example changes.
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(st.lists(operation, max_size=30), st.integers(1, 3), st.integers(0, 2**32))
 def test_reads_give_what_a_byte_array_would(
     setting: tuple[_native.DiskBackend, bool], operations: list[tuple[str, int, int]], path_count: int, seed: int
@@ -376,7 +377,7 @@ finally:
 def test_a_forked_child_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     code = textwrap.dedent(FORKED)
     result = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=100, check=False
     )
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
     assert os.listdir(tmp_path) == [], "the end of the interpreter closes files that nobody closed"

@@ -241,7 +241,7 @@ def test_host_bytes_stay_within_the_plan_and_the_budget(dtype: torch.dtype, opti
     trained = run(model, placement)
     stats, plan = trained.optimizer.stats(), trained.optimizer.plan
     count = sum(1 for _ in model.parameters())
-    assert stats.pool["peak_used_bytes"] <= plan.host.total + plan.host.gradients + 3 * 256 * count
+    assert stats.pool["peak_used_bytes"] <= plan.host.total + plan.host.gradients + 3 * 256 * count, (stats.pool, plan)
     assert stats.pool["mapped_bytes"] <= placement["host_budget"] == plan.host_capacity
     assert stats.host_bytes["weights"] <= plan.host.cache + plan.host.working
     assert plan.disk.total <= stats.disk["allocated_bytes"]

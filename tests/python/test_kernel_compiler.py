@@ -186,7 +186,8 @@ def test_a_compiler_or_a_driver_that_refuses(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_cpu_has_no_kernels_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     find_kernels.cache_clear()
     assert find_kernels(torch.device("cpu")) == Found(None, "kernels are for CUDA devices, this is cpu")
-    assert not recwarn.list
+    # What the garbage collector finds open meanwhile warns of itself.
+    assert not [warning for warning in recwarn if warning.category is not ResourceWarning]
 
 
 def test_the_environment_says_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -288,6 +288,6 @@ print("done")
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     child = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100, check=False
     )
     assert (child.returncode, child.stdout) == (0, "done\n"), child.stderr

@@ -20,6 +20,7 @@ from torch import nn
 import offload
 from offload import _copy_lanes
 from training import HOST, batches, loss_of, make_model, same_bits
+from what_lives import collect, threads
 
 # --- dropping -----------------------------------------------------------------------------------------------
 
@@ -34,18 +35,16 @@ def stepped(**options: Any) -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
-def threads() -> int:
+def lanes() -> int:
     """The native threads that belong to engines; those of the shared worker pool stay."""
-    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-    return sum(name.startswith(("offload-to", "offload-step")) for name in names)
+    return len(threads("offload-to", "offload-step"))
 
 
 @pytest.mark.parametrize("order", [("model", "optimizer"), ("optimizer", "model")], ids=" first, ".join)
 @pytest.mark.parametrize("gradients", [True, False], ids=["gradients kept", "no gradients"])
 def test_model_and_optimizer_die_in_any_order(order: tuple[str, str], gradients: bool) -> None:
-    gc.collect()
-    gc.collect()  # of what earlier tests left, an engine's end frees more
-    before = threads()
+    collect()  # of what earlier tests left
+    before = lanes()
     alive: dict[str, Any] = {}
     alive["model"], alive["optimizer"] = stepped()
     if not gradients:
@@ -60,7 +59,7 @@ def test_model_and_optimizer_die_in_any_order(order: tuple[str, str], gradients:
     del alive[order[1]]
     gc.collect()
     assert [reference for reference in watched if reference() is not None] == []
-    assert threads() == before
+    assert lanes() == before
 
 
 def test_the_optimizer_works_on_without_its_model() -> None:
@@ -96,8 +95,8 @@ def test_the_model_works_on_without_its_optimizer() -> None:
 def test_wrapping_again_and_again_leaves_nothing() -> None:
     model = make_model()
     hooks = [len(module._forward_pre_hooks) for module in model.modules()]
-    gc.collect()
-    before = threads()
+    collect()
+    before = lanes()
     pools = []
     for turn in range(50):
         model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
@@ -113,7 +112,7 @@ def test_wrapping_again_and_again_leaves_nothing() -> None:
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
     assert all(not parameter._post_accumulate_grad_hooks for parameter in model.parameters())  # type: ignore[attr-defined]
     assert all(type(parameter) is nn.Parameter and not vars(parameter) for parameter in model.parameters())
-    assert threads() == before
+    assert lanes() == before
     for pool in pools:
         assert pool.stats()["live_count"] == 0
         pool.trim()
@@ -152,14 +151,14 @@ def test_a_traceback_that_keeps_everything_alive() -> None:
         except Stop as error:
             return error
 
-    gc.collect()
-    before = threads()
+    collect()
+    before = lanes()
     error: Exception | None = fail()
     gc.collect()
-    assert threads() == before + 3
+    assert lanes() == before + 3
     del error
     gc.collect()
-    assert threads() == before
+    assert lanes() == before
 
 
 def test_a_drop_waits_for_copies_that_write_to_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +283,7 @@ for name, body in json.load(sys.stdin).items():
         os.dup2(writer, 2)
         os.close(reader)
         os.close(writer)
-        faulthandler.dump_traceback_later(30, exit=True)
+        faulthandler.dump_traceback_later(100, exit=True)
         model = make_model()
         model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), device="cpu", **HOST)
         device = optimizer._engine.device
@@ -350,7 +349,7 @@ def test_the_interpreter_exits_in_any_state() -> None:
     done = subprocess.run(
         [sys.executable, "-c", LAUNCHER],
         input=json.dumps({name: body for name, (body, _) in EXITS.items()}),
-        env=environment, capture_output=True, text=True, timeout=100, check=True,
+        env=environment, capture_output=True, text=True, timeout=280, check=True,
     )  # fmt: skip
     outcomes = json.loads(done.stdout)
     assert outcomes.keys() == EXITS.keys()

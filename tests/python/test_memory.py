@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import itertools
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +14,14 @@ from torch.profiler import ProfilerActivity, profile
 
 import offload
 from training import HOST, RESIDENT, batches, loss_of, make_model
+from what_lives import collect, threads
 
 
 class Allocations:
     """What torch's own CPU allocator handed out and got back inside the context; the host pool does not use it."""
 
     def __enter__(self) -> Allocations:
-        gc.collect()  # what earlier tests left must not be freed inside and counted as ours
+        collect()  # what earlier tests left must not be freed inside and counted as ours
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.__enter__()
         return self
@@ -129,20 +129,17 @@ def test_everything_returns_to_the_system_with_the_engine() -> None:
 
 
 def test_unwrap_ends_the_threads_of_the_engine() -> None:
-    def threads() -> list[str]:
-        names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-        return sorted(name for name in names if name.startswith(("offload-to", "offload-step")))
-
-    gc.collect()  # engines of other tests
-    before = threads()
+    lanes = "offload-to", "offload-step"
+    collect()  # engines of other tests
+    before = threads(*lanes)
     model = make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
     loss_of(model, next(batches(1))).backward()
     optimizer.step()
     optimizer.synchronize()
-    assert len(threads()) == len(before) + 3
+    assert len(threads(*lanes)) == len(before) + 3
     offload.unwrap(model, optimizer)
-    assert threads() == before
+    assert threads(*lanes) == before
     with pytest.raises(offload.StateError, match="was unwrapped"):
         optimizer.step()
 

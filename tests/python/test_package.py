@@ -67,11 +67,12 @@ def test_import_alone_loads_no_torch() -> None:
 
 def test_import_is_cheap_beyond_torch() -> None:
     code = (
-        "import torch.utils.checkpoint, time\nstart = time.process_time()\nimport offload\n"
-        "offload.wrap, offload.AdamW\nprint(time.process_time() - start)"
+        "import time\nstart = time.process_time()\nimport torch.utils.checkpoint\nbetween = time.process_time()\n"
+        "import offload\noffload.wrap, offload.AdamW\nprint((time.process_time() - between) / (between - start))"
     )
-    # CPU time of the best of three: other processes cannot make it fail. In torch 2.6 checkpointing brings sympy.
-    assert min(float(run_python(code)) for _ in range(3)) < 0.3
+    # Of torch's own CPU time, which is as slow on a slow machine: 0.3 s where torch takes 1.5. The best of three.
+    # In torch 2.6 checkpointing brings sympy.
+    assert min(float(run_python(code)) for _ in range(3)) < 0.2
 
 
 def test_import_makes_no_cuda_context() -> None:

@@ -21,6 +21,7 @@ import offload
 from offload import _native, _trace, _trace_file
 from offload._trace_records import LANES, WORK_LANES
 from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
+from what_lives import collect
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -42,7 +43,7 @@ def step(model: nn.Module, optimizer: Any, *, micro_batches: int = 1) -> None:
 @pytest.fixture
 def alone() -> None:
     """No model that another test has dropped is waiting for the garbage collector: it would be traced too."""
-    gc.collect()
+    collect()
 
 
 def settle(optimizer: Any) -> None:

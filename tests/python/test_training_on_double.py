@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,6 +23,7 @@ from training import (
     train,
     wrapped_run,
 )
+from what_lives import collect
 
 # The engine computes in torch on the CPU, which is the double's "device".
 PINNED: dict[str, Any] = {**HOST, "pin": True}
@@ -37,12 +38,33 @@ def double(
     return driver_double
 
 
+@pytest.fixture
+def gathered(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Called, from then on all gradients of a step are there when its first update runs: uploads do not go early."""
+    submit = _native.StepPipeline.submit
+
+    def gathering(pipeline: Any, jobs: Any, *rest: Any, **options: Any) -> list[_native.Ticket]:
+        pipeline.hold()
+        tickets: list[_native.Ticket] = submit(pipeline, jobs, *rest, **options)
+        for job in jobs:
+            for ticket in job[3]:
+                ticket.wait()
+        pipeline.release()
+        return tickets
+
+    return lambda: monkeypatch.setattr(_native.StepPipeline, "submit", gathering)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
     "loop", [{"clip": None}, {"clip": 0.1}, {"micro_batches": 3}], ids=["plain", "clipped", "accumulated"]
 )
 def test_bits_equal_host_device_and_resident(
-    double: DriverDouble, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, loop: dict[str, Any]
+    double: DriverDouble,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    loop: dict[str, Any],
+    gathered: Callable[[], None],
 ) -> None:
     model = make_model(dtype, depth=1)
     if dtype is torch.float32:  # small gradients leave one by one, and together with bf16
@@ -50,7 +72,9 @@ def test_bits_equal_host_device_and_resident(
     on_double = wrapped_run(model, PINNED, steps=3, **loop)
     assert_offloaded(on_double.optimizer)
     assert on_double.optimizer.stats().pinned
-    assert (double.calls("cuMemcpyDtoHAsync_v2") > 0) or dtype is not torch.float32
+    assert double.calls("cuMemcpyDtoHAsync_v2") > 0 or dtype is not torch.float32
+    gathered()
+    assert_same_bits(on_double, wrapped_run(model, PINNED, steps=3, **loop))
     assert double.calls("cuMemcpyBatchAsync") > 0
     assert double.misuses() == (0, "")
     with pytest.MonkeyPatch.context() as patch:
@@ -104,7 +128,10 @@ def test_pageable_memory_trains_with_the_same_bits(double: DriverDouble) -> None
     assert_same_bits(pinned, pageable)
 
 
-def test_small_weights_go_in_batches_where_the_driver_takes_them(double: DriverDouble) -> None:
+def test_small_weights_go_in_batches_where_the_driver_takes_them(
+    double: DriverDouble, gathered: Callable[[], None]
+) -> None:
+    gathered()
     model = make_model(depth=1)
     together = wrapped_run(model, PINNED, steps=2)
     assert together.optimizer.stats().fallbacks == ()
@@ -119,7 +146,7 @@ def test_small_weights_go_in_batches_where_the_driver_takes_them(double: DriverD
 
 
 def test_everything_is_given_back(double: DriverDouble) -> None:
-    gc.collect()  # of other tests
+    collect()  # of other tests
     kinds = ("contexts", "streams", "events", "registrations", "pending_copies")
     before = {kind: double.live(kind) for kind in kinds}
     model = make_model(depth=1)

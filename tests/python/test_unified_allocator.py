@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import os
 import threading
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from driver_double import DriverDouble
 
 from offload import _native
 from offload._errors import DeviceError
+from what_lives import collect
 
 MIB = 1 << 20
 
@@ -25,9 +25,8 @@ library.offload_unified_free.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctyp
 
 @pytest.fixture(scope="module", autouse=True)
 def collected() -> None:
-    """Models of other tests hold contexts and memory of the double; what one collection frees lets go of more."""
-    for _ in range(3):
-        gc.collect()
+    """Models of other tests hold contexts and memory of the double."""
+    collect()
 
 
 @pytest.fixture(autouse=True)

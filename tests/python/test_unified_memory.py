@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import gc
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from offload import _environment, _native, _probe
 from offload._errors import DeviceError, InvalidArgument, OutOfHostMemory
 from offload._unified import Placement
 from offload.cli import main
+from what_lives import collect
 
 unified = offload.unified
 GUISES = ["discrete", "hmm", "ats", "integrated"]
@@ -27,9 +27,8 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module", autouse=True)
 def collected() -> None:
-    """Models of other tests hold contexts and memory of the double; what one collection frees lets go of more."""
-    for _ in range(3):
-        gc.collect()
+    """Models of other tests hold contexts and memory of the double."""
+    collect()
 
 
 @pytest.fixture(autouse=True)
@@ -242,6 +241,7 @@ def test_an_old_driver_cannot_discard(driver_double: DriverDouble, monkeypatch: 
 
 
 def test_a_refused_discard(double: DriverDouble) -> None:
+    collect()  # errors of earlier tests hold streams
     tensor = unified.empty(MIB, dtype=torch.uint8, side="host").fill_(1)
     double.fail("cuMemDiscardBatchAsync", 1, 801)  # CUDA_ERROR_NOT_SUPPORTED
     assert unified.discard(tensor) is False
@@ -271,6 +271,7 @@ def test_memory_waits_for_the_work_of_the_device(double: DriverDouble) -> None:
 
 
 def test_the_context_goes_with_the_last_block(double: DriverDouble) -> None:
+    collect()  # errors of earlier tests hold contexts
     memory = _native.UnifiedMemory()
     tensor = torch.utils.dlpack.from_dlpack(memory.allocate(8, "managed", host_bytes=0).dlpack("host"))
     del memory

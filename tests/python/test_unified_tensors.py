@@ -19,6 +19,7 @@ from offload import _native
 from offload._errors import DeviceError, InvalidArgument, OutOfHostMemory, StateError
 from offload._unified import MemoryFacts, Placement, Side
 from offload._unified_pool import Pool
+from what_lives import collect
 
 unified = offload.unified
 PAGE = 2 << 20  # of the largest pages in which a driver keeps managed memory
@@ -40,7 +41,7 @@ def side(device: torch.device, driver_double: DriverDouble, monkeypatch: pytest.
     before = live_bytes()
     yield "host" if device.type == "cpu" else "device"
     if live_bytes() != before:
-        gc.collect()  # graphs and errors hold tensors in cycles
+        collect()  # graphs and errors hold tensors in cycles
     assert live_bytes() == before
     if device.type == "cpu":
         assert driver_double.live("managed") == 0

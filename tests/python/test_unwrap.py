@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
-import os
-import time
 import weakref
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +15,7 @@ from torch import Tensor, nn
 import offload
 from offload import _native
 from training import HOST, RESIDENT, TinyLM, batches, loss_of, make_model, same_bits
+from what_lives import collect, open_files, pool_bytes, threads, threads_become
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -27,44 +24,16 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def nothing_of_other_tests() -> None:
-    gc.collect()
+    collect()
     _native.end_shared_threads()  # native tests use them, too
 
 
 @pytest.fixture
 def no_garbage_collection() -> Iterator[None]:
-    gc.collect()
-    gc.collect()  # engines that earlier tests left: the end of one frees more
+    collect()
     gc.disable()
     yield
     gc.enable()
-
-
-def threads(prefix: str = "offload") -> list[str]:
-    names = []
-    for task in Path("/proc/self/task").iterdir():
-        with contextlib.suppress(OSError):  # it ended meanwhile
-            names.append((task / "comm").read_text().strip())
-    return sorted(name for name in names if name.startswith(prefix))
-
-
-def threads_become(expected: list[str], prefix: str = "offload") -> bool:
-    """A joined thread may be listed for a moment longer: the system wakes its joiner before it forgets it."""
-    deadline = time.monotonic() + 10
-    while threads(prefix) != expected:
-        if time.monotonic() > deadline:
-            return False
-    return True
-
-
-def pool_mappings() -> int:
-    """Mappings that a forked child would not get: those of host pools are marked so."""
-    lines = Path("/proc/self/smaps").read_text().splitlines()
-    return sum("dc" in line.split() for line in lines if line.startswith("VmFlags:"))
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def hooks_of(model: nn.Module) -> dict[str, Any]:
@@ -108,14 +77,14 @@ def test_nothing_of_ours_remains(dtype: torch.dtype, placement: dict[str, str], 
     model.blocks[0].register_forward_pre_hook(lambda *_: calls.append("user"))
     plain = torch.optim.AdamW(model.parameters(), lr=1e-2)
     parameters, groups = list(model.parameters()), plain.param_groups
-    before = hooks_of(model), optimizer_hooks(plain), threads(), pool_mappings(), open_files()
+    before = hooks_of(model), optimizer_hooks(plain), threads("offload"), pool_bytes(), open_files()
 
     model, optimizer = offload.wrap(model, plain, **placement)
     one_step(model, optimizer)
     assert hooks_of(model) != before[0] and optimizer_hooks(plain) != before[1]
     optimizer.synchronize()  # a thread that has worked has its name
     if placement is HOST:
-        assert len(threads()) >= 3 and pool_mappings() > before[3]
+        assert len(threads("offload")) >= 3 and pool_bytes() > before[3]
     engine = weakref.ref(optimizer._engine)
     loss_of(model, next(batches(1))).backward()  # gradients are away when unwrap comes
     model, original = offload.unwrap(model, optimizer)
@@ -123,8 +92,8 @@ def test_nothing_of_ours_remains(dtype: torch.dtype, placement: dict[str, str], 
     assert original is plain and type(original) is torch.optim.AdamW and original.param_groups is groups
     assert engine() is None, "the engine outlives unwrap, though the user may keep the old optimizer"
     assert (hooks_of(model), optimizer_hooks(plain)) == before[:2]
-    assert threads_become(before[2])
-    assert (pool_mappings(), open_files()) == before[3:]
+    assert threads("offload") == before[2]
+    assert (pool_bytes(), open_files()) == before[3:]
     assert all(one is two for one, two in zip(parameters, model.parameters(), strict=True))
     for parameter in model.parameters():
         assert type(parameter) is nn.Parameter and type(parameter.grad) is Tensor
@@ -148,19 +117,19 @@ def test_shared_threads_end_with_the_last_engine_and_come_back() -> None:
     for model, optimizer in (first, second):
         one_step(model, optimizer)
         optimizer.synchronize()
-    assert threads("offload-worker") == workers
+    assert threads_become(workers, "offload-worker")
     offload.unwrap(*first)
     assert threads("offload-worker") == workers
     offload.unwrap(*second)
-    assert threads_become([], "offload-worker")
+    assert threads("offload-worker") == []
 
     model, optimizer = wrapped()
     one_step(model, optimizer)
     optimizer.synchronize()
-    assert threads("offload-worker") == workers
+    assert threads_become(workers, "offload-worker")
     del model, optimizer
-    gc.collect()
-    assert threads_become([], "offload-worker"), "an engine that is dropped ends them, too"
+    collect()
+    assert threads("offload-worker") == [], "an engine that is dropped ends them, too"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -229,7 +198,7 @@ def test_again_and_again_changes_no_bit_of_an_fp32_run() -> None:
 
 def test_states_taken_before_outlive_the_pool() -> None:
     """The way to carry fp32 moments and masters of a 16-bit model over: the pool's pages go with the last tensor."""
-    mapped = pool_mappings()
+    mapped = pool_bytes()
     model = make_model(torch.bfloat16)
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
     one_step(model, optimizer)
@@ -245,7 +214,7 @@ def test_states_taken_before_outlive_the_pool() -> None:
     for index, state in optimizer.state_dict()["state"].items():
         assert all(same_bits(state[key], expected[index][key]) for key in state)
     offload.unwrap(model, optimizer)
-    assert pool_mappings() == mapped
+    assert pool_bytes() == mapped
 
 
 def test_twice_or_with_the_wrong_optimizer_is_refused() -> None:

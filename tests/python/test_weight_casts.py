@@ -338,7 +338,7 @@ def test_peak_device_bytes_under_autocast_follow_the_formula(
         optimizer._engine.streaming.empty()
     of_one_unit = 2 * (unit // 2) + unit  # its cast and the gradient in 16 bits, the gradient in 32
     bound = slots * unit + of_one_unit + 128 * 1024
-    assert allocations.peak <= bound, allocations.peak / unit
+    assert allocations.peak <= bound, f"{allocations.peak / unit} units\n{optimizer.memory_summary()}"
     assert bound < slots * unit + count * unit // 2, "all casts would fit"
 
 

@@ -18,7 +18,7 @@ SETTINGS = ("OFFLOAD_NUM_THREADS", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     return subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, timeout=100
     )
 
 
