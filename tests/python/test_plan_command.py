@@ -166,7 +166,7 @@ def test_on_a_terminal_tables_are_drawn(monkeypatch: pytest.MonkeyPatch, capsys:
     assert main([*SMALL, "--hardware", "4090", *QUICK]) == 0
     drawn = capsys.readouterr().out
     assert "───" in drawn and "Where it can be" in drawn and "device" in drawn
-    monkeypatch.setitem(sys.modules, "rich.table", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "rich.console", None)  # as if it were not installed
     assert main([*SMALL, "--hardware", "4090", *QUICK]) == 0
     assert "───" not in capsys.readouterr().out
 

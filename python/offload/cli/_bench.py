@@ -22,7 +22,7 @@ from ._bench_conditions import recorded
 from ._bench_figures import absent_peers, figure_rows
 from ._bench_progress import shown
 from ._device import compute_device
-from ._table import table
+from ._table import Piece, Table, show
 
 __all__ = ["PARTS", "environment", "run_bench"]
 
@@ -68,7 +68,7 @@ def run_bench(options: argparse.Namespace) -> int:
             missing = isinstance(error, ModuleNotFoundError)
             outcome = {"unavailable": str(error)} if missing else {"failed": f"{type(error).__name__}: {error}"}
             report["results"][part] = {**report["results"].get(part, {}), **outcome}
-        print(_text(part, report["results"][part]), file=sys.stderr)
+        show(_pieces(part, report["results"][part]), file=sys.stderr)
     worse = False
     if earlier is not None:
         worse = _compare(earlier, report)
@@ -109,16 +109,17 @@ def _measured(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]
             yield {**result, **more}
 
 
-def _text(part: str, result: Mapping[str, Any]) -> str:
+def _pieces(part: str, result: Mapping[str, Any]) -> list[Piece]:
     """All that a terminal shows of a part."""
-    outcomes = [f"{part}: {kind}: {result[kind]}\n" for kind in ("unavailable", "failed") if kind in result]
+    outcomes = [f"{part}: {kind}: {result[kind]}" for kind in ("unavailable", "failed") if kind in result]
     if outcomes:
-        return "".join(outcomes)
-    own: Callable[[Any], str] | None = getattr(importlib.import_module(f"._bench_{part}", __package__), "text", None)
-    lines = [own(result)] if own is not None else []
+        return [*outcomes, ""]
+    module = importlib.import_module(f"._bench_{part}", __package__)
+    own: Callable[[Any], list[Piece]] | None = getattr(module, "pieces", None)
+    shown = own(result) if own is not None else []
     if result["figures"]:
-        lines.append(table(figure_rows(result["figures"])))
-    return "\n".join(filter(None, [*lines, *absent_peers(result)])) + "\n"
+        shown.append(Table(figure_rows(result["figures"])))
+    return [*shown, *absent_peers(result), ""]
 
 
 def _compare(earlier: Mapping[str, Any], report: dict[str, Any]) -> bool:
@@ -127,8 +128,8 @@ def _compare(earlier: Mapping[str, Any], report: dict[str, Any]) -> bool:
 
     report["comparison"] = compared = compare(earlier, report)
     rows = comparison_rows(compared)
-    tables = [table(rows, left=2)] if len(rows) > 1 else []
-    print("\n".join([*tables, *comparison_lines(compared)]), file=sys.stderr)
+    moved = [Table(rows, left=2)] if len(rows) > 1 else []
+    show([*moved, *comparison_lines(compared)], file=sys.stderr)
     return bool(compared["counts"]["worse"])
 
 

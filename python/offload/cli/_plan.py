@@ -15,7 +15,8 @@ from torch import nn
 import offload
 
 from ._plan_model import decoder_of_depth, described, model_of
-from ._plan_text import printed
+from ._plan_text import pieces
+from ._table import show
 
 __all__ = ["run_plan"]
 
@@ -60,7 +61,10 @@ def run_plan(options: argparse.Namespace) -> int:
         **_as_json(prediction),
         "largest": _largest(prediction.hardware, vocabulary, getattr(torch, options.dtype), placement),
     }
-    print(json.dumps(result, indent=2) if options.json else printed(result), flush=True)
+    if options.json:
+        print(json.dumps(result, indent=2), flush=True)
+    else:
+        show(pieces(result))
     if prediction.refusal is None:
         return 0
     print(f"offload: {prediction.refusal}", file=sys.stderr)

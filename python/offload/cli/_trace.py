@@ -10,6 +10,7 @@ import offload
 
 from ._corpus import read_corpus
 from ._device import compute_device
+from ._table import show_report
 from ._training import train
 
 __all__ = ["run_trace", "run_trace_report"]
@@ -53,7 +54,7 @@ def _show(options: argparse.Namespace, trace: offload.trace) -> None:
     if options.json:
         print(json.dumps(trace.report.to_dict()))
     else:
-        print(trace.report)
+        show_report(trace.report)
     for path in (options.out, options.html):
         if path is not None:
             print(f"offload trace: wrote {path}", file=sys.stderr)
