@@ -20,8 +20,8 @@ import offload
 
 from ._bench_conditions import recorded
 from ._bench_figures import absent_peers, figure_rows
-from ._bench_progress import shown
 from ._device import compute_device
+from ._progress import shown
 from ._table import Piece, Table, show
 
 __all__ = ["PARTS", "environment", "run_bench"]
@@ -40,7 +40,7 @@ _NOT_MEASURED = {"json", "compare", "command", "part", "device"}
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """Measures `options.part` (or all of them), prints the JSON, and tables of it on stderr.
+    """Measures `options.part` (or all of them), prints tables on stderr, and the JSON unless both are a terminal.
 
     The exit code is 1 if offloaded and resident losses were not equal bit for bit, if a part of `all` failed, or if a
     figure of ours is worse than in the result that `options.compare` names.
@@ -73,7 +73,8 @@ def run_bench(options: argparse.Namespace) -> int:
     if earlier is not None:
         worse = _compare(earlier, report)
     _write(options.json, report)
-    print(json.dumps(report, indent=2))
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # it would bury the tables
+        print(json.dumps(report, indent=2))
     results = report["results"].values()
     # Only `train` compares losses; other parts have no such key.
     unequal = any(result.get("losses_equal_resident") is False for result in results)
@@ -103,7 +104,7 @@ def _measured(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]
         if name not in _NOT_MEASURED
     }
     device = compute_device(getattr(options, "device", None))
-    with shown(part), recorded(_gpu_uuid(device)) as conditions:
+    with shown(f"offload bench {part}"), recorded(_gpu_uuid(device)) as conditions:
         for result in module.run(options):
             more = {"figures": module.figures(result), "arguments": arguments, "conditions": conditions()}
             yield {**result, **more}

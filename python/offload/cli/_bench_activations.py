@@ -28,12 +28,12 @@ import offload
 from .. import _native
 from ._bench_copies import MODES, raw_bytes_per_s
 from ._bench_figures import Figure, Side, figure
-from ._bench_progress import now_at
 from ._bench_run import release
 from ._bench_spread import summary
 from ._bench_step import wait_for_compute
 from ._device import compute_device
 from ._peak import measured_peak
+from ._progress import now_at
 from ._table import Piece, format_bytes
 
 __all__ = ["figures", "pieces", "run"]

@@ -23,9 +23,9 @@ from torch import nn
 import offload
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
+from ._progress import now_at
 from ._table import Piece, format_bytes
 
 __all__ = ["figures", "pieces", "run"]

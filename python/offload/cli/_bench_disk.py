@@ -30,8 +30,8 @@ from ._bench_disk_update import measure_update
 from ._bench_disk_weights import measure_weights
 from ._bench_figures import Figure, figure
 from ._bench_figures import Side as Owner
-from ._bench_progress import now_at
 from ._bench_spread import summary
+from ._progress import now_at
 from ._table import Piece, format_bytes
 
 __all__ = ["figures", "pieces", "run"]

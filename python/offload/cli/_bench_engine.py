@@ -14,11 +14,11 @@ from torch import Tensor
 import offload
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._bench_step import wait_for_compute
 from ._corpus import VOCABULARY
 from ._device import compute_device
+from ._progress import now_at
 from ._training import build_model
 
 __all__ = ["figures", "run"]

@@ -19,10 +19,10 @@ import offload
 from offload import Plan
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_run import Offloaded, Place, Run, Size, release
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
+from ._progress import now_at
 from ._table import Piece, Table, format_bytes
 
 __all__ = ["figures", "largest", "pieces", "run"]

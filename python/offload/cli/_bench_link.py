@@ -13,9 +13,9 @@ from typing import Any
 from ._bench_adamw import streaming_bytes_per_s
 from ._bench_copies import COPIES_AT_MOST, MODES, Link, busy_link
 from ._bench_figures import Figure, Side, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
+from ._progress import now_at
 from ._table import Piece, Table
 
 __all__ = ["figures", "pieces", "run"]

@@ -19,10 +19,10 @@ import offload
 from .. import _native
 from ._bench_copies import raw_bytes_per_s
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._bench_step import hook_costs, hook_figures, sleep_on, wait_for_compute
 from ._device import compute_device
+from ._progress import now_at
 from ._table import Piece
 
 __all__ = ["figures", "pieces", "run"]

@@ -29,10 +29,10 @@ from ._bench_ceilings import ceilings
 from ._bench_figures import Figure, figure
 from ._bench_model import build, sizes_of
 from ._bench_peers import PEERS, Unavailable, leaving_the_group
-from ._bench_progress import now_at
 from ._bench_run import KINDS, ROUNDED, Compute, Offloaded, Place, Run, Size, Training, free_bytes, plain_adamw, release
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
+from ._progress import now_at
 from ._table import Piece, Table, format_bytes
 
 __all__ = ["conclude", "figures", "parse_places", "pieces", "run"]

@@ -23,9 +23,9 @@ from .._adamw import AdamWHyper
 from .._kernels import find_kernels
 from ._bench_copies import raw_bytes_per_s
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
+from ._progress import now_at
 from ._table import Piece
 
 __all__ = ["figures", "pieces", "run"]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 import offload
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
+from ._progress import now_at
 from ._table import Piece
 
 __all__ = ["figures", "pieces", "run"]

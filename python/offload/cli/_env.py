@@ -8,6 +8,7 @@ from typing import Any
 
 import offload
 
+from ._progress import shown
 from ._table import Piece, Table, facts, format_bytes, show
 
 __all__ = ["run_env"]
@@ -15,7 +16,8 @@ __all__ = ["run_env"]
 
 def run_env(arguments: argparse.Namespace) -> int:
     """Prints the facts, as text or as JSON. Raises `StorageError` for a directory that cannot be used."""
-    found = offload.environment(arguments.disk_path, measure=True)
+    with shown("offload env"):
+        found = offload.environment(arguments.disk_path, measure=True)
     if arguments.json:
         print(json.dumps(found, indent=2))
     else:
