@@ -75,16 +75,17 @@ class MemorySummary:
             "notes": list(self.notes),
         }
 
-    def __str__(self) -> str:
-        lines = []
+    def pieces(self) -> list[str | list[tuple[str, ...]]]:
+        """What `str()` shows, in its order: lines of text, and tables as rows of cells, the first being the header."""
+        shown: list[str | list[tuple[str, ...]]] = []
         for tier in self.tiers:
-            lines += [_line(tier.name, "now", "at most", "planned")]
-            lines += [_row(row, indent="  ") for row in tier.rows]
-            lines += [_row(tier.total, indent="  ")]
-            lines += [_row(row, indent="  ") for row in tier.beside] + [""]
-        lines += [_line("beside offload", "now", "at most", ""), _row(self.process, indent="  ")]
-        lines += [_row(row, indent="  ") for row in self.allocator]
-        return "\n".join([*(line.rstrip() for line in lines), "", *(f"- {note}" for note in self.notes)])
+            header = (tier.name, "now", "at most", "planned")
+            shown += [[header, *map(_cells, (*tier.rows, tier.total, *tier.beside))], ""]
+        shown.append([("beside offload", "now", "at most", ""), *map(_cells, (self.process, *self.allocator))])
+        return [*shown, "", *(f"- {note}" for note in self.notes)]
+
+    def __str__(self) -> str:
+        return "\n".join(piece if isinstance(piece, str) else "\n".join(map(_line, piece)) for piece in self.pieces())
 
 
 def summarize(
@@ -200,10 +201,11 @@ def _tier_dict(tier: MemoryTier) -> dict[str, Any]:
     }
 
 
-def _row(row: MemoryRow, indent: str) -> str:
+def _cells(row: MemoryRow) -> tuple[str, ...]:
     planned = "" if row.planned is None else format_size(row.planned)
-    return _line(indent + row.owner, format_size(row.now), format_size(row.peak), planned)
+    return f"  {row.owner}", format_size(row.now), format_size(row.peak), planned
 
 
-def _line(name: str, *cells: str) -> str:
-    return f"{name:<36}" + "".join(f"{cell:>14}" for cell in cells)
+def _line(cells: tuple[str, ...]) -> str:
+    name, *figures = cells
+    return (f"{name:<36}" + "".join(f"{figure:>14}" for figure in figures)).rstrip()

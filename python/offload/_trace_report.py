@@ -35,6 +35,7 @@ _HIDDEN = 0.02  # of a step: less is within what steps differ by
 _MUCH = 0.2  # of a step
 _THROTTLED_SHARE = 0.05  # of the samples: fewer may be the beginning of work
 _SLOW_CLOCK = 0.95  # of the fastest clock that was seen
+_WIDTHS = {3: (36, 12, 8), 6: (16, 11, 11, 11, 14, 13)}  # of the columns of tables that have so many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,30 +125,38 @@ class TraceReport:
             values["lanes"][name]["bytes_per_s"] = use.bytes_per_s
         return values | {"verdict": self.verdict, "exposed_total_s": self.exposed_total_s, "hidden_s": self.hidden_s}
 
-    def __str__(self) -> str:
+    def pieces(self) -> list[str | list[tuple[str, ...]]]:
+        """What `str()` shows, in its order: lines of text, and tables as rows of cells, the first being the header."""
         if not self.steps:
-            return "\n".join([self.verdict, *self._warnings()])
+            return [self.verdict, *self._warnings()]
+        shown: list[str | list[tuple[str, ...]]] = [self._times(), "", self._lanes()]
+        for tier, kinds in self.memory.items():
+            parts = ", ".join(f"{kind} {format_size(nbytes)}" for kind, nbytes in kinds.items() if nbytes)
+            shown += [""] if tier == next(iter(self.memory)) else []
+            shown.append(f"{tier} memory, most at once: {parts or 'none'}")
+        shown += [*map(_clock_text, self.clocks), "", self.verdict]
+        if self.advice is not None:
+            shown.append(f"try {self.advice.setting}: {self.advice.because}")
+        return [*shown, *self._warnings()]
+
+    def __str__(self) -> str:
+        return "\n".join(piece if isinstance(piece, str) else _table(piece) for piece in self.pieces())
+
+    def _times(self) -> list[tuple[str, ...]]:
         rows = [("step", self.step_s), ("  compute", self.compute_s)]
         rows += [(f"  exposed: {CAUSES[cause]}", seconds) for cause, seconds in self.exposed_s.items()]
         rows.append(("  other (data, loss, step() itself)", self.other_s))
-        lines = [f"{self.steps} steps of {self.micro_batches:g} micro-batches, a step on average:"]
-        lines += [f"{name:<36}{_ms(value):>12}{value / self.step_s:>8.1%}" for name, value in rows]
-        lines += ["", f"{'lane':<16}{'busy':>11}{'hidden':>11}{'exposed':>11}{'bytes':>14}{'rate':>13}"]
+        heading = f"{self.steps} steps of {self.micro_batches:g} micro-batches, a step on average:"
+        return [(heading, "", ""), *((name, _ms(value), f"{value / self.step_s:.1%}") for name, value in rows)]
+
+    def _lanes(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("lane", "busy", "hidden", "exposed", "bytes", "rate")]
         for lane, use in self.lanes.items():
             # Of an update the weights are counted, a part of what it reads and writes.
             rate = "" if lane == "host_update" else f"{use.bytes_per_s / 1e9:.2f} GB/s"
-            times = "".join(f"{_ms(value):>11}" for value in (use.busy_s, use.hidden_s, use.exposed_s))
-            lines.append(f"{lane:<16}{times}{format_size(use.nbytes):>14}{rate:>13}".rstrip())
-        for tier, kinds in self.memory.items():
-            parts = ", ".join(f"{kind} {format_size(nbytes)}" for kind, nbytes in kinds.items() if nbytes)
-            lines += [""] if tier == next(iter(self.memory)) else []
-            lines.append(f"{tier} memory, most at once: {parts or 'none'}")
-        for clock in self.clocks:
-            lines.append(_clock_text(clock))
-        lines += ["", self.verdict]
-        if self.advice is not None:
-            lines.append(f"try {self.advice.setting}: {self.advice.because}")
-        return "\n".join([*lines, *self._warnings()])
+            times = (_ms(use.busy_s), _ms(use.hidden_s), _ms(use.exposed_s))
+            rows.append((lane, *times, format_size(use.nbytes), rate))
+        return rows
 
     def _warnings(self) -> list[str]:
         lost = f"{self.lost_count:,} records were lost: the sums lack them; trace fewer steps"
@@ -275,6 +284,15 @@ def _clock_text(clock: ClockReport) -> str:
         return line
     reasons = ", ".join(f"{reason} ({count} of {clock.samples} samples)" for reason, count in clock.reasons.items())
     return f"{line}: SLOWED DOWN in {clock.throttled_share:.0%} of the samples, {reasons}"
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
+    first, *others = _WIDTHS[len(rows[0])]
+    lines = []
+    for name, *cells in rows:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]
+        lines.append((name.ljust(first) + "".join(aligned)).rstrip())
+    return "\n".join(lines)
 
 
 def _ms(seconds: float) -> str:

@@ -346,6 +346,6 @@ def test_unequal_losses_fail_the_command(
     equal: bool, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(_bench_train, "run", lambda _: iter([{"name": "train", "losses_equal_resident": equal}]))
-    monkeypatch.setattr(_bench_train, "text", lambda _: "")
+    monkeypatch.setattr(_bench_train, "pieces", lambda _: [])
     monkeypatch.setattr(_bench_train, "figures", lambda _: [])
     assert main(["bench", "train", "--size", "tiny"]) == code

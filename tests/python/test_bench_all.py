@@ -39,7 +39,7 @@ def stubs(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         module = importlib.import_module(f"offload.cli._bench_{part}")
         monkeypatch.setattr(module, "run", stub(part))
         monkeypatch.setattr(module, "figures", lambda result: [figure(result["name"], "s", summary([1.0]))])
-        monkeypatch.setattr(module, "text", lambda result: f"text of {result['name']}", raising=False)
+        monkeypatch.setattr(module, "pieces", lambda result: [f"text of {result['name']}"], raising=False)
     return asked
 
 

@@ -1,8 +1,7 @@
-"""What a bench tells of the machine meanwhile: clocks of a GPU, other work, and that it is still at it."""
+"""What a bench tells of the machine meanwhile: clocks of a GPU, and other work."""
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import threading
@@ -15,8 +14,8 @@ import torch
 
 from offload.cli import _bench, _bench_conditions
 from offload.cli._bench_clocks import ClocksUnknown, open_clocks, over_time
-from offload.cli._bench_conditions import every, noise, recorded
-from offload.cli._bench_progress import Progress, now_at
+from offload.cli._bench_conditions import noise, recorded
+from offload.cli._every import every
 
 UUID = "GPU-12345678-1234-1234-1234-123456789abc"
 POWER_CAP, IDLE, APPLICATION = 0x4, 0x1, 0x2
@@ -203,50 +202,3 @@ def test_other_work_on_the_cpus_is_counted_and_ours_is_not(monkeypatch: pytest.M
     assert told["load_average"] == {"before": 1.5, "after": 1.5}
     assert told["cpu_mhz"]["before"] == {"min": 2596.124, "median": 3000.5, "max": 3000.5}
     assert noise(told) == ["other processes used 0.7 CPUs", "other virtual machines used 0.4 CPUs"]
-
-
-def test_a_thread_ends_with_its_context() -> None:
-    called = threading.Event()
-    before = set(threading.enumerate())
-    with every(1e-3, called.set):
-        assert called.wait(60) and set(threading.enumerate()) - before
-    assert not set(threading.enumerate()) - before
-
-
-# --- progress -------------------------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-def test_what_is_over_soon_shows_nothing_and_a_log_a_line_in_ten_seconds() -> None:
-    now = [0.0]
-    stream = io.StringIO()
-    progress = Progress("adamw", stream, lambda: now[0])
-    for second in range(24):
-        now[0] = second
-        progress.at = f"round {second} of 24"
-        progress.tick()
-    progress.end()
-    assert stream.getvalue().splitlines() == [
-        f"offload bench adamw: {second} s, round {second} of 24" for second in (2, 12, 22)
-    ]
-
-
-def test_a_terminal_has_one_line_that_is_gone_at_the_end() -> None:
-    now = [0.0]
-    stream = Terminal()
-    progress = Progress("link", stream, lambda: now[0])
-    progress.end()
-    assert stream.getvalue() == "", "nothing was shown, nothing is erased"
-    for second in (1, 2, 3):
-        now[0] = second
-        progress.tick()
-    progress.end()
-    assert stream.getvalue() == "\roffload bench link: 2 s\x1b[K\roffload bench link: 3 s\x1b[K\r\x1b[K"
-
-
-def test_what_is_measured_may_tell_where_nobody_listens() -> None:
-    now_at("round 1 of 9")

@@ -20,7 +20,7 @@ from offload import _copy_lanes
 from offload.cli import _train, main
 from offload.cli._corpus import batches, read_corpus
 from offload.cli._peak import measured_peak
-from offload.cli._table import table
+from offload.cli._table import Table
 from offload.cli._training import MasterAdamW, Run, build_model, learning_rate_share
 
 TINY = ["--layers", "2", "--hidden", "64", "--length", "16", "--batch", "2"]
@@ -294,5 +294,5 @@ def test_master_adamw_is_adamw_over_fp32_copies() -> None:
 
 
 def test_table_aligns_columns() -> None:
-    lines = table([("kind", "bytes"), ("weights", "1"), ("m", "1000")]).splitlines()
+    lines = str(Table([("kind", "bytes"), ("weights", "1"), ("m", "1000")])).splitlines()
     assert lines == ["kind     bytes", "--------------", "weights      1", "m         1000"]

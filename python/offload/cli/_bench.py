@@ -20,9 +20,9 @@ import offload
 
 from ._bench_conditions import recorded
 from ._bench_figures import absent_peers, figure_rows
-from ._bench_progress import shown
 from ._device import compute_device
-from ._table import table
+from ._progress import shown
+from ._table import Piece, Table, show
 
 __all__ = ["PARTS", "environment", "run_bench"]
 
@@ -40,7 +40,7 @@ _NOT_MEASURED = {"json", "compare", "command", "part", "device"}
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """Measures `options.part` (or all of them), prints the JSON, and tables of it on stderr.
+    """Measures `options.part` (or all of them), prints tables on stderr, and the JSON unless both are a terminal.
 
     The exit code is 1 if offloaded and resident losses were not equal bit for bit, if a part of `all` failed, or if a
     figure of ours is worse than in the result that `options.compare` names.
@@ -68,12 +68,13 @@ def run_bench(options: argparse.Namespace) -> int:
             missing = isinstance(error, ModuleNotFoundError)
             outcome = {"unavailable": str(error)} if missing else {"failed": f"{type(error).__name__}: {error}"}
             report["results"][part] = {**report["results"].get(part, {}), **outcome}
-        print(_text(part, report["results"][part]), file=sys.stderr)
+        show(_pieces(part, report["results"][part]), file=sys.stderr)
     worse = False
     if earlier is not None:
         worse = _compare(earlier, report)
     _write(options.json, report)
-    print(json.dumps(report, indent=2))
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # it would bury the tables
+        print(json.dumps(report, indent=2))
     results = report["results"].values()
     # Only `train` compares losses; other parts have no such key.
     unequal = any(result.get("losses_equal_resident") is False for result in results)
@@ -103,22 +104,23 @@ def _measured(part: str, options: argparse.Namespace) -> Iterator[dict[str, Any]
         if name not in _NOT_MEASURED
     }
     device = compute_device(getattr(options, "device", None))
-    with shown(part), recorded(_gpu_uuid(device)) as conditions:
+    with shown(f"offload bench {part}"), recorded(_gpu_uuid(device)) as conditions:
         for result in module.run(options):
             more = {"figures": module.figures(result), "arguments": arguments, "conditions": conditions()}
             yield {**result, **more}
 
 
-def _text(part: str, result: Mapping[str, Any]) -> str:
+def _pieces(part: str, result: Mapping[str, Any]) -> list[Piece]:
     """All that a terminal shows of a part."""
-    outcomes = [f"{part}: {kind}: {result[kind]}\n" for kind in ("unavailable", "failed") if kind in result]
+    outcomes = [f"{part}: {kind}: {result[kind]}" for kind in ("unavailable", "failed") if kind in result]
     if outcomes:
-        return "".join(outcomes)
-    own: Callable[[Any], str] | None = getattr(importlib.import_module(f"._bench_{part}", __package__), "text", None)
-    lines = [own(result)] if own is not None else []
+        return [*outcomes, ""]
+    module = importlib.import_module(f"._bench_{part}", __package__)
+    own: Callable[[Any], list[Piece]] | None = getattr(module, "pieces", None)
+    shown = own(result) if own is not None else []
     if result["figures"]:
-        lines.append(table(figure_rows(result["figures"])))
-    return "\n".join(filter(None, [*lines, *absent_peers(result)])) + "\n"
+        shown.append(Table(figure_rows(result["figures"])))
+    return [*shown, *absent_peers(result), ""]
 
 
 def _compare(earlier: Mapping[str, Any], report: dict[str, Any]) -> bool:
@@ -127,8 +129,8 @@ def _compare(earlier: Mapping[str, Any], report: dict[str, Any]) -> bool:
 
     report["comparison"] = compared = compare(earlier, report)
     rows = comparison_rows(compared)
-    tables = [table(rows, left=2)] if len(rows) > 1 else []
-    print("\n".join([*tables, *comparison_lines(compared)]), file=sys.stderr)
+    moved = [Table(rows, left=2)] if len(rows) > 1 else []
+    show([*moved, *comparison_lines(compared)], file=sys.stderr)
     return bool(compared["counts"]["worse"])
 
 

@@ -28,15 +28,15 @@ import offload
 from .. import _native
 from ._bench_copies import MODES, raw_bytes_per_s
 from ._bench_figures import Figure, Side, figure
-from ._bench_progress import now_at
 from ._bench_run import release
 from ._bench_spread import summary
 from ._bench_step import wait_for_compute
 from ._device import compute_device
 from ._peak import measured_peak
-from ._table import format_bytes
+from ._progress import now_at
+from ._table import Piece, format_bytes
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _RESIDENT, _PEER = "resident", "torch save_on_cpu"
 Way = AbstractContextManager[Any]
@@ -271,11 +271,11 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What left, and over which link."""
     rates = ", ".join(f"{lane} {rate / 1e9:.2f}" for lane, rate in result["link_bytes_per_s"].items())
-    lines = [f"{result['device']}, raw copies in GB/s: {rates}; gradients are equal bit for bit"]
+    shown: list[Piece] = [f"{result['device']}, raw copies in GB/s: {rates}; gradients are equal bit for bit"]
     for name, way in result["ways"].items():
         peak = "" if way["peak_device_bytes"] is None else f", peak {format_bytes(way['peak_device_bytes'])}"
-        lines.append(f"{name}: {format_bytes(way['bytes'])} left the device{peak}")
-    return "\n".join(lines)
+        shown.append(f"{name}: {format_bytes(way['bytes'])} left the device{peak}")
+    return shown

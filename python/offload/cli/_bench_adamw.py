@@ -25,8 +25,8 @@ from torch import Tensor
 from .. import _native
 from .._adamw import FORMATS, AdamWHyper
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
+from ._progress import now_at
 
 __all__ = ["figures", "run", "streaming_bytes_per_s"]
 

@@ -23,12 +23,12 @@ from torch import nn
 import offload
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
-from ._table import format_bytes
+from ._progress import now_at
+from ._table import Piece, format_bytes
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _PIECE_BYTES = 8 << 20
 _THREADS = 4
@@ -140,6 +140,6 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """How much was saved."""
-    return f"{format_bytes(result['bytes'])} a save, {result['save_gb_per_s']:.2f} GB/s"
+    return [f"{format_bytes(result['bytes'])} a save, {result['save_gb_per_s']:.2f} GB/s"]

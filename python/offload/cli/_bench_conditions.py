@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,31 +12,14 @@ from typing import Any
 
 from ._bench_clocks import Clocks, ClocksUnknown, open_clocks, over_time
 from ._bench_spread import low_median_high
+from ._every import every
 
-__all__ = ["every", "noise", "recorded"]
+__all__ = ["noise", "recorded"]
 
 # CPUs that others use on average, above which a run is called noisy.
 _NOISY_CPUS = 0.25
 _BUSY = ("user", "nice", "system", "idle", "iowait", "irq", "softirq", "steal")  # the columns of /proc/stat
 _IDLE = {"idle", "iowait", "steal"}
-
-
-@contextlib.contextmanager
-def every(seconds: float, call: Callable[[], object]) -> Iterator[None]:
-    """`call` runs in a thread of its own, each so many seconds, while the context lasts."""
-    over = threading.Event()
-
-    def work() -> None:
-        while not over.wait(seconds):
-            call()
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 @contextlib.contextmanager

@@ -30,11 +30,11 @@ from ._bench_disk_update import measure_update
 from ._bench_disk_weights import measure_weights
 from ._bench_figures import Figure, figure
 from ._bench_figures import Side as Owner
-from ._bench_progress import now_at
 from ._bench_spread import summary
-from ._table import format_bytes
+from ._progress import now_at
+from ._table import Piece, format_bytes
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _MIB = 2**20
 _BLOCK = _MIB
@@ -258,16 +258,18 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """Which disk it was, and how much of the states went through."""
     facts = next(iter(result["facts"].values()))
     direct = "O_DIRECT" if facts["direct"] else f"buffered ({facts['direct_refusal']})"
     update, weights = result["update"], result["weights"]
-    return (
-        f"{facts['directory']}, {facts['file_system']}, {direct}\nupdate of states on disk: "
-        f"{format_bytes(update['read_bytes'])} read, {format_bytes(update['written_bytes'])} written, "
-        f"{update['share_of_both']['median']:.3f} of a raw read and write at once\nstep with "
-        f"{format_bytes(weights['weight_bytes'])} of weights on disk, {format_bytes(weights['cache_bytes'])} cached: "
+    on_disk, cached = format_bytes(weights["weight_bytes"]), format_bytes(weights["cache_bytes"])
+    return [
+        f"{facts['directory']}, {facts['file_system']}, {direct}",
+        f"update of states on disk: {format_bytes(update['read_bytes'])} read, "
+        f"{format_bytes(update['written_bytes'])} written, "
+        f"{update['share_of_both']['median']:.3f} of a raw read and write at once",
+        f"step with {on_disk} of weights on disk, {cached} cached: "
         f"{format_bytes(weights['read_bytes'])} read, {format_bytes(weights['written_bytes'])} written, "
-        f"{weights['share_of_both']['median']:.3f} of both at once or the step in memory"
-    )
+        f"{weights['share_of_both']['median']:.3f} of both at once or the step in memory",
+    ]

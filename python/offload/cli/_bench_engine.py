@@ -18,14 +18,15 @@ from torch import Tensor, nn
 import offload
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import median_interval, summary
 from ._bench_step import ManyParameters, wait_for_compute
 from ._corpus import VOCABULARY
 from ._device import compute_device
+from ._progress import now_at
+from ._table import Piece
 from ._training import build_model
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _TARGET = 0.02
 _BATCH = 4
@@ -239,9 +240,9 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What the engine adds to a step, beside what was asked for."""
-    lines = []
+    lines: list[Piece] = []
     for row in result["rows"]:
         wall, cpu = (
             f"{row[name]['median']:.2%} ({row[name]['median_between'][0]:.2%} to {row[name]['median_between'][1]:.2%})"
@@ -252,4 +253,4 @@ def text(result: Mapping[str, Any]) -> str:
             f"{_case(row)}: the engine adds {wall} to a step of wrap, {cpu} of its CPU time; by what it adds to calls "
             f"over {row['tensors']} tiny parameters ({own}) it would be {row['own_share']:.2%}"
         )
-    return "\n".join(lines) + f"\n(medians with their 95 % intervals; asked for: at most {_TARGET:.0%})"
+    return [*lines, f"(medians with their 95 % intervals; asked for: at most {_TARGET:.0%})"]

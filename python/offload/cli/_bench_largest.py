@@ -19,13 +19,13 @@ import offload
 from offload import Plan
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_run import Offloaded, Place, Run, Size, release
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
-from ._table import format_bytes, table
+from ._progress import now_at
+from ._table import Piece, Table, format_bytes
 
-__all__ = ["figures", "largest", "run", "text"]
+__all__ = ["figures", "largest", "pieces", "run"]
 
 _WIDTHS: dict[str, tuple[ModelShape, int, int]] = {  # shape, tokens a step and of a sequence
     "tiny": (TINY, 64, 32),
@@ -138,18 +138,18 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return [figure(f"step of {row['tokens']:,} tokens", "s", row["step_s"]) for row in steps]
 
 
-def text(result: dict[str, Any]) -> str:
+def pieces(result: dict[str, Any]) -> list[Piece]:
     """The table of a result."""
     places = ", ".join(f"{kind} {place}" for kind, place in result["places"].items())
-    lines = [f"{result['parameters']:,} parameters, {result['layers']} layers on {result['device']}: {places}"]
+    about = f"{result['parameters']:,} parameters, {result['layers']} layers on {result['device']}: {places}"
     rows = [("tier", "planned", "budget")]
     for tier in ("device", "host"):
         planned = sum(result["plan"][tier].values())
         rows.append((tier, format_bytes(planned), format_bytes(result[f"{tier}_budget_bytes"])))
-    lines.append(table(rows))
+    shown: list[Piece] = [about, Table(rows)]
     if "does_not_fit" in result:
-        lines.append(f"does not fit: {result['does_not_fit']}")
+        shown.append(f"does not fit: {result['does_not_fit']}")
     if "run" in result:
         (row,) = result["run"]["steps"]
-        lines.append(f"trained: {row['tokens_per_s']:,.0f} tokens/s at {row['tokens']:,} tokens a step")
-    return "\n".join(lines)
+        shown.append(f"trained: {row['tokens_per_s']:,.0f} tokens/s at {row['tokens']:,} tokens a step")
+    return shown

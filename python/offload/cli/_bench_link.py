@@ -13,12 +13,12 @@ from typing import Any
 from ._bench_adamw import streaming_bytes_per_s
 from ._bench_copies import COPIES_AT_MOST, MODES, Link, busy_link
 from ._bench_figures import Figure, Side, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
-from ._table import table
+from ._progress import now_at
+from ._table import Piece, Table
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _KIB, _MIB = 2**10, 2**20
 _SIZES = tuple(64 * _KIB * 4**power for power in range(7))  # 64 KiB to 256 MiB
@@ -121,10 +121,10 @@ def _rates(row: Mapping[str, Any], kind: str) -> Iterator[Figure]:
             yield figure(name, "GB/s", rate, better="higher", ceiling=("raw copies", raw["median"]))
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What host memory streams while copies run."""
     memory = [("GB/s", "host memory", "the copies")]
     for row in result["host_memory"]:
         copied = "-" if row["copies"] is None else f"{row['copies_gb_per_s']['median']:.2f}"
         memory.append((row["copies"] or "no copies", f"{row['gb_per_s']:.2f}", copied))
-    return f"{result['device']}, raw: {result['raw']}\n{table(memory)}"
+    return [f"{result['device']}, raw: {result['raw']}", Table(memory)]

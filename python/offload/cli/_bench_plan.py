@@ -32,9 +32,9 @@ from .. import _native
 from ._bench_figures import Figure, figure
 from ._bench_model import sizes_of
 from ._bench_spread import summary
-from ._table import table
+from ._table import Piece, Table
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _TOLERANCE = 0.15
 _PREFETCH = 1
@@ -394,7 +394,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What was predicted and measured."""
     header = (
         "shape",
@@ -423,7 +423,7 @@ def text(result: Mapping[str, Any]) -> str:
                 *measured,
             )
         )
-    lines = [table(rows, left=2)]
+    shown: list[Piece] = [Table(rows, left=2)]
     if "within" in result:
-        lines.append(f"within {result['tolerance']:.0%}: {result['within']:.0%} of {len(result['rows'])} settings")
-    return "\n".join(lines)
+        shown.append(f"within {result['tolerance']:.0%}: {result['within']:.0%} of {len(result['rows'])} settings")
+    return shown

@@ -16,9 +16,9 @@ import torch
 
 from .. import _native
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._model_shapes import MODELS, shapes
+from ._progress import now_at
 
 __all__ = ["figures", "run"]
 

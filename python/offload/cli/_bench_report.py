@@ -12,6 +12,7 @@ import offload
 
 from ._bench_conditions import noise
 from ._bench_figures import absent_peers, figure_rows
+from ._progress import shown
 from ._table import format_bytes
 
 __all__ = ["Entry", "entries", "markdown", "read", "run_report", "tokens_by_run"]
@@ -60,7 +61,8 @@ def run_report(options: argparse.Namespace) -> int:
         from ._report_plots import draw
 
         for path, report in reports.items():
-            images = draw(entries(report), options.plots, path.stem)
+            with shown("offload bench report"):
+                images = draw(entries(report), options.plots, path.stem)
             text += "".join(f"\n![{image.stem}]({image})\n" for image in images)
     if options.out is None:
         print(text, end="")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 import offload
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
+from ._progress import now_at
 
 __all__ = ["figures", "hook_costs", "hook_figures", "run", "sleep_on", "wait_for_compute"]
 

@@ -19,12 +19,13 @@ import offload
 from .. import _native
 from ._bench_copies import raw_bytes_per_s
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._bench_step import hook_costs, hook_figures, sleep_on, wait_for_compute
 from ._device import compute_device
+from ._progress import now_at
+from ._table import Piece
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _UNITS = 24
 _KIB = 2**10
@@ -195,8 +196,8 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """Which link it was, and what hooks cost apart from each other."""
     hooks, rate = result["hooks"], f"{result['link_bytes_per_s'] / 1e9:.2f} GB/s, {result['link_is']}"
     costs = f"{hooks['us_per_unit']:.1f} us a unit and {hooks['us_per_parameter']:.1f} us a parameter"
-    return f"{result['device']}, link: {rate}\nhooks: {costs}"
+    return [f"{result['device']}, link: {rate}", f"hooks: {costs}"]

@@ -18,9 +18,10 @@ from ._bench_spread import summary
 from ._bench_step import ManyParameters, wait_for_compute
 from ._corpus import VOCABULARY
 from ._device import compute_device
+from ._table import Piece
 from ._training import build_model
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _TARGET = 0.01
 _BATCH = 4
@@ -122,12 +123,12 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     ]
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What a trace costs, beside what was asked for."""
     overhead, added = result["overhead"], result["added_us_per_unit"]
     low, middle, high = (f"{overhead[share]:.2%}" for share in ("p20", "median", "p80"))
-    return (
+    return [
         f"a trace adds {middle} to a step, pair by pair ({low} to {high}); by what it adds to a unit it would be "
         f"{result['reckoned_overhead']:.2%} ({result['units']} units at {added['median']:.1f} us); asked for: at most "
         f"{overhead['target']:.0%}"
-    )
+    ]

@@ -29,13 +29,13 @@ from ._bench_ceilings import ceilings
 from ._bench_figures import Figure, figure
 from ._bench_model import build, sizes_of
 from ._bench_peers import PEERS, Unavailable, leaving_the_group
-from ._bench_progress import now_at
 from ._bench_run import KINDS, ROUNDED, Compute, Offloaded, Place, Run, Size, Training, free_bytes, plain_adamw, release
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
-from ._table import format_bytes, table
+from ._progress import now_at
+from ._table import Piece, Table, format_bytes
 
-__all__ = ["conclude", "figures", "parse_places", "run", "text"]
+__all__ = ["conclude", "figures", "parse_places", "pieces", "run"]
 
 _LANES = ("to_host", "to_device")
 _BESIDE = ("compute", "resident", "torch")
@@ -336,7 +336,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def text(result: dict[str, Any]) -> str:
+def pieces(result: dict[str, Any]) -> list[Piece]:
     """The table of a result."""
     header = ("run", "tokens", "step s", "p20", "p80", "tokens/s", "of resident", "of bound", "hidden", "device peak")
     rows: list[Sequence[str]] = [header]
@@ -354,8 +354,9 @@ def text(result: dict[str, Any]) -> str:
             shares = [f"{row[key]:.3f}" if key in row else "-" for key in ("share_of_bound", "hidden_share")]
             memory = "-" if peak is None else format_bytes(peak)
             rows.append((name, f"{row['tokens']:,}", *times, f"{row['tokens_per_s']:,.0f}", resident, *shares, memory))
-    lines = [f"{result['size']}, {result['parameters']:,} parameters on {result['device']}", table(rows)]
+    about = f"{result['size']}, {result['parameters']:,} parameters on {result['device']}"
+    shown: list[Piece] = [about, Table(rows)]
     if "losses_equal_resident" in result:
         equal = "equal bit for bit" if result["losses_equal_resident"] else "NOT EQUAL"
-        lines.append(f"losses of offloaded and resident: {equal}")
-    return "\n".join(lines)
+        shown.append(f"losses of offloaded and resident: {equal}")
+    return shown

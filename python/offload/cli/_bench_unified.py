@@ -23,11 +23,12 @@ from .._adamw import AdamWHyper
 from .._kernels import find_kernels
 from ._bench_copies import raw_bytes_per_s
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
+from ._progress import now_at
+from ._table import Piece
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 _LR = 1e-2  # a bf16 weight of 1 must move in the fewest steps
 _STATE_BYTES = 12  # of an element: master and moments, each read and written in a step
@@ -156,6 +157,6 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What was left out, and why."""
-    return "\n".join(f"{name} is left out: {why}" for name, why in result["refused"].items())
+    return [f"{name} is left out: {why}" for name, why in result["refused"].items()]

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 import offload
 
 from ._bench_figures import Figure, figure
-from ._bench_progress import now_at
 from ._bench_spread import summary
 from ._device import compute_device
+from ._progress import now_at
+from ._table import Piece
 
-__all__ = ["figures", "run", "text"]
+__all__ = ["figures", "pieces", "run"]
 
 # Weight, options of `wrap`, and what is read and written of an element: gradient, master and moments; a bf16 weight is
 # written beside an fp32 master. Scales of int8 moments are left out.
@@ -134,6 +135,6 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return found
 
 
-def text(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """Which slower way was taken, and why."""
-    return "\n".join(result["fallbacks"])
+    return list(result["fallbacks"])

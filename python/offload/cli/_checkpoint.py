@@ -8,6 +8,8 @@ import sys
 
 import offload
 
+from ._progress import shown
+
 __all__ = ["run_checkpoint"]
 
 _EXIT_CHECK_FAILED = 1
@@ -17,9 +19,12 @@ def run_checkpoint(options: argparse.Namespace) -> int:
     """The exit code is 1 for a checkpoint that is absent or damaged, and for a disk that refuses."""
     try:
         if options.action == "show":
-            print(json.dumps(offload.describe_checkpoint(options.directory, tag=options.tag), indent=2))
+            with shown("offload checkpoint show"):
+                described = offload.describe_checkpoint(options.directory, tag=options.tag)
+            print(json.dumps(described, indent=2))
         else:
-            path = offload.export_checkpoint(options.directory, options.out, dtype=options.dtype, tag=options.tag)
+            with shown("offload checkpoint export"):
+                path = offload.export_checkpoint(options.directory, options.out, dtype=options.dtype, tag=options.tag)
             print(f"{path}: {path.stat().st_size:,} bytes")
     except offload.StorageError as error:
         print(f"offload: {error}", file=sys.stderr)

@@ -8,7 +8,7 @@ import sys
 
 from ._corpus import read_corpus
 from ._device import compute_device
-from ._table import format_bytes
+from ._table import format_bytes, show_report
 from ._training import train
 
 __all__ = ["run_memory"]
@@ -28,13 +28,13 @@ def run_memory(options: argparse.Namespace) -> int:
         device=compute_device(options.device),
     )
     measured = {"bytes": run.peak.nbytes, "source": run.peak.source}
-    text = f"{run.memory}"
+    beside = []
     if run.peak.nbytes:
-        text += (
-            f"\n- on the device were {format_bytes(run.peak.nbytes)} at once, activations and workspace included, in "
+        beside.append(
+            f"- on the device were {format_bytes(run.peak.nbytes)} at once, activations and workspace included, in "
             f"the first steps ({run.peak.source})"
         )
-    print(text, file=sys.stderr if options.json else sys.stdout)
+    show_report(run.memory, beside, file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps({"schema_version": 1, **run.memory.to_dict(), "measured_peak_device": measured}))
     return _EXIT_INTERRUPTED if run.interrupted else 0

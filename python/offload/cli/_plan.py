@@ -15,7 +15,9 @@ from torch import nn
 import offload
 
 from ._plan_model import decoder_of_depth, described, model_of
-from ._plan_text import printed
+from ._plan_text import pieces
+from ._progress import now_at, shown
+from ._table import show
 
 __all__ = ["run_plan"]
 
@@ -35,8 +37,23 @@ _LARGEST: dict[str, dict[str, Any]] = {
 
 def run_plan(options: argparse.Namespace) -> int:
     """Prints the prediction, as text or as JSON; 2 where nothing fits, with the numbers on stderr."""
+    with shown("offload plan"):
+        result = _predicted(options)
+    if options.json:
+        print(json.dumps(result, indent=2), flush=True)
+    else:
+        show(pieces(result))
+    if result["refusal"] is None:
+        return 0
+    print(f"offload: {result['refusal']}", file=sys.stderr)
+    return _EXIT_NOTHING_FITS
+
+
+def _predicted(options: argparse.Namespace) -> dict[str, Any]:
+    now_at("building the model without its weights")
     model = model_of(options)
     hardware = _hardware(options)
+    now_at("predicting steps")
     placement = {"moments": options.moments, "master": options.master}
     prediction = offload.predict(
         model,
@@ -49,8 +66,9 @@ def run_plan(options: argparse.Namespace) -> int:
         interconnect=options.interconnect,
         **placement,
     )
+    now_at("looking for the largest models that fit")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    result = {
+    return {
         "schema": 1,
         "model": described(model),
         "dtype": options.dtype,
@@ -60,15 +78,11 @@ def run_plan(options: argparse.Namespace) -> int:
         **_as_json(prediction),
         "largest": _largest(prediction.hardware, vocabulary, getattr(torch, options.dtype), placement),
     }
-    print(json.dumps(result, indent=2) if options.json else printed(result), flush=True)
-    if prediction.refusal is None:
-        return 0
-    print(f"offload: {prediction.refusal}", file=sys.stderr)
-    return _EXIT_NOTHING_FITS
 
 
 def _hardware(options: argparse.Namespace) -> offload.Hardware:
     if options.hardware is None:
+        now_at("measuring this machine")
         print("offload: measuring this machine; --hardware names another", file=sys.stderr)
         hardware = offload.measure_hardware()
     else:

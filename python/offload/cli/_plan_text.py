@@ -1,16 +1,14 @@
-"""`offload plan` as text: tables of `rich` on a terminal that has it, plain ones otherwise."""
+"""What `offload plan` shows of a prediction."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._table import table
+from ._table import Piece, Rows, Table, facts
 
-__all__ = ["printed"]
+__all__ = ["pieces"]
 
-Rows = list[tuple[str, ...]]
 # Of a step, what is worth a word.
 _WORTH_SHOWING = 0.005
 _LEAST_GIB = 2**30 // 10  # less is shown in MiB
@@ -26,19 +24,20 @@ _LANES = {
 }
 
 
-def printed(result: Mapping[str, Any]) -> str:
+def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """The whole report: the verdict, what it is of, and the tables with their remarks."""
-    lines = [_verdict(result), "", *_heading(result)]
-    tables = [("Where it can be", 4, *_places(result))]
+    shown: list[Piece] = [_verdict(result), "", facts(_heading(result))]
+    rows, remarks = _places(result)
+    shown += ["", Table(rows, left=4, title="Where it can be"), *remarks]
     if result["steps"]:
-        tables.append(("How fast it is", 1, *_speeds(result)))
+        rows, remarks = _speeds(result)
+        shown += ["", Table(rows, title="How fast it is"), *remarks]
     one = " one GPU" if result["gpus"] > 1 else ""
-    tables.append((f"The largest models of Llama's shape that would fit{one}", 1, *_largest(result)))
-    for title, left, rows, remarks in tables:
-        lines += ["", _table(title, left, rows), *remarks]
-    if result["hardware"]["source"].startswith("measured"):
-        return "\n".join(lines)
-    return "\n".join([*lines, "", "On the machine itself, `offload plan` without --hardware measures the rates."])
+    title = f"The largest models of Llama's shape that would fit{one}"
+    shown += ["", Table(_largest(result), title=title)]
+    if not result["hardware"]["source"].startswith("measured"):
+        shown += ["", "On the machine itself, `offload plan` without --hardware measures the rates."]
+    return shown
 
 
 def _verdict(result: Mapping[str, Any]) -> str:
@@ -80,7 +79,7 @@ def _pace(step: Mapping[str, Any]) -> str:
     return f"{_figures(step['tokens_per_s'])} tokens/s at {step['tokens']:,} tokens a step"
 
 
-def _heading(result: Mapping[str, Any]) -> list[str]:
+def _heading(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     hardware, gpus = result["hardware"], result["gpus"]
     star = {name: "*" if name in hardware["assumed"] else "" for name in hardware}
     trainable, frozen = result["trainable_count"], result["frozen_count"]
@@ -89,28 +88,42 @@ def _heading(result: Mapping[str, Any]) -> list[str]:
     several, a_gpu = (f"{gpus} x ", " a GPU") if gpus > 1 else ("", "")
     formats = [f"{kind} {form}" for kind, form in _formats(result).items()]
     lines = [
-        f"model     {result['model']}: {trainable:,} parameters{f', {frozen:,} more frozen' if frozen else ''}",
-        f"training  {', '.join([result['dtype'], result['optimizer_class'], *formats])}, sequences of "
-        f"{result['length']:,} tokens{', checkpointing' if result['checkpointing'] else ''}",
-        f"device    {several}{hardware['name']}: {_gib(hardware['device_bytes'])}, "
-        f"{peak / 1e12:.3g} TFLOP/s, of which {hardware['mfu']:.0%}{star['mfu']} reached",
-        f"link      {_rate(hardware['to_host'])} to the host, {_rate(hardware['to_device'])} to the device",
-        f"host      {_gib(hardware['host_bytes'])}{star['host_bytes']}{a_gpu}, updates at "
-        f"{_rate(hardware['host_bandwidth'])}{star['host_bandwidth']}",
-        f"disk      reads {_rate(hardware['disk_read'])}{star['disk_read']}, writes {_rate(hardware['disk_write'])}"
-        f"{star['disk_write']}",
-        f"source    {hardware['source']}",
+        ("model", f"{result['model']}: {trainable:,} parameters{f', {frozen:,} more frozen' if frozen else ''}"),
+        (
+            "training",
+            f"{', '.join([result['dtype'], result['optimizer_class'], *formats])}, sequences of "
+            f"{result['length']:,} tokens{', checkpointing' if result['checkpointing'] else ''}",
+        ),
+        (
+            "device",
+            f"{several}{hardware['name']}: {_gib(hardware['device_bytes'])}, "
+            f"{peak / 1e12:.3g} TFLOP/s, of which {hardware['mfu']:.0%}{star['mfu']} reached",
+        ),
+        ("link", f"{_rate(hardware['to_host'])} to the host, {_rate(hardware['to_device'])} to the device"),
+        (
+            "host",
+            f"{_gib(hardware['host_bytes'])}{star['host_bytes']}{a_gpu}, updates at "
+            f"{_rate(hardware['host_bandwidth'])}{star['host_bandwidth']}",
+        ),
+        (
+            "disk",
+            f"reads {_rate(hardware['disk_read'])}{star['disk_read']}, writes {_rate(hardware['disk_write'])}"
+            f"{star['disk_write']}",
+        ),
+        ("source", hardware["source"]),
     ]
     if hardware["assumed"]:
-        lines.append("          * assumed: --mfu, --host-memory, --host-bandwidth, --disk-bandwidth replace it")
+        lines.append(("", "* assumed: --mfu, --host-memory, --host-bandwidth, --disk-bandwidth replace it"))
     lines += [
-        f"needs     {_gib(result['resident_bytes'])} for weights, gradients and optimizer states, {each:.3g} bytes a "
-        "parameter,",
-        f"          and {_gib(result['sequence_bytes'])} for the activations of each sequence, about",
-        f"          (the rule of thumb of 40 GB a billion parameters: {_gib(result['rule_of_thumb_bytes'])})",
+        (
+            "needs",
+            f"{_gib(result['resident_bytes'])} for weights, gradients and optimizer states, {each:.3g} bytes a "
+            "parameter,",
+        ),
+        ("", f"and {_gib(result['sequence_bytes'])} for the activations of each sequence, about"),
+        ("", f"(the rule of thumb of 40 GB a billion parameters: {_gib(result['rule_of_thumb_bytes'])})"),
     ]
-    lines += [f"note      {note}" for note in result["notes"]]
-    return lines
+    return lines + [("note", note) for note in result["notes"]]
 
 
 def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
@@ -118,7 +131,7 @@ def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
     batches = sorted({step["batch"] for step in steps})
     shown = batches[len(batches) // 2] if batches else None
     of_shown = {step["placement"]: step for step in steps if step["batch"] == shown}
-    rows: Rows = [("#", "optimizer", "gradients", "weights", "device", "host", "disk", "fits", "step")]
+    rows: list[Sequence[str]] = [("#", "optimizer", "gradients", "weights", "device", "host", "disk", "fits", "step")]
     for number, placed in enumerate(result["placements"]):
         optimizer, gradients, params = (placed["options"][name] for name in _KINDS)
         if optimizer == "mixed":
@@ -138,7 +151,7 @@ def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
 
 
 def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
-    rows: Rows = [("#", "tokens", "parts", "device", "step", "tokens/s", "computes", "waits for")]
+    rows: list[Sequence[str]] = [("#", "tokens", "parts", "device", "step", "tokens/s", "computes", "waits for")]
     for number in result["fastest"]:
         step = result["steps"][number]
         rows.append(
@@ -170,12 +183,12 @@ def _waits(step: Mapping[str, Any]) -> str:
     return f"{_LANES[lane]} {_seconds(seconds)}" if seconds > _WORTH_SHOWING * step["seconds"] else "nothing"
 
 
-def _largest(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
-    rows: Rows = [("with", "parameters", "layers", "hidden")]
+def _largest(result: Mapping[str, Any]) -> Rows:
+    rows: list[Sequence[str]] = [("with", "parameters", "layers", "hidden")]
     for row in result["largest"]:
         hidden = 128 * row["layers"]
         rows.append((row["kept"], _count(row["parameters"]), str(row["layers"]), f"{hidden:,}"))
-    return rows, []
+    return rows
 
 
 def _matches(placed: Mapping[str, Any], plan: Mapping[str, Any]) -> bool:
@@ -192,30 +205,6 @@ def _off(placed: Mapping[str, Any]) -> str:
         elif place != "device":
             found.append(f"{name} (disk)" if place == "disk" else name)
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found) or "nothing"
-
-
-def _table(title: str, left: int, rows: Rows) -> str:
-    """With a title; the first `left` columns are aligned to the left, the others to the right."""
-    if sys.stdout.isatty():
-        try:
-            from rich import box
-            from rich.console import Console
-            from rich.table import Table
-        except ModuleNotFoundError:
-            pass
-        else:
-            drawn = Table(
-                title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, collapse_padding=True
-            )
-            for column, name in enumerate(rows[0]):
-                drawn.add_column(name, justify="left" if column < left else "right")
-            for row in rows[1:]:
-                drawn.add_row(*row)
-            console = Console(file=sys.stdout)
-            with console.capture() as capture:
-                console.print(drawn)
-            return capture.get().rstrip("\n ")
-    return f"{title}\n\n{table(rows, left)}"
 
 
 def _in_gib(nbytes: float) -> str:

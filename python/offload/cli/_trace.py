@@ -10,6 +10,8 @@ import offload
 
 from ._corpus import read_corpus
 from ._device import compute_device
+from ._progress import shown
+from ._table import show_report
 from ._training import train
 
 __all__ = ["run_trace", "run_trace_report"]
@@ -38,13 +40,14 @@ def run_trace(options: argparse.Namespace) -> int:
 
 def run_trace_report(options: argparse.Namespace) -> int:
     """Reads a trace and prints its report; returns the exit code."""
-    trace = offload.trace.load(options.file)
-    if options.profiler is not None and options.out is None:
-        raise offload.InvalidArgument("--profiler: give --out, the file for both traces on one time axis")
-    if options.out is not None:
-        trace.save(options.out, profiler=options.profiler)
-    if options.html is not None:
-        trace.save_html(options.html)
+    with shown("offload trace report"):
+        trace = offload.trace.load(options.file)
+        if options.profiler is not None and options.out is None:
+            raise offload.InvalidArgument("--profiler: give --out, the file for both traces on one time axis")
+        if options.out is not None:
+            trace.save(options.out, profiler=options.profiler)
+        if options.html is not None:
+            trace.save_html(options.html)
     _show(options, trace)
     return 0
 
@@ -53,7 +56,7 @@ def _show(options: argparse.Namespace, trace: offload.trace) -> None:
     if options.json:
         print(json.dumps(trace.report.to_dict()))
     else:
-        print(trace.report)
+        show_report(trace.report)
     for path in (options.out, options.html):
         if path is not None:
             print(f"offload trace: wrote {path}", file=sys.stderr)

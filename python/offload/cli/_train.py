@@ -11,7 +11,7 @@ import torch
 
 from ._corpus import read_corpus
 from ._device import compute_device, make_deterministic
-from ._table import format_bytes, table
+from ._table import Piece, Table, facts, format_bytes, show
 from ._training import Run, train
 
 __all__ = ["run_train"]
@@ -49,7 +49,7 @@ def run_train(options: argparse.Namespace) -> int:
             exit_code = _EXIT_INTERRUPTED
         elif not all(entry["ok"] for entry in report["check"].values()):
             exit_code = _EXIT_CHECK_FAILED
-    print(_text(report), file=sys.stderr if options.json else sys.stdout)
+    show(_pieces(report), file=sys.stderr if options.json else sys.stdout)
     if options.json:
         print(json.dumps(report))
     return exit_code
@@ -130,7 +130,7 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
     }
 
 
-def _text(report: dict[str, Any]) -> str:
+def _pieces(report: dict[str, Any]) -> list[Piece]:
     sizes, stats = report["bytes"], report["stats"]
     unused = {tier for tier, key in (("disk", "disk"), ("unified", "unified_bytes")) if not stats[key]}
     sizes = {tier: kinds for tier, kinds in sizes.items() if tier not in unused}
@@ -139,7 +139,7 @@ def _text(report: dict[str, Any]) -> str:
     rows += [(kind, *(format_bytes(sizes[tier][kind]) for tier in sizes)) for kind in _KINDS]
     rows.append(("total", *(format_bytes(sum(sizes[tier].values())) for tier in sizes)))
     hidden = "no update yet" if report["hidden_share"] is None else f"{report['hidden_share']:.1%}"
-    facts = [
+    lines = [
         ("run", f"{report['parameters']:,} parameters, {report['dtype']}, on {report['device']}"),
         ("steps", f"{report['steps']}{' (stopped)' if report['interrupted'] else ''}"),
         ("loss, first to last", _loss(report)),
@@ -155,20 +155,19 @@ def _text(report: dict[str, Any]) -> str:
         left, saved, sent = (format_bytes(stats["activations"][key]) for key in names)
         form = report["activation_format"]
         on_the_way = "" if form == "exact" else f", {sent} on their way ({form})"
-        facts.append(("activations off the device", f"{left} of {saved} a forward{on_the_way}"))
+        lines.append(("activations off the device", f"{left} of {saved} a forward{on_the_way}"))
     if stats["disk"]:
         moved = stats["disk"]
-        facts.append(
+        lines.append(
             ("disk", f"{format_bytes(moved['read_bytes'])} read, {format_bytes(moved['written_bytes'])} written")
         )
         if moved["window_bytes"]:
-            facts.append(("states on disk", f"{format_bytes(moved['kept_bytes'])} found in the window, not read"))
+            lines.append(("states on disk", f"{format_bytes(moved['kept_bytes'])} found in the window, not read"))
         if "weights_cache_bytes" in moved:
             read, kept = (format_bytes(moved[f"weights_{verb}_bytes"]) for verb in ("read", "kept"))
-            facts.append(("weights on disk", f"{read} read, {kept} found in the cache, not read"))
-    facts += [(f"check: {name.replace('_', ' ')}", _verdict(name, entry)) for name, entry in _checks(report)]
-    width = max(len(name) for name, _ in facts)
-    return "\n".join(f"{name.ljust(width)}  {value}" for name, value in facts) + "\n\n" + table(rows)
+            lines.append(("weights on disk", f"{read} read, {kept} found in the cache, not read"))
+    lines += [(f"check: {name.replace('_', ' ')}", _verdict(name, entry)) for name, entry in _checks(report)]
+    return [facts(lines), "", Table(rows)]
 
 
 def _checks(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

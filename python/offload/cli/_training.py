@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import sys
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -18,6 +17,7 @@ import offload
 
 from ._corpus import VOCABULARY, batches
 from ._peak import Peak, measured_peak
+from ._progress import now_at, shown
 
 __all__ = ["Run", "build_model", "learning_rate_share", "train"]
 
@@ -137,41 +137,42 @@ def train(
     measures_peak: of device bytes, which makes the first steps slow.
     """
     run = Run()
-    model, optimizer, offloaded = _prepare(options, placement, device)
-    run.plan = offloaded.plan if offloaded else None
-    schedule = LambdaLR(optimizer, lambda step: learning_rate_share(step, options.steps))
-    inputs = batches(corpus, batch=options.batch, length=options.length, seed=options.seed)
+    with shown(label, steps=steps) as progress:
+        now_at("building the model")
+        model, optimizer, offloaded = _prepare(options, placement, device)
+        run.plan = offloaded.plan if offloaded else None
+        schedule = LambdaLR(optimizer, lambda step: learning_rate_share(step, options.steps))
+        inputs = batches(corpus, batch=options.batch, length=options.length, seed=options.seed)
 
-    model.train()
-    measuring = ExitStack()
-    try:
-        if offloaded and measures_peak:
-            run.peak = measuring.enter_context(measured_peak(device, _live_bytes(model, offloaded)))
-        for step in range(1, steps + 1):
-            start = time.perf_counter()
-            losses = []
-            for _ in range(options.accumulate):
-                tokens = next(inputs).to(device)
-                loss = model(input_ids=tokens, labels=tokens).loss / options.accumulate
-                loss.backward()
-                losses.append(loss.detach())
-                run.tokens += tokens.numel()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP_NORM)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            run.losses.append(float(torch.stack(losses).sum()))
-            run.seconds += time.perf_counter() - start
-            if step == _PEAK_STEPS:
-                measuring.close()
-            _progress(label, step, steps, run)
-            if step == snapshot_step:
-                run.weights = _weights(model)
-    except KeyboardInterrupt:
-        run.interrupted = True
-    finally:
-        measuring.close()
-    _end_progress()
+        model.train()
+        measuring = ExitStack()
+        try:
+            if offloaded and measures_peak:
+                run.peak = measuring.enter_context(measured_peak(device, _live_bytes(model, offloaded)))
+            for step in range(1, steps + 1):
+                start = time.perf_counter()
+                losses = []
+                for _ in range(options.accumulate):
+                    tokens = next(inputs).to(device)
+                    loss = model(input_ids=tokens, labels=tokens).loss / options.accumulate
+                    loss.backward()
+                    losses.append(loss.detach())
+                    run.tokens += tokens.numel()
+                torch.nn.utils.clip_grad_norm_(model.parameters(), _CLIP_NORM)
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+                run.losses.append(float(torch.stack(losses).sum()))
+                run.seconds += time.perf_counter() - start
+                if step == _PEAK_STEPS:
+                    measuring.close()
+                progress.step(step, f"loss {run.losses[-1]:.4f}  {run.tokens_per_s:,.0f} tokens/s")
+                if step == snapshot_step:
+                    run.weights = _weights(model)
+        except KeyboardInterrupt:
+            run.interrupted = True
+        finally:
+            measuring.close()
     if offloaded:
         offloaded.synchronize()
         run.stats, run.memory = offloaded.stats(), offloaded.memory_summary()
@@ -215,22 +216,3 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     """Host copies of all parameters."""
     state = model.state_dict()
     return {name: state[name].to("cpu", copy=True) for name, _ in model.named_parameters()}
-
-
-def _progress(label: str, step: int, steps: int, run: Run) -> None:
-    every = max(1, steps // 10)
-    interactive = sys.stderr.isatty()
-    if not interactive and step % every and step not in (1, steps):
-        return
-    text = f"{label}: step {step}/{steps}  loss {run.losses[-1]:.4f}  {run.tokens_per_s:,.0f} tokens/s"
-    print(
-        f"\r{text}\033[K" if interactive else text,
-        end="" if interactive else "\n",
-        file=sys.stderr,
-        flush=True,
-    )
-
-
-def _end_progress() -> None:
-    if sys.stderr.isatty():
-        print(file=sys.stderr)
