@@ -32,10 +32,14 @@ class TokenCosts:
     lookups: frozenset[str]
     logits: int
 
+    def saved_bytes(self, tokens: int, itemsize: int, *, checkpointing: bool) -> dict[str, int]:
+        """Bytes that each unit's forward of so many tokens keeps, of elements of `itemsize`, without the logits."""
+        kept = {**self.saved, **self.inputs} if checkpointing else self.saved
+        return {unit: tokens * itemsize * count for unit, count in kept.items()}
+
     def activation_bytes(self, tokens: int, itemsize: int, *, checkpointing: bool) -> int:
-        """Bytes at the end of a forward of so many tokens, of elements of `itemsize`, or as a block is recomputed."""
+        """Bytes of all at the end of a forward, or as a block is recomputed."""
         blocks = [self.saved[name] for name in self.inputs]
-        kept = sum(self.saved.values())
-        if checkpointing and blocks:
-            kept += sum(self.inputs.values()) + max(blocks) - sum(blocks)
-        return tokens * (kept * itemsize + self.logits * _LOGIT_BYTES)
+        again = max(blocks, default=0) if checkpointing else 0
+        kept = sum(self.saved_bytes(tokens, itemsize, checkpointing=checkpointing).values())
+        return kept + tokens * (again * itemsize + self.logits * _LOGIT_BYTES)
