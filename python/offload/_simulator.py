@@ -347,6 +347,4 @@ class _ActivationWindow:
             )
             self._ring.add(self._arrivals[other], nbytes)
         if number in self._arrivals:
-            arrival = self._arrivals.pop(number)
-            self._pipeline.compute.wait(arrival)
-            self._ring.remove(arrival)
+            self._pipeline.compute.wait(self._arrivals.pop(number))
