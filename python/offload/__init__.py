@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from ._parameter_size import ParameterSize
     from ._plan import Plan
     from ._predict import estimate, measure_hardware, predict
-    from ._prediction import PlacedBytes, Prediction, StepPrediction
+    from ._predicted_step import StepPrediction
+    from ._prediction import PlacedBytes, Prediction
     from ._saving import CheckpointSave, save_checkpoint
     from ._stats import Stats
     from ._step_work import Machine, UnitWork, transformer_compute, unit_works
@@ -115,7 +116,7 @@ _HOMES = {
     "StateError": "_errors",
     "Stats": "_stats",
     "StepForecast": "_forecast",
-    "StepPrediction": "_prediction",
+    "StepPrediction": "_predicted_step",
     "StorageError": "_errors",
     "UnitWork": "_step_work",
     "TraceReport": "_trace_report",

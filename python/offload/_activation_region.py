@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from . import _activations
 from ._activation_format import open_format
+from ._activation_order import DEFAULT_KEEP
 from ._activations import Activations
 from ._config import ActivationForm, Config, check_activation_form, format_size, parse_size
 from ._copy_lanes import open_lanes
@@ -71,7 +71,7 @@ def offload_activations(
     place = _device(device)
     if isinstance(keep, float) and not 0.0 <= keep <= 1.0:
         raise InvalidArgument(f"keep={keep}: a share is between 0.0 and 1.0; give bytes as an int or text")
-    kept = _activations.DEFAULT_KEEP if keep is None else keep if isinstance(keep, float) else _size("keep", keep)
+    kept = DEFAULT_KEEP if keep is None else keep if isinstance(keep, float) else _size("keep", keep)
     host = int(probe_host().available_bytes * _HOST_SHARE) if budget is None else _size("budget", budget)
     smallest = None if min_bytes is None else _size("min_bytes", min_bytes)
     check_activation_form("format", format)

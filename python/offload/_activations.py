@@ -5,7 +5,8 @@
 [Note: the allowance] One number of device bytes serves both directions. In forward the most recent `keep` bytes stay:
 a range departs when newer ones push it out, so the last of forward never leaves and backward's first need never waits.
 In backward the same bytes hold what is still kept and what is prefetched, in the order of the backward before, or else
-from the last saved to the first. As much again may be on its way to the host.
+from the last saved to the first. As much again may be on its way to the host. _activation_order.py is the same rule
+over sizes alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch._compile import _disable_dynamo
 from torch.utils import checkpoint
 
 from ._activation_format import ActivationFormat, may_be_rounded
+from ._activation_order import DEFAULT_KEEP, IN_FLIGHT_BYTES
 from ._cuda_graphs import refuse_capture
 from ._errors import OffloadError, OutOfHostMemory, StateError
 from ._host_grad import HostBytes
@@ -41,14 +43,10 @@ from ._saved_ranges import (
     keys_of,
 )
 
-__all__ = ["DEFAULT_KEEP", "MIN_BYTES", "Activations", "Lanes"]
+__all__ = ["MIN_BYTES", "Activations", "Lanes"]
 
 # A copy of less costs more in launching it than it frees.
 MIN_BYTES = 64 << 10
-# Of what a forward saves, what stays: one layer in eight hides the way back of the next, on links that keep up at all.
-DEFAULT_KEEP = 0.125
-# What may be on its way to the host where the allowance is smaller: the link needs it to be busy.
-_IN_FLIGHT_BYTES = 64 << 20
 
 
 class Lanes(Protocol):
@@ -273,7 +271,7 @@ class Activations:
         held = None
         if self._host_bytes + saved.host_bytes <= self._budget:
             with contextlib.suppress(OutOfHostMemory):
-                room = max(self._allowance(), _IN_FLIGHT_BYTES)
+                room = max(self._allowance(), IN_FLIGHT_BYTES)
                 held = self._lanes.send(self._departing(saved), "activations", saved.stream, room)
         with Uninterrupted():
             self._device_bytes -= saved.nbytes

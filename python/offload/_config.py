@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ._activation_order import DEFAULT_KEEP
 from ._errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -243,6 +244,11 @@ class Config:
         if isinstance(self.activations, float):
             return self.activations
         return 0.0 if self.activations in ("device", "auto", 0) else 1.0
+
+    @property
+    def activation_keep(self) -> float:
+        """The share of it that stays, the most recent, where activations leave."""
+        return max(DEFAULT_KEEP, 1 - self.activation_share)
 
     @property
     def activation_host_bytes(self) -> int | None:

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from . import _native
 from ._activation_format import open_format
-from ._activations import DEFAULT_KEEP, Activations
+from ._activations import Activations
 from ._adamw import FORMATS, check_gradient
 from ._config import Config
 from ._copy_lanes import CopyLanes, ticket_of, wait_to_end
@@ -104,7 +104,7 @@ class Engine:
                 CopyLanes(device, pool, self.transfers),
                 device,
                 budget=plan.activation_host_bytes,
-                keep=max(DEFAULT_KEEP, 1 - config.activation_share),
+                keep=config.activation_keep,
                 checkpoints_only=plan.activations == "checkpoints",
                 form=open_format(config.activation_format, device),
                 poison=config.poison_enabled,

@@ -10,16 +10,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+from ._activation_order import DEFAULT_KEEP, RING_BYTES
 from ._errors import InvalidArgument
 from ._simulator import Settings, simulate, uncached_share, window_schedule
 from ._step_work import Machine, UnitWork
 
 __all__ = ["StepForecast", "forecast"]
-
-# Device memory that gradients on their way may keep alive: beyond it compute waits (see _copy_lanes.py).
-_RING_BYTES = 256 << 20
-# Of what a forward saves, what stays on the device where the rest leaves (see _activations.py).
-_KEPT_ACTIVATIONS = 0.125
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +41,19 @@ def forecast(
     prefetch: int = 1,
     clips: bool = True,
     lazy: bool = True,
-    kept_activations: float = _KEPT_ACTIVATIONS,
+    kept_activations: float = DEFAULT_KEEP,
+    activation_host_bytes: int | None = None,
     window_bytes: int = 0,
     cache_bytes: int = 0,
-    ring_bytes: int = _RING_BYTES,
+    ring_bytes: int = RING_BYTES,
 ) -> StepForecast:
     """One of many equal steps over `units`, which are in the order of the forward.
 
     micro_batches: of a step. prefetch: units of streamed weights that are sent for ahead. clips: the update waits for
     the norm of all gradients. lazy: `step()` returns while updates run. kept_activations: the share of what a
-    micro-batch saves that stays on the device. window_bytes, cache_bytes: host memory that states and weights on disk
-    pass through. ring_bytes: device memory of gradients on their way.
+    micro-batch saves that stays on the device. activation_host_bytes: what it may take on the host; None: all that it
+    takes. window_bytes, cache_bytes: host memory that states and weights on disk pass through. ring_bytes: device
+    memory of gradients on their way, and of activations.
 
     Raises `InvalidArgument` for no units, numbers that make no sense, and a lane that is needed and has no rate.
     """
@@ -70,6 +68,7 @@ def forecast(
         clips=clips,
         lazy=lazy,
         kept_activations=kept_activations,
+        activation_host_bytes=activation_host_bytes,
         window_bytes=window_bytes,
         cache_bytes=cache_bytes,
         ring_bytes=ring_bytes,
@@ -90,7 +89,7 @@ def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> d
     sent = [streamed[number] for touch in window_schedule(len(streamed), settings.prefetch) for number in touch]
     uncached = uncached_share(units, settings.cache_bytes)
     count = settings.micro_batches
-    saved = count * (1 - settings.kept_activations) * total("activation_bytes")
+    saved = count * settings.order_of(units).left_bytes
     gradients, stored = total("gradient_bytes"), total("stored_bytes")
     moved = {
         "to_host": count * gradients + saved + total("step_to_host_bytes") + total("unified_bytes"),

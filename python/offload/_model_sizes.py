@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ __all__ = ["parameter_sizes", "token_costs"]
 
 # In 16-bit elements: its input in fp32, and what it scales.
 _NORM_KEEPS = 3
+# How configs call the probability that a score of attention is dropped.
+_SCORE_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def parameter_sizes(
@@ -54,14 +57,16 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
     """What a token of a sequence of `length` costs: see [Note: what activations take].
 
     Shapes do not tell everything. From `model.config`, as Hugging Face's models have it, come the heads of attention,
-    causal as in a decoder, and how many experts a token passes; without it attention counts no operations, and every
-    expert counts.
+    causal as in a decoder, whether it is eager, and how many experts a token passes; without it attention counts no
+    operations and no scores, and every expert counts.
     """
     config = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     classes = collections.Counter(type(unit.modules[0]) for unit in units if not unit.is_root)
     attention, active = _attention_operations(config, length), _active_experts(config)
+    scores = _heads(config) * length if _is_eager(config) else 0
+    wide_softmax = True
     saved: dict[str, int] = {}
     inputs: dict[str, int] = {}
     operations: dict[str, float] = {}
@@ -71,7 +76,8 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
     for unit in units:
         matrices = list(_matrices(unit))
         multiplied.update(map(id, matrices))
-        is_block = not unit.is_root and classes[type(unit.modules[0])] > 1
+        # Two embeddings are no blocks.
+        is_block = bool(matrices) and not unit.is_root and classes[type(unit.modules[0])] > 1
         saved[unit.name], operations[unit.name] = _NORM_KEEPS * _normed(unit), attention if is_block else 0.0
         for matrix in matrices:
             is_expert = "experts" in names[id(matrix)].split(".")
@@ -82,13 +88,23 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
             operations[unit.name] -= 2.0 * (1.0 - share) * matrix.numel()
         if is_block:
             inputs[unit.name] = _width(config, matrices)
+            wide_softmax = _has_wide_softmax(type(unit.modules[0]))
         elif matrices and not (unit.is_root and len(units) > 1):
             head, head_unit = matrices[-1], unit.name
     if head is not None:
         saved[head_unit] -= head.shape[0]  # the logits, which count by themselves
     looked_up = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)} - multiplied
     lookups = frozenset(name for key, name in names.items() if key in looked_up)
-    return TokenCosts(saved, inputs, operations, lookups, 0 if head is None else head.shape[0])
+    return TokenCosts(
+        saved=saved,
+        scores=dict.fromkeys(inputs, scores),
+        drops_scores=any(getattr(config, name, None) for name in _SCORE_DROPOUTS),
+        wide_softmax=wide_softmax,
+        inputs=inputs,
+        operations=operations,
+        lookups=lookups,
+        logits=0 if head is None else head.shape[0],
+    )
 
 
 def _matrices(unit: Unit) -> Iterator[Tensor]:
@@ -115,10 +131,30 @@ def _normed(unit: Unit) -> int:
 
 
 def _attention_operations(config: Any, length: int) -> float:
-    """Of a token in one block's forward: scores and their product with the values, over half the sequence."""
-    heads = _setting(config, "num_attention_heads", "n_head")
+    """Of a token in one block's forward: scores and their product with the values, over half the sequence, or over all
+    of it where the other half is masked afterwards."""
+    heads = _heads(config)
     size = _setting(config, "head_dim") or _setting(config, "hidden_size", "n_embd") // max(heads, 1)
-    return 2.0 * length * heads * size
+    return (4.0 if _is_eager(config) else 2.0) * length * heads * size
+
+
+def _heads(config: Any) -> int:
+    return _setting(config, "num_attention_heads", "n_head")
+
+
+def _is_eager(config: Any) -> bool:
+    """Whether attention is written out, as in models without another way, rather than torch's or a kernel's own."""
+    return getattr(config, "_attn_implementation", None) == "eager"
+
+
+def _has_wide_softmax(block: type[nn.Module]) -> bool:
+    """Whether eager attention beside this class takes its softmax in fp32: its code names that dtype, or is not found.
+
+    No config says so. Most of Hugging Face's models do, and GPT-2 and BERT, and what descends from them, do not.
+    """
+    eager = getattr(sys.modules[block.__module__], "eager_attention_forward", None)
+    code = getattr(eager, "__code__", None)
+    return code is None or "float32" in code.co_names
 
 
 def _active_experts(config: Any) -> float:

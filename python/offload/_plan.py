@@ -24,7 +24,7 @@ from ._plan_sizes import (
 from ._tier_bytes import TierBytes, table
 from ._unified_plan import MemoryKind, check_room, words_of_unified
 
-__all__ = ["Attempt", "ParameterSize", "Plan", "TierBytes", "make_plan", "try_placement"]
+__all__ = ["Attempt", "ParameterSize", "Plan", "TierBytes", "make_plan", "place_activations", "try_placement"]
 
 ActivationPlacement = Literal["device", "host", "checkpoints"]
 
@@ -194,7 +194,7 @@ def make_plan(
         ways += [f"a cache of {format_size(host.cache)} for weights"] if params == "disk" else []
         where = ", ".join(config.disk_paths)
         reason.append(f"disk: {format_size(disk.total)} in {where}, through {' and '.join(ways)} in host memory")
-    activations, activation_host_bytes = _activations(config, host_capacity - on_host)
+    activations, activation_host_bytes = place_activations(config, host_capacity - on_host)
     if activations == "device":
         reason.append("activations stay on the device")
     else:
@@ -369,7 +369,7 @@ def _host_capacity(config: Config, host_bytes: int) -> tuple[int, str]:
     )
 
 
-def _activations(config: Config, host_bytes_left: int) -> tuple[ActivationPlacement, int]:
+def place_activations(config: Config, host_bytes_left: int) -> tuple[ActivationPlacement, int]:
     """Where activations go, and what they may take on the host: gradients that the user keeps need the rest."""
     if config.activation_share == 0:
         return "device", 0

@@ -72,12 +72,13 @@ class Ring:
         self._copies: deque[tuple[Piece, float]] = deque()
         self._bytes = 0.0
 
-    def add(self, copy: Piece, nbytes: float) -> None:
+    def add(self, copy: Piece, nbytes: float, room: float | None = None) -> None:
+        """room: what may be on its way after this copy, None for the limit."""
         while self._copies and self._copies[0][0].end <= self._compute.last.end:
             self._drop_oldest()
         self._copies.append((copy, nbytes))
         self._bytes += nbytes
-        while self._copies and self._bytes > self._limit:
+        while self._copies and self._bytes > (self._limit if room is None else room):
             self._compute.wait(self._copies[0][0])
             self._drop_oldest()
 

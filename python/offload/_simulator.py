@@ -14,6 +14,7 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 
+from ._activation_order import ActivationOrder, activation_order
 from ._simulated_lanes import BEGIN, Compute, Lane, Piece, Ring, latest
 from ._step_work import LANES, Machine, UnitWork
 
@@ -22,8 +23,6 @@ __all__ = ["Settings", "Simulated", "simulate", "window_schedule"]
 # Steps before the measured ones, which find the lanes as every later step does; of those one goes forwards through
 # states on disk and one backwards.
 _FIRST_STEPS, _MEASURED_STEPS = 2, 2
-# Activations that may be on their way where those that stay are fewer (see _activations.py).
-_ACTIVATION_RING_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +34,15 @@ class Settings:
     clips: bool
     lazy: bool
     kept_activations: float
+    activation_host_bytes: int | None
     window_bytes: int
     cache_bytes: int
     ring_bytes: int
+
+    def order_of(self, units: Sequence[UnitWork]) -> ActivationOrder:
+        """What of a micro-batch's activations leaves and comes back, and when."""
+        sizes = [nbytes for unit in units for nbytes in unit.saved_bytes]
+        return activation_order(sizes, self.kept_activations, self.activation_host_bytes, self.ring_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,10 +126,14 @@ class _Pipeline:
 
     def _forward(self) -> _Mark:
         for number, unit in enumerate(self.units):
+            if unit.checkpointed:
+                self.activations.save(number, 0)
             self.compute.wait(self.updated[number])
             self.weights.touch(number)
-            self.compute.run(unit.forward_seconds)
-            self.activations.save(number)
+            for part in range(unit.parts):
+                self.compute.run(unit.forward_seconds / unit.parts)
+                if not unit.checkpointed:
+                    self.activations.save(number, part)
         busy = {name: lane.busy for name, lane in self.lanes.items()}
         return _Mark(self.compute.last.end, busy, dict(self.compute.exposed))
 
@@ -137,8 +146,12 @@ class _Pipeline:
             unit = self.units[number]
             if part == unit.parts - 1:
                 self.weights.touch(number)
-                self.activations.bring(number)
-            self.compute.run(unit.backward_seconds / unit.parts)
+                if unit.checkpointed:
+                    self.activations.bring(number, 0)
+                    self.compute.run(unit.repeated_seconds)
+            if not unit.checkpointed:
+                self.activations.bring(number, part)
+            self.compute.run((unit.backward_seconds - unit.repeated_seconds) / unit.parts)
             if unit.gradient_bytes:
                 if not first:
                     earlier = earlier or self._send_back(number, part)
@@ -149,8 +162,6 @@ class _Pipeline:
                 self.gradient_ring.add(self.landed[number][part], gradient)
                 if not first and (number, part) in following:
                     earlier = self._send_back(*following[number, part])
-            if part == 0:
-                self.activations.drop(number)
         self.weights.empty()
 
     def _send_back(self, number: int, part: int) -> Piece:
@@ -309,46 +320,31 @@ class _ActivationWindow:
 
     def __init__(self, pipeline: _Pipeline) -> None:
         self._pipeline = pipeline
-        total = sum(unit.activation_bytes for unit in pipeline.units)
-        self._allowance = pipeline.settings.kept_activations * total
-        self._ring = Ring(pipeline.compute, max(self._allowance, _ACTIVATION_RING_BYTES))
-        self._staying: dict[int, float] = {}  # bytes by unit, the oldest first
-        self._bytes = 0.0  # on the device
-        self._away: dict[int, tuple[float, Piece]] = {}
+        saved = [(number, part) for number, unit in enumerate(pipeline.units) for part in range(len(unit.saved_bytes))]
+        self._numbers = {place: number for number, place in enumerate(saved)}
+        self._sizes = [nbytes for unit in pipeline.units for nbytes in unit.saved_bytes]
+        self._order = pipeline.settings.order_of(pipeline.units)
+        self._ring = Ring(pipeline.compute, pipeline.settings.ring_bytes)
+        self._left: dict[int, Piece] = {}
         self._arrivals: dict[int, Piece] = {}
 
-    def save(self, number: int) -> None:
-        saved = self._pipeline.units[number].activation_bytes
-        if not saved:
+    def save(self, unit: int, part: int) -> None:
+        number = self._numbers.get((unit, part))
+        for other in () if number is None else self._order.departures[number]:
+            nbytes = self._sizes[other]
+            self._left[other] = self._pipeline.run("to_host", nbytes, self._pipeline.compute.last)
+            self._ring.add(self._left[other], nbytes, self._order.room_bytes)
+
+    def bring(self, unit: int, part: int) -> None:
+        """Backward comes to what it saved, and sends for what comes next."""
+        number = self._numbers.get((unit, part))
+        if number is None:
             return
-        self._staying[number] = saved
-        self._bytes += saved
-        while self._bytes > self._allowance and self._staying:
-            oldest = next(iter(self._staying))
-            leaving = min(self._staying[oldest], self._bytes - self._allowance)
-            self._staying[oldest] -= leaving
-            if not self._staying[oldest]:
-                del self._staying[oldest]
-            self._bytes -= leaving
-            copy = self._pipeline.run("to_host", leaving, self._pipeline.compute.last)
-            before, _ = self._away.get(oldest, (0.0, copy))
-            self._away[oldest] = (before + leaving, copy)
-            self._ring.add(copy, leaving)
-
-    def bring(self, number: int) -> None:
-        """Backward comes to a unit: it waits for what it saved, and sends for what comes next while there is room."""
-        for other in range(number, -1, -1):
-            if other not in self._away:
-                continue
-            nbytes, left = self._away[other]
-            if other != number and self._bytes + nbytes > self._allowance:
-                break
-            del self._away[other]
-            self._arrivals[other] = self._pipeline.run("to_device", nbytes, self._pipeline.compute.last, left)
-            self._bytes += nbytes
-        self._pipeline.compute.wait(self._arrivals.pop(number, BEGIN))
-
-    def drop(self, number: int) -> None:
-        """Its backward is over."""
-        self._bytes = max(0.0, self._bytes - self._pipeline.units[number].activation_bytes)
-        self._staying.pop(number, None)
+        for other in self._order.returns[-1 - number]:
+            nbytes = self._sizes[other]
+            self._arrivals[other] = self._pipeline.run(
+                "to_device", nbytes, self._pipeline.compute.last, self._left.pop(other)
+            )
+            self._ring.add(self._arrivals[other], nbytes)
+        if number in self._arrivals:
+            self._pipeline.compute.wait(self._arrivals.pop(number))

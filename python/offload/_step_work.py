@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 
 from ._config import Config
@@ -73,7 +74,10 @@ class UnitWork:
     upload_bytes: of resident weights, after their update on the host.
     disk_read_bytes, disk_write_bytes: of states, in an update.
     stored_bytes: of `weight_bytes`, what comes from the disk, and goes there after the update.
-    parts: of about equal size, such as its large parameters, that leave, are updated and come back one by one.
+    parts: of about equal size, such as its large parameters, that leave, are updated and come back one by one; so does
+    what each of them saves.
+    checkpointed: its forward saves its input alone, before it begins, and its backward repeats it first, in seconds
+    that `backward_seconds` contains.
     """
 
     name: str
@@ -92,6 +96,19 @@ class UnitWork:
     disk_write_bytes: int = 0
     stored_bytes: int = 0
     parts: int = 1
+    checkpointed: bool = False
+
+    @property
+    def saved_bytes(self) -> list[int]:
+        """Of `activation_bytes`, those of each range of memory, in the order in which they are saved."""
+        count = 1 if self.checkpointed else self.parts
+        ends = [self.activation_bytes * number // count for number in range(count + 1)]
+        return [end - begin for begin, end in itertools.pairwise(ends)] if self.activation_bytes else []
+
+    @property
+    def repeated_seconds(self) -> float:
+        """Of its backward, those of the forward that it repeats."""
+        return min(self.forward_seconds, self.backward_seconds) if self.checkpointed else 0.0
 
 
 def unit_works(
@@ -100,16 +117,20 @@ def unit_works(
     config: Config,
     compute: Mapping[str, tuple[float, float]],
     activation_bytes: Mapping[str, int] | None = None,
+    checkpointed: Collection[str] = (),
 ) -> tuple[UnitWork, ...]:
     """What the units of a model cost in a step under `plan`, in the order in which `parameters` name them.
 
     compute: seconds of forward and of backward of one micro-batch, by unit. activation_bytes: what a unit's forward
-    saves in a micro-batch; it counts where the plan lets activations leave. config: that of the plan.
+    saves in a micro-batch; it counts where the plan lets activations leave. checkpointed: names of units whose forward
+    backward repeats; what these save is their input. config: that of the plan.
     """
     units: dict[str, list[ParameterSize]] = {}
     for parameter in parameters:
         units.setdefault(parameter.unit, []).append(parameter)
     saved = activation_bytes if activation_bytes is not None and plan.activations != "device" else {}
+    if plan.activations == "checkpoints":
+        saved = {name: nbytes for name, nbytes in saved.items() if name in checkpointed}
     works = []
     for name, members in units.items():
         forward, backward = compute.get(name, (0.0, 0.0))
@@ -121,6 +142,7 @@ def unit_works(
                 backward,
                 activation_bytes=saved.get(name, 0),
                 parts=_parts(members),
+                checkpointed=name in checkpointed,
                 **{
                     field: sum(cost.get(field, 0) for cost in costs)
                     for field in {key for cost in costs for key in cost}

@@ -39,9 +39,9 @@ CSRC_FLOORS = {
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid",
-     "_plan_sizes", "_plan", "_step_work", "_simulated_lanes", "_simulator", "_forecast", "_hardware", "_token_costs",
-     "_prediction", "_stats", "_memory", "_intervals", "_trace_records", "_trace_advice", "_trace_report",
-     "_trace_file", "_trace_page"),
+     "_plan_sizes", "_plan", "_activation_order", "_step_work", "_simulated_lanes", "_simulator", "_forecast",
+     "_hardware", "_token_costs", "_predicted_step", "_prediction", "_stats", "_memory", "_intervals", "_trace_records",
+     "_trace_advice", "_trace_report", "_trace_file", "_trace_page"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
         "_unified_pool", "_unified_states", "_disk", "_state_store", "_stored_values", "_probe", "_environment",

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from offload import _engine, _native
 
@@ -178,27 +179,50 @@ class EngineClock:
 
 
 class Block(nn.Module):
-    """A unit of equal bf16 weights that takes so many seconds of the clock, backward in equal shares a weight."""
+    """A unit of equal bf16 weights that takes so many seconds of the clock, in equal shares a weight.
 
-    def __init__(self, clock: EngineClock, forward_s: float, backward_s: float, count: int, elements: int) -> None:
+    saved_bytes: that each weight's share of the forward saves for backward.
+    """
+
+    def __init__(
+        self,
+        clock: EngineClock,
+        forward_s: float,
+        backward_s: float,
+        count: int,
+        elements: int,
+        saved_bytes: int = 0,
+    ) -> None:
         super().__init__()
-        self.clock, self.forward_s, self.share_s = clock, forward_s, backward_s / count
+        self.clock, self.shares_s, self.saved_bytes = clock, (forward_s / count, backward_s / count), saved_bytes
         self.weights = nn.ParameterList(torch.zeros(elements, dtype=torch.bfloat16) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        self.clock.compute(self.forward_s)
         for weight in self.weights:
-            x = _Use.apply(x, weight, self.clock, self.share_s)
+            x = _Use.apply(x, weight, self.clock, self.shares_s, self.saved_bytes)
         return x
+
+
+class CheckpointedBlock(Block):
+    """Its backward repeats its forward; what it keeps is its input."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(super().__call__, x, use_reentrant=False)
+        return out
 
 
 class _Use(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, clock: EngineClock, seconds: float) -> Tensor:
-        ctx.clock, ctx.seconds, ctx.shape = clock, seconds, weight.shape
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, clock: EngineClock, shares_s: tuple[float, float], saved_bytes: int
+    ) -> Tensor:
+        ctx.clock, ctx.seconds, ctx.shape = clock, shares_s[1], weight.shape
+        clock.compute(shares_s[0])
+        ctx.save_for_backward(torch.zeros(saved_bytes, dtype=torch.uint8))
         return x + weight[0]
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.saved_tensors  # noqa: B018  # which brings them
         ctx.clock.compute(ctx.seconds)
-        return gradient, torch.full(ctx.shape, 0.01, dtype=torch.bfloat16), None, None
+        return gradient, torch.full(ctx.shape, 0.01, dtype=torch.bfloat16), None, None, None

@@ -356,7 +356,7 @@ def test_every_copy_is_ordered_after_the_stream_of_its_tensor(
 
 @pytest.mark.cpu_only
 def test_the_device_holds_about_what_is_kept(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_activations, "_IN_FLIGHT_BYTES", 0)
+    monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", 0)
 
     def peak(region: Any) -> int:
         x = torch.ones(1 << 16, requires_grad=True)

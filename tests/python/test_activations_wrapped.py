@@ -421,7 +421,7 @@ def test_no_page_is_obtained_after_the_first_steps() -> None:
 @pytest.mark.cpu_only
 def test_the_activation_peak_of_sixteen_layers_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch's allocator hands out in forward and backward, above what was there before."""
-    monkeypatch.setattr(_activations, "_IN_FLIGHT_BYTES", 0)
+    monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", 0)
 
     def run(placement: dict[str, str]) -> tuple[int, list[float]]:
         torch.manual_seed(0)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import offload
 from offload import Machine, UnitWork, forecast
+from offload._activation_order import activation_order
 from offload._simulator import window_schedule
 from offload._touch_order import TouchOrder
 
@@ -73,14 +74,37 @@ CASES: list[tuple[str, Sequence[UnitWork], dict[str, Any], float]] = [
         {},
         9.0,
     ),
-    # what a saved leaves 1-2 and comes back 3-4, after backward of b 2-3 has made room; backward of a 4-5
+    # what a saved leaves 2-3, pushed out by what b saved, and comes back 3-4, beside backward of b 2-3; that of a 4-5
     ("activations", [UnitWork("u", 1.0, 1.0, activation_bytes=1)] * 2, {"kept_activations": 0.5}, 5.0),
+    # a leaves 2-3 and b 3-4. b comes back 4-5, behind its own way out, then its backward 5-6; with it a 5-6, then 6-7
+    ("activations of three units", [UnitWork("u", 1.0, 1.0, activation_bytes=1)] * 3, {"kept_activations": 0.4}, 7.0),
+    # b finds no place on the host and stays: a leaves 2-3 and comes back 3-4, as the first backward begins at 3
+    (
+        "host memory for one",
+        [UnitWork("u", 1.0, 1.0, activation_bytes=1)] * 3,
+        {"kept_activations": 0.4, "activation_host_bytes": 1},
+        6.0,
+    ),
+    # a is saved at 0 and pushed out at 1, as b begins. It comes back 2-3, while b runs again; a runs again 4-5
+    (
+        "checkpoints",
+        [UnitWork("u", 1.0, 2.0, activation_bytes=1, checkpointed=True)] * 2,
+        {"kept_activations": 0.5},
+        6.0,
+    ),
+    # in halves: of four, two stay. The first leaves 1.5-2 and the second 2-2.5; both are back for backward 3-4
+    (
+        "activations in parts",
+        [UnitWork("u", 1.0, 1.0, activation_bytes=2, parts=2)] * 2,
+        {"kept_activations": 0.5, "machine": dataclasses.replace(ONE, to_host=2.0, to_device=2.0)},
+        4.0,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("units", "options", "seconds"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_by_hand(units: Sequence[UnitWork], options: dict[str, Any], seconds: float) -> None:
-    assert forecast(units, ONE, **options).seconds == pytest.approx(seconds)
+    assert forecast(units, **{"machine": ONE} | options).seconds == pytest.approx(seconds)
 
 
 def test_the_training_thread_of_a_cpu_submits_updates_when_the_gradients_have_left() -> None:
@@ -145,7 +169,8 @@ def works(draw: st.DrawFn) -> UnitWork:
     """A unit under any placement."""
     gradient, weight, states = draw(_bytes), draw(st.integers(1, 50)), draw(_bytes)
     leaves, streams, parts = draw(st.booleans()), draw(st.booleans()), draw(st.integers(1, 3))
-    work = UnitWork("u", draw(_seconds), draw(_seconds), parts=parts, activation_bytes=draw(_bytes))
+    saves = {"activation_bytes": draw(_bytes), "checkpointed": draw(st.booleans())}
+    work = UnitWork("u", draw(_seconds), draw(_seconds), parts=parts, **saves)
     if leaves:
         work = dataclasses.replace(work, gradient_bytes=gradient)
     if streams:
@@ -173,6 +198,7 @@ def forecasts(draw: st.DrawFn) -> tuple[list[UnitWork], Machine, dict[str, Any]]
         "clips": draw(st.booleans()),
         "lazy": draw(st.booleans()),
         "kept_activations": draw(st.sampled_from([0.0, 0.125, 0.5, 1.0])),
+        "activation_host_bytes": draw(st.sampled_from([None, 0, 30])),
         "window_bytes": draw(st.sampled_from([0, 30, 1000])),
         "ring_bytes": draw(st.sampled_from([0, 30, 1000])),
     }
@@ -187,7 +213,9 @@ def test_never_below_the_bound_and_all_of_it_is_compute_or_waiting(case: Any) ->
     assert step.seconds >= step.bound_seconds * (1 - 1e-9)
     assert all(seconds <= step.seconds * (1 + 1e-9) for seconds in step.busy.values())
     assert step.busy["compute"] + sum(step.exposed.values()) == pytest.approx(step.seconds)
-    left = sum(unit.gradient_bytes + (1 - options["kept_activations"]) * unit.activation_bytes for unit in units)
+    saved = [nbytes for unit in units for nbytes in unit.saved_bytes]
+    order = activation_order(saved, options["kept_activations"], options["activation_host_bytes"])
+    left = sum(unit.gradient_bytes for unit in units) + sum(saved[n] for gone in order.departures for n in gone)
     left = options["micro_batches"] * left + sum(unit.step_to_host_bytes for unit in units)
     assert step.busy["to_host"] == pytest.approx(left / machine.to_host)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -10,8 +12,8 @@ import torch
 from torch import nn
 
 import offload
-from engine_clock import Block, EngineClock
-from offload import Machine, ParameterSize, forecast, unit_works
+from engine_clock import Block, CheckpointedBlock, EngineClock
+from offload import Machine, ParameterSize, _copy_lanes, forecast, unit_works
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
 
@@ -20,61 +22,146 @@ _ELEMENTS = 160 << 10  # larger than what shares an upload with others
 _BYTES = 2 * _ELEMENTS
 
 HOST = {"optimizer": "host", "gradients": "host", "params": "device"}
-# By name: placements, micro-batches, clipping, rates in weights a second, seconds of forward and backward of a unit.
-SETTINGS: dict[str, tuple[dict[str, Any], int, bool, tuple[float, float], tuple[float, float]]] = {
-    "host": (HOST, 1, False, (2, 2), (1, 2)),
-    "host, clipped": (HOST, 1, True, (2, 2), (1, 2)),
-    "host, slow to_host": (HOST, 1, True, (0.5, 2), (1, 2)),
-    "host, slow to_device": (HOST, 1, True, (2, 0.4), (1, 2)),
-    "host, three micro-batches": (HOST, 3, True, (2, 2), (1, 2)),
-    "host, three micro-batches, slow links": (HOST, 3, False, (0.7, 0.6), (1, 2)),
-    "host, not lazy": (HOST | {"lazy": False}, 1, True, (2, 1), (1, 2)),
-    "half of the states": (HOST | {"optimizer": 0.5}, 1, True, (1, 1), (1, 2)),
-    "optimizer alone": (HOST | {"gradients": "device"}, 1, True, (1, 1), (1, 2)),
-    "optimizer alone, two micro-batches": (HOST | {"gradients": "device"}, 2, False, (1, 1), (1, 2)),
-    "gradients alone": (HOST | {"optimizer": "device"}, 1, True, (2, 1), (1, 2)),
-    "gradients alone, two micro-batches": (HOST | {"optimizer": "device"}, 2, True, (2, 1), (1, 2)),
-    "all": (HOST | {"params": "host", "prefetch": 1}, 1, True, (2, 2), (1, 2)),
-    "all, slow to_device": (HOST | {"params": "host", "prefetch": 1}, 1, True, (2, 0.5), (1, 2)),
-    "all, prefetch 2": (HOST | {"params": "host", "prefetch": 2}, 1, True, (2, 0.5), (1, 2)),
-    "all, two micro-batches": (HOST | {"params": "host", "prefetch": 1}, 2, True, (1, 0.8), (1, 2)),
-    "device": ({"optimizer": "device", "gradients": "device", "params": "device"}, 2, True, (1, 1), (1, 2)),
+DEVICE = {"optimizer": "device", "gradients": "device", "params": "device"}
+AWAY = {"activations": "host"}
+CHECKPOINTS = {"activations": "checkpoints"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """Options of `wrap`, and what a step is; bytes are counted in weights.
+
+    link: rates to the host and to the device. seconds: of forward and of backward of a unit. saved: of each range that
+    forward saves, which is one a weight, or a checkpointed unit's input. ring: of copies on their way; None: no limit.
+    """
+
+    options: dict[str, Any]
+    micro_batches: int = 1
+    clips: bool = True
+    link: tuple[float, float] = (2, 2)
+    seconds: tuple[float, float] = (1, 2)
+    saved: float = 0
+    checkpointed: bool = False
+    ring: float | None = None
+
+
+SETTINGS = {
+    "host": Setting(HOST, clips=False),
+    "host, clipped": Setting(HOST),
+    "host, slow to_host": Setting(HOST, link=(0.5, 2)),
+    "host, slow to_device": Setting(HOST, link=(2, 0.4)),
+    "host, three micro-batches": Setting(HOST, 3),
+    "host, three micro-batches, slow links": Setting(HOST, 3, clips=False, link=(0.7, 0.6)),
+    "host, not lazy": Setting(HOST | {"lazy": False}, link=(2, 1)),
+    "half of the states": Setting(HOST | {"optimizer": 0.5}, link=(1, 1)),
+    "optimizer alone": Setting(HOST | {"gradients": "device"}, link=(1, 1)),
+    "optimizer alone, two micro-batches": Setting(HOST | {"gradients": "device"}, 2, clips=False, link=(1, 1)),
+    "gradients alone": Setting(HOST | {"optimizer": "device"}, link=(2, 1)),
+    "gradients alone, two micro-batches": Setting(HOST | {"optimizer": "device"}, 2, link=(2, 1)),
+    "all": Setting(HOST | {"params": "host", "prefetch": 1}),
+    "all, slow to_device": Setting(HOST | {"params": "host", "prefetch": 1}, link=(2, 0.5)),
+    "all, prefetch 2": Setting(HOST | {"params": "host", "prefetch": 2}, link=(2, 0.5)),
+    "all, two micro-batches": Setting(HOST | {"params": "host", "prefetch": 1}, 2, link=(1, 0.8)),
+    "device": Setting(DEVICE, 2, link=(1, 1)),
+    "activations": Setting(DEVICE | AWAY, saved=1),
+    "activations, slow to_host": Setting(DEVICE | AWAY, link=(0.7, 2), saved=1),
+    "activations, slow to_device": Setting(DEVICE | AWAY, link=(2, 0.7), saved=1),
+    "activations, large": Setting(DEVICE | AWAY, link=(1, 1), saved=4),
+    "activations, two micro-batches": Setting(DEVICE | AWAY, 2, link=(1, 0.8), saved=1),
+    "activations, a short ring": Setting(DEVICE | AWAY, link=(0.8, 0.8), saved=1, ring=2),
+    "activations, a ring of less than one": Setting(DEVICE | AWAY, link=(0.8, 0.8), saved=1, ring=0.5),
+    "half of the activations": Setting(DEVICE | {"activations": 0.5}, link=(0.5, 0.5), saved=1),
+    "seven tenths of the activations": Setting(DEVICE | {"activations": 0.7}, link=(0.5, 0.5), saved=1),
+    "activations in little host memory": Setting(DEVICE | {"activations": 3 * _BYTES}, link=(0.4, 0.5), saved=1),
+    "host and activations": Setting(HOST | AWAY, saved=1),
+    "host and activations, slow links": Setting(HOST | AWAY, clips=False, link=(0.8, 0.6), saved=1),
+    "host and activations, two micro-batches": Setting(HOST | AWAY, 2, link=(1, 0.8), saved=1.5),
+    "host and activations, a short ring": Setting(HOST | AWAY, 2, link=(0.9, 0.9), saved=1, ring=2),
+    "half of the states and activations": Setting(HOST | AWAY | {"optimizer": 0.5}, link=(1, 1), saved=1),
+    "all and activations": Setting(HOST | AWAY | {"params": "host", "prefetch": 1}, saved=1),
+    "all and activations, slow links": Setting(
+        HOST | AWAY | {"params": "host", "prefetch": 2}, link=(0.8, 0.5), saved=1
+    ),
+    "all and activations, two micro-batches": Setting(
+        HOST | AWAY | {"params": "host", "prefetch": 1}, 2, link=(1, 0.8), saved=1
+    ),
+    "recomputed": Setting(HOST, saved=1, checkpointed=True),
+    "checkpoints": Setting(DEVICE | CHECKPOINTS, link=(1, 1), saved=2, checkpointed=True),
+    "checkpoints, slow links": Setting(DEVICE | CHECKPOINTS, link=(0.4, 0.6), saved=2, checkpointed=True),
+    "half of what is recomputed": Setting(DEVICE | {"activations": 0.5}, link=(0.5, 0.5), saved=2, checkpointed=True),
+    "host and checkpoints, two micro-batches": Setting(
+        HOST | CHECKPOINTS, 2, link=(0.8, 0.6), saved=2, checkpointed=True
+    ),
+    "all and checkpoints": Setting(
+        HOST | CHECKPOINTS | {"params": "host", "prefetch": 1}, link=(1, 0.7), saved=2, checkpointed=True
+    ),
+    "all and checkpoints, two micro-batches": Setting(
+        HOST | CHECKPOINTS | {"params": "host", "prefetch": 2}, 2, link=(1, 1), saved=2, checkpointed=True
+    ),
 }
 
 
+def ring_bytes(setting: Setting) -> int:
+    return 1 << 40 if setting.ring is None else round(setting.ring * _BYTES)
+
+
+def model_of(setting: Setting, clock: Any) -> nn.Module:
+    kind = CheckpointedBlock if setting.checkpointed else Block
+    # What a checkpointed block saves as it is recomputed makes it be recomputed, and is too small to leave.
+    saved = 1 if setting.checkpointed else round(setting.saved * _BYTES)
+    return nn.Sequential(*(kind(clock, *setting.seconds, _WEIGHTS, _ELEMENTS, saved) for _ in range(_UNITS)))
+
+
+@functools.cache
 def predicted(name: str) -> float:
-    options, micro_batches, clips, (to_host, to_device), seconds = SETTINGS[name]
+    setting = SETTINGS[name]
     sizes = [
         ParameterSize(f"{unit}.weights.{number}", _ELEMENTS, 2, "bfloat16", unit=str(unit))
         for unit in range(_UNITS)
         for number in range(_WEIGHTS)
     ]
-    config = offload.Config(**options)
-    on_meta = nn.Sequential(*(Block(None, 0, 0, _WEIGHTS, _ELEMENTS) for _ in range(_UNITS))).to("meta")  # type: ignore[arg-type]
-    works = unit_works(sizes, offload.estimate(on_meta, **options), config, {work.unit: seconds for work in sizes})
-    machine = Machine(to_host * _BYTES, to_device * _BYTES, host_update=1e30, device_update=1e30, synchronous=True)
+    config = offload.Config(**setting.options)
+    plan = offload.estimate(model_of(setting, None).to("meta"), **setting.options)
+    units = [str(unit) for unit in range(_UNITS)]
+    forward, backward = setting.seconds
+    ranges = 1 if setting.checkpointed else _WEIGHTS
+    works = unit_works(
+        sizes,
+        plan,
+        config,
+        dict.fromkeys(units, (forward, backward + forward * setting.checkpointed)),
+        dict.fromkeys(units, ranges * round(setting.saved * _BYTES)),
+        units if setting.checkpointed else (),
+    )
+    machine = Machine(*(rate * _BYTES for rate in setting.link), host_update=1e30, device_update=1e30, synchronous=True)
     return forecast(
         works,
         machine,
-        micro_batches=micro_batches,
-        clips=clips,
+        micro_batches=setting.micro_batches,
+        clips=setting.clips,
         prefetch=config.prefetch or 1,
         lazy=config.lazy,
+        kept_activations=config.activation_keep,
+        activation_host_bytes=plan.activation_host_bytes,
+        ring_bytes=ring_bytes(setting),
     ).seconds
 
 
 def measured(name: str, monkeypatch: pytest.MonkeyPatch) -> float:
-    options, micro_batches, clips, (to_host, to_device), seconds = SETTINGS[name]
-    clock = EngineClock(monkeypatch, to_host=to_host * _BYTES, to_device=to_device * _BYTES)
-    model: nn.Module = nn.Sequential(*(Block(clock, *seconds, _WEIGHTS, _ELEMENTS) for _ in range(_UNITS)))
+    setting = SETTINGS[name]
+    to_host, to_device = (rate * _BYTES for rate in setting.link)
+    clock = EngineClock(monkeypatch, to_host=to_host, to_device=to_device)
+    monkeypatch.setattr(_copy_lanes, "_RING_BYTES", ring_bytes(setting))
+    model = model_of(setting, clock)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimizer = offload.wrap(model, optimizer, activations="device", **options)
+    model, optimizer = offload.wrap(model, optimizer, **{"activations": "device"} | setting.options)
+    elements = round(setting.saved * _BYTES) // 2 if setting.checkpointed else 1
     began = []
     for _ in range(5):
         began.append(clock.seconds)
-        for _ in range(micro_batches):
-            model(torch.zeros(1, dtype=torch.bfloat16)).sum().backward()
-        if clips:
+        for _ in range(setting.micro_batches):
+            model(torch.zeros(elements, dtype=torch.bfloat16)).sum().backward()
+        if setting.clips:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

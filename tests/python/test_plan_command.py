@@ -104,8 +104,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(placed["device"].values()) == found["resident_bytes"]
     step = found["steps"][found["fastest"][0]]
     assert set(step) == {
-        "batch", "tokens", "micro_batches", "placement", "activation_bytes", "device_bytes", "seconds", "tokens_per_s",
-        "bound_by", "busy", "exposed",
+        "batch", "tokens", "micro_batches", "placement", "activation_bytes", "activation_host_bytes", "device_bytes",
+        "seconds", "tokens_per_s", "bound_by", "busy", "exposed",
     }  # fmt: skip
     assert [found["steps"][number]["batch"] for number in found["fastest"]] == [1, 4]
     assert found["hardware"]["name"] == "4090" and "mfu" in found["hardware"]["assumed"]
@@ -158,6 +158,27 @@ def test_the_call_has_the_options_that_it_needs(capsys: pytest.CaptureFixture[st
     )
     assert main([*small, "--gpu-memory", "8MiB", "--host-memory", "20MiB"]) == 0
     assert capsys.readouterr().out.startswith("It fits: `offload.wrap(model, optim, disk_path=DIRECTORY)` takes")
+
+
+@pytest.mark.usefixtures("no_search")
+def test_activations_leave_where_nothing_else_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    """A sequence of which each of the blocks keeps 64 MiB, and a card that does not hold all of them."""
+    deep = ["plan", "--layers", "8", "--hidden", "128", "--vocabulary", "16", "--hardware", "4090", "--batch", "1"]
+    deep += ["--length", str(1 << 18)]
+    needed = reported(capsys, *deep)
+    memory = needed["resident_bytes"] + needed["sequence_bytes"] - (128 << 20)
+    deep += ["--gpu-memory", str(memory)]
+    found = reported(capsys, *deep)
+    assert found["placements"][found["cheapest"]]["options"]["activations"] == "checkpoints"
+    assert found["plan"]["activations"] == "device"
+    assert main(deep) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(
+        "It fits with `offload.wrap(model, optim, optimizer='device', gradients='device', params='device', "
+        "activations='checkpoints')`"
+    )
+    assert "`offload.wrap(model, optim)` leaves no room for activations" in text
+    assert f"#{found['cheapest'] + 1} is the least offloading that fits. Steps" in text
 
 
 @pytest.mark.usefixtures("no_search")

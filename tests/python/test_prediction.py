@@ -1,4 +1,4 @@
-"""Predictions: bytes by formula, the choice of `wrap`, activations, steps, and several cards by hand."""
+"""Predictions: bytes by formula, the choice of `wrap`, activations that leave, steps, and several cards by hand."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import nn
 
 import offload
 from offload import Hardware, InvalidArgument
+from offload._activation_order import RING_BYTES
 from offload._model_sizes import token_costs
 from offload._units import find_units
 from offload.cli._plan_model import decoder, decoder_of_depth
@@ -32,7 +33,7 @@ def card(**figures: Any) -> Hardware:
 ROOMY = card(device_bytes=1 << 40, host_bytes=1 << 40)
 
 
-def places(prediction: offload.Prediction) -> list[tuple[str, ...]]:
+def places(prediction: offload.Prediction) -> list[tuple[Any, ...]]:
     return [tuple(placed.options.values()) for placed in prediction.placements]
 
 
@@ -42,18 +43,22 @@ def test_bytes_of_llama_3_8b_in_every_placement(llama: nn.Module) -> None:
     assert n == LLAMA_3_8B and found.frozen_count == 0
     assert found.resident_bytes == 16 * n  # weight and gradient 2 each, master and two moments 4 each
     assert found.rule_of_thumb_bytes == 40 * n
-    assert places(found)[:4] == [
+    states = [
         ("device", "device", "device"),
         ("host", "device", "device"),
         ("host", "host", "device"),
         ("host", "host", "host"),
+        ("disk", "host", "host"),
+        ("disk", "host", "disk"),
     ]
+    assert places(found) == [(*choice, where) for where in ("device", "checkpoints") for choice in states]
     totals = [(placed.device.total, placed.host.total, placed.disk.total) for placed in found.placements]
     head = 2 * 128_256 * 4096  # the largest unit; with one sent for ahead of it
     # On the host: weight, the other half of the master, moments and gradients.
     assert totals[:4] == [(16 * n, 0, 0), (4 * n, 14 * n, 0), (2 * n, 14 * n, 0), (2 * head, 14 * n, 0)]
     # On disk: half masters and moments; then the weights too.
-    assert [disk for _, _, disk in totals[4:]] == [10 * n, 12 * n]
+    assert [disk for _, _, disk in totals[4:6]] == [10 * n, 12 * n]
+    assert totals[6:] == totals[:6]  # activations go by the batch
 
 
 @pytest.mark.parametrize("gib", [8, 20, 80, 200])
@@ -73,58 +78,17 @@ def test_the_plan_is_what_wrap_would_choose(llama: nn.Module, gib: int) -> None:
 
 def test_what_the_plan_keeps_is_a_placement_of_its_own(llama: nn.Module) -> None:
     found = offload.predict(llama, card(device_bytes=80 * GIB, host_bytes=200 * GIB), batches=[1])
-    placed, plan = found.placements[-1], found.plan
-    assert plan is not None and placed.options["optimizer"] == "mixed"
+    placed, leaving = (placed for placed in found.placements if placed.options["optimizer"] == "mixed")
+    plan = found.plan
+    assert plan is not None and [one.options["activations"] for one in (placed, leaving)] == ["device", "checkpoints"]
     assert (placed.device, placed.host) == (plan.device, plan.host) and 0 < placed.kept < 1
+    assert (leaving.device, leaving.host, leaving.kept) == (placed.device, placed.host, placed.kept)
     assert found.cheapest() is placed
 
 
 def test_nothing_is_allocated_and_the_model_is_as_it_was(llama: nn.Module) -> None:
     offload.predict(llama, "h200", batches=[1])
     assert all(p.is_meta for p in llama.parameters()) and not llama._forward_pre_hooks
-
-
-def test_activations_by_hand() -> None:
-    """Hidden 128, two blocks: each keeps its input, and one all; logits take 10 bytes."""
-    model = decoder(2, 128, vocabulary=1000, dtype=torch.bfloat16)
-    units = find_units(model)
-    costs = token_costs(model, units, 64)
-    query = key = value = output = 128 + 128  # of one head, which has a key of its own
-    norm = 3 * 128  # its input in fp32, and what it scales
-    block = query + key + value + output + 3 * (128 + 448) + 2 * norm
-    assert costs.activation_bytes(7, 2, checkpointing=False) == 7 * (2 * (2 * block + norm + 128) + 10 * 1000)
-    assert costs.activation_bytes(7, 2, checkpointing=True) == 7 * (2 * (2 * 128 + block + norm + 128) + 10 * 1000)
-    assert set(costs.lookups) == {"embedding.weight"} and costs.logits == 1000
-    # Causal attention in one head of 128: scores and their product, over half of 64 keys on average.
-    assert costs.operations == {
-        "embedding": 0,
-        "layers.0": 2 * 64 * 128,
-        "layers.1": 2 * 64 * 128,
-        "norm": 0,
-        "head": 0,
-    }
-
-
-def test_activations_beside_what_autograd_saves() -> None:
-    """Of a Llama whose logits weigh little, for the estimate has more copies of them than outlive the forward."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": 6, "vocab_size": 16}
-    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, use_cache=False)
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
-    weights = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.untyped_storage().data_ptr() not in weights:
-            saved[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    tokens = torch.zeros(2, 64, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(input_ids=tokens, labels=tokens)
-    costs = token_costs(model, find_units(model), 64)
-    counted = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    assert costs.activation_bytes(2 * 64, 2, checkpointing=False) == pytest.approx(counted, rel=0.1)
 
 
 def test_a_tied_head_is_multiplied_and_experts_are_not_all_passed() -> None:
@@ -138,7 +102,7 @@ def test_a_tied_head_is_multiplied_and_experts_are_not_all_passed() -> None:
         )
     costs = token_costs(tied, find_units(tied), 16)
     assert costs.lookups == frozenset() and costs.logits == 100
-    away = dict.fromkeys(("optimizer", "gradients", "params"), "host")
+    away = dict.fromkeys(("optimizer", "gradients", "params"), "host") | {"activations": "device"}
     found = offload.predict(tied.to(torch.bfloat16), ROOMY, batches=[1], length=16, checkpointing=False, **away)
     (step,) = found.steps
     n = sum(p.numel() for p in tied.parameters())
@@ -150,9 +114,83 @@ def test_a_tied_head_is_multiplied_and_experts_are_not_all_passed() -> None:
     assert costs.operations["model.layers.0"] == 2 * 16 * 64 - 0.75 * passed
 
 
+# An input of a block: 64 MiB.
+LONG = 1 << 18
+DEVICE = dict.fromkeys(("optimizer", "gradients", "params"), "device")
+
+
+def deep() -> nn.Module:
+    """Eight blocks of hidden 128 in bf16, whose logits weigh little."""
+    return decoder(8, 128, vocabulary=16, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("activations", "may_leave", "on_device", "on_host"),
+    [
+        ("device", 0, 0, 0),
+        # One of eight stays and another is saved, or comes back; as much as stays is on its way.
+        ("checkpoints", 8, 1 + 1 + 1, 7),
+        # The last norm saves three times as much, and the head as much as a block; an eighth of twelve stays, but the
+        # newest always does.
+        ("host", 12, 1 + 3 + 1.5, 11),
+        # Six stay, as three are saved behind the second that left.
+        (0.5, 12, 6 + 3 + 2, 6),
+        # Nine find the host full and stay, with the head's; one is back, and one and a half may still be on their way.
+        ("128MiB", 12, 9 + 1 + 1 + 1.5, 2),
+    ],
+)
+def test_activations_that_leave_by_hand(activations: Any, may_leave: int, on_device: float, on_host: int) -> None:
+    found = offload.predict(deep(), ROOMY, batches=[1], length=LONG, activations=activations, **DEVICE)
+    (step,) = found.steps
+    block_input = 2 * 128 * LONG
+    assert step.activation_bytes == found.sequence_bytes + (on_device - may_leave) * block_input
+    assert step.activation_host_bytes == on_host * block_input
+    assert step.device_bytes == found.resident_bytes + step.activation_bytes
+    assert found.placements[0].options["activations"] == activations
+    assert step.busy["to_host"] == pytest.approx(on_host * block_input / ROOMY.to_host)
+
+
+def test_what_is_not_recomputed_leaves_range_by_range() -> None:
+    model = deep()
+    costs = token_costs(model, find_units(model), LONG)
+    found = offload.predict(model, ROOMY, batches=[1], length=LONG, checkpointing=False, activations="host", **DEVICE)
+    (step,) = found.steps
+    saved = sum(costs.saved.values()) * 2 * LONG
+    assert found.sequence_bytes == saved + 10 * 16 * LONG  # and the logits
+    largest = max(costs.saved.values()) * 2 * LONG / 7  # of a block's seven matrices
+    assert 0.875 * saved <= step.activation_host_bytes <= 0.875 * saved + largest
+    stays = 10 * 16 * LONG + saved / 8 + RING_BYTES
+    assert stays <= step.activation_bytes <= stays + 2 * largest
+
+
+def test_activations_that_leave_cost_the_link_and_nothing_else() -> None:
+    def steps(**figures: Any) -> list[float]:
+        found = offload.predict(deep(), card(device_bytes=1 << 40, **figures), batches=[1], length=LONG, **DEVICE)
+        return [step.seconds for step in found.steps]
+
+    stay, leave = steps(to_host=1e15, to_device=1e15)
+    assert leave == pytest.approx(stay, rel=1e-3)
+    stay, leave = steps(to_host=1e7, to_device=1e15)
+    block_input = 2 * 128 * LONG
+    assert leave >= 7 * block_input / 1e7 > stay
+
+
+def test_where_activations_do_not_fit_the_cheapest_lets_them_leave() -> None:
+    """Between what is needed with one input of a block more than fits, and with all of them."""
+    roomy = offload.predict(deep(), ROOMY, batches=[1], length=LONG, **DEVICE)
+    tight = card(device_bytes=roomy.resident_bytes + roomy.sequence_bytes - 2 * 2 * 128 * LONG)
+    found = offload.predict(deep(), tight, batches=[1], length=LONG)
+    cheapest = found.cheapest()
+    assert found.plan is not None and found.plan.activations == "device" and found.refusal is None
+    assert cheapest is not None and cheapest.options == DEVICE | {"activations": "checkpoints"}
+    assert all(found.placements[step.placement].options["activations"] == "checkpoints" for step in found.steps)
+    (step,) = found.fastest()
+    assert found.placements[step.placement] is cheapest and step.micro_batches == 1
+
+
 def test_a_step_takes_as_many_micro_batches_as_memory_asks_for(llama: nn.Module) -> None:
     found = offload.predict(llama, card(device_bytes=40 * GIB, host_bytes=200 * GIB), batches=[1, 8], params="device",
-                            gradients="host", optimizer="host")  # fmt: skip
+                            gradients="host", optimizer="host", activations="device")  # fmt: skip
     (placed,) = found.placements
     one, eight = found.steps
     room = 40 * GIB - placed.device.total
@@ -219,6 +257,11 @@ def test_several_cards_by_hand() -> None:
     alone = next(s for s in whole.steps if s.placement == 2)
     assert on_host.busy["host_update"] == pytest.approx(alone.busy["host_update"] / 4)
     assert on_host.busy["compute"] == alone.busy["compute"]
+    leaving = next(s for s in found.steps if found.placements[s.placement].options["activations"] != "device")
+    alone = next(s for s in whole.steps if s.placement == leaving.placement)
+    # Activations are each card's own.
+    assert leaving.activation_host_bytes == alone.activation_host_bytes > 0
+    assert leaving.busy["to_host"] == pytest.approx(alone.busy["to_host"])
 
 
 def test_frozen_parameters_and_other_optimizers() -> None:
@@ -253,7 +296,8 @@ def test_activations_that_fit_nowhere_are_a_refusal(llama: nn.Module) -> None:
         ({"length": -1}, "length is -1"),
         ({"gpus": 2}, "interconnect=None for 2 GPUs: give one of 10gbe"),
         ({"gpus": 2, "interconnect": "wifi"}, "interconnect='wifi'"),
-        ({"activations": "host"}, "activations='host': predictions"),
+        ({"activations": "checkpoints", "checkpointing": False}, "there are no checkpoints to leave"),
+        ({"activations": "host", "activation_format": "int8"}, "activation_format='int8': predictions"),
         ({"optimizer_class": "sgd"}, "optimizer_class='sgd': legal are 'adam'"),
         ({"optimiser": "host"}, "did you mean 'optimizer'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -92,6 +93,13 @@ def test_activations_count_where_they_leave() -> None:
     plan = make_plan(MODEL, config, device_kind="cuda", device_bytes=1 << 40, host_bytes=1 << 40)
     (a, b) = unit_works(MODEL, plan, config, {}, activation_bytes={"a": 7})
     assert (a.activation_bytes, b.activation_bytes) == (7, 0)
+    assert a.saved_bytes == [3, 4] and b.saved_bytes == []  # of two parameters
+    (a, b) = unit_works(MODEL, plan, config, {}, activation_bytes={"a": 7, "b": 5}, checkpointed={"b"})
+    assert a.saved_bytes == [3, 4] and b.saved_bytes == [5]
+    (a, b) = unit_works(
+        MODEL, dataclasses.replace(plan, activations="checkpoints"), config, {}, {"a": 7, "b": 5}, checkpointed={"b"}
+    )
+    assert (a.activation_bytes, b.activation_bytes) == (0, 5)
 
 
 def test_a_unit_is_followed_in_its_large_parameters_and_their_chunks() -> None:

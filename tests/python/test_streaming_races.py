@@ -172,7 +172,7 @@ def test_lanes_that_overtake_each_other(
     expected = resident(name, torch.bfloat16)
     if room is not None:
         monkeypatch.setattr(_copy_lanes, "_RING_BYTES", room)
-        monkeypatch.setattr(_activations, "_IN_FLIGHT_BYTES", 0)
+        monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", 0)
     schedule = CopySchedule(monkeypatch, seed=prefetch, progress=progress)
     assert_streamed_exactly(training(MODELS[name], ALL, torch.bfloat16, prefetch=prefetch), expected)
     assert schedule.awaited_count > 0 and schedule.early_count > 0

@@ -308,7 +308,7 @@ def test_peak_device_bytes_under_autocast_follow_the_formula(
 
     Gradients go as they come: how many of them are on their way to the host depends on the machine.
     """
-    monkeypatch.setattr(_activations, "_IN_FLIGHT_BYTES", 0)
+    monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", 0)
     width, count = 256, 12
     torch.manual_seed(0)
     parts = [nn.Linear(width, width, bias=False) for _ in range(count)]

@@ -38,8 +38,8 @@ Spin = Callable[[float], None]
 
 
 def _spin_on(device: torch.device) -> Spin:
-    """Computes for so many seconds. On the CPU it keeps its core, as compute does: a thread that slept wakes up cold, and
-    the hooks that run next take ten times as long."""
+    """Computes for so many seconds. On the CPU it keeps its core, as compute does: a thread that slept wakes up cold,
+    and the hooks that run next take ten times as long."""
     if device.type != "cpu":
         return sleep_on(device)
 
@@ -153,7 +153,7 @@ class StreamedModel:
         return {
             "link": {"transfer_s": transfer, "share": summary(shares)},
             "balance": {
-                "synthetic": "each block computes in forward and in backward, nothing of use, as long as its upload takes",
+                "synthetic": "forward and backward of each block compute, nothing of use, as long as its upload takes",
                 "compute_s": compute,
                 "transfer_s": transfer,
                 "step_s": step,

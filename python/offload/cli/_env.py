@@ -45,7 +45,7 @@ def _pieces(found: dict[str, Any]) -> list[Piece]:
             "cpu",
             f"{host['cpu_count']} CPUs, quota {'none' if quota is None else f'{quota:g}'}, "
             f"{host['numa_node_count']} NUMA nodes, instruction set {found['isa']} of "
-                f"{', '.join(found['isas'])}",
+            f"{', '.join(found['isas'])}",
         ),
         (
             "device",

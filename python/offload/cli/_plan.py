@@ -138,7 +138,7 @@ def _notes(model: nn.Module, prediction: offload.Prediction) -> list[str]:
 
 
 def _placement_of(plan: offload.Plan) -> dict[str, Any]:
-    return {"optimizer": plan.optimizer, "gradients": plan.gradients, "params": plan.params}
+    return {kind: getattr(plan, kind) for kind in ("optimizer", "gradients", "params", "activations")}
 
 
 def _largest(

@@ -12,7 +12,7 @@ __all__ = ["pieces"]
 # Of a step, what is worth a word.
 _WORTH_SHOWING = 0.005
 _LEAST_GIB = 2**30 // 10  # less is shown in MiB
-_KINDS = {"optimizer": "optimizer", "gradients": "gradients", "params": "weights"}
+_KINDS = {"optimizer": "optimizer", "gradients": "gradients", "params": "weights", "activations": "activations"}
 _LANES = {
     "compute": "compute",
     "to_host": "copies to the host",
@@ -28,7 +28,7 @@ def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """The whole report: the verdict, what it is of, and the tables with their remarks."""
     shown: list[Piece] = [_verdict(result), "", facts(_heading(result))]
     rows, remarks = _places(result)
-    shown += ["", Table(rows, left=4, title="Where it can be"), *remarks]
+    shown += ["", Table(rows, left=5, title="Where it can be"), *remarks]
     if result["steps"]:
         rows, remarks = _speeds(result)
         shown += ["", Table(rows, title="How fast it is"), *remarks]
@@ -50,7 +50,7 @@ def _verdict(result: Mapping[str, Any]) -> str:
         return f"It fits, with {_off(placements[middle['placement']])} off the device: about {_pace(middle)}."
     number = next(n for n, placed in enumerate(placements) if _matches(placed, result["plan"]))
     call = _call(result, placements[number], {})
-    faster = _call(result, placements[middle["placement"]], placements[middle["placement"]]["options"])
+    faster = _call(result, placements[middle["placement"]], _given(placements[middle["placement"]]))
     own = [step for step in steps if step["placement"] == number and step["batch"] == middle["batch"]]
     if not own:
         return f"It fits with {faster},\nabout {_pace(middle)}; {call} leaves no room for activations."
@@ -67,6 +67,13 @@ def _call(result: Mapping[str, Any], placed: Mapping[str, Any], options: Mapping
     if "disk" in placed["options"].values():
         words.append(", disk_path=DIRECTORY")
     return f"`offload.wrap(model, optim{''.join(words)})`"
+
+
+def _given(placed: Mapping[str, Any]) -> dict[str, str]:
+    """The options of `wrap` that ask for this placement: a part of the optimizer on the device is its own choice."""
+    kinds = ["activations"] if placed["options"]["optimizer"] == "mixed" else list(_KINDS)
+    usual = {"activations": "device"}
+    return {kind: placed["options"][kind] for kind in kinds if placed["options"][kind] != usual.get(kind)}
 
 
 def _formats(result: Mapping[str, Any]) -> dict[str, str]:
@@ -131,19 +138,24 @@ def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
     batches = sorted({step["batch"] for step in steps})
     shown = batches[len(batches) // 2] if batches else None
     of_shown = {step["placement"]: step for step in steps if step["batch"] == shown}
-    rows: list[Sequence[str]] = [("#", "optimizer", "gradients", "weights", "device", "host", "disk", "fits", "step")]
+    rows: list[Sequence[str]] = [("#", *_KINDS.values(), "device", "host", "disk", "fits", "step")]
     for number, placed in enumerate(result["placements"]):
-        optimizer, gradients, params = (placed["options"][name] for name in _KINDS)
+        optimizer, *others = (placed["options"][name] for name in _KINDS)
         if optimizer == "mixed":
             optimizer = f"{1 - placed['kept']:.0%} host"
         tiers = (_in_gib(sum(placed[tier].values())) for tier in ("device", "host", "disk"))
         step = _seconds(of_shown[number]["seconds"]) if number in of_shown else "-"
         fits = "no" if placed["refusal"] else "yes"
-        rows.append((str(number + 1), optimizer, gradients, params, *tiers, fits, step))
+        rows.append((str(number + 1), optimizer, *others, *tiers, fits, step))
     room = f"{_in_gib(result['device_capacity'])} on the device and {_in_gib(result['host_capacity'])} on the host"
-    remarks = [f"GiB; what fits is at most {room}: the rest is for activations, and for others."]
+    remarks = [
+        "GiB, without activations; what fits is at most " + room,
+        "and leaves the rest to activations, and to others.",
+    ]
     if result["cheapest"] is not None:
-        chosen = " and what `wrap` chooses" if result["plan"] is not None else ""
+        cheapest = result["placements"][result["cheapest"]]
+        is_chosen = result["plan"] is not None and _matches(cheapest, result["plan"])
+        chosen = " and what `wrap` chooses" if is_chosen else ""
         remarks.append(f"#{result['cheapest'] + 1} is the least offloading that fits{chosen}.")
     if of_shown:
         remarks[-1] += f" Steps are of {next(iter(of_shown.values()))['tokens']:,} tokens."
@@ -151,15 +163,17 @@ def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
 
 
 def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
-    rows: list[Sequence[str]] = [("#", "tokens", "parts", "device", "step", "tokens/s", "computes", "waits for")]
+    rows: list[Sequence[str]] = [("#", "tokens", "parts", "device", "host", "step", "tokens/s", "computes", "waits for")]
     for number in result["fastest"]:
         step = result["steps"][number]
+        on_host = sum(result["placements"][step["placement"]]["host"].values()) + step["activation_host_bytes"]
         rows.append(
             (
                 str(step["placement"] + 1),
                 f"{step['tokens']:,}",
                 str(step["micro_batches"]),
                 _in_gib(step["device_bytes"]),
+                _in_gib(on_host),
                 _seconds(step["seconds"]),
                 _figures(step["tokens_per_s"]),
                 f"{step['busy']['compute'] / step['seconds']:.0%}",
@@ -170,8 +184,8 @@ def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
     lanes = sorted(((lane, s) for lane, s in smallest["busy"].items() if s), key=lambda item: -item[1])
     busy = ", ".join(f"{_LANES[lane]} {_seconds(seconds)}" for lane, seconds in lanes)
     return rows, [
-        "Each with the placement that is fastest, by its #. parts: micro-batches, as few as memory allows; device: GiB",
-        "with activations; computes: the share of the step; waits for: what it waits for most, and how long.",
+        "Each with the placement that is fastest, by its #. parts: micro-batches, as few as memory allows; device and",
+        "host: GiB with activations; computes: the share of the step; waits for: what it waits for most, and how long.",
         f"{smallest['tokens']:,} tokens need: {busy}.",
     ]
 
@@ -202,6 +216,8 @@ def _off(placed: Mapping[str, Any]) -> str:
         place = placed["options"][kind]
         if place == "mixed":
             found.append(f"{1 - placed['kept']:.0%} of the {name}")
+        elif place == "checkpoints":
+            found.append(place)
         elif place != "device":
             found.append(f"{name} (disk)" if place == "disk" else name)
     return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found) or "nothing"
