@@ -163,7 +163,9 @@ def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
 
 
 def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
-    rows: list[Sequence[str]] = [("#", "tokens", "parts", "device", "host", "step", "tokens/s", "computes", "waits for")]
+    rows: list[Sequence[str]] = [
+        ("#", "tokens", "parts", "device", "host", "step", "tokens/s", "computes", "waits for")
+    ]
     for number in result["fastest"]:
         step = result["steps"][number]
         on_host = sum(result["placements"][step["placement"]]["host"].values()) + step["activation_host_bytes"]
