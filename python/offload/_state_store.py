@@ -57,7 +57,7 @@ class StateStore:
         *edits, self._read_frame = buffers
         self._edit_frames = [(frame, torch.frombuffer(frame, dtype=torch.uint8)) for frame in edits]
         self._writes = [_native.Ticket() for _ in edits]
-        self._reading = threading.Lock()
+        self._reading = threading.RLock()  # reentrant, for Ctrl-C at the end of a block leaves it taken
         self._reserved = DiskRange(0, 0)
         self._written: dict[StoredArrays, None] = {}
         # Why states here are not what they should be: a write of an edit failed. Text: an exception keeps its frames.

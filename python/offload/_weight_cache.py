@@ -86,7 +86,7 @@ class WeightCache:
         pool.reserve(size.nbytes)
         self._arena = store.buffer(pool, size.image_bytes, "weights")
         self._frame = store.buffer(pool, size.frame_bytes, "weights")
-        self._reading = threading.Lock()  # of _frame
+        self._reading = threading.RLock()  # of _frame; reentrant, for Ctrl-C at the end of a block leaves it taken
         self._extents = [_Extent(0, size.image_bytes)]
         self._images: dict[Residency, _Image] = {}
         self._coming: list[Residency] = []

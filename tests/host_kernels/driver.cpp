@@ -31,8 +31,8 @@ struct Kernel {
   size_t argument_count;
 };
 constexpr Kernel kKernels[] = {
-    {"adamw", 21},      {"adamw_bf16", 21}, {"adamw_int8", 21}, {"lion", 20},
-    {"lion_bf16", 20},  {"lion_int8", 20},  {"adagrad", 17},    {"encode_int8", 5},
+    {"adamw", 22},      {"adamw_bf16", 22}, {"adamw_int8", 22}, {"lion", 21},
+    {"lion_bf16", 21},  {"lion_int8", 21},  {"adagrad", 18},    {"encode_int8", 5},
     {"decode_int8", 5}, {"encode_fp8", 5},  {"decode_fp8", 5},
 };
 
