@@ -262,8 +262,8 @@ __device__ void update_int8(const Arrays& arrays, const Rule& rule) {
   const void *gradient, int gradient_format, void *master, int master_format, void *weight,                \
       int weight_format, void *exp_avg, void *exp_avg_sq, float *exp_avg_scales, float *exp_avg_sq_scales, \
       unsigned rounding_key, long long count, const float *grad_scale_at, float grad_scale, bool maximize
-#define THE_ARRAYS                                                                           \
-  Arrays {                                                                                   \
+#define THE_ARRAYS                                                                                       \
+  Arrays {                                                                                               \
     gradient, master, weight, exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales, count,             \
         gradient_format, master_format, weight_format, rounding_key, grad_scale_at, grad_scale, maximize \
   }
