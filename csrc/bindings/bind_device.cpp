@@ -71,8 +71,8 @@ void submit_all_to_host(TransferQueue& self, py::list copies, uintptr_t compute_
   std::vector<CopySpan> spans;
   for (const py::handle each : taken) {
     const Item& item = items.emplace_back(each.cast<Item>());
-    spans.push_back({reinterpret_cast<void*>(std::get<0>(item)), reinterpret_cast<const void*>(std::get<1>(item)),
-                     std::get<2>(item)});
+    spans.push_back({reinterpret_cast<void*>(std::get<0>(item)),
+                     reinterpret_cast<const void*>(std::get<1>(item)), std::get<2>(item)});
   }
   if (items.empty()) return;
   copies.attr("clear")();  // no other thread sends them again
