@@ -62,37 +62,6 @@ py::object submit(TransferQueue& self, uintptr_t destination, uintptr_t source, 
                            : py::cast(std::move(submitted));
 }
 
-// The same for a list of (destination, source, bytes, ticket, buffer), which is empty afterwards: the copies
-// have one submission. A refused one puts them back.
-void submit_all_to_host(TransferQueue& self, py::list copies, uintptr_t compute_stream) {
-  using Item = std::tuple<uintptr_t, uintptr_t, size_t, Ticket*, HostBuffer*>;
-  const py::tuple taken(copies);
-  std::vector<Item> items;
-  std::vector<CopySpan> spans;
-  for (const py::handle each : taken) {
-    const Item& item = items.emplace_back(each.cast<Item>());
-    spans.push_back({reinterpret_cast<void*>(std::get<0>(item)),
-                     reinterpret_cast<const void*>(std::get<1>(item)), std::get<2>(item)});
-  }
-  if (items.empty()) return;
-  copies.attr("clear")();  // no other thread sends them again
-  Ticket submitted;
-  try {
-    TraceLabel label = trace_label();
-    label.kind = traced_kind(std::get<HostBuffer*>(items.back())->tag());
-    const TraceLabelled traced(label);
-    GilReleased released;
-    submitted = self.submit(Direction::kToHost, spans, compute_stream);
-  } catch (...) {
-    copies.attr("extend")(taken);
-    throw;
-  }
-  for (const auto& [destination, source, bytes, ticket, buffer] : items) {
-    *ticket = submitted;
-    buffer->release_after(submitted);
-  }
-}
-
 Ticket submit_batch(TransferQueue& self, const std::string& lane,
                     const std::vector<std::tuple<uintptr_t, uintptr_t, size_t>>& copies,
                     uintptr_t compute_stream) {
@@ -191,7 +160,6 @@ void bind_transfer_queue(py::module_& module) {
       .def("submit_to_device", &submit<Direction::kToDevice>, py::arg("destination"), py::arg("source"),
            py::arg("nbytes"), py::arg("compute_stream") = 0, py::arg("after") = py::none(),
            py::arg("ticket") = py::none(), py::arg("buffer") = py::none())
-      .def("submit_all_to_host", &submit_all_to_host, py::arg("copies"), py::arg("compute_stream") = 0)
       .def("submit_batch", &submit_batch, py::arg("lane"), py::arg("copies"), py::arg("compute_stream") = 0)
       .def(
           "wait_on_stream",

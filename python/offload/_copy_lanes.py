@@ -24,9 +24,17 @@ from ._host_grad import HostBytes
 
 # Device memory that tensors on their way may keep alive; beyond it the compute stream waits for the lane.
 _RING_BYTES = 256 << 20
-# What a copy of fewer bytes costs is its submission, so several share one. As the weights' updates do on their way up.
-_SMALL_BYTES = 256 << 10
-_MOST_TOGETHER = 16
+
+
+class LandedBytes:
+    """A host copy on its way or landed: `address` is valid once `ticket` ended; the buffer lives as long as this."""
+
+    __slots__ = ("address", "buffer", "ticket")
+
+    def __init__(self, buffer: _native.HostBuffer, ticket: _native.Ticket) -> None:
+        self.buffer = buffer
+        self.address = buffer.address
+        self.ticket = ticket
 
 
 @dataclass(eq=False, slots=True)
@@ -43,57 +51,6 @@ class _Copy:
     leaves: bool
 
 
-class _Departing:
-    """Copies to the host that are not submitted yet: small ones wait for each other, or until somebody asks for one.
-
-    Their tickets have nothing to wait for until then.
-    """
-
-    def __init__(self, transfers: _native.TransferQueue) -> None:
-        self._transfers = transfers
-        self._stream = 0  # that all of them were made on
-        self.copies: list[tuple[int, int, int, _native.Ticket, _native.HostBuffer]] = []
-
-    def add(self, buffer: _native.HostBuffer, copy: _Copy) -> None:
-        """Raises what refuses the ones before it, where these were made on another stream."""
-        if copy.stream != self._stream:
-            self.submit()
-            self._stream = copy.stream
-        self.copies.append((buffer.address, copy.tensor.data_ptr(), copy.nbytes, copy.ticket, buffer))
-
-    def submit(self) -> None:
-        """None waits afterwards. Raises what refuses them: they go on waiting then."""
-        if self.copies:
-            self._transfers.submit_all_to_host(self.copies, self._stream)
-
-    def begin_with(self, ticket: _native.Ticket) -> bool:
-        """Whether the first that waits is the copy of this ticket."""
-        return bool(self.copies) and self.copies[0][3] is ticket
-
-    def forget(self, ticket: _native.Ticket) -> None:
-        """The copy of this ticket, the last one, is not wanted any more."""
-        if self.copies and self.copies[-1][3] is ticket:
-            self.copies.pop()
-
-
-class LandedBytes:
-    """A host copy on its way or landed: `address` is valid once `ticket` ended; the buffer lives as long as this."""
-
-    __slots__ = ("_departing", "_ticket", "address", "buffer")
-
-    def __init__(self, buffer: _native.HostBuffer, ticket: _native.Ticket, departing: _Departing) -> None:
-        self.buffer = buffer
-        self.address = buffer.address
-        self._ticket = ticket
-        self._departing = departing
-
-    @property
-    def ticket(self) -> _native.Ticket:
-        """Of the copy, which is submitted for whoever asks."""
-        self._departing.submit()
-        return self._ticket
-
-
 class CopyLanes:
     """See the module's text. One compute thread at a time, as autograd gives it."""
 
@@ -104,8 +61,7 @@ class CopyLanes:
         self._ring: deque[_Copy] = deque()
         self._ring_bytes = 0
         self.peak_ring_bytes = 0
-        self._departing = _Departing(transfers)
-        weakref.finalize(self, _drain, self._departing, self._ring)
+        weakref.finalize(self, _drain, transfers, self._ring)
 
     def compute_stream(self) -> int:
         """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
@@ -121,27 +77,19 @@ class CopyLanes:
             return torch.cuda.stream(torch.cuda.default_stream(self.device))
         return torch.cuda.stream(torch.cuda.ExternalStream(stream, self.device))  # type: ignore[no-untyped-call]
 
-    def send(
-        self, tensor: Tensor, tag: _native.Tag, stream: int, room: int | None = None, *, may_wait: bool = False
-    ) -> LandedBytes:
+    def send(self, tensor: Tensor, tag: _native.Tag, stream: int, room: int | None = None) -> LandedBytes:
         """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed.
 
-        stream: the compute stream that the tensor was made on. room: bytes that may then be on their way. may_wait: a
-        small copy may start with later ones, or when its ticket is asked for.
+        stream: the compute stream that the tensor was made on. room: bytes that may then be on their way.
         Raises `OutOfHostMemory`; nothing was started then.
         """
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._pool.acquire(nbytes, tag)
         copy = self._keep(tensor, nbytes, stream, leaves=True)
-        try:
-            self._departing.add(buffer, copy)
-            if not may_wait or nbytes > _SMALL_BYTES or len(self._departing.copies) >= _MOST_TOGETHER:
-                self._departing.submit()
-        except BaseException:
-            self._departing.forget(copy.ticket)
-            raise
+        landed = LandedBytes(buffer, copy.ticket)
+        self._transfers.submit_to_host(landed.address, tensor.data_ptr(), nbytes, stream, None, copy.ticket, buffer)
         self._wait_for_room(room)
-        return LandedBytes(buffer, copy.ticket, self._departing)
+        return landed
 
     def start_upload(self, held: HostBytes, out: Tensor) -> _native.Ticket:
         """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
@@ -194,7 +142,7 @@ class CopyLanes:
         """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
         memory of others, whatever goes wrong in between. The submission gives the ticket its copy."""
         ring = self._ring
-        while ring and ring[0].ticket.done and not self._departing.begin_with(ring[0].ticket):
+        while ring and ring[0].ticket.done:
             self._drop_oldest()
         copy = _Copy(_native.Ticket(), tensor, nbytes, stream, leaves)
         ring.append(copy)
@@ -211,8 +159,6 @@ class CopyLanes:
 
     def _wait_for_room(self, room: int | None = None) -> None:
         limit = _RING_BYTES if room is None else min(room, _RING_BYTES)
-        if self._ring_bytes > limit:
-            self._departing.submit()
         while self._ring_bytes > limit:
             oldest = self._ring[0]
             # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
@@ -252,7 +198,6 @@ def open_lanes(device: torch.device, native: _native.Device, *, budget: int, pin
     return CopyLanes(device, pool, _native.TransferQueue(native))
 
 
-def _drain(departing: _Departing, ring: deque[_Copy]) -> None:
-    """Ends the copies in flight on memory that is about to go, and forgets the others. The queue is kept until then."""
-    departing.copies.clear()
+def _drain(transfers: _native.TransferQueue, ring: deque[_Copy]) -> None:
+    """Ends the copies in flight on memory that is about to go. `transfers` is kept until then."""
     wait_to_end(copy.ticket for copy in ring)

@@ -24,8 +24,6 @@ from ._pending import reading_metadata
 
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
-# What autograd gives outside of one.
-_NO_BACKWARD = -1
 
 
 # A GradScale as jobs read it: a number, or the host copy of one, on its way or landed.
@@ -93,22 +91,13 @@ class GradientLanes(CopyLanes):
         # the garbage collector does not see through a parameter's .grad.
         self._next: weakref.WeakValueDictionary[int, Parameter] = weakref.WeakValueDictionary()
         self._latest: int | None = None
-        self._ending = _NO_BACKWARD  # the backward at whose end small gradients leave
 
     # --- the store of HostGrad ------------------------------------------------------------------------------
 
     def to_host(self, tensor: Tensor) -> LandedBytes:
-        """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed.
-
-        Small ones of one backward may start together, at its end at the latest.
-        """
+        """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed."""
         scalar = tensor.numel() * tensor.element_size() <= _SCALAR_BYTES
-        backward = torch._C._current_graph_task_id()
-        if backward not in (_NO_BACKWARD, self._ending):
-            torch.autograd.Variable._execution_engine.queue_callback(self._departing.submit)
-            self._ending = backward
-        may_wait = backward != _NO_BACKWARD
-        return self.send(tensor, "staging" if scalar else "gradients", self.compute_stream(), may_wait=may_wait)
+        return self.send(tensor, "staging" if scalar else "gradients", self.compute_stream())
 
     def to_device(self, held: HostBytes, out: Tensor) -> None:
         """Fills `out` (same dense strides); the compute stream waits, not the host."""

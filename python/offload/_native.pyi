@@ -123,16 +123,6 @@ class TransferQueue:
     ) -> Ticket:
         """As submit_to_host()."""
 
-    def submit_all_to_host(
-        self, copies: list[tuple[int, int, int, Ticket, HostBuffer]], compute_stream: int = 0
-    ) -> None:
-        """Copies (destination, source, nbytes, ticket, buffer) that share no byte, in one submission; the list is empty
-        afterwards.
-
-        Each ticket becomes that of all, and no block is reused before that ended. A signal handler runs before all of
-        this or after it. Refused copies change nothing.
-        """
-
     def submit_batch(self, lane: Lane, copies: Sequence[tuple[int, int, int]], compute_stream: int = 0) -> Ticket:
         """Copies (destination, source, nbytes) that share no byte, in any order among themselves, with one ticket."""
 

@@ -209,8 +209,7 @@ def test_a_hook_of_the_user_runs_out_of_memory(register: Callable[[nn.Module], A
     assert equal(*results)
 
 
-@pytest.mark.parametrize("failing", [1, 2])
-def test_a_failed_gradient_that_no_step_read_is_forgotten(failing: int) -> None:
+def test_a_failed_gradient_that_no_step_read_is_forgotten() -> None:
     """zero_grad() drops it: its error belongs to whoever reads it, not to the next one who uses the lane."""
     results = []
     for faulty in (False, True):
@@ -218,7 +217,7 @@ def test_a_failed_gradient_that_no_step_read_is_forgotten(failing: int) -> None:
         model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
         for tokens in batches(2):
             if faulty:
-                optimizer._engine.device.fail_copy("to_host", failing)
+                optimizer._engine.device.fail_copy("to_host", 3)
                 loss_of(model, tokens).backward()
                 optimizer.zero_grad()
             loss_of(model, tokens).backward()

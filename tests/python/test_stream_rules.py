@@ -67,8 +67,7 @@ def test_a_and_c_a_copy_is_ordered_after_the_stream_that_the_caller_computes_on(
     lanes = optimizer._engine.lanes
     loss_of(model, next(batches(1))).backward()
     streams = Streams(monkeypatch)
-    recording = Recording(lanes._transfers, "submit_to_device", "submit_all_to_host", "wait_on_stream")
-    lanes._transfers = lanes._departing._transfers = recording
+    recording = lanes._transfers = Recording(lanes._transfers, "submit_to_device", "submit_to_host", "wait_on_stream")
     allocated: list[int] = []
     empty = torch.empty_strided
 
@@ -84,9 +83,9 @@ def test_a_and_c_a_copy_is_ordered_after_the_stream_that_the_caller_computes_on(
     assert allocated == [7] and [args[3] for args in uploads] == [7] and [args[0] for args in waits] == [7]
     streams.current = 8
     loss_of(model, next(batches(1))).backward()
-    departures = [args for name, args in recording.calls if name == "submit_all_to_host"]
-    assert departures and {args[1] for args in departures} == {8}
-    lanes._transfers = lanes._departing._transfers = recording._inner
+    departures = [args for name, args in recording.calls if name == "submit_to_host"]
+    assert departures and {args[3] for args in departures} == {8}
+    lanes._transfers = recording._inner
 
 
 @pytest.mark.cpu_only
@@ -119,9 +118,9 @@ def test_b_a_tensor_is_held_before_its_copy_is_submitted() -> None:
     held: list[bool] = []
 
     class Watching:
-        def submit_all_to_host(self, copies: list[Any], *rest: Any) -> Any:
-            held.extend(source in [copy.tensor.data_ptr() for copy in lanes._ring] for _, source, *_ in copies)
-            return transfers.submit_all_to_host(copies, *rest)
+        def submit_to_host(self, destination: int, source: int, *rest: Any) -> Any:
+            held.append(source in [copy.tensor.data_ptr() for copy in lanes._ring])
+            return transfers.submit_to_host(destination, source, *rest)
 
         def submit_to_device(self, destination: int, *rest: Any) -> Any:
             held.append(destination in [copy.tensor.data_ptr() for copy in lanes._ring])
@@ -130,10 +129,10 @@ def test_b_a_tensor_is_held_before_its_copy_is_submitted() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(transfers, name)
 
-    lanes._transfers = lanes._departing._transfers = Watching()
+    lanes._transfers = Watching()
     landed = lanes.to_host(torch.ones(256))
     lanes.to_device(landed, torch.empty(256))
-    lanes._transfers = lanes._departing._transfers = transfers
+    lanes._transfers = transfers
     assert held == [True, True]
 
 
