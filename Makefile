@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+# What is imported is compiled then: all of torch and transformers would take half a minute.
+PIP_INSTALL := $(PY) -m pip install -q --no-compile
 JOBS ?= $(shell nproc)
 # Without an NVIDIA GPU a plain `torch` would bring gigabytes of CUDA packages.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
@@ -9,17 +11,18 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 NVRTC := 'cuda-core>=1.0' 'cuda-bindings>=12.9' 'nvidia-cuda-nvrtc>=12.9'
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: demo test compat lint sanitize test-aarch64 soak bench install gpu-build gpu-test gpu-acceptance clean
+.PHONY: demo test compat ecosystem lint sanitize test-aarch64 soak bench install gpu-build gpu-test gpu-sanitize \
+        gpu-acceptance clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/offload train --check
 
-# Two processes take 6 minutes on 2 cores; with threads of torch's that spin while they wait, 15. What a test counts or
-# holds is its own process's.
+# Two processes, a core each: threads of torch's own would wait for each other. What a test counts or holds is its own
+# process's.
 TEST_WORKERS ?= 2
 test: $(VENV)/.installed
-	OFFLOAD_POISON=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal tests
+	OFFLOAD_POISON=1 OMP_NUM_THREADS=1 $(PY) -m pytest -n $(TEST_WORKERS) --dist worksteal tests
 
 # Beside DeepSpeed itself, which brings packages of its own: in an environment of its own.
 COMPAT_VENV ?= .venv-compat
@@ -38,6 +41,27 @@ $(COMPAT_VENV)/.tools:
 
 $(COMPAT_VENV)/.installed: $(COMPAT_VENV)/.tools $(SOURCES)
 	$(COMPAT_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps .
+	touch $@
+
+# In the hands of frameworks that `make test` does without, in an environment of its own: about 700 MB.
+ECOSYSTEM_VENV ?= .venv-ecosystem
+
+ecosystem: $(ECOSYSTEM_VENV)/.installed
+	OFFLOAD_POISON=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 $(ECOSYSTEM_VENV)/bin/python -m pytest -n $(TEST_WORKERS) \
+	  --dist worksteal tests/ecosystem
+
+# The versions of the last run. timm and sentence-transformers ask for the newest torch through packages that no test
+# needs, so those they do need are named.
+$(ECOSYSTEM_VENV)/.tools: tests/ecosystem/requirements.txt
+	$(PYTHON) -m venv $(ECOSYSTEM_VENV)
+	$(ECOSYSTEM_VENV)/bin/python -m pip install -q --upgrade pip
+	$(ECOSYSTEM_VENV)/bin/python -m pip install -q $(TORCH) numpy
+	$(ECOSYSTEM_VENV)/bin/python -m pip install -q $(TORCH) -r tests/ecosystem/requirements.txt
+	$(ECOSYSTEM_VENV)/bin/python -m pip install -q --no-deps timm==1.0.31 sentence-transformers==6.2.0
+	touch $@
+
+$(ECOSYSTEM_VENV)/.installed: $(ECOSYSTEM_VENV)/.tools $(SOURCES)
+	$(ECOSYSTEM_VENV)/bin/python -m pip install -q --no-build-isolation --no-deps .
 	touch $@
 
 lint: $(VENV)/.tools
@@ -86,23 +110,42 @@ bench: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# For a machine with an NVIDIA card, without a network: PYTHON has torch, cuda-core, transformers, pytest, pytest-timeout,
-# pytest-xdist, hypothesis, scikit-build-core, pybind11, cmake and ninja already. REQUIRE_GPU=0 runs the same on the CPU.
+# For a machine with an NVIDIA card, without a network: PYTHON has torch, pytest, scikit-build-core, pybind11, cmake and
+# ninja already. Tests that need hypothesis, transformers and the like are skipped by that name where those are missing;
+# without cuda-core those of the kernels fail. REQUIRE_GPU=0 runs the same on the CPU.
 REQUIRE_GPU ?= 1
-# Processes that share the card: one after the other the tests of both devices would not end within 8 minutes.
+# Processes that share the card: one after the other the tests of both devices would not end within 8 minutes. Each takes
+# whole files, whose fixtures may be dear.
 GPU_TEST_WORKERS ?= $(shell n=$$(($(JOBS) / 2)); echo $$((n > 8 ? 8 : n < 1 ? 1 : n)))
 GPU_SITE := $(abspath build/gpu-site)
+GPU_TESTS ?= tests
+on_gpu = PYTHONPATH=$(GPU_SITE) OFFLOAD_POISON=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+  $(if $(filter 0,$(REQUIRE_GPU)),,OFFLOAD_REQUIRE_GPU=1)
 
 gpu-build:
 	$(if $(filter 0,$(REQUIRE_GPU)),,$(PYTHON) benches/require_gpu.py)
 	$(PYTHON) -m pip install -q --no-index --no-build-isolation --no-deps --upgrade --target $(GPU_SITE) .
 
-# Stopped, as by Ctrl-C, when it takes 8 minutes.
+# Stopped, as by Ctrl-C, when it takes 8 minutes; what runs on the card comes first. GPU_TESTS= takes files and folders. In
+# parts of which none is repeated: make gpu-acceptance FLAGS="--sections tests".
 gpu-test: gpu-build
-	PYTHONPATH=$(GPU_SITE) OFFLOAD_POISON=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
-	  $(if $(filter 0,$(REQUIRE_GPU)),,OFFLOAD_REQUIRE_GPU=1) \
-	  timeout --foreground --signal=INT --kill-after=15 480 \
-	  $(PYTHON) -m pytest -n $(GPU_TEST_WORKERS) --dist worksteal tests
+	@$(PYTHON) -c 'import xdist' 2>/dev/null || echo 'pytest-xdist is missing: in one process 8 minutes will not do for all'
+	$(on_gpu) timeout --foreground --signal=INT --kill-after=15 480 $(PYTHON) -m pytest --skip-missing \
+	  $$($(PYTHON) -c 'import xdist; print("-n", $(GPU_TEST_WORKERS), "--dist loadfile")' 2>/dev/null) $(GPU_TESTS)
+
+# The kernels' tests under NVIDIA's memory checker and race checker, every tensor in an allocation of its own. Calls that
+# torch makes to see what a driver can do, and that fail, are no errors.
+KERNEL_TESTS := $(addprefix tests/python/test_,kernels.py kernels_small_states.py activation_format.py)
+
+gpu-sanitize: gpu-build
+	@checker=$$(command -v compute-sanitizer || ls /usr/local/cuda/bin/compute-sanitizer 2>/dev/null) || \
+	  { echo "needs NVIDIA's compute-sanitizer, of the CUDA toolkit, on PATH"; exit 1; }; \
+	for tool in memcheck racecheck; do \
+	  echo "compute-sanitizer $$tool"; \
+	  $(on_gpu) PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --foreground --signal=INT --kill-after=15 280 \
+	    $$checker --tool $$tool --report-api-errors no --error-exitcode 1 \
+	    $(PYTHON) -m pytest -q -p no:cacheprovider -k cuda --skip-missing $(KERNEL_TESTS) || exit 1; \
+	done
 
 # The tests and every bench into one JSON; FLAGS="--quick --sections train,peers". Call again until it says that all is done.
 gpu-acceptance: gpu-build
@@ -110,18 +153,18 @@ gpu-acceptance: gpu-build
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q --upgrade pip
-	$(PY) -m pip install -q $(TORCH) numpy
+	$(PIP_INSTALL) --upgrade pip
+	$(PIP_INSTALL) $(TORCH) numpy
 	touch $@
 
 $(VENV)/.tools: $(VENV)/.base pyproject.toml
-	$(PY) -m pip install -q 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.22' 'pytest>=8' 'pytest-timeout>=2.3' \
+	$(PIP_INSTALL) 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.22' 'pytest>=8' 'pytest-timeout>=2.3' \
 	  'pytest-xdist>=3.5' 'hypothesis>=6.100' 'transformers>=4.45' 'accelerate>=1.1' 'peft>=0.14' 'hjson>=3.1' 'ruff>=0.15' 'mypy>=1.11' 'clang-format>=18' $(NVRTC)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation --no-deps .
+	$(PIP_INSTALL) --no-build-isolation --no-deps .
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(COMPAT_VENV) build dist
+	rm -rf $(VENV) $(COMPAT_VENV) $(ECOSYSTEM_VENV) build dist

@@ -61,6 +61,8 @@ with tempfile.TemporaryDirectory() as scratch:
         disable_tqdm=True,
     )
     data = Windows("\n".join(path.read_text(encoding="utf-8") for path in args.files), args.length)
+    if len(data) == 0:
+        parser.error(f"the files have {len(data.tokens)} bytes, which is less than --length {args.length}")
     trainer = Trainer(model=model, args=settings, train_dataset=data, optimizers=(optim, schedule))
     trainer.train()
 for entry in trainer.state.log_history:

@@ -38,6 +38,8 @@ else:
     size = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4}
     base = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=256, **size), dtype=torch.bfloat16)
     tokens = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+if len(tokens) <= args.length:
+    parser.error(f"the files have {len(tokens)} tokens, which is no more than --length {args.length}")
 
 adapter = LoraConfig(r=args.rank, lora_alpha=2 * args.rank, target_modules="all-linear", task_type="CAUSAL_LM")
 model = get_peft_model(base, adapter)

@@ -63,9 +63,9 @@ def draw(count: int, size: int) -> tuple[Tensor, Tensor]:
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--size", type=int, default=32, help="of an image, in pixels a side")
-parser.add_argument("--patch", type=int, default=8)
-parser.add_argument("--width", type=int, default=64)
-parser.add_argument("--depth", type=int, default=3)
+parser.add_argument("--patch", type=int, default=8, help="pixels a side; a divisor of --size")
+parser.add_argument("--width", type=int, default=64, help="of a token; a multiple of 32")
+parser.add_argument("--depth", type=int, default=3, help="transformer blocks")
 parser.add_argument("--steps", type=int, default=60)
 parser.add_argument("--batch", type=int, default=32)
 parser.add_argument("--lr", type=float, default=2e-3)

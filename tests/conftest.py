@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
+import gc
+import importlib
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
 from driver_double import DriverDouble, compile_double
 from host_kernels import HostLaunch, compile_for_host
+from programs import Programs
 
 # cuBLAS gives the same bits in every run only with it; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# pytest-xdist gives its workers a width, as if somebody had asked for one.
+os.environ.pop("COLUMNS", None)
 
 import torch
 
 # The package is imported where it is needed: the layout is checked where it is not installed.
 _EXT4 = 0xEF53
 _REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
+# Whose absence `--skip-missing` forgives. Without torch there is nothing to test.
+_FORGIVEN = {"accelerate", "hjson", "hypothesis", "matplotlib", "numpy", "peft", "rich", "safetensors", "transformers"}
+# On a card in this order, then all others that run on it, then what the CPU has shown elsewhere: a run that is stopped
+# by its time has tested what the rest stands on.
+_FIRST_ON_A_CARD = (
+    *("test_copies", "test_cuda_streams", "test_stream_rules", "test_kernels", "test_wrap"),
+    *("test_gradients", "test_streaming", "test_activations", "test_checkpoints", "test_together"),
+)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--skip-missing", action="store_true", help="skip what needs a package that is not installed, by its name"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,6 +67,14 @@ def _examples_are_the_same_everywhere() -> None:
     settings.load_profile("offload")
 
 
+def pytest_collection_finish() -> None:
+    """What is imported by now never goes: the many collections of the tests need not look at its 300,000 objects."""
+    if "offload" in sys.modules:
+        importlib.import_module("torch._dynamo")  # as the first optimizer would, too late
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test of the engine (its module uses the fixture `device`) runs on the CPU and, where there is one, on CUDA."""
     if "device" not in metafunc.fixturenames:
@@ -54,6 +83,66 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if (_REQUIRE_GPU or torch.cuda.is_available()) and not metafunc.definition.get_closest_marker("cpu_only"):
         devices.append("cuda")
     metafunc.parametrize("device", devices, indirect=True)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """What a test holds when it fails is released: what waits for it, the end of its model above all, would not end."""
+    try:
+        return (yield)
+    finally:
+        engine = sys.modules.get("offload._engine")
+        for held in list(engine._engines) if engine is not None else ():
+            held.pipeline.release()
+            if held.device.kind == "cpu":
+                held.device.release("to_host")
+                held.device.release("to_device")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not _REQUIRE_GPU:
+        return
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        spec = getattr(item, "callspec", None)
+        on_card = spec is not None and spec.params.get("device") == "cuda"
+        module = item.path.stem
+        first = _FIRST_ON_A_CARD.index(module) if module in _FIRST_ON_A_CARD else len(_FIRST_ON_A_CARD)
+        return not on_card, first
+
+    items.sort(key=place)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    call: pytest.CallInfo[Any] | None = getattr(report, "call", None)
+    reason = _missing_package(collector.config, None if call is None else call.excinfo)
+    if reason is not None:
+        report.outcome, report.longrepr = "skipped", (str(collector.path), 1, reason)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    reason = _missing_package(item.config, call.excinfo)
+    if reason is not None:
+        report.outcome, report.longrepr = "skipped", (str(item.path), (item.location[1] or 0) + 1, reason)
+    return report
+
+
+def _missing_package(config: pytest.Config, info: pytest.ExceptionInfo[BaseException] | None) -> str | None:
+    """Why `--skip-missing` skips what raised this; None for every other error."""
+    error = info.value if info is not None and config.getoption("skip_missing") else None
+    if isinstance(error, pytest.Collector.CollectError):  # of a module, which says why as its cause
+        error = error.__cause__
+    name = (getattr(error, "name", None) or "").partition(".")[0] if isinstance(error, ImportError) else ""
+    return f"needs {name}, which is not installed" if name in _FORGIVEN else None
 
 
 @pytest.fixture
@@ -71,12 +160,26 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if not torch.cuda.is_available():
         pytest.fail("OFFLOAD_REQUIRE_GPU=1, and torch sees no CUDA device")
     torch.set_default_device(name)
+    # Only a warning, for some models of the tests have layers without a deterministic backward. Fused attention takes
+    # that for leave to add in any order, which shows from 65 keys on: no test that compares bits has so many.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield torch.device(name, torch.cuda.current_device())
     finally:
         torch.use_deterministic_algorithms(False)
         torch.set_default_device(None)
+        _end_with_a_lost_context()
+
+
+def _end_with_a_lost_context() -> None:
+    """After a wrong access no CUDA call of a process works: the test fails, another worker goes on with the rest."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" not in os.environ:
+            raise
+        print(error, file=sys.__stderr__, flush=True)
+        os._exit(1)
 
 
 def _skip_or_fail(reason: str) -> NoReturn:
@@ -85,10 +188,26 @@ def _skip_or_fail(reason: str) -> NoReturn:
     pytest.skip(reason)
 
 
+def _compiled_once(compile_in: Callable[[Path], Path], temporary: pytest.TempPathFactory) -> Path:
+    """The library that `compile_in` puts into a folder; the processes of a run share it."""
+    run = temporary.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        run = run.parent  # of the folders of all workers
+    folder, unfinished = run / compile_in.__name__, run / f"{compile_in.__name__}_unfinished"
+    with open(run / f"{compile_in.__name__}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            unfinished.mkdir(exist_ok=True)
+            compile_in(unfinished)
+            unfinished.rename(folder)
+    (library,) = folder.iterdir()
+    return library
+
+
 @pytest.fixture(scope="session")
 def host_kernels_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """kernels/*.cu, compiled for the CPU."""
-    return compile_for_host(tmp_path_factory.mktemp("host_kernels"))
+    return _compiled_once(compile_for_host, tmp_path_factory)
 
 
 @pytest.fixture
@@ -148,7 +267,15 @@ def disk_calls(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture(scope="session")
 def driver_double_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The compiled double, for tests that load it in another process."""
-    return compile_double(tmp_path_factory.mktemp("driver_double"))
+    return _compiled_once(compile_double, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+    """Runs Python code in processes of its own."""
+    programs = Programs(tmp_path_factory.mktemp("programs"))
+    yield programs
+    programs.close()
 
 
 @pytest.fixture

@@ -62,6 +62,36 @@ py::object submit(TransferQueue& self, uintptr_t destination, uintptr_t source, 
                            : py::cast(std::move(submitted));
 }
 
+// The same for a list of (destination, source, bytes, ticket, buffer), which is empty afterwards: the copies
+// have one submission, under `trace_name` in traces. A refused one puts them back, before what came
+// meanwhile.
+void submit_all_to_host(TransferQueue& self, py::list copies, uintptr_t compute_stream, uint32_t trace_name) {
+  using Item = std::tuple<uintptr_t, uintptr_t, size_t, Ticket*, HostBuffer*>;
+  const py::tuple taken(copies);
+  std::vector<Item> items;
+  std::vector<CopySpan> spans;
+  for (const py::handle each : taken) {
+    const auto& [destination, source, bytes, ticket, buffer] = items.emplace_back(each.cast<Item>());
+    spans.push_back({reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source), bytes});
+  }
+  if (items.empty()) return;
+  copies.attr("clear")();  // no other thread sends them again
+  Ticket submitted;
+  try {
+    const Tag tag = std::get<HostBuffer*>(items.front())->tag();
+    const TraceLabelled traced({.name = trace_name, .kind = traced_kind(tag)});
+    GilReleased released;
+    submitted = self.submit(Direction::kToHost, spans, compute_stream);
+  } catch (...) {
+    copies[py::slice(0, 0, 1)] = taken;
+    throw;
+  }
+  for (const auto& [destination, source, bytes, ticket, buffer] : items) {
+    *ticket = submitted;
+    buffer->release_after(submitted);
+  }
+}
+
 Ticket submit_batch(TransferQueue& self, const std::string& lane,
                     const std::vector<std::tuple<uintptr_t, uintptr_t, size_t>>& copies,
                     uintptr_t compute_stream) {
@@ -160,6 +190,8 @@ void bind_transfer_queue(py::module_& module) {
       .def("submit_to_device", &submit<Direction::kToDevice>, py::arg("destination"), py::arg("source"),
            py::arg("nbytes"), py::arg("compute_stream") = 0, py::arg("after") = py::none(),
            py::arg("ticket") = py::none(), py::arg("buffer") = py::none())
+      .def("submit_all_to_host", &submit_all_to_host, py::arg("copies"), py::arg("compute_stream") = 0,
+           py::arg("trace_name") = 0)
       .def("submit_batch", &submit_batch, py::arg("lane"), py::arg("copies"), py::arg("compute_stream") = 0)
       .def(
           "wait_on_stream",
@@ -169,6 +201,7 @@ void bind_transfer_queue(py::module_& module) {
             });
           },
           py::arg("compute_stream"), py::arg("ticket"))
+      .def("end", &TransferQueue::end, py::call_guard<GilReleased>())
       .def("stats", [](const TransferQueue& self) {
         const TransferStats stats = self.stats();
         py::dict result;

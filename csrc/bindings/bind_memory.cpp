@@ -29,7 +29,7 @@ using HostBufferHolder = std::unique_ptr<HostBuffer, DeleteWithoutGil>;
 
 constexpr std::array<Tag, kTagCount> kTags = {Tag::kWeights,   Tag::kMaster,      Tag::kMoments,
                                               Tag::kGradients, Tag::kActivations, Tag::kStaging,
-                                              Tag::kWindow};
+                                              Tag::kWindow,    Tag::kBackups};
 
 Tag tag_of(const std::string& name) {
   for (Tag tag : kTags) {

@@ -1,3 +1,5 @@
+#include <pybind11/stl.h>
+
 #include <optional>
 #include <string>
 #include <utility>
@@ -144,6 +146,12 @@ py::list submit(StepPipeline& self, const py::object& sequence, uintptr_t comput
   return result;
 }
 
+Ticket speculate(StepPipeline& self, const py::tuple& job, uintptr_t backup) {
+  StepJob read = read_job(job.ptr(), 0, flush_denormals_enabled());
+  GilReleased released;
+  return self.speculate(std::move(read), reinterpret_cast<void*>(backup));
+}
+
 int64_t add_slot(StepPipeline& self, std::string name, uintptr_t master, int master_format, uintptr_t weight,
                  int weight_format, uintptr_t exp_avg, uintptr_t exp_avg_sq, size_t count,
                  uintptr_t upload_source, uintptr_t device_weight, size_t weight_bytes, int moment_format,
@@ -230,6 +238,9 @@ void bind_pipeline(py::module_& module) {
            py::arg("rounding_seed") = 0, py::arg("layout") = static_cast<const StateLayout*>(nullptr),
            py::arg("disk_offset") = 0, py::arg("trace_name") = 0)
       .def("submit", &submit, py::arg("jobs"), py::arg("compute_stream") = 0, py::arg("backwards") = false)
+      .def("backup_bytes", &StepPipeline::backup_bytes, py::arg("slot"))
+      .def("speculate", &speculate, py::arg("job"), py::arg("backup"))
+      .def("discard", &StepPipeline::discard, py::arg("slots"), py::call_guard<GilReleased>())
       .def("states_written", &StepPipeline::states_written, py::arg("slot"))
       .def(
           "wait",
@@ -245,6 +256,8 @@ void bind_pipeline(py::module_& module) {
              result["job_count"] = stats.job_count;
              result["update_ns"] = stats.update_ns;
              result["blocked_ns"] = stats.blocked_ns;
+             result["kept_count"] = stats.kept_count;
+             result["discarded_count"] = stats.discarded_count;
              result["disk_read_bytes"] = stats.window.read_bytes;
              result["disk_kept_bytes"] = stats.window.kept_bytes;
              result["disk_written_bytes"] = stats.window.written_bytes;

@@ -27,6 +27,7 @@ const char* tag_name(Tag tag) noexcept {
     case Tag::kGradients: return "gradients";
     case Tag::kActivations: return "activations";
     case Tag::kWindow: return "window";
+    case Tag::kBackups: return "backups";
     case Tag::kStaging: break;
   }
   return "staging";

@@ -33,8 +33,17 @@ struct HostPoolOptions {
   bool address_space_only = false;            // addresses without memory: shows what a layout costs
 };
 
-enum class Tag : uint8_t { kWeights, kMaster, kMoments, kGradients, kActivations, kStaging, kWindow };
-constexpr size_t kTagCount = 7;
+enum class Tag : uint8_t {
+  kWeights,
+  kMaster,
+  kMoments,
+  kGradients,
+  kActivations,
+  kStaging,
+  kWindow,
+  kBackups
+};
+constexpr size_t kTagCount = 8;
 const char* tag_name(Tag tag) noexcept;
 constexpr uint8_t traced_kind(Tag tag) noexcept { return static_cast<uint8_t>(tag) + 1; }  // see TraceLabel
 

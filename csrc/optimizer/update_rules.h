@@ -96,6 +96,8 @@ struct AdamWScalars {
   float eps;              // (eps * sqrt(1 - beta2^t))
   bool maximize;
   uint32_t step = 0;  // the number of the step: [Note: stochastic rounding]
+
+  bool operator==(const AdamWScalars&) const = default;
 };
 
 // [Note: the Lion sequence]
@@ -111,6 +113,8 @@ struct LionScalars {
   float step_size;        // (lr)
   bool maximize;
   uint32_t step = 0;  // the number of the step: [Note: stochastic rounding]
+
+  bool operator==(const LionScalars&) const = default;
 };
 
 // [Note: the Adagrad sequence]
@@ -123,6 +127,8 @@ struct AdagradScalars {
   float eps;        // (eps)
   bool maximize;
   uint32_t step = 0;  // the number of the step: [Note: stochastic rounding]
+
+  bool operator==(const AdagradScalars&) const = default;
 };
 
 }  // namespace offload

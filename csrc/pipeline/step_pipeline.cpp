@@ -17,6 +17,7 @@
 #include "base/trace_ring.h"
 #include "base/worker_pool.h"
 #include "pipeline/job_end.h"
+#include "pipeline/update_ahead.h"
 #include "pipeline/weight_uploads.h"
 
 namespace offload {
@@ -53,6 +54,9 @@ class StepPipeline::Sequencer {
   bool forked() const noexcept { return owner_.forked(); }
   int64_t add_slot(ParameterSlot slot);
   std::vector<Ticket> submit(std::vector<StepJob> jobs, uintptr_t compute_stream, bool backwards);
+  size_t backup_bytes(int64_t slot);
+  Ticket speculate(StepJob job, void* backup);
+  Ticket discard(const std::vector<int64_t>& slots);
   void states_written(int64_t slot);
   void count_blocked(int64_t ns) { blocked_ns_.fetch_add(static_cast<uint64_t>(ns)); }
   StepStats stats() const noexcept;
@@ -62,16 +66,21 @@ class StepPipeline::Sequencer {
   struct Slot {
     ParameterSlot parameter;
     Ticket last_job;
-    uint64_t version = 0;  // of its states on disk: how often others wrote them
+    uint64_t version = 0;              // of its states on disk: how often others wrote them
+    std::optional<UpdateAhead> ahead;  // that no job has taken up; used by the sequencer's thread alone
   };
 
+  enum class Task : uint8_t { kUpdate, kUpdateAhead, kDiscard };
+
   struct QueuedJob {
-    const ParameterSlot* slot;
+    Slot* slot;
     StepJob job;
     uint64_t number;
     Ticket ticket;
     Ticket previous;  // the slot's job before this one
-    bool backwards;
+    bool backwards = false;
+    Task task = Task::kUpdate;
+    void* backup = nullptr;
   };
 
   Slot& slot_of(int64_t number);
@@ -79,7 +88,12 @@ class StepPipeline::Sequencer {
   void expect_chunks(int64_t number, const Slot& slot, bool backwards);
   void run(std::stop_token stop);
   std::optional<QueuedJob> next(std::stop_token stop);
+  void enqueue(QueuedJob queued);
+  void forget_what_has_not_begun(const Slot* slot);
   void run_job(const QueuedJob& queued, std::stop_token stop);
+  void update_ahead(const QueuedJob& queued, std::stop_token stop);
+  bool take_up(Slot& slot, const StepJob& job, const std::vector<Factor>& factors);
+  void restore(Slot& slot) noexcept;
   void wait_ended(const Ticket& ticket, std::stop_token stop);
   void read_ahead();
   void update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end, std::stop_token stop);
@@ -97,6 +111,8 @@ class StepPipeline::Sequencer {
   std::atomic<uint64_t> job_count_{0};
   std::atomic<uint64_t> update_ns_{0};
   std::atomic<uint64_t> blocked_ns_{0};
+  std::atomic<uint64_t> kept_count_{0};
+  std::atomic<uint64_t> discarded_count_{0};
 
   // used by the sequencer's thread alone
   WeightUploads uploads_;
@@ -125,7 +141,7 @@ int64_t StepPipeline::Sequencer::add_slot(ParameterSlot slot) {
                     std::to_string(chunk_elements_));
   }
   std::lock_guard lock(mutex_);
-  slots_.push_back({.parameter = std::move(slot), .last_job = Ticket()});
+  slots_.push_back({.parameter = std::move(slot), .last_job = Ticket(), .ahead = std::nullopt});
   return static_cast<int64_t>(slots_.size()) - 1;
 }
 
@@ -198,26 +214,97 @@ std::vector<Ticket> StepPipeline::Sequencer::submit(std::vector<StepJob> jobs, u
     // Now and not when a chunk is ready: by then the compute stream may already hold the next forward,
     // which waits for these very uploads.
     if (uploads) transfers_->wait_compute(Direction::kToDevice, compute_stream);
+    forget_what_has_not_begun(nullptr);
     for (StepJob& job : jobs) {
       Slot& slot = slot_of(job.slot);
       Ticket previous = std::exchange(slot.last_job, Ticket::pending());
       tickets.push_back(slot.last_job);
       expect_chunks(job.slot, slot, backwards);
-      queue_.push_back(
-          {&slot.parameter, std::move(job), next_number_++, slot.last_job, std::move(previous), backwards});
-    }
-    if (!queue_.empty() && !thread_.joinable()) {
-      thread_ = std::jthread([this](std::stop_token stop) { run(stop); });
+      enqueue({.slot = &slot,
+               .job = std::move(job),
+               .number = next_number_++,
+               .ticket = slot.last_job,
+               .previous = std::move(previous),
+               .backwards = backwards});
     }
   }
   changed_.notify_one();
   return tickets;
 }
 
+size_t StepPipeline::Sequencer::backup_bytes(int64_t slot) {
+  std::lock_guard lock(mutex_);
+  return UpdateAhead::backup_bytes(slot_of(slot).parameter.span);
+}
+
+Ticket StepPipeline::Sequencer::speculate(StepJob job, void* backup) {
+  owner_.require_owner("this StepPipeline");
+  const Ticket ticket = Ticket::pending();
+  {
+    std::lock_guard lock(mutex_);
+    check_job(job);
+    Slot& slot = slot_of(job.slot);
+    if (backup == nullptr || slot.parameter.on_disk || job.weight != nullptr || !job.factors.empty()) {
+      throw Error(
+          ErrorKind::kInvalidArgument,
+          "slot '" + slot.parameter.name +
+              "': an update ahead of the step needs a backup, states that stay in memory, and a gradient "
+              "without factors");
+    }
+    enqueue({.slot = &slot,
+             .job = std::move(job),
+             .number = next_number_,
+             .ticket = ticket,
+             .previous = slot.last_job,
+             .task = Task::kUpdateAhead,
+             .backup = backup});
+  }
+  changed_.notify_one();
+  return ticket;
+}
+
+Ticket StepPipeline::Sequencer::discard(const std::vector<int64_t>& slots) {
+  owner_.require_owner("this StepPipeline");
+  Ticket last;
+  {
+    std::lock_guard lock(mutex_);
+    for (const int64_t number : slots) {
+      Slot& slot = slot_of(number);
+      forget_what_has_not_begun(&slot);
+      last = Ticket::pending();
+      enqueue({.slot = &slot,
+               .job = {},
+               .number = next_number_,
+               .ticket = last,
+               .previous = {},
+               .task = Task::kDiscard});
+    }
+  }
+  changed_.notify_one();
+  return last;
+}
+
+// Under mutex_.
+void StepPipeline::Sequencer::enqueue(QueuedJob queued) {
+  queue_.push_back(std::move(queued));
+  if (!thread_.joinable()) thread_ = std::jthread([this](std::stop_token stop) { run(stop); });
+}
+
+// Under mutex_. Updates ahead of `slot`, or of all slots, that no longer save anything.
+void StepPipeline::Sequencer::forget_what_has_not_begun(const Slot* slot) {
+  std::erase_if(queue_, [&](const QueuedJob& queued) {
+    if (queued.task != Task::kUpdateAhead || (slot != nullptr && queued.slot != slot)) return false;
+    queued.ticket.complete();
+    return true;
+  });
+}
+
 StepStats StepPipeline::Sequencer::stats() const noexcept {
   return {.job_count = job_count_,
           .update_ns = update_ns_,
           .blocked_ns = blocked_ns_,
+          .kept_count = kept_count_,
+          .discarded_count = discarded_count_,
           .window = window_ ? window_->stats() : WindowStats()};
 }
 
@@ -232,11 +319,20 @@ void StepPipeline::Sequencer::set_held(bool held) {
 
 void StepPipeline::Sequencer::run(std::stop_token stop) {
   pthread_setname_np(pthread_self(), "offload-step");
-  while (std::optional<QueuedJob> queued = next(stop)) run_job(*queued, stop);
+  while (std::optional<QueuedJob> queued = next(stop)) {
+    switch (queued->task) {
+      case Task::kUpdate: run_job(*queued, stop); break;
+      case Task::kUpdateAhead: update_ahead(*queued, stop); break;
+      case Task::kDiscard:
+        restore(*queued->slot);
+        queued->ticket.complete();
+        break;
+    }
+  }
   // The pipeline is being destroyed, so nobody submits any more. What is left was held on purpose.
   for (const QueuedJob& queued : queue_) {
     queued.ticket.fail(with_slot(
-        queued.slot->name, "its update was cancelled",
+        queued.slot->parameter.name, "its update was cancelled",
         std::make_exception_ptr(Error(ErrorKind::kState, "the step pipeline was destroyed while held"))));
   }
   // Host memory of the slots is borrowed until the uploads ended.
@@ -280,10 +376,59 @@ void StepPipeline::Sequencer::run_job(const QueuedJob& queued, std::stop_token s
       update(queued, end, stop);
     }
   } catch (...) {
-    error = with_slot(queued.slot->name, stage, std::current_exception());
+    error = with_slot(queued.slot->parameter.name, stage, std::current_exception());
   }
+  restore(*queued.slot);  // a job that did not get as far as its update takes nothing up
   job_count_.fetch_add(1, std::memory_order_relaxed);
   end->end_part(error);
+}
+
+void StepPipeline::Sequencer::update_ahead(const QueuedJob& queued, std::stop_token stop) {
+  Slot& slot = *queued.slot;
+  try {
+    restore(slot);
+    for (const Ticket& ticket : queued.job.tickets) {
+      wait_ended(ticket, stop);
+      ticket.wait();
+    }
+    wait_ended(queued.previous, stop);
+    uploads_.flush();
+    UpdateSpan span = slot.parameter.span;
+    span.gradient = queued.job.gradient;
+    span.gradient_format = queued.job.gradient_format;
+    slot.ahead.emplace(queued.job, slot.parameter.span, queued.backup);
+    for (size_t begin = 0; begin < span.count && !first_error_->any(); begin += chunk_elements_) {
+      const size_t count = std::min(chunk_elements_, span.count - begin);
+      slot.ahead->keep(begin, count);
+      update_span(slice(span, begin, count), queued, {});
+    }
+  } catch (...) {
+    restore(slot);  // the job that comes tells of what is wrong
+  }
+  queued.ticket.complete();
+}
+
+// Whether the slot's states have had the job's update; otherwise they are what they were before.
+bool StepPipeline::Sequencer::take_up(Slot& slot, const StepJob& job, const std::vector<Factor>& factors) {
+  if (!slot.ahead || !slot.ahead->is(job, factors)) {
+    restore(slot);
+    return false;
+  }
+  slot.ahead.reset();
+  kept_count_.fetch_add(1, std::memory_order_relaxed);
+  return true;
+}
+
+void StepPipeline::Sequencer::restore(Slot& slot) noexcept {
+  if (!slot.ahead) return;
+  try {
+    slot.ahead->undo();
+  } catch (...) {  // the states are of no step: from here on every job fails
+    first_error_->record(
+        0, with_slot(slot.parameter.name, "its update was not undone", std::current_exception()));
+  }
+  slot.ahead.reset();
+  discarded_count_.fetch_add(1, std::memory_order_relaxed);
 }
 
 void StepPipeline::Sequencer::wait_ended(const Ticket& ticket, std::stop_token stop) {
@@ -306,7 +451,7 @@ void StepPipeline::Sequencer::read_ahead() {
 
 void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_ptr<JobEnd>& end,
                                      std::stop_token stop) {
-  const ParameterSlot& slot = *queued.slot;
+  const ParameterSlot& slot = queued.slot->parameter;
   std::vector<Factor> factors;
   factors.reserve(queued.job.factors.size());
   for (const PendingFactor& factor : queued.job.factors) {
@@ -321,9 +466,10 @@ void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_
   const bool small = slot.weight_bytes <= WeightUploads::kSmallBytes && span.count <= chunk_elements_;
   if (!small || slot.on_disk) uploads_.flush();
   if (slot.on_disk) return update_from_disk(queued, span, factors, end, stop);
+  const bool is_done = take_up(*queued.slot, queued.job, factors);
   for (size_t begin = 0; begin < span.count; begin += chunk_elements_) {
     const size_t count = std::min(chunk_elements_, span.count - begin);
-    update_span(slice(span, begin, count), queued, factors);
+    if (!is_done) update_span(slice(span, begin, count), queued, factors);
     if (slot.device_weight == nullptr) continue;
     const CopySpan copy = upload_of(slot, begin, count, nullptr);
     if (small) {
@@ -337,7 +483,7 @@ void StepPipeline::Sequencer::update(const QueuedJob& queued, const std::shared_
 void StepPipeline::Sequencer::update_from_disk(const QueuedJob& queued, const UpdateSpan& span,
                                                const std::vector<Factor>& factors,
                                                const std::shared_ptr<JobEnd>& end, std::stop_token stop) {
-  const ParameterSlot& slot = *queued.slot;
+  const ParameterSlot& slot = queued.slot->parameter;
   const StateLayout& layout = slot.on_disk->layout;
   const size_t chunk_count = layout.chunk_count();
   for (size_t i = 0; i < chunk_count; ++i) {
@@ -371,7 +517,7 @@ void StepPipeline::Sequencer::update_span(const UpdateSpan& span, const QueuedJo
   const int64_t end_ns = monotonic_now_ns();
   update_ns_.fetch_add(static_cast<uint64_t>(end_ns - start_ns), std::memory_order_relaxed);
   if (trace_is_on()) {
-    const ParameterSlot& slot = *queued.slot;
+    const ParameterSlot& slot = queued.slot->parameter;
     record_trace(TraceLane::kHostUpdate, start_ns, end_ns, span.count * (slot.weight_bytes / slot.span.count),
                  {.name = slot.trace_name});
   }
@@ -402,6 +548,14 @@ std::vector<Ticket> StepPipeline::submit(std::vector<StepJob> jobs, uintptr_t co
                                          bool backwards) {
   return sequencer_->submit(std::move(jobs), compute_stream, backwards);
 }
+
+size_t StepPipeline::backup_bytes(int64_t slot) { return sequencer_->backup_bytes(slot); }
+
+Ticket StepPipeline::speculate(StepJob job, void* backup) {
+  return sequencer_->speculate(std::move(job), backup);
+}
+
+Ticket StepPipeline::discard(const std::vector<int64_t>& slots) { return sequencer_->discard(slots); }
 
 void StepPipeline::states_written(int64_t slot) { sequencer_->states_written(slot); }
 

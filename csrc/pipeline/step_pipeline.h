@@ -19,38 +19,22 @@
 #include <vector>
 
 #include "base/ticket.h"
-#include "optimizer/update.h"
 #include "pipeline/parameter_slot.h"
 #include "pipeline/state_window.h"
+#include "pipeline/step_job.h"
 #include "transfer/transfer_queue.h"
 
 namespace offload {
 
 constexpr size_t kDefaultChunkElements = size_t{4} << 20;
 
-// A factor whose value may still be on its way: read from `address` once the job's tickets are done.
-struct PendingFactor {
-  FactorKind kind;
-  const float* address;  // null: use value
-  float value;
-};
-
-struct StepJob {
-  int64_t slot;
-  const void* gradient;
-  FloatFormat gradient_format;
-  std::vector<Ticket> tickets;  // of the gradient and of the factors: all must have landed
-  UpdateScalars scalars;
-  std::vector<PendingFactor> factors;
-  bool flush_denormals;
-  void* weight = nullptr;  // where the slot's weight on the host is for this job; null: where the slot says
-};
-
 struct StepStats {
   uint64_t job_count = 0;
-  uint64_t update_ns = 0;   // the sequencer was updating
-  uint64_t blocked_ns = 0;  // callers of wait() were blocked
-  WindowStats window;       // of states on disk
+  uint64_t update_ns = 0;        // the sequencer was updating
+  uint64_t blocked_ns = 0;       // callers of wait() were blocked
+  uint64_t kept_count = 0;       // updates ahead of the step that a job took up
+  uint64_t discarded_count = 0;  // and those that were undone
+  WindowStats window;            // of states on disk
 };
 
 class StepPipeline {
@@ -70,6 +54,17 @@ class StepPipeline {
   // One ticket a job, done when the slot's weight is on the device and its states are on disk. Takes all
   // the jobs or, when one is not legal, none. `backwards`: each one's chunks from the last to the first.
   std::vector<Ticket> submit(std::vector<StepJob> jobs, uintptr_t compute_stream, bool backwards = false);
+
+  // What a backup of the slot's states takes.
+  size_t backup_bytes(int64_t slot);
+
+  // Updates states in memory before the step that is expected, as [Note: updates ahead of the step] says;
+  // nothing is uploaded. The ticket is done when gradient and backup are no longer used; it does not fail by
+  // itself.
+  Ticket speculate(StepJob job, void* backup);
+
+  // The states of these slots are what their last jobs made them once the ticket is done.
+  Ticket discard(const std::vector<int64_t>& slots);
 
   // The slot's states on disk were written by somebody else: what the window still has of them is not used.
   void states_written(int64_t slot);

@@ -17,7 +17,7 @@ Ticket TransferQueue::submit(Direction direction, std::span<const CopySpan> copi
                              const Ticket& after) {
   Lane& target = lane(direction);
   std::lock_guard lock(target.mutex);
-  device_->wait_compute(*target.stream, compute_stream);
+  device_->wait_compute(stream_of(target), compute_stream);
   return submit_locked(target, direction, copies, after);
 }
 
@@ -34,6 +34,11 @@ Ticket TransferQueue::submit_after(Direction direction, std::span<const CopySpan
   return submit_locked(target, direction, copies, after);
 }
 
+Stream& TransferQueue::stream_of(Lane& target) {
+  if (target.stream) return *target.stream;
+  throw Error(ErrorKind::kState, "the transfer queue has ended: its copies were given up, with the engine");
+}
+
 Ticket TransferQueue::submit_locked(Lane& target, Direction direction, std::span<const CopySpan> copies,
                                     const Ticket& after) {
   size_t total_bytes = 0;
@@ -46,8 +51,9 @@ Ticket TransferQueue::submit_locked(Lane& target, Direction direction, std::span
     }
     total_bytes += bytes;
   }
-  device_->wait_ticket(*target.stream, after);
-  Ticket ticket = device_->submit_copies(*target.stream, direction, copies);
+  Stream& stream = stream_of(target);
+  device_->wait_ticket(stream, after);
+  Ticket ticket = device_->submit_copies(stream, direction, copies);
   target.bytes.fetch_add(total_bytes, std::memory_order_relaxed);
   target.count.fetch_add(copies.size(), std::memory_order_relaxed);
   return ticket;
@@ -56,11 +62,23 @@ Ticket TransferQueue::submit_locked(Lane& target, Direction direction, std::span
 void TransferQueue::wait_compute(Direction direction, uintptr_t compute_stream) {
   Lane& target = lane(direction);
   std::lock_guard lock(target.mutex);
-  device_->wait_compute(*target.stream, compute_stream);
+  device_->wait_compute(stream_of(target), compute_stream);
 }
 
 bool TransferQueue::wait_on_stream(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns) {
   return device_->compute_wait(compute_stream, ticket, timeout_ns);
+}
+
+void TransferQueue::end() {
+  if (owner_.forked()) return;  // no lane has a thread there, and a thread of the parent may hold its lock
+  for (Lane* target : {&to_host_, &to_device_}) {
+    std::unique_ptr<Stream> stream;
+    {
+      std::lock_guard lock(target->mutex);
+      stream = std::move(target->stream);
+    }
+    stream.reset();  // without the lock: who hears of a copy's end may submit
+  }
 }
 
 TransferStats TransferQueue::stats() const noexcept {

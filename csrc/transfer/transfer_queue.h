@@ -14,6 +14,7 @@
 #include <mutex>
 #include <span>
 
+#include "base/fork_guard.h"
 #include "base/ticket.h"
 #include "device/device.h"
 
@@ -47,21 +48,27 @@ class TransferQueue {
   // Device::compute_wait for the timeout and the result).
   bool wait_on_stream(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns = -1);
 
+  // As at destruction: what was submitted ends or fails, for good. Later submissions throw kState. Nothing in
+  // a forked child.
+  void end();
+
   TransferStats stats() const noexcept;  // what was submitted
   Device& device() noexcept { return *device_; }
 
  private:
   struct Lane {
-    std::mutex mutex;  // held while a copy is submitted with its waits: they are one unit
-    std::unique_ptr<Stream> stream;
+    std::mutex mutex;                // held while a copy is submitted with its waits: they are one unit
+    std::unique_ptr<Stream> stream;  // guarded by mutex; null after end()
     std::atomic<uint64_t> bytes{0};
     std::atomic<uint64_t> count{0};
   };
 
+  static Stream& stream_of(Lane& target);
   Ticket submit_locked(Lane& target, Direction direction, std::span<const CopySpan> copies,
                        const Ticket& after);
   Lane& lane(Direction direction) noexcept { return direction == Direction::kToHost ? to_host_ : to_device_; }
 
+  const ForkGuard owner_;
   std::shared_ptr<Device> device_;  // before the lanes: their streams die first
   Lane to_host_;
   Lane to_device_;

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
         StateError,
         StorageError,
     )
-    from ._export import describe_checkpoint, export_checkpoint
+    from ._export import checkpoint_weights, describe_checkpoint, export_checkpoint
     from ._forecast import StepForecast, forecast
     from ._hardware import Hardware
     from ._lion import Lion
@@ -73,6 +73,7 @@ __all__ = [
     "UnitWork",
     "__version__",
     "add_config_arguments",
+    "checkpoint_weights",
     "describe_checkpoint",
     "environment",
     "estimate",
@@ -121,6 +122,7 @@ _HOMES = {
     "UnitWork": "_step_work",
     "TraceReport": "_trace_report",
     "add_config_arguments": "deepspeed",
+    "checkpoint_weights": "_export",
     "estimate": "_predict",
     "describe_checkpoint": "_export",
     "export_checkpoint": "_export",

@@ -16,7 +16,7 @@ __all__ = ["DEFAULT_KEEP", "IN_FLIGHT_BYTES", "RING_BYTES", "ActivationOrder", "
 DEFAULT_KEEP = 0.125
 # What may be on its way to the host where the allowance is smaller: the link needs it to be busy.
 IN_FLIGHT_BYTES = 64 << 20
-# What any copies of one kind may keep alive on their way; beyond it compute waits for them (see _copy_lanes.py).
+# What copies may keep alive on their way that nobody gives more room to; beyond it compute waits for them.
 RING_BYTES = 256 << 20
 
 
@@ -25,8 +25,9 @@ class ActivationOrder:
     """What the saves of a forward push out and the reads of its backward send for; ranges by their place in forward.
 
     departures: after each save. returns: at each read, the first of which is that of the last range. left_bytes: of all
-    that leave, which are on the host at the end of forward. room_bytes: what may be on its way there at once.
-    device_bytes: the most that is on the device at once, if the link is slow: what stays, what came back, what leaves.
+    that leave, which are on the host at the end of forward. room_bytes: what may be on its way there at once; beyond it
+    compute waits. device_bytes: the most that is on the device at once, if the link is slow: what stays, what came
+    back, what leaves.
     """
 
     departures: tuple[tuple[int, ...], ...]
@@ -37,12 +38,12 @@ class ActivationOrder:
 
 
 def activation_order(
-    sizes: Sequence[int], keep: float, host_bytes: int | None = None, ring_bytes: int = RING_BYTES
+    sizes: Sequence[int], keep: float, host_bytes: int | None = None, in_flight_bytes: int = IN_FLIGHT_BYTES
 ) -> ActivationOrder:
     """Of ranges of those bytes. keep: their share that may stay. host_bytes: what does not fit there stays, None: all
-    of it fits. ring_bytes: what may be on its way at most."""
+    of it fits. in_flight_bytes: what may be on its way there where the allowance is smaller."""
     allowance = int(keep * sum(sizes))
-    room = min(max(allowance, IN_FLIGHT_BYTES), ring_bytes)
+    room = max(allowance, in_flight_bytes)
     recent: deque[int] = deque()  # the oldest first
     away: list[int] = []
     refused: set[int] = set()

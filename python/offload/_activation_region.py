@@ -139,6 +139,8 @@ class ModelRegion:
         self._entered = threading.local()
 
     def enter(self) -> None:
+        if in_torch_func():  # it takes no hooks on what it saves: that stays
+            return
         model = self._model()
         assert model is not None
         depth = self._depth()
@@ -176,6 +178,11 @@ class ModelRegion:
         with torch.inference_mode(False), torch.enable_grad():
             torch.ones((), device="cpu", requires_grad=True).exp()
         return self._casts.asked_count != before
+
+
+def in_torch_func() -> bool:
+    """Whether this is run by torch.func.grad, vjp, vmap or their kin, whose tensors have no memory of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _running_forwards(model: nn.Module) -> int:

@@ -5,8 +5,8 @@
 [Note: the allowance] One number of device bytes serves both directions. In forward the most recent `keep` bytes stay:
 a range departs when newer ones push it out, so the last of forward never leaves and backward's first need never waits.
 In backward the same bytes hold what is still kept and what is prefetched, in the order of the backward before, or else
-from the last saved to the first. As much again may be on its way to the host. _activation_order.py is the same rule
-over sizes alone.
+from the last saved to the first. As much again may be on its way to the host, and IN_FLIGHT_BYTES where that is more.
+_activation_order.py is the same rule over sizes alone.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Lanes(Protocol):
     def compute_stream(self) -> int: ...
     def on_stream(self, stream: int) -> contextlib.AbstractContextManager[Any]: ...
     def send(self, tensor: Tensor, tag: Literal["activations"], stream: int, room: int) -> HostBytes: ...
-    def start_upload(self, held: HostBytes, out: Tensor) -> Any: ...
+    def start_upload(self, held: HostBytes, out: Tensor, room: int) -> Any: ...
     def wait_upload(self, ticket: Any) -> None: ...
     def reserve(self, nbytes: int) -> None: ...
     def pool_stats(self) -> dict[str, Any]: ...
@@ -259,6 +259,9 @@ class Activations:
             return self._keep
         return int(self._keep * max(self._live_peak_bytes, self._earlier_peak_bytes))
 
+    def _room(self) -> int:
+        return max(self._allowance(), IN_FLIGHT_BYTES)
+
     def _make_room(self) -> None:
         keep = self._allowance()
         newest = 1 if keep else 0
@@ -271,8 +274,7 @@ class Activations:
         held = None
         if self._host_bytes + saved.host_bytes <= self._budget:
             with contextlib.suppress(OutOfHostMemory):
-                room = max(self._allowance(), IN_FLIGHT_BYTES)
-                held = self._lanes.send(self._departing(saved), "activations", saved.stream, room)
+                held = self._lanes.send(self._departing(saved), "activations", saved.stream, self._room())
         with Uninterrupted():
             self._device_bytes -= saved.nbytes
             if held is None:
@@ -357,7 +359,8 @@ class Activations:
         memory = saved.key.landing_on(self._device)
         if self._poison:
             memory.view(torch.uint8).fill_(0xFF)  # NaN in every float format, and in every scale
-        ticket = self._lanes.start_upload(saved.held, memory)
+        # What comes back has a room of its own beside what may still leave.
+        ticket = self._lanes.start_upload(saved.held, memory, 2 * self._room())
         with Uninterrupted():
             if saved.copy is None:
                 self._device_bytes += saved.nbytes  # of what is packed too: it will be

@@ -39,6 +39,10 @@ class AwayParameter:
         value = streaming.copy_of(parameter).to(parameter.device, copy=True)
         return Parameter(value, requires_grad=parameter.requires_grad)
 
+    def on_host(self) -> Tensor:
+        streaming, parameter = self._those()
+        return streaming.copy_of(parameter)
+
     def __reduce__(self) -> Any:
         raise StateError(
             "a parameter that is not on the device cannot be pickled by its attributes: save model.state_dict()"

@@ -8,7 +8,7 @@ Stock torch loads that too (it casts the moments and has no use for the master),
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -101,15 +101,21 @@ def check_state(name: str, parameter: Tensor, saved: SavedState, kind: type[Nati
         raise InvalidArgument(f"{name}: step is {step!r}; it must be a whole number, 0 or more")
     for key in (*kind.moment_arguments, "master"):
         value = saved.get(key)
-        if value is None and key == "master":
-            continue
-        if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
-            what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
-            raise InvalidArgument(f"{name}: {key} is {what}; it must be a tensor of floating-point values")
-        if value.shape != parameter.shape:
-            raise InvalidArgument(f"{name}: {key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
-        if bool(value.isnan().any()):
-            raise InvalidArgument(f"{name}: {key} contains NaN, that run had diverged: load an earlier checkpoint")
+        if value is not None:
+            check_entry(name, parameter, key, value, (*kind.moment_arguments, "master"))
+
+
+def check_entry(name: str, parameter: Tensor, key: str, value: Any, legal: Collection[str]) -> None:
+    """Raises `InvalidArgument` unless `value` can be the tensor `key` of a state, whose tensors are `legal`."""
+    if key not in legal:
+        raise InvalidArgument(f"{name}: its state has no {key!r}; it has {', '.join(sorted(legal))}")
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.is_meta:
+        what = f"{value.dtype} on {value.device}" if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidArgument(f"{name}: {key} is {what}; it must be a tensor of floating-point values")
+    if value.shape != parameter.shape:
+        raise InvalidArgument(f"{name}: {key} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+    if bool(value.isnan().any()):
+        raise InvalidArgument(f"{name}: {key} contains NaN, that run had diverged: load an earlier checkpoint")
 
 
 def load_group(group: dict[str, Any], saved_group: Mapping[str, Any]) -> None:

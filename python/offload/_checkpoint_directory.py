@@ -174,7 +174,10 @@ def open_checkpoint(directory: Path, tag: str | None) -> Manifest:
     if tag is None:
         tag = latest_tag(directory)
         if tag is None:
-            raise StorageError(f"there is no checkpoint in {directory}: it has no file {LATEST!r}; pass tag=")
+            raise StorageError(
+                f"there is no checkpoint in {directory}: it has no file {LATEST!r}; name a directory that "
+                "offload.save_checkpoint wrote, or pass tag= (--tag)"
+            )
     path = directory / check_tag(tag)
     replaced = _aside(directory, tag, "replaced")
     if not path.exists() and replaced.exists():

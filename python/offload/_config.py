@@ -104,6 +104,10 @@ class Config:
         what the host budget leaves, at most 1 GiB. What they held last is not read again.
     disk_block: bytes of one transfer to or from the disk, a multiple of 4096: each has a checksum.
     disk_queue_depth: transfers under way at once, a path; None: 16 by io_uring, 8 by threads.
+    speculate: host bytes (`"48GiB"`, an int), within host_budget, for backups that let updates begin in backward, ahead
+        of `step()`: for runs that clip rarely, with steps too short to hide the update. Exact: an update that turns out
+        otherwise (clipped, another gradient or rate) is taken back to the byte and done again. The parameters whose
+        gradients come first have the room. None and 0: every update begins in `step()`.
     units: what travels together: module classes and names (`[Block, "head"]`), or a predicate over modules; None
         finds the elements of repeated lists. What is in no unit so named is in the units around it.
     prefetch: how many units of weights are sent for ahead of their use, with params off the device: 1 or more; None
@@ -138,6 +142,7 @@ class Config:
     disk_window: int | str | None = None
     disk_block: int | str = 1 << 20
     disk_queue_depth: int | None = None
+    speculate: int | str | None = None
     prefetch: int | None = None
     units: Any = None
     master: Master = "auto"
@@ -163,7 +168,7 @@ class Config:
             )
         if self.device is not None:
             object.__setattr__(self, "device", str(self.device))
-        for name in ("device_budget", "host_budget"):
+        for name in ("device_budget", "host_budget", "speculate"):
             _check_budget(name, getattr(self, name))
         object.__setattr__(self, "disk_path", _check_disk_path(self.disk_path))
         for kind in ("optimizer", "params"):
@@ -217,6 +222,11 @@ class Config:
     def host_budget_bytes(self) -> int | None:
         """The given host budget in bytes, None when it is to be measured."""
         return None if self.host_budget is None else parse_size(self.host_budget)
+
+    @property
+    def speculate_bytes(self) -> int:
+        """Host bytes for backups of states whose updates begin in backward."""
+        return 0 if self.speculate is None else parse_size(self.speculate)
 
     @property
     def disk_window_bytes(self) -> int | None:

@@ -7,7 +7,10 @@ which order, is decided by who uses it.
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Iterable
@@ -18,23 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _native
+from . import _native, _trace
+from ._activation_order import RING_BYTES
 from ._errors import OffloadError
 from ._host_grad import HostBytes
 
 # Device memory that tensors on their way may keep alive; beyond it the compute stream waits for the lane.
-_RING_BYTES = 256 << 20
-
-
-class LandedBytes:
-    """A host copy on its way or landed: `address` is valid once `ticket` ended; the buffer lives as long as this."""
-
-    __slots__ = ("address", "buffer", "ticket")
-
-    def __init__(self, buffer: _native.HostBuffer, ticket: _native.Ticket) -> None:
-        self.buffer = buffer
-        self.address = buffer.address
-        self.ticket = ticket
+_RING_BYTES = RING_BYTES
+# A copy of so many bytes takes about as long as two submissions: up to there several share one, as the weights do on
+# their way back (WeightUploads of csrc/pipeline).
+_SMALL_BYTES = 256 << 10
+_MOST_TOGETHER = 16
 
 
 @dataclass(eq=False, slots=True)
@@ -51,6 +48,65 @@ class _Copy:
     leaves: bool
 
 
+class _Departures:
+    """Copies to the host that were asked for and are not submitted yet: small ones wait for each other.
+
+    The ticket of one that waits has nothing to wait for: who is to see it calls submit_with() first.
+    """
+
+    def __init__(self, transfers: _native.TransferQueue) -> None:
+        self._transfers = transfers
+        self._stream = 0  # that all of them were made on
+        self._trace_name = 0  # of the unit that made the latest
+        self.copies: list[tuple[int, int, int, _native.Ticket, _native.HostBuffer]] = []  # the oldest first
+
+    def add(self, buffer: _native.HostBuffer, copy: _Copy) -> None:
+        """Raises what refuses the ones before it, where these were made on another stream."""
+        if copy.stream != self._stream:
+            self.submit()
+            self._stream = copy.stream
+        if _trace.active() is not None:  # whoever submits them may compute another unit by then, or none
+            self._trace_name, _ = _native.trace_label()
+        self.copies.append((buffer.address, copy.tensor.data_ptr(), copy.nbytes, copy.ticket, buffer))
+
+    def submit(self) -> None:
+        """None waits afterwards. Raises what refuses them: they go on waiting then."""
+        if self.copies:
+            self._transfers.submit_all_to_host(self.copies, self._stream, self._trace_name)
+
+    def submit_with(self, ticket: _native.Ticket) -> None:
+        """As submit(), if the copy of this ticket waits."""
+        if any(waiting is ticket for *_, waiting, _ in self.copies):
+            self.submit()
+
+    def begin_with(self, ticket: _native.Ticket) -> bool:
+        """Whether the oldest that waits is the copy of this ticket."""
+        return bool(self.copies) and self.copies[0][3] is ticket
+
+    def forget(self, ticket: _native.Ticket) -> None:
+        """The copy of this ticket, the latest one, is not wanted any more."""
+        if self.copies and self.copies[-1][3] is ticket:
+            self.copies.pop()
+
+
+class LandedBytes:
+    """A host copy on its way or landed: `address` is valid once `ticket` ended; the buffer lives as long as this."""
+
+    __slots__ = ("_departures", "_ticket", "address", "buffer")
+
+    def __init__(self, buffer: _native.HostBuffer, ticket: _native.Ticket, departures: _Departures) -> None:
+        self.buffer = buffer
+        self.address = buffer.address
+        self._ticket = ticket
+        self._departures = departures
+
+    @property
+    def ticket(self) -> _native.Ticket:
+        """Of the copy, which is submitted for whoever asks: raises what refuses it."""
+        self._departures.submit_with(self._ticket)
+        return self._ticket
+
+
 class CopyLanes:
     """See the module's text. One compute thread at a time, as autograd gives it."""
 
@@ -61,7 +117,8 @@ class CopyLanes:
         self._ring: deque[_Copy] = deque()
         self._ring_bytes = 0
         self.peak_ring_bytes = 0
-        weakref.finalize(self, _drain, transfers, self._ring)
+        self._departures = _Departures(transfers)
+        weakref.finalize(self, _drain, transfers, self._departures, self._ring)
 
     def compute_stream(self) -> int:
         """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
@@ -77,29 +134,40 @@ class CopyLanes:
             return torch.cuda.stream(torch.cuda.default_stream(self.device))
         return torch.cuda.stream(torch.cuda.ExternalStream(stream, self.device))  # type: ignore[no-untyped-call]
 
-    def send(self, tensor: Tensor, tag: _native.Tag, stream: int, room: int | None = None) -> LandedBytes:
+    def send(
+        self, tensor: Tensor, tag: _native.Tag, stream: int, room: int | None = None, *, may_wait: bool = False
+    ) -> LandedBytes:
         """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed.
 
-        stream: the compute stream that the tensor was made on. room: bytes that may then be on their way.
+        stream: the compute stream that the tensor was made on. room: bytes that may then be on their way. may_wait: a
+        small copy may start with later ones, or when its ticket is asked for.
         Raises `OutOfHostMemory`; nothing was started then.
         """
         nbytes = tensor.numel() * tensor.element_size()
         buffer = self._pool.acquire(nbytes, tag)
         copy = self._keep(tensor, nbytes, stream, leaves=True)
-        landed = LandedBytes(buffer, copy.ticket)
-        self._transfers.submit_to_host(landed.address, tensor.data_ptr(), nbytes, stream, None, copy.ticket, buffer)
-        self._wait_for_room(room)
-        return landed
+        try:
+            self._departures.add(buffer, copy)
+            if not may_wait or nbytes > _SMALL_BYTES or len(self._departures.copies) >= _MOST_TOGETHER:
+                self._departures.submit()
+        except BaseException:
+            self._departures.forget(copy.ticket)
+            raise
+        self._wait_for_room(_RING_BYTES if room is None else room)
+        return LandedBytes(buffer, copy.ticket, self._departures)
 
-    def start_upload(self, held: HostBytes, out: Tensor) -> _native.Ticket:
-        """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
+    def start_upload(self, held: HostBytes, out: Tensor, room: int = 0) -> _native.Ticket:
+        """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload().
+
+        room: bytes that may then be on their way, where that is more than is usual.
+        """
         assert isinstance(held, LandedBytes)
         nbytes = out.numel() * out.element_size()
         copy = self._keep(out, nbytes, self.compute_stream(), leaves=False)
         self._transfers.submit_to_device(
             out.data_ptr(), held.address, nbytes, copy.stream, held.ticket, copy.ticket, held.buffer
         )
-        self._wait_for_room()
+        self._wait_for_room(max(room, _RING_BYTES))
         return copy.ticket
 
     def wait_upload(self, ticket: _native.Ticket) -> None:
@@ -142,7 +210,7 @@ class CopyLanes:
         """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
         memory of others, whatever goes wrong in between. The submission gives the ticket its copy."""
         ring = self._ring
-        while ring and ring[0].ticket.done:
+        while ring and ring[0].ticket.done and not self._departures.begin_with(ring[0].ticket):
             self._drop_oldest()
         copy = _Copy(_native.Ticket(), tensor, nbytes, stream, leaves)
         ring.append(copy)
@@ -157,9 +225,10 @@ class CopyLanes:
         # Zero whenever the ring is empty: Ctrl-C between a change of it and of its bytes is made up for here.
         self._ring_bytes = self._ring_bytes - copy.nbytes if self._ring else 0
 
-    def _wait_for_room(self, room: int | None = None) -> None:
-        limit = _RING_BYTES if room is None else min(room, _RING_BYTES)
-        while self._ring_bytes > limit:
+    def _wait_for_room(self, room: int) -> None:
+        if self._ring_bytes > room:
+            self._departures.submit()
+        while self._ring_bytes > room:
             oldest = self._ring[0]
             # The memory goes back to torch's allocator, which gives it to later work of the same stream: that work,
             # and not the host, waits for the copy. Who uses a failed copy is told, not who comes next.
@@ -168,21 +237,57 @@ class CopyLanes:
             self._drop_oldest()
 
 
-# At exit, work that has not ended by then was held or lost its device: the exit goes on without it.
+# At exit, work that has not ended by then was held or lost its device: the exit goes on without it. All waits together.
 _EXIT_SECONDS = 5.0
+# A drop that waits as long tells why the program stands still.
+_PATIENCE_SECONDS = 30.0
+
+_exit_began_s: float | None = None  # when it first waited
 
 
-def wait_to_end(tickets: Iterable[_native.Ticket]) -> bool:
+def end_work(transfers: _native.TransferQueue, tickets: Iterable[_native.Ticket]) -> bool:
     """Waits for work in flight on memory that is about to go; False when that was given up, at exit.
 
-    Before, it takes as long as it takes: what a copy still writes to would be somebody else's memory by then.
+    Before, it takes as long as it takes. Either wait is told of when it is long; Ctrl-C ends it. What was given up has
+    ended or failed all the same, and `transfers` takes no more: the memory will be somebody else's.
     """
-    limit = None if threading.main_thread().is_alive() else _EXIT_SECONDS
+    ended = False
+    try:
+        ended = _wait_to_end(tickets)
+    finally:
+        if not ended:
+            transfers.end()
+    return ended
+
+
+def _wait_to_end(tickets: Iterable[_native.Ticket]) -> bool:
+    exiting = not threading.main_thread().is_alive()
+    limit = _left_at_exit() if exiting else _PATIENCE_SECONDS
     for ticket in tickets:
         with contextlib.suppress(OffloadError):  # nobody is left to be told
-            if not ticket.wait(limit):
+            if ticket.wait(limit):
+                continue
+            if exiting:
+                if limit > 0:
+                    _report(f"copies that had not ended {_EXIT_SECONDS:g} s after the program were given up")
                 return False
+            _report(f"the end of a model has waited {_PATIENCE_SECONDS:g} s for its copies; Ctrl-C gives them up")
+            limit = math.inf
+            ticket.wait()
     return True
+
+
+def _left_at_exit() -> float:
+    global _exit_began_s
+    now_s = time.monotonic()
+    if _exit_began_s is None:
+        _exit_began_s = now_s
+    return max(0.0, _exit_began_s + _EXIT_SECONDS - now_s)
+
+
+def _report(what: str) -> None:
+    """A finalizer can neither raise nor warn."""
+    print(f"offload: {what}: a lane is held, or the device does not answer any more", file=sys.stderr)
 
 
 def ticket_of(work: Future[None]) -> _native.Ticket:
@@ -198,6 +303,7 @@ def open_lanes(device: torch.device, native: _native.Device, *, budget: int, pin
     return CopyLanes(device, pool, _native.TransferQueue(native))
 
 
-def _drain(transfers: _native.TransferQueue, ring: deque[_Copy]) -> None:
-    """Ends the copies in flight on memory that is about to go. `transfers` is kept until then."""
-    wait_to_end(copy.ticket for copy in ring)
+def _drain(transfers: _native.TransferQueue, departures: _Departures, ring: deque[_Copy]) -> None:
+    """Ends the copies in flight on memory that is about to go, and forgets those that wait."""
+    departures.copies.clear()
+    end_work(transfers, (copy.ticket for copy in ring))

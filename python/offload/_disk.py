@@ -65,7 +65,7 @@ class DiskStore:
     ) -> None:
         names = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         self._file = _native.BlockFile(
-            [os.fspath(name) for name in names],
+            [os.fsencode(name) for name in names],  # bytes: a name need not be in any encoding
             block_bytes=block_bytes,
             queue_depth=queue_depth,
             thread_count=thread_count,

@@ -15,6 +15,7 @@ from ._host_grad import HostGrad
 from ._native_state import NativeState
 from ._pending import can_be_pending
 from ._residency import why_resident
+from ._speculation import why_not_ahead
 from ._stats import ResidentWeight, Stats
 
 _POOL_COUNTERS = (
@@ -47,7 +48,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         for counter in ("tag_bytes", "tag_peak_bytes")
     )
     peak_weight_bytes = resident_weights + engine.streaming.window.peak_bytes
-    device_peak = {"weights": peak_weight_bytes, "gradients": max(engine.peak_gradient_bytes, device["gradients"])}
+    device_peak = {"weights": peak_weight_bytes, "gradients": max(engine.step.peak_gradient_bytes, device["gradients"])}
     known = {gradient.data_ptr() for gradient in gradients}  # an update on the host reads what p.grad still is
     passing = {"copies": sum(nbytes for at, nbytes in engine.lanes.in_ring().items() if at not in known)}
     device_peak["copies"] = engine.lanes.peak_ring_bytes
@@ -80,13 +81,15 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
     fallbacks += [f"states on the device are updated by separate torch operations: {why}" for why in refusals if why]
     paths = [] if engine.disk is None else engine.disk.stats()
     fallbacks += list(_disk_fallbacks(paths))
+    if engine.config.speculate_bytes and (why := why_not_ahead(engine)) is not None:
+        fallbacks.append(f"no update begins in backward, as speculate= asks for: {why}")
     fallbacks += [
         f"{type(optimizer).__name__} has no native update: its own torch operations run on the "
         f"{engine.plan.optimizer} inside step()"
         for optimizer in engine.torch_optimizers
     ]
     return Stats(
-        steps=engine.step_count,
+        steps=engine.step.count,
         device_bytes=device,
         host_bytes=host,
         pool={name: sum(pool[name] for pool in pools) for name in _POOL_COUNTERS},
@@ -105,6 +108,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         passing_bytes=passing,
         device_peak_bytes=device_peak,
         host_peak_bytes=host_peak,
+        speculation={} if engine.speculation is None else engine.speculation.stats(),
     )
 
 

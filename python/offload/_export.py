@@ -12,10 +12,10 @@ from torch import Tensor
 
 from . import _durable_files as durable
 from ._errors import InvalidArgument, StorageError
-from ._loading import read_checkpoint
+from ._loading import Contents, read_checkpoint
 from ._snapshot import Cast, TensorFile, Value
 
-__all__ = ["describe_checkpoint", "export_checkpoint"]
+__all__ = ["checkpoint_weights", "describe_checkpoint", "export_checkpoint"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,13 +61,11 @@ def export_checkpoint(
     """
     if dtype not in _DTYPES:
         raise InvalidArgument(f"dtype={dtype!r}: legal are {', '.join(map(repr, _DTYPES))}")
-    contents = read_checkpoint(directory, tag)
     wanted = _DTYPES[dtype]
-    values: dict[str, Value] = {}
-    for name, value in contents.model.items():
-        master = contents.states.get(f"{name}.master")
-        exact = master if wanted == torch.float32 and master is not None else value
-        values[name] = _cast(exact, wanted)
+    values: dict[str, Value] = {
+        name: Cast(value, wanted) if _differs(value, wanted) else value
+        for name, value in _exact_weights(read_checkpoint(directory, tag), wanted).items()
+    }
     file = TensorFile(values, {"format": "pt"})
     path = Path(out)
     aside = path.with_name(f".{path.name}.unfinished")
@@ -83,5 +81,35 @@ def export_checkpoint(
     return path
 
 
-def _cast(value: Tensor, dtype: torch.dtype) -> Value:
-    return Cast(value, dtype) if value.is_floating_point() and value.dtype != dtype else value
+def checkpoint_weights(
+    directory: str | os.PathLike[str], *, dtype: str, tag: str | None = None, exclude_frozen: bool = False
+) -> dict[str, Tensor]:
+    """Weights and buffers of a checkpoint by all their names in `model.state_dict()`; `export_checkpoint`'s values.
+
+    Tensors on the CPU: those that need no cast lie on mapped pages of the file and take no memory until they are read.
+    exclude_frozen: without the weights that did not require gradients when they were saved.
+
+    Raises as `export_checkpoint`.
+    """
+    if dtype not in _DTYPES:
+        raise InvalidArgument(f"dtype={dtype!r}: legal are {', '.join(map(repr, _DTYPES))}")
+    contents = read_checkpoint(directory, tag)
+    wanted = _DTYPES[dtype]
+    weights = {
+        name: value.to(wanted) if _differs(value, wanted) else value
+        for name, value in _exact_weights(contents, wanted).items()
+    }
+    weights.update({name: weights[first] for name, first in contents.state["tied"].items()})
+    for name in contents.frozen if exclude_frozen else ():
+        weights.pop(name, None)
+    return weights
+
+
+def _exact_weights(contents: Contents, wanted: torch.dtype) -> dict[str, Tensor]:
+    """The weights, or for fp32 their masters, as they are in the file; tied ones once."""
+    masters = contents.states if wanted == torch.float32 else {}
+    return {name: masters.get(f"{name}.master", value) for name, value in contents.model.items()}
+
+
+def _differs(value: Tensor, dtype: torch.dtype) -> bool:
+    return value.is_floating_point() and value.dtype != dtype

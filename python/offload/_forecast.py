@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ._activation_order import DEFAULT_KEEP, RING_BYTES
+from ._activation_order import DEFAULT_KEEP, IN_FLIGHT_BYTES, RING_BYTES
 from ._errors import InvalidArgument
 from ._simulator import Settings, simulate, uncached_share, window_schedule
 from ._step_work import Machine, UnitWork
@@ -46,6 +46,7 @@ def forecast(
     window_bytes: int = 0,
     cache_bytes: int = 0,
     ring_bytes: int = RING_BYTES,
+    in_flight_bytes: int = IN_FLIGHT_BYTES,
 ) -> StepForecast:
     """One of many equal steps over `units`, which are in the order of the forward.
 
@@ -53,7 +54,7 @@ def forecast(
     the norm of all gradients. lazy: `step()` returns while updates run. kept_activations: the share of what a
     micro-batch saves that stays on the device. activation_host_bytes: what it may take on the host; None: all that it
     takes. window_bytes, cache_bytes: host memory that states and weights on disk pass through. ring_bytes: device
-    memory of gradients on their way, and of activations.
+    memory of gradients on their way. in_flight_bytes: of activations on their way to the host, where less may stay.
 
     Raises `InvalidArgument` for no units, numbers that make no sense, and a lane that is needed and has no rate.
     """
@@ -72,6 +73,7 @@ def forecast(
         window_bytes=window_bytes,
         cache_bytes=cache_bytes,
         ring_bytes=ring_bytes,
+        in_flight_bytes=in_flight_bytes,
     )
     least = _least(units, machine, settings)
     bound_by = max(least, key=least.__getitem__)

@@ -65,14 +65,16 @@ class HostGrad(Tensor):
         cell = self.cell
         if isinstance(value, HostGrad):
             value = value.cell.own_on_device()
-        mine = (cell.shape, cell.strides, cell.dtype, cell.device)
-        if (value.shape, value.stride(), value.dtype, value.device) != mine:
+        if (value.shape, value.stride(), value.dtype) != (cell.shape, cell.strides, cell.dtype):
             raise StateError(
                 f"the gradient of {cell.name!r} is held by offload: its .data must keep shape {tuple(cell.shape)}, "
-                f"strides {cell.strides}, {cell.dtype} and {cell.device}, got {tuple(value.shape)}, {value.stride()}, "
-                f"{value.dtype} and {value.device}; assign the parameter's .grad instead"
+                f"strides {cell.strides} and {cell.dtype}, got {tuple(value.shape)}, {value.stride()} and "
+                f"{value.dtype}; assign the parameter's .grad instead"
             )
-        cell.replace(value)
+        if value.device == cell.device:
+            cell.replace(value)
+        else:  # module.cpu() gives it a copy elsewhere: it stays where it is held
+            cell.overwrite(value)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.clone())

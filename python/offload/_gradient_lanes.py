@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from ._pending import reading_metadata
 
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
+# What autograd numbers no backward with.
+_NO_BACKWARD = -1
 
 
 # A GradScale as jobs read it: a number, or the host copy of one, on its way or landed.
@@ -91,13 +94,25 @@ class GradientLanes(CopyLanes):
         # the garbage collector does not see through a parameter's .grad.
         self._next: weakref.WeakValueDictionary[int, Parameter] = weakref.WeakValueDictionary()
         self._latest: int | None = None
+        self._backward = _NO_BACKWARD  # the latest one that a gradient left in
+        # Called when a gradient has left in backward.
+        self.on_leave: Callable[[Parameter], None] | None = None
 
     # --- the store of HostGrad ------------------------------------------------------------------------------
 
     def to_host(self, tensor: Tensor) -> LandedBytes:
-        """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed."""
+        """Starts the copy of a dense tensor's bytes in storage order; keeps the tensor until they have landed.
+
+        Small ones of one backward may start together, at its end at the latest.
+        """
         scalar = tensor.numel() * tensor.element_size() <= _SCALAR_BYTES
-        return self.send(tensor, "staging" if scalar else "gradients", self.compute_stream())
+        backward = torch._C._current_graph_task_id()
+        if backward not in (_NO_BACKWARD, self._backward):
+            self._departures.submit()  # what waits since a backward that raised, and so had no end
+            torch.autograd.Variable._execution_engine.queue_callback(self._departures.submit)
+            self._backward = backward
+        may_wait = backward != _NO_BACKWARD
+        return self.send(tensor, "staging" if scalar else "gradients", self.compute_stream(), may_wait=may_wait)
 
     def to_device(self, held: HostBytes, out: Tensor) -> None:
         """Fills `out` (same dense strides); the compute stream waits, not the host."""
@@ -114,6 +129,8 @@ class GradientLanes(CopyLanes):
         following = self._next.get(id(parameter))
         if following is not None and isinstance(following.grad, HostGrad):
             following.grad.cell.prefetch()
+        if self.on_leave is not None:
+            self.on_leave(parameter)
 
     def begin_backward_order(self) -> None:
         """The next gradient is the first of a backward: nothing precedes it."""

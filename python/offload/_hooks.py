@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
 from . import _trace
-from ._activation_region import ModelRegion
+from ._activation_region import ModelRegion, in_torch_func
 from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
 from ._grad_dtype import WideGradient
@@ -110,10 +110,10 @@ class Hooks:
             parameters = [p for p in module._parameters.values() if p is not None]
             before = ModuleHook(functools.partial(streaming.open_for_writing, parameters))
             self._handles.append(module.register_load_state_dict_pre_hook(before))  # type: ignore[no-untyped-call]
-            give = ModuleHook(streaming.begin_copies)
+            give = ModuleHook(functools.partial(streaming.begin_copies, id(module)))
             self._handles.append(module.register_state_dict_pre_hook(give))  # type: ignore[no-untyped-call]
-        end = ModuleHook(streaming.end_copies)
-        self._handles.append(model.register_state_dict_post_hook(end))  # type: ignore[no-untyped-call]
+            end = ModuleHook(functools.partial(streaming.end_copies, id(module)))
+            self._handles.append(module.register_state_dict_post_hook(end))  # type: ignore[no-untyped-call]
 
     def watch_gradient(self, parameter: Parameter) -> None:
         """From now on the gradient of `parameter` leaves the device as soon as backward has made it. Idempotent."""
@@ -185,6 +185,11 @@ def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Call
     def watch(output: Any) -> None:
         engine.leave(unit)
         if not torch.is_grad_enabled():
+            return
+        if in_torch_func():
+            engine.streaming.refuse_torch_func(
+                parameter for inner in modules for parameter in inner._parameters.values()
+            )
             return
         for tensor in itertools.chain(tensors_in(output), *(_tensors_kept(inner) for inner in modules)):
             if engine.streaming.shares_memory(unit.number, tensor):

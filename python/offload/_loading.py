@@ -55,6 +55,11 @@ class Contents:
         """Names of weights that the save left out; a checkpoint of before that was possible has them all."""
         return set(self.state.get("excluded", ()))
 
+    @property
+    def frozen(self) -> set[str]:
+        """Names of weights that did not require gradients; a checkpoint of before that was written names none."""
+        return set(self.state.get("frozen", ()))
+
 
 def read_checkpoint(directory: str | os.PathLike[str], tag: str | None) -> Contents:
     """Verifies every byte; raises `StorageError` naming what is missing or damaged."""

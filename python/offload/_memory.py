@@ -134,6 +134,7 @@ def _host(stats: Stats, plan: Plan) -> MemoryTier:
         "moments": plan.host.moments,
         "gradients": plan.host.gradients,
         "window": plan.host.window,
+        "backups": plan.host.backups,
     }
     in_pool = {tag: size for tag, size in stats.host_bytes.items() if tag != "torch_states"}
     rows = [

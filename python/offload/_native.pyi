@@ -123,16 +123,29 @@ class TransferQueue:
     ) -> Ticket:
         """As submit_to_host()."""
 
+    def submit_all_to_host(
+        self, copies: list[tuple[int, int, int, Ticket, HostBuffer]], compute_stream: int = 0, trace_name: int = 0
+    ) -> None:
+        """Copies (destination, source, nbytes, ticket, buffer) that share no byte, in one submission; the list is empty
+        afterwards.
+
+        Each ticket becomes that of all, and no block is reused before that ended. A signal handler runs before all of
+        this or after it. Refused copies change nothing. trace_name: whose they are in traces, see set_trace_label().
+        """
+
     def submit_batch(self, lane: Lane, copies: Sequence[tuple[int, int, int]], compute_stream: int = 0) -> Ticket:
         """Copies (destination, source, nbytes) that share no byte, in any order among themselves, with one ticket."""
 
     def wait_on_stream(self, compute_stream: int, ticket: Ticket) -> None: ...
+    def end(self) -> None:
+        """What was submitted ends or fails, for good; later submissions raise `StateError`."""
+
     def stats(self) -> dict[str, int]:
         """to_host_bytes, to_device_bytes, to_host_count, to_device_count."""
 
 # --- memory -----------------------------------------------------------------------------------------------
 
-Tag = Literal["weights", "master", "moments", "gradients", "activations", "staging", "window"]
+Tag = Literal["weights", "master", "moments", "gradients", "activations", "staging", "window", "backups"]
 
 @final
 class HostBuffer:
@@ -206,7 +219,7 @@ class BlockFile:
 
     def __init__(
         self,
-        directories: Sequence[str],
+        directories: Sequence[str | bytes],
         *,
         block_bytes: int = ...,
         queue_depth: int = ...,
@@ -423,12 +436,26 @@ class StepPipeline:
         non-zero address is read then. A non-zero weight address is where the slot's weight on the host is this time.
         `backwards` runs through the chunks of each state on disk from the last one on.
         """
+    def backup_bytes(self, slot: int) -> int:
+        """What `speculate` needs for this slot."""
+    def speculate(
+        self,
+        job: tuple[int, int, int, Sequence[Ticket], AdamWScalars | LionScalars | AdagradScalars, Sequence[Any]],
+        backup: int,
+    ) -> Ticket:
+        """Updates states in memory ahead of the job that is expected, and keeps in `backup` what they were.
+
+        The next job of the slot takes it up if it is the same, with factors that are 1; else it is undone first. The
+        ticket ends, well, when gradient and backup are no longer used. `submit` drops what has not begun.
+        """
+    def discard(self, slots: Sequence[int]) -> Ticket:
+        """These slots' states are those of their last jobs once the ticket is done."""
     def states_written(self, slot: int) -> None:
         """Somebody else wrote the slot's states on disk: what the window has of them is read anew."""
     def wait(self, tickets: Sequence[Ticket]) -> None: ...
     def stats(self) -> dict[str, int]:
-        """job_count, update_ns, blocked_ns; of states on disk disk_read_bytes, disk_kept_bytes (in the window still),
-        disk_written_bytes, disk_wait_ns.
+        """job_count, update_ns, blocked_ns; of updates ahead kept_count, discarded_count; of states on disk
+        disk_read_bytes, disk_kept_bytes (in the window still), disk_written_bytes, disk_wait_ns.
         """
     def hold(self) -> None:
         """The sequencer starts no further job until release(): for tests."""

@@ -16,7 +16,8 @@ from . import _checkpoint
 from ._adagrad import AdagradHyper
 from ._adamw import AdamWHyper
 from ._checkpoint import Groups, SavedState
-from ._engine import Engine, Update
+from ._engine import Engine
+from ._engine_step import Update
 from ._errors import InvalidArgument
 from ._grad_factors import GradScale
 from ._lion import Lion, LionHyper
@@ -40,6 +41,7 @@ class NativeUpdater:
         self._original = original
         self._kind = self.state_kind_of(original)
         self._decoupled = type(original) is torch.optim.AdamW
+        self._groups: dict[int, Mapping[str, Any]] = {}  # of each parameter at the last step, where updates run ahead
         for group in original.param_groups:
             self.check_group(group)
         for parameter, saved in self._originals():
@@ -57,6 +59,8 @@ class NativeUpdater:
         for parameter, _ in pairs:
             if parameter.requires_grad:
                 self.adopt(parameter)
+        if self.engine.speculation is not None:
+            self.engine.speculation.follow(self._hyper_now)
         self._take_states([(parameter, saved) for parameter, saved in pairs if saved])
 
     def _originals(self) -> list[tuple[Parameter, SavedState | None]]:
@@ -79,6 +83,10 @@ class NativeUpdater:
             return AdagradHyper.of_group(group)
         return AdamWHyper.of_group(group, decoupled=self._decoupled)
 
+    def _hyper_now(self, parameter: Parameter) -> Hyper | None:
+        group = self._groups.get(id(parameter))
+        return None if group is None else self._hyper_of(group)
+
     def check_group(self, group: Mapping[str, Any]) -> None:
         self._hyper_of(group)
 
@@ -94,17 +102,29 @@ class NativeUpdater:
 
     def step(self, groups: Groups, grad_scale: GradScale) -> None:
         updates = []
+        if self.engine.speculation is not None:
+            self._groups = {id(parameter): group for group in groups for parameter in group["params"]}
         for group in groups:
             hyper = self._hyper_of(group)
             gradients = reading_metadata(lambda: [p.grad for p in group["params"]])  # noqa: B023  # called now
             pairs = zip(group["params"], gradients, strict=True)
             updates += [Update(parameter, hyper) for parameter, grad in pairs if grad is not None]
-        self.engine.submit_step(updates, self._kind, grad_scale)
+        self.engine.step.submit(updates, self._kind, grad_scale)
 
     # --- states ---------------------------------------------------------------------------------------------
 
     def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
         return {state.parameter: _checkpoint.dump(state, joined=joined) for state in self._states(groups)}
+
+    def dump_one(self, parameter: Parameter) -> dict[str, Any]:
+        return _checkpoint.dump(self._adopted(parameter))
+
+    def keys(self, groups: Groups) -> list[Any]:
+        return [state.parameter for state in self._states(groups)]
+
+    def take(self, key: Any, saved: SavedState | None) -> None:
+        self._check_state(key, saved)
+        self._take_states([(key, saved)])
 
     def check(
         self,

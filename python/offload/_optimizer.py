@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import weakref
-from collections import defaultdict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
 from . import _checkpoint
+from ._adamw import round_to_weight
 from ._checkpoint import Groups, SavedState
 from ._engine import BeforeUpdate, Engine
 from ._engine_stats import allocator_bytes, engine_stats
 from ._errors import InvalidArgument, StateError
 from ._grad_factors import GradScale
 from ._hooks import Hooks
+from ._live_states import LiveStates
 from ._memory import MemorySummary, summarize
 from ._parameter_state import ParameterState
 from ._pending import reading_metadata
@@ -54,6 +57,15 @@ class Updater(Protocol):
     def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
         """What `optimizer.state` shows, by parameter; submitted updates have ended. A master is joined if asked."""
 
+    def dump_one(self, parameter: Parameter) -> dict[str, Any]:
+        """The same of one parameter that has a state, before its first update too."""
+
+    def keys(self, groups: Groups) -> list[Any]:
+        """Those of `dump`."""
+
+    def take(self, key: Any, saved: SavedState | None) -> None:
+        """Takes a copy of what is to be one entry of `dump`; None: it starts anew. Raises `InvalidArgument` first."""
+
     def check(
         self,
         groups: Groups,
@@ -75,7 +87,10 @@ class Updater(Protocol):
         """Gives the wrapped optimizer these states, and its attributes as they are now."""
 
 
-_STATE_DICT_HOOKS = (
+_STEP_PRE_HOOKS = "_optimizer_step_pre_hooks"
+_HOOKS = (
+    _STEP_PRE_HOOKS,
+    "_optimizer_step_post_hooks",
     "_optimizer_state_dict_pre_hooks",
     "_optimizer_state_dict_post_hooks",
     "_optimizer_load_state_dict_pre_hooks",
@@ -99,10 +114,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._original = original
         self._adopting = False
         self._joined = True
+        self._dumps = False
         self._before_change: Callable[[], None] | None = None
         super().__init__(original.param_groups, dict(original.defaults))
         self.param_groups = original.param_groups
-        for name in _STATE_DICT_HOOKS:  # the user's, whichever of the two they are registered on
+        for name in _HOOKS:  # the user's, whichever of the two they are registered on
             setattr(self, name, getattr(original, name))
         self._watch()
         self._adopting = True
@@ -110,7 +126,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
     def take_over(self) -> None:
         """The last act of `wrap`, which cannot fail: the wrapped optimizer gives up its states and steps no more."""
         self._original.state.clear()
-        self._refusal = self._original.register_step_pre_hook(_refuse_step)
+        setattr(self._original, _STEP_PRE_HOOKS, OrderedDict())
+        self._original.register_step_pre_hook(_refuse_step)
 
     @property
     def _updater(self) -> Updater:
@@ -187,10 +204,17 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. Gradients may be set to None while their parameters are pending."""
+        if self._running is not None and self._running.engine.speculation is not None:
+            self._running.engine.speculation.forget()
         if set_to_none:
             reading_metadata(super().zero_grad)
         else:
             super().zero_grad(set_to_none=False)
+
+    def gradients(self) -> list[Tensor]:
+        """`p.grad` of the parameters that have one, in the order of the groups: in one go, of pending ones too."""
+        read: list[Tensor | None] = reading_metadata(lambda: [p.grad for g in self.param_groups for p in g["params"]])
+        return [gradient for gradient in read if gradient is not None]
 
     def synchronize(self) -> None:
         """Waits for the submitted update: every parameter and state is current afterwards."""
@@ -205,7 +229,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._engine.synchronize()
         self._announce_change()
         for state in self._own_states():
-            self._engine.reseed(state)
+            self._engine.step.reseed(state)
 
     def watch_states(self, before_change: Callable[[], None] | None, before_update: BeforeUpdate | None) -> None:
         """Has them called before states, or weights on the host, are written to; None ends that.
@@ -249,24 +273,86 @@ class OffloadOptimizer(torch.optim.Optimizer):
         return [states[id(p)] for group in self.param_groups for p in group["params"] if id(p) in states]
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:
+    def state(self) -> Any:
         """As in torch: parameter -> what its class keeps, and the fp32 `master` of a 16-bit parameter.
 
         Current values: reading it waits for the submitted update. Tensors lie where the states do, and as in torch
         they are the live ones, which the next `step()` writes to: save them, or deep-copy them, before it. A split
         master is joined into a new tensor, a bf16 one is the weight itself, and `moments` in bf16 or int8 are given as
-        new ones in fp32; use `load_state_dict` to write them. States on disk are read into new tensors, all of them and
-        beside the host budget: `offload.save_checkpoint` streams them.
+        new ones in fp32, states on disk are read, each when it is asked for: what is written to those tensors is lost.
+        What is assigned (`state[p]["exp_avg"] = tensor`) is copied into the state, wherever it and the tensor are, and
+        a deleted state starts anew. Raises `InvalidArgument` for what is no state of the parameter.
         """
         if not self._adopting:
-            return defaultdict(dict)
-        self._engine.synchronize()
-        return defaultdict(dict, self._updater.dump(self.param_groups, joined=self._joined))
+            return {}
+        if self._dumps:
+            self._engine.synchronize()
+            return self._updater.dump(self.param_groups, joined=self._joined)
+        return LiveStates(self._state_keys, self._read_state, self._take_state)
 
     @state.setter
     def state(self, value: Any) -> None:
+        """Nothing but an empty one, with which every state starts anew."""
         if value:
             raise StateError("optimizer.state cannot be assigned: use load_state_dict()")
+        if self._adopting:
+            self.state.clear()
+
+    def _state_keys(self) -> list[Any]:
+        return self._updater.keys(self.param_groups)
+
+    def _read_state(self, key: Any) -> Any:
+        self._engine.synchronize()
+        group = {"params": [key] if isinstance(key, Tensor) else []}
+        return self._updater.dump([group]).get(key, {})
+
+    def _take_state(self, key: Any, values: SavedState | None) -> None:
+        self._engine.synchronize()
+        self._announce_change()
+        self._updater.take(key, values)
+
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's: the values that `state` shows, in plain dicts."""
+        self._dumps = True
+        try:
+            return super().state_dict()
+        finally:
+            self._dumps = False
+
+    def state_of(self, parameter: Parameter) -> dict[str, Any]:
+        """`state[parameter]`, and nothing of the others is read; empty for a parameter that is not trained.
+
+        A native class shows its moments before the first step too.
+        """
+        self._engine.synchronize()
+        is_own = any(p is parameter for group in self.param_groups for p in group["params"])
+        return self._updater.dump_one(parameter) if is_own and id(parameter) in self._engine.states else {}
+
+    @torch.no_grad()
+    def write_state(self, parameter: Parameter, values: Mapping[str, Tensor]) -> None:
+        """Writes entries of `state_of(parameter)`: tensors of its shape, in any float dtype, on any device.
+
+        `master` is the fp32 weight of a parameter of any dtype: the parameter becomes its rounded value at once. As in
+        torch, `state_dict()` and checkpoints have nothing of a parameter before its first step.
+        Raises `InvalidArgument` for a parameter without a state, an entry that its state does not have, another shape
+        and NaN; nothing is changed then.
+        """
+        engine, own = self._engine, self._own_states()
+        name = engine.name_of(parameter)
+        if all(state.parameter is not parameter for state in own):
+            raise InvalidArgument(f"{name} has no optimizer state: it is not trained, or by another optimizer")
+        known = self.state_of(parameter)
+        legal = {key for key, value in known.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
+        for key, value in values.items():
+            _checkpoint.check_entry(name, parameter, key, value, legal | {"master"})
+        self._announce_change()
+        master = values.get("master")
+        if master is not None:
+            with engine.streaming.present([parameter]):
+                parameter.copy_(round_to_weight(master.to(parameter.device, torch.float32), parameter.dtype))
+        kept = {key: value for key, value in values.items() if key != "master" or parameter.dtype != torch.float32}
+        self._updater.take(parameter, known | kept)
 
     def state_dict_in_place(self) -> dict[str, Any]:
         """`state_dict()` without a new tensor: a split master is a `SplitMaster` of its live halves."""
@@ -327,7 +413,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def release(self, states: Mapping[Any, Any]) -> torch.optim.Optimizer:
         """Gives `states` to the wrapped optimizer and returns it; this one refuses everything from now on."""
-        self._refusal.remove()
+        setattr(self._original, _STEP_PRE_HOOKS, getattr(self, _STEP_PRE_HOOKS))
         self._updater.release(states)
         self._running = None
         del self._hooks, self._all_parameters

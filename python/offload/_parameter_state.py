@@ -131,7 +131,8 @@ class ParameterState:
         self.remainder: Tensor | None = None
         self.master: Tensor | None = None
         self._host_weight: Tensor | None = None
-        # A streamed weight on the host is the model's own: a master that was loaded waits here for the next step.
+        # A streamed weight on the host is the model's own: a master that was loaded, or whose weight was written to,
+        # waits here for the next step.
         self._loaded: Tensor | None = None
         self.moments: dict[str, Any] = {}
         self.stored: StoredArrays | None = None
@@ -270,6 +271,12 @@ class ParameterState:
                 piece.set_master(piece.of(value).to(device=tier, dtype=torch.float32))
         self.version = _UNKNOWN_VERSION
 
+    @property
+    def _is_weight_of_model(self) -> bool:
+        """Whether the low bits of a master belong to a working weight that users write to, and both are in memory."""
+        in_memory = self.stored is None and self._weight_home is None
+        return self.streamed and self.on_host and in_memory and self.master_format != "bf16"
+
     @torch.no_grad()
     def adopt_host_weight(self) -> None:
         """A streamed parameter is away: a loaded master counts where the weight is its value."""
@@ -312,7 +319,8 @@ class ParameterState:
         if self.on_host or self.master is not None:  # else the parameter is its own master
             self._take_values()
         if self._loaded is not None:
-            return  # it is still to be compared with the weight that was written
+            self.version = _UNKNOWN_VERSION  # it is to be compared with the weight of the next step
+            return
         # Last: interrupted before, the next step does all of it again.
         self.version, self.address = version, address
 
@@ -329,7 +337,11 @@ class ParameterState:
                 if old is None:
                     assert piece.master is not None
                     old = round_to_weight(piece.master, new.dtype)
-                piece.adopt(new.view(torch.int16) != old.view(torch.int16), new)
+                changed = new.view(torch.int16) != old.view(torch.int16)
+                if self._is_weight_of_model and self._loaded is None and bool(changed.any()):
+                    # The weight is about to be gone, and with it what tells at the step whether it came back.
+                    self._loaded = self.master_value().clone()
+                piece.adopt(changed, new)
             home = piece.master if piece.weight is None else piece.weight
             if self.on_host and home is not None:
                 home.copy_(new)

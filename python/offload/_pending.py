@@ -50,11 +50,21 @@ def _metadata_calls() -> frozenset[Any]:
     calls.update(getattr(Tensor, name) for name in _METADATA_METHODS if hasattr(Tensor, name))
     calls.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
     calls.add(torch._has_compatible_shallow_copy_type)  # module.to() asks it
+    # New tensors of the same shape: states of optimizers, averages, gradients of zeros.
+    calls.update((torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like))
+    calls.update((Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full))
     return frozenset(calls)
 
 
 _METADATA_CALLS = _metadata_calls()
 _SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+
+_CASTS = {
+    Tensor.float: torch.float32, Tensor.double: torch.float64, Tensor.half: torch.float16,
+    Tensor.bfloat16: torch.bfloat16,
+}  # fmt: skip
+_MOVES = frozenset((Tensor.to, Tensor.cpu, Tensor.cuda, *_CASTS))
+_HOST_COPY_OF = "_offload_host_copy_of"  # on what `parameter.cpu()` gives of a streamed one: that, and its version
 
 T = TypeVar("T")
 
@@ -79,9 +89,14 @@ class PendingParameter(Parameter):
         kwargs = kwargs or {}
         if func in _METADATA_CALLS:
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)  # see reading_metadata()
-        if func is Tensor.to and _is_there_already(*args, **kwargs):
-            return args[0]
-        if func == _SET_DATA and args[0] is args[1]:  # what module.to() does with that
+        if func in _MOVES:
+            asked = _asked_place(func, *args, **kwargs)
+            if asked is not None and _is_there_already(args[0], *asked):
+                return args[0]
+            away = _away(args[0])
+            if asked is not None and away is not None and _goes_to_the_host(args[0], *asked):
+                return _marked(away.on_host(), args[0])
+        if func == _SET_DATA and (args[0] is args[1] or _is_marked(args[1], args[0])):  # what module.to() does then
             return None
         stand_ins = {}
         for parameter in _pending_in((args, kwargs)):
@@ -119,6 +134,9 @@ class Away(Protocol):
 
     def copy(self) -> Parameter:
         """A plain parameter with its value."""
+
+    def on_host(self) -> Tensor:
+        """Its value, copied in host memory."""
 
 
 def make_pending(parameter: Parameter, resolve: Callable[[], Tensor | None] | Away) -> None:
@@ -162,15 +180,46 @@ def _away(parameter: Parameter) -> Away | None:
     return resolve if hasattr(resolve, "copy") else None
 
 
-def _is_there_already(parameter: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """Whether `parameter.to(*args, **kwargs)` is the parameter itself: Trainer and Accelerate move every model once."""
+# The place that a move asks for; None where there is none, or more is asked for.
+_Place = tuple[torch.device | None, torch.dtype | None]
+
+
+def _asked_place(func: Any, parameter: Tensor, *args: Any, **kwargs: Any) -> _Place | None:
+    if func is Tensor.cpu:
+        return (torch.device("cpu"), None) if not args and not kwargs else None
+    if func in _CASTS:
+        args = (*args, _CASTS[func])
+    if func is Tensor.cuda:
+        args = args or ("cuda",)
     if kwargs.get("copy") or kwargs.get("memory_format") is not None or not args or isinstance(args[0], Tensor):
-        return False
+        return None
     device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-    own = parameter.device
-    if device is not None and device.type == own.type == "cuda" and device.index is None:
+    if device is not None and device.type == parameter.device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return device in (None, own) and dtype in (None, parameter.dtype)
+    return device, dtype
+
+
+def _is_there_already(parameter: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    """Whether the parameter is what it would become: Trainer and Accelerate move every model once."""
+    return device in (None, parameter.device) and dtype in (None, parameter.dtype)
+
+
+def _goes_to_the_host(parameter: Tensor, device: torch.device | None, dtype: torch.dtype | None) -> bool:
+    """Whether nothing but the device would change, without a graph, as Lightning moves every model when it is done."""
+    to_the_host = device is not None and device.type == "cpu" and dtype in (None, parameter.dtype)
+    return to_the_host and not torch.is_grad_enabled()
+
+
+def _marked(copy: Tensor, parameter: Parameter) -> Tensor:
+    """`copy`, which module.cpu() is about to give to the streamed `parameter` for its own value."""
+    setattr(copy, _HOST_COPY_OF, (parameter, copy._version))
+    return copy
+
+
+def _is_marked(value: Tensor, parameter: Parameter) -> bool:
+    """Whether `value` still is what the streamed parameter has on the host: then there is nothing to move."""
+    owner, version = getattr(value, _HOST_COPY_OF, (None, 0))
+    return owner is parameter and version == value._version
 
 
 def _pending_in(value: Any) -> Iterator[PendingParameter]:

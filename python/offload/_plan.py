@@ -188,6 +188,8 @@ def make_plan(
     reason.append(f"host: {format_size(on_host)} of {format_size(host_capacity)} ({host_note})")
     if optimizer == "unified":
         reason.append(words_of_unified(memory_kind, unified.total, sizes.copied_bytes()))
+    if host.backups:
+        reason.append(f"updates may begin in backward, with {format_size(host.backups)} of backups on the host")
     disk = attempt.disk
     if disk.total:
         ways = [f"a window of {format_size(host.window)}"] if window is not None else []
@@ -267,6 +269,7 @@ def _attempt(
         if hybrid.kept:
             choice, kept = ("mixed", *choice[1:]), hybrid.kept
             device, host = sizes.by_tier(*choice, kept=kept)
+    host = dataclasses.replace(host, backups=sizes.backups(*choice, kept))
     unified = sizes.in_unified(choice[0])
     cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
     left = host_capacity - host.total - unified.total - (0 if cache is None else cache.nbytes)
@@ -400,6 +403,8 @@ def _too_small(
         remedy = "raise host_budget, free host memory, or keep more on the device"
         if config.disk_path is None:
             remedy += "; with disk_path= optimizer states and weights may live on disk"
+        elif params != "disk":
+            remedy += "; with params='disk' weights may live on disk too"
     elif offloads_all:
         remedy = "raise device_budget, or use a model with smaller units: this is what offloading all of it leaves"
     else:

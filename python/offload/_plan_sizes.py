@@ -33,6 +33,8 @@ LEAST_PREFETCH = 1
 # Of what the host budget has left, what the window of states on disk takes, and no more than so many bytes: it keeps
 # what fits of states that are many times larger as a rule.
 _WINDOW_SHARE, _MOST_WINDOW_BYTES = 0.5, 1 << 30
+# What a backup is rounded up by: six arrays at most, each from a cache line on, in a block of 256 bytes.
+_BACKUP_PADDING = 6 * 64 + 256
 
 # [Note: bytes a parameter] By tier, for weights of 2 bytes (bf16, fp16) and of 4 (fp32):
 #   device   weight 2 | 4; of weights on the host only those that stay, and the window: the largest unit, times one
@@ -137,6 +139,22 @@ class PlanSizes:
             gradients=self._gradient_bytes(leaving or gone),
         )
         return device, host
+
+    def backups(
+        self, optimizer: OptimizerPlacement, gradients: Placement, params: ParamsPlacement, kept: frozenset[str]
+    ) -> int:
+        """What updates that run ahead of the step need on the host to be taken back, at most what was given.
+
+        Only native updates of states in host memory run ahead, where gradients leave in backward and weights stay.
+        """
+        if optimizer not in ("host", "mixed") or gradients != "host" or params != "device":
+            return 0
+        states = sum(
+            p.numel * ((2 if p.itemsize == 2 else 0) + _host_master_bytes(p, self.config)) + p.moments + _BACKUP_PADDING
+            for p in self.trainable
+            if p.may_split and p.name not in kept
+        )
+        return min(self.config.speculate_bytes, states)
 
     def in_unified(self, optimizer: OptimizerPlacement) -> TierBytes:
         """Bytes of the states in unified memory."""

@@ -96,10 +96,10 @@ class Prediction:
         least = min(steps, key=self._off_the_device, default=None)
         return None if least is None else self.placements[least.placement]
 
-    def _off_the_device(self, step: StepPrediction) -> int:
-        """Bytes."""
+    def _off_the_device(self, step: StepPrediction) -> tuple[int, int]:
+        """Bytes; of as many, the placement that leaves more on the device comes first."""
         placed = self.placements[step.placement]
-        return placed.host.total + placed.disk.total + step.activation_host_bytes
+        return placed.host.total + placed.disk.total + step.activation_host_bytes, -placed.device.total
 
 
 def plan_on(parameters: Sequence[ParameterSize], config: Config, hardware: Hardware) -> Plan:

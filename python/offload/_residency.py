@@ -148,7 +148,8 @@ class Residency:
         assert self._flat is not None
         self._storage.resize_(self.nbytes)
         if poison:
-            self._flat.fill_(0xFF)  # NaN in every format
+            with torch._C._DisableFuncTorch():  # a forward within torch.func brings weights too
+                self._flat.fill_(0xFF)  # NaN in every format
 
     def used_on(self, stream: Any) -> None:
         """Another stream of torch's than its own computes with it: when it is freed, that work comes first."""

@@ -9,10 +9,10 @@ A checkpoint is a directory of four files. Plain torch and safetensors read them
     model.safetensors      the weights and buffers by their names in `model.state_dict()`; tied ones once
     optimizer.safetensors  optimizer states as `NAME.KEY`, such as `layers.0.weight.exp_avg`
     state.pt               `torch.load(..., weights_only=True)`: "client_state", "tied" (name -> name of the same
-                           weight), "excluded" (names of weights that were left out), "model_extra",
-                           "model_metadata", and "optimizers": for each its "param_groups" as torch packs them,
-                           "names" (index -> NAME), "keys" (index -> the KEYs of its tensors) and "state" (index ->
-                           what is no tensor)
+                           weight), "excluded" (names of weights that were left out), "frozen" (of those that
+                           required no gradients), "model_extra", "model_metadata", and "optimizers": for each its
+                           "param_groups" as torch packs them, "names" (index -> NAME), "keys" (index -> the KEYs of its
+                           tensors) and "state" (index -> what is no tensor)
     manifest.json          bytes and CRC-32 of each file
 """
 
@@ -174,7 +174,7 @@ def save_checkpoint(
             written[name] = durable.write_file(folder / name, file.nbytes, file.take)
         return written
 
-    lock = DirectoryLock(Path(directory))
+    lock = DirectoryLock(Path(directory).absolute())  # the program may change its directory meanwhile
 
     def save() -> None:
         nbytes = len(state_bytes) + optimizer_file.nbytes + model_file.nbytes
@@ -246,7 +246,8 @@ def _contents(
 ) -> tuple[bytes, TensorFile, TensorFile]:
     """state.pt, and the two files of tensors; `staged` copies what others than the optimizers may change."""
     weights, extra, metadata = model_values(model)
-    excluded = _frozen_names(model) & weights.keys() if exclude_frozen else set()
+    frozen = _frozen_names(model) & weights.keys()
+    excluded = frozen if exclude_frozen else set()
     weights = {name: value for name, value in weights.items() if name not in excluded}
     tied = shared_names(weights)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -259,6 +260,7 @@ def _contents(
         "client_state": client_state,
         "tied": tied,
         "excluded": sorted(excluded),
+        "frozen": sorted(frozen),
         "model_extra": extra,
         "model_metadata": metadata,
         "optimizers": described,

@@ -38,11 +38,12 @@ class Settings:
     window_bytes: int
     cache_bytes: int
     ring_bytes: int
+    in_flight_bytes: int
 
     def order_of(self, units: Sequence[UnitWork]) -> ActivationOrder:
         """What of a micro-batch's activations leaves and comes back, and when."""
         sizes = [nbytes for unit in units for nbytes in unit.saved_bytes]
-        return activation_order(sizes, self.kept_activations, self.activation_host_bytes, self.ring_bytes)
+        return activation_order(sizes, self.kept_activations, self.activation_host_bytes, self.in_flight_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -324,7 +325,8 @@ class _ActivationWindow:
         self._numbers = {place: number for number, place in enumerate(saved)}
         self._sizes = [nbytes for unit in pipeline.units for nbytes in unit.saved_bytes]
         self._order = pipeline.settings.order_of(pipeline.units)
-        self._ring = Ring(pipeline.compute, pipeline.settings.ring_bytes)
+        room = 2 * self._order.room_bytes  # what comes back has as much as what leaves
+        self._ring = Ring(pipeline.compute, max(pipeline.settings.ring_bytes, room))
         self._left: dict[int, Piece] = {}
         self._arrivals: dict[int, Piece] = {}
 

@@ -41,6 +41,8 @@ class Stats:
     written, and that needed no reading, being in the window still (kept_bytes); wait_ns: how long the update waited for
     the states. weights_*: of weights alone, what their cache and their files take, and reads and writes of it that were
     asked for.
+    speculation: with `speculate`, updates that began in backward: how many the step kept and how many it threw away,
+    parameters that have a backup, and bytes of these.
     passing_bytes: on the device too, what comes and goes: activations that stay or came back, and what copies under way
     keep there. device_peak_bytes, host_peak_bytes: the most of each tag at once; tags need not have had theirs at the
     same time.
@@ -65,6 +67,7 @@ class Stats:
     passing_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     device_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     host_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    speculation: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def hidden_share(self) -> float | None:
@@ -96,6 +99,7 @@ class Stats:
         rows += [(f"pool {name}", _counter(name, value)) for name, value in self.pool.items()]
         rows += [(f"transfers {name}", _counter(name, value)) for name, value in self.transfers.items()]
         rows += [(f"disk {name}", _counter(name, value)) for name, value in self.disk.items()]
+        rows += [(f"speculation {name}", _counter(name, value)) for name, value in self.speculation.items()]
         rows.append(("host update", f"{self.update_s:.3f} s, {self.blocked_s:.3f} s waited for, {hidden}"))
         rows.append(("instruction set", self.isa))
         rows += [("fallback", text) for text in self.fallbacks]

@@ -58,8 +58,9 @@ class Streaming:
         self._forward_runs = False
         self._backward: weakref.ref[_BackwardEnd] | None = None
         self._holds = 0
-        # While state_dict() runs: a copy of each parameter that it has come to.
+        # While state_dict() runs: a copy of each parameter that it has come to, and the id of its module.
         self._copies: dict[int, Tensor] | None = None
+        self._copied = 0
         self._lends = False
 
     def __contains__(self, parameter: object) -> bool:
@@ -214,6 +215,15 @@ class Streaming:
             )
         self._touch(unit, in_backward=True)
 
+    def refuse_torch_func(self, parameters: Iterable[Any]) -> None:
+        """Raises `StateError` where torch.func would go back through weights of ours: no node of it can be watched."""
+        if any(id(parameter) in self._residency_of for parameter in parameters):
+            raise StateError(
+                "torch.func (grad, vjp, vmap and their kin) over weights that come and go: its backward would use "
+                "weights that are not on the device; give it weights by torch.func.functional_call, or wrap with "
+                "params='device'"
+            )
+
     def pin(self, unit: int) -> None:
         """From now on `unit` stays from the beginning of a forward to the end of its backward."""
         self._pinned.add(unit)
@@ -334,12 +344,13 @@ class Streaming:
         self.window.bring(wanted)
         self.window.make_ready(wanted)
 
-    def begin_copies(self) -> None:
-        """state_dict() begins: parameters give copies of their values until end_copies()."""
+    def begin_copies(self, module: int) -> None:
+        """state_dict() of a module begins: parameters give copies of their values until that of the outermost ends."""
         if not self._holds:
             self.empty()
-        if self._copies is None:
+        if self._copies is None or self._copied == module:  # or an error ended the last one
             self._copies = {}
+            self._copied = module
 
     def copy_of(self, parameter: Parameter) -> Tensor:
         """A copy of its value in host memory, the same one while one state_dict() runs."""
@@ -357,8 +368,9 @@ class Streaming:
                 self._copies[id(parameter)] = known
         return known
 
-    def end_copies(self) -> None:
-        self._copies = None
+    def end_copies(self, module: int) -> None:
+        if self._copied == module:
+            self._copies = None
 
     @contextlib.contextmanager
     def lending(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ class TierBytes:
 
     working: host copies of weights, the source of their upload; gradients: also, on the host,
     the copies that a host update of device gradients reads; window: what states on disk pass through; cache: what
-    weights on disk do.
+    weights on disk do; backups: what states were before updates that run ahead of the step.
     """
 
     weights: int = 0
@@ -25,6 +25,7 @@ class TierBytes:
     gradients: int = 0
     window: int = 0
     cache: int = 0
+    backups: int = 0
 
     @property
     def total(self) -> int:
@@ -35,8 +36,8 @@ def table(device: TierBytes, host: TierBytes, disk: TierBytes | None = None, uni
     """One line a kind, one column a tier; those of disk and unified memory only where something is there."""
     others = {"disk": disk, "unified": unified}
     tiers = {"device": device, "host": host} | {name: tier for name, tier in others.items() if tier and tier.total}
-    of_disk = {"window": host.window, "cache": host.cache}
-    kinds = [field.name for field in dataclasses.fields(TierBytes) if of_disk.get(field.name, 1)]
+    of_some = {"window": host.window, "cache": host.cache, "backups": host.backups}
+    kinds = [field.name for field in dataclasses.fields(TierBytes) if of_some.get(field.name, 1)]
     rows = [("", *tiers)]
     rows += [(kind, *(format_size(getattr(tier, kind)) for tier in tiers.values())) for kind in kinds]
     rows.append(("total", *(format_size(tier.total) for tier in tiers.values())))

@@ -101,12 +101,12 @@ class TorchUpdater:
         The masters may be updated in part then, and the weights follow them: training can go on where it could there.
         """
         with_gradient = [p for group in groups for p in group["params"] if p.grad is not None]
-        self.engine.check_gradients(with_gradient)
+        self.engine.step.check_gradients(with_gradient)
         for parameter in with_gradient:
             self.adopt(parameter)
         states = self._states(groups)
-        self.engine.settle(states)
-        gradients = self.engine.float32_gradients(with_gradient)
+        self.engine.step.settle(states)
+        gradients = self.engine.step.float32_gradients(with_gradient)
         if self.engine.plan.optimizer != "device":
             grad_scale = float(grad_scale)  # waits no longer than the gradients did
         gradients = [scaled(gradient, grad_scale) for gradient in gradients]
@@ -128,7 +128,7 @@ class TorchUpdater:
             for parameter in with_gradient:
                 self._take_gradient(parameter, *given[id(parameter)])
             # A step over a gradient may write through `.data`, which no version shows; one without shows in it.
-            self.engine.publish(
+            self.engine.step.publish(
                 [
                     state
                     for state in states
@@ -186,6 +186,24 @@ class TorchUpdater:
                 dumped[state.parameter] = {**dumped.get(state.parameter, {}), "master": state.master_value()}
         return dumped
 
+    def dump_one(self, parameter: Parameter) -> dict[str, Any]:
+        values = self._twin.state.get(self._masters[id(parameter)], {})
+        if parameter.dtype == torch.float32:
+            return dict(values)
+        return {**values, "master": self.engine.states[id(parameter)].master_value()}
+
+    def keys(self, groups: Groups) -> list[Any]:
+        return list(self.dump(groups))
+
+    def take(self, key: Any, saved: SavedState | None) -> None:
+        if isinstance(key, Parameter):
+            self._check_master(key, saved)
+            self._take_state(key, saved)
+        elif saved is None:
+            del self._twin.state[key]
+        else:
+            self._twin.state[key] = saved
+
     def check(
         self,
         groups: Groups,
@@ -194,12 +212,15 @@ class TorchUpdater:
         others: Mapping[Any, Any],
     ) -> None:
         for parameter, saved in pairs:
-            master = (saved or {}).get("master")
-            if master is not None and master.shape != parameter.shape:
-                raise InvalidArgument(
-                    f"{self.engine.name_of(parameter)}: master has shape {tuple(master.shape)}, "
-                    f"not {tuple(parameter.shape)}"
-                )
+            self._check_master(parameter, saved)
+
+    def _check_master(self, parameter: Parameter, saved: SavedState | None) -> None:
+        master = (saved or {}).get("master")
+        if master is not None and master.shape != parameter.shape:
+            raise InvalidArgument(
+                f"{self.engine.name_of(parameter)}: master has shape {tuple(master.shape)}, "
+                f"not {tuple(parameter.shape)}"
+            )
 
     def load(
         self, groups: Groups, pairs: Iterable[tuple[Parameter, SavedState | None]], others: Mapping[Any, Any]
@@ -215,21 +236,26 @@ class TorchUpdater:
         """Copies states to their tier; of those that stock torch saved for a 16-bit parameter, in fp32."""
         self._twin.state.clear()
         for parameter, saved in pairs:
-            if not saved:
-                if id(parameter) in self._masters:
-                    self.engine.states[id(parameter)].step = 0
-                continue
-            self.adopt(parameter)
-            state = self.engine.states[id(parameter)]
-            state.step = 1
-            if saved.get("master") is not None:
-                state.set_master(saved["master"])
-            widen = parameter.dtype != torch.float32 and "master" not in saved
-            master = self._masters[id(parameter)]
-            values = {key: value for key, value in saved.items() if key != "master"}
-            if values:
-                self._twin.state[master] = _placed(None, values, master.device, widen=widen, fused=self._fused)
+            self._take_state(parameter, saved)
         self._twin.state.update(copy.deepcopy(dict(others)))
+
+    @torch.no_grad()
+    def _take_state(self, parameter: Parameter, saved: SavedState | None) -> None:
+        if id(parameter) in self._masters:
+            self._twin.state.pop(self._masters[id(parameter)], None)
+            self.engine.states[id(parameter)].step = 0
+        if not saved:
+            return
+        self.adopt(parameter)
+        state = self.engine.states[id(parameter)]
+        state.step = 1
+        if saved.get("master") is not None:
+            state.set_master(saved["master"])
+        widen = parameter.dtype != torch.float32 and "master" not in saved
+        master = self._masters[id(parameter)]
+        values = {key: value for key, value in saved.items() if key != "master"}
+        if values:
+            self._twin.state[master] = _placed(None, values, master.device, widen=widen, fused=self._fused)
 
     def plain_states(self) -> dict[Any, Any]:
         groups = self._original.param_groups

@@ -1,6 +1,7 @@
 """The training whose checkpoints are compared: `python checkpoint_script.py FOLDER` runs it under DeepSpeed.
 
-Each of `CASES` leaves in `FOLDER/<name>` a checkpoint after `STEPS` steps, and in `losses.json` the losses after it.
+Each of `CASES` leaves in `FOLDER/<name>` a checkpoint after `STEPS` steps, in `losses.json` the losses after it, and
+from stage 1 on in `fp32.pt` what DeepSpeed makes of it without a model.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def train(engine: Any, seed: int) -> list[float]:
 
 def main(folder: Path) -> None:
     import deepspeed
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     for stage, dtype in CASES:
         model, groups = make_model(seed=0)
@@ -77,6 +79,8 @@ def main(folder: Path) -> None:
         place = folder / f"{stage}-{dtype}"
         train(engine, seed=1)
         engine.save_checkpoint(str(place), client_state={"epoch": 3})
+        if stage > 0:
+            torch.save(dict(get_fp32_state_dict_from_zero_checkpoint(str(place))), place / "fp32.pt")
         (place / "losses.json").write_text(json.dumps(train(engine, seed=2)))
 
 

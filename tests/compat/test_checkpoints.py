@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoint_script import CASES, STEPS, config_of, make_model, train
 
 import offload
+import offload.deepspeed as deepspeed
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29531"}
 
@@ -36,3 +38,18 @@ def test_the_run_goes_on(stage: int, dtype: str, theirs: Path, monkeypatch: pyte
     assert (engine.global_steps, engine.lr_scheduler.last_batch_iteration) == (STEPS, STEPS - 1)
     # Torch's AdamW and ours round in another order: the last bits of fp32 weights, which bf16 weights do not show here.
     assert train(engine, seed=2) == pytest.approx(json.loads((place / "losses.json").read_text()), rel=1e-6)
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [case for case in CASES if case[0] > 0])
+def test_its_fp32_weights_are_theirs(stage: int, dtype: str, theirs: Path) -> None:
+    place = theirs / f"{stage}-{dtype}"
+    expected = torch.load(place / "fp32.pt", weights_only=True)
+    found = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(place)
+    frozen = {"frozen.weight", "frozen.bias"}
+    assert found.keys() - expected.keys() == (frozen if stage == 1 else set()), "at stage 1 they leave those out"
+    without = deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(
+        place, exclude_frozen_parameters=True
+    )
+    assert found.keys() - without.keys() == frozen and expected.keys() <= found.keys()
+    for name, value in expected.items():  # they leave frozen weights in their dtype
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], value.float()), name

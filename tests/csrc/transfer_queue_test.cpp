@@ -138,6 +138,22 @@ void destruction_finishes_the_lanes() {
   CHECK_EQ(copy, 5);
 }
 
+void an_end_finishes_the_lanes_for_good() {
+  int value = 5, copy = 0;
+  auto device = std::make_shared<HostDevice>();
+  TransferQueue queue(device);
+  device->hold(Direction::kToDevice);
+  const Ticket held = queue.submit(Direction::kToDevice, &copy, &value, sizeof(int), 0);
+  queue.end();
+  CHECK(held.done());
+  CHECK_EQ(copy, 5);
+  queue.end();
+  CHECK_THROWS(ErrorKind::kState, "has ended",
+               queue.submit(Direction::kToHost, &copy, &value, sizeof(int), 0));
+  CHECK_THROWS(ErrorKind::kState, "has ended", queue.wait_compute(Direction::kToDevice, 0));
+  CHECK_EQ(queue.stats().to_device_count, 1u);
+}
+
 }  // namespace
 }  // namespace offload
 
@@ -151,5 +167,6 @@ int main() {
   }
   a_copy_and_its_waits_are_one_unit();
   destruction_finishes_the_lanes();
+  an_end_finishes_the_lanes_for_good();
   return test::result();
 }

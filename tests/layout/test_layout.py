@@ -54,22 +54,22 @@ PYTHON_FLOORS = (
         "_parameter_state", "_moments", "_native_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
-    ("_weight_cache", "_weight_lane", "_state_homes", "_engine", "_engine_stats"),
+    ("_weight_cache", "_weight_lane", "_state_homes", "_engine", "_engine_step", "_speculation", "_engine_stats"),
     ("_checkpoint",),
-    ("_activation_region", "_hooks", "_optimizer", "_native_updater", "_torch_updater", "_resident_move",
-     "_model_sizes"),
+    ("_activation_region", "_hooks", "_live_states", "_optimizer", "_native_updater", "_torch_updater",
+     "_resident_move", "_model_sizes"),
     ("_clocks", "_trace_units", "_tracing"),
     ("_wrap", "_predict"),
     ("_snapshot", "_saving", "_loading", "_export"),
 )  # fmt: skip
 DOORS = ("__init__", "__main__", "unified")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
-# The lanes are the engine's own way of copying and stores of gradients and weights, and _state_homes the place of
-# states, in files of their own; _state_store and _weight_cache are the disk tier's.
+# The lanes are the engine's own way of copying and stores of gradients and weights, _state_homes the place of states
+# and _engine_step its step, in files of their own; _state_store and _weight_cache are the disk tier's.
 MAY_IMPORT_NATIVE = (
-    "_engine", "_copy_lanes", "_gradient_lanes", "_weight_cache", "_weight_lane", "_state_homes", "_adamw", "_lion",
-    "_adagrad", "_kernels", "_unified", "_unified_pool", "_unified_states", "_disk", "_state_store", "_environment",
-    "_rates", "_trace", "_trace_units", "_tracing",
+    "_engine", "_engine_step", "_speculation", "_copy_lanes", "_gradient_lanes", "_weight_cache", "_weight_lane",
+    "_state_homes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_unified_pool", "_unified_states", "_disk",
+    "_state_store", "_environment", "_rates", "_trace", "_trace_units", "_tracing",
 )  # fmt: skip
 
 CONTRACT_LABELS = ("Ownership:", "Threads:", "Stream order:", "Units:", "Invariants:")

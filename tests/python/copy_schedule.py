@@ -8,6 +8,7 @@ opens because somebody waits for what is behind it, or, by chance, at any call i
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import random
 from collections import deque
 from dataclasses import dataclass
@@ -53,8 +54,11 @@ class CopySchedule:
         self.early_count = 0
         for lane in self._lanes:
             monkeypatch.setattr(_native.TransferQueue, f"submit_{lane}", self._submitting(lane))
+        monkeypatch.setattr(_native.TransferQueue, "submit_all_to_host", self._submitting_all())
         monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
         monkeypatch.setattr(_native.StepPipeline, "submit", self._updating())
+        monkeypatch.setattr(_native.StepPipeline, "speculate", self._speculating())
+        monkeypatch.setattr(_native.StepPipeline, "discard", self._discarding())
         monkeypatch.setattr(_native.StepPipeline, "wait", self._waiting_for_updates())
         for name in ("submit_read_after", "submit_write_after"):
             monkeypatch.setattr(_native.BlockFile, name, self._chaining(name))
@@ -92,6 +96,18 @@ class CopySchedule:
 
         return call
 
+    def _submitting_all(self) -> Any:
+        """Copies of one submission run in any order, and each is known to have run by its own ticket alone."""
+
+        def call(queue: Any, copies: list[Any], stream: int = 0, trace_name: int = 0) -> None:
+            taken = self._random.sample(copies, len(copies))
+            copies.clear()
+            for destination, source, nbytes, ticket, buffer in taken:
+                ctypes.memset(destination, 0xFF, nbytes)  # NaN until it has run
+                queue.submit_to_host(destination, source, nbytes, stream, None, ticket, buffer)
+
+        return call
+
     def _waiting_on_stream(self) -> Any:
         wait = _native.TransferQueue.wait_on_stream
 
@@ -114,6 +130,29 @@ class CopySchedule:
                 self._updates.append(_Gated(gate, ticket, ticket, need))
             self._go_on()
             return tickets
+
+        return call
+
+    def _speculating(self) -> Any:
+        speculate = _native.StepPipeline.speculate
+
+        def call(pipeline: Any, job: Any, backup: int) -> _native.Ticket:
+            gate, need = _native.Ticket.pending(), self._needs_of(job[3])
+            ticket: _native.Ticket = speculate(pipeline, (*job[:3], [*job[3], gate], *job[4:]), backup)
+            self._updates.append(_Gated(gate, ticket, ticket, need))
+            self._go_on()
+            return ticket
+
+        return call
+
+    def _discarding(self) -> Any:
+        discard = _native.StepPipeline.discard
+
+        def call(pipeline: Any, slots: Any) -> _native.Ticket:
+            ticket: _native.Ticket = discard(pipeline, slots)
+            self._updates.append(_Gated(_native.Ticket.pending(), ticket, ticket, []))  # in its place in the order
+            self._go_on()
+            return ticket
 
         return call
 

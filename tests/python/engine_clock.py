@@ -49,6 +49,7 @@ class EngineClock:
         monkeypatch.setattr(_engine, "open_device", lambda _: self._device)
         for lane in self._lanes:
             monkeypatch.setattr(_native.TransferQueue, f"submit_{lane}", self._submitting(lane))
+        monkeypatch.setattr(_native.TransferQueue, "submit_all_to_host", self._submitting_all())
         monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
         monkeypatch.setattr(_native.StepPipeline, "add_slot", self._adding())
         monkeypatch.setattr(_native.StepPipeline, "submit", self._updating())
@@ -86,6 +87,18 @@ class EngineClock:
             self._lanes[lane].append(_Work(ticket, [] if after is None else [after]))
             self._settle()
             return ticket
+
+        return call
+
+    def _submitting_all(self) -> Any:
+        submit = _native.TransferQueue.submit_all_to_host
+
+        def call(queue: Any, copies: list[Any], *given: Any) -> None:
+            *_, (*_, ticket, _) = copies  # of all of them
+            self._settle()
+            submit(queue, copies, *given)
+            self._lanes["to_host"].append(_Work(ticket, []))
+            self._settle()
 
         return call
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import errno
 import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import Programs
 
 import offload
 from offload import _durable_files, _saving, _snapshot
@@ -298,8 +297,21 @@ offload.save_checkpoint(sys.argv[1], model, optim, tag="one", async_save=True)
 
 
 @pytest.mark.cpu_only
-def test_the_end_of_the_program_waits(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", EXIT, str(tmp_path)], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_end_of_the_program_waits(tmp_path: Path, programs: Programs) -> None:
+    ended = programs.run(EXIT, str(tmp_path))
+    assert (ended.status, ended.err) == (0, "")
     loaded = offload.load_checkpoint(tmp_path, torch.nn.Linear(1000, 1000, device="cpu"))
     assert loaded.path == tmp_path / "one"
+
+
+def test_a_relative_directory_is_that_of_the_call(
+    held: HeldWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    save = offload.save_checkpoint("runs", torch.nn.Linear(2, 2), tag="one", async_save=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    held.release()
+    save.wait()
+    assert offload.describe_checkpoint(tmp_path / "runs")["tag"] == "one"
+    assert list((tmp_path / "elsewhere").iterdir()) == []

@@ -17,6 +17,7 @@ import offload
 from bench_results import bench_results
 from offload import _activations
 from offload.cli import _bench_engine, _bench_model, _bench_peers, _bench_train, main
+from offload.cli._device import make_deterministic
 from offload.cli._model_shapes import TINY, shapes
 from offload.deepspeed._engine import Engine
 
@@ -41,6 +42,19 @@ def torch_settings() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(enabled, warn_only=warns)
     torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@pytest.mark.usefixtures("torch_settings")
+def test_runs_whose_bits_are_compared_refuse_other_algorithms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch is to warn only, it has fused attention add up its gradients in the order of its threads."""
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # as the user set it
+    make_deterministic(torch.device("cpu"))
+    assert not torch.are_deterministic_algorithms_enabled()
+    make_deterministic(torch.device("cuda", 0))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
 
 # --- swap ---------------------------------------------------------------------------------------------------
@@ -327,7 +341,10 @@ def test_peers_train_the_same_or_say_why_not(tmp_path: Path, monkeypatch: pytest
 def test_a_peer_that_the_host_cannot_hold_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bench_peers.offload, "environment", lambda: {"host": {"available_bytes": 2**30}})
     with pytest.raises(offload.OutOfHostMemory, match=r"2\.0 GiB of host memory; 1\.0 GiB"):
-        _bench_peers._require_host_bytes(2 * 2**30)
+        _bench_peers._require_host_bytes(2 * 2**30, None)
+    _bench_peers._require_host_bytes(2 * 2**30, "3GiB")  # of memory that grows as it is used
+    with pytest.raises(offload.OutOfHostMemory, match=r"4\.0 GiB of host memory; 3\.0 GiB"):
+        _bench_peers._require_host_bytes(4 * 2**30, "3GiB")
 
 
 # --- make gpu-test ------------------------------------------------------------------------------------------

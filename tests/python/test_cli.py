@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from offload import _copy_lanes
+from offload import _activations, _copy_lanes
 from offload.cli import _train, main
 from offload.cli._corpus import batches, read_corpus
 from offload.cli._peak import measured_peak
@@ -205,8 +206,9 @@ def no_collection() -> Iterator[None]:
 def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Gradients on their way add to a peak, as many as the machine is slow: here each has left before the next is made.
+    # What is on its way adds to a peak, as much as the machine is slow: here each has left before the next is made.
     monkeypatch.setattr(_copy_lanes, "_RING_BYTES", 0)
+    monkeypatch.setattr(_activations.Activations, "_room", lambda _: 0)
     sizes = ["--layers", "12", "--hidden", "64", "--length", "64", "--batch", "4", "--steps", "3"]
 
     def report(*arguments: str) -> dict[str, Any]:
@@ -225,6 +227,19 @@ def test_a_budget_for_a_quarter_of_the_weights_trains_the_same(
     assert peaks[2] < 0.8 * peaks[1] and peaks[0] - peaks[1] >= 0.7 * weights, (peaks, weights)
     assert main(["train", *sizes]) == 0
     assert "weights on the device" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("no_collection")
+def test_the_peak_of_a_card_is_not_that_of_earlier_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.itself = [model]  # as hooks do
+    left, there = weakref.ref(model), []
+    del model
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: there.append(left()))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 7)
+    with measured_peak(torch.device("cuda", 0), 0) as peak:
+        pass
+    assert there == [None] and (peak.nbytes, peak.source) == (7, "torch.cuda.max_memory_allocated")
 
 
 @pytest.mark.parametrize("step_bytes", [0, 1 << 20])

@@ -69,7 +69,7 @@ READS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def trained() -> Any:
     engine = engine_of(zero=STAGES["stage 2, optimizer on the host"], scheduler=WARMUP)
     for tokens in batches(2):

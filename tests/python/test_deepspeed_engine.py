@@ -418,8 +418,14 @@ def test_the_tensorboard_monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     module = type(sys)("tensorboard")
     module.SummaryWriter = Writer  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    train_step(make_engine(tensorboard=monitor))
+    engine = make_engine(tensorboard=monitor)
+    train_step(engine)
     assert written == [("Train/Samples/train_loss", 4), ("Train/Samples/lr", 4)]
+    own = engine.monitor.tb_monitor
+    own.summary_writer.add_scalar("Eval/accuracy", 0.5, 4)  # as scripts do
+    assert written[-1] == ("Eval/accuracy", 4)
+    assert (own.output_path, own.job_name, own.log_dir) == (str(tmp_path), "run", str(tmp_path / "run"))
+    assert own.enabled and engine.monitor.csv_monitor is engine.monitor.wandb_monitor is None
 
 
 def test_the_flops_profiler_counts_one_forward(tmp_path: Path) -> None:

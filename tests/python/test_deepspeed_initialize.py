@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +98,24 @@ def test_a_share_of_the_states_needs_an_optimizer_that_can_have_it(make: Any, na
         engine, *_ = offload.initialize(model=model, optimizer=make(model.parameters()), config=config)
         step(engine)
         engine.destroy()
+
+
+def test_the_options_of_wrap_that_a_config_means(tmp_path: Path) -> None:
+    zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": False, "ratio": 0.5}}
+    config = config_of(zero=zero, data_types={"grad_accum_dtype": "fp32"}, train_batch_size="auto")
+    options = offload.deepspeed.wrap_options(config)
+    assert options == {
+        "optimizer": 0.5, "gradients": "host", "params": "device", "activations": "device", "pin": False,
+        "disk_path": None, "grad_dtype": "fp32",
+    }  # fmt: skip
+    model = make_model()
+    _, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **options)
+    assert optimizer.plan.gradients == "host" and optimizer.plan.params == "device"
+
+    config["zero_optimization"] = {"stage": 3, "offload_param": {"device": "auto", "nvme_path": str(tmp_path)}}
+    with pytest.raises(offload.InvalidArgument, match=r"offload_param\.device is 'auto': write a place, or pass auto="):
+        offload.deepspeed.wrap_options(config)
+    options = offload.deepspeed.wrap_options(config, auto={"zero_optimization.offload_param.device": "nvme"})
+    assert (options["params"], options["disk_path"]) == ("disk", (str(tmp_path),))
+    with pytest.raises(offload.InvalidArgument, match="elasticity"):
+        offload.deepspeed.wrap_options(config | {"elasticity": {"enabled": True}})

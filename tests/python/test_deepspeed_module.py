@@ -8,6 +8,9 @@ import itertools
 import logging
 import os
 import re
+import sys
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -75,15 +78,15 @@ def test_every_name_of_the_submodules_is_there() -> None:
 @pytest.mark.parametrize(
     ("path", "name", "instead"),
     [
-        ("utils.zero_to_fp32", "get_fp32_state_dict_from_zero_checkpoint", "offload.export_checkpoint"),
-        ("utils", "safe_get_full_fp32_param", "optimizer.state"),
+        ("utils.zero_to_fp32", "nonsense", "it has convert_zero_checkpoint_to_fp32_state_dict"),
+        ("monitor.monitor", "MonitorMaster", "engine.monitor.write_events"),
         ("utils", "nonsense", "it has logger"),
         ("runtime.lr_schedules", "nonsense", "it has LRRangeTest"),
-        ("runtime.utils", "clip_grad_norm_", "get_global_grad_norm"),
+        ("runtime.utils", "get_global_norm", "get_global_grad_norm"),
         ("utils", "get_z3_leaf_modules", "found from the model"),
         ("moe.layer", "MoE", "the model's own"),
         ("profiling.flops_profiler", "FlopsProfiler", "flop_counter"),
-        ("nonsense", "x", "it has runtime"),
+        ("nonsense", "x", "it has checkpoint, runtime"),
         ("ops.lamb", "FusedLamb", "use AdamW"),
     ],
 )
@@ -112,6 +115,44 @@ def test_log_dist_is_for_rank_0(caplog: pytest.LogCaptureFixture) -> None:
     for ranks in (None, [0], [-1], [1]):
         deepspeed.utils.log_dist(f"to {ranks}", ranks=ranks)
     assert [record.getMessage() for record in caplog.records] == ["to None", "to [0]", "to [-1]"]
+
+
+def test_timers_add_up_until_they_are_reset(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from offload.deepspeed.utils.timer import SynchronizedWallClockTimer
+
+    seconds = itertools.count(step=0.25)
+    monkeypatch.setattr("time.perf_counter", lambda: next(seconds))
+    timers = SynchronizedWallClockTimer()
+    for _ in range(2):
+        timers("forward").start()
+        assert timers("forward").started_
+        timers("forward").stop()
+    assert timers("forward").mean() == 250.0 and timers("forward").elapsed(reset=False) == 500.0
+    timers("forward").start()
+    assert timers("forward").elapsed() == 750.0 and timers("forward").started_, "it goes on"
+    timers("forward").stop()
+    with pytest.raises(offload.StateError, match="'forward' is not running"):
+        timers("forward").stop()
+    caplog.set_level(logging.INFO, "offload.deepspeed")
+    timers.log(["forward", "absent"], normalizer=2.0)
+    assert caplog.messages == ["time (ms) | forward: 125.00"] and timers("forward").elapsed() == 0.0
+    assert list(timers.get_timers()) == ["forward"]
+
+
+def test_classes_of_theirs_may_be_named_to_torch(tmp_path: Path) -> None:
+    """As scripts do before they load a file of theirs; the pickle says the name alone."""
+    from offload.deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from offload.deepspeed.runtime.zero.config import ZeroStageEnum
+
+    stage = type("ZeroStageEnum", (int,), {"__module__": "deepspeed.runtime.zero.config"})
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero", "deepspeed.runtime.zero.config"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setattr(sys.modules["deepspeed.runtime.zero.config"], "ZeroStageEnum", stage, raising=False)
+        torch.save({"zero_stage": stage(3)}, tmp_path / "states.pt")
+    with torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
+        assert torch.load(tmp_path / "states.pt", weights_only=True) == {"zero_stage": ZeroStageEnum.weights}
+    assert ZeroStageEnum.max_stage is ZeroStageEnum.weights and ZeroStageEnum.gradients == 2
 
 
 def test_leaf_modules_are_named_and_change_nothing() -> None:
@@ -185,17 +226,61 @@ def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         deepspeed.init_distributed()
 
 
+def test_collectives_of_one_process() -> None:
+    comm = deepspeed.comm
+    given = torch.arange(6.0)
+    for call in (
+        comm.all_gather_into_tensor,
+        comm.reduce_scatter_tensor,
+        comm.reduce_scatter_fn,
+        comm.all_to_all_single,
+    ):
+        found = torch.zeros(1, 6)  # as ranks stacked
+        assert call(found, given) is None
+        assert torch.equal(found[0], given)
+    for call in (comm.all_gather, comm.all_to_all):
+        found = torch.zeros(6)
+        handle = call([found], [given] if call is comm.all_to_all else given, async_op=True)
+        assert handle.wait() and handle.is_completed() and torch.equal(found, given)
+    found = torch.zeros(6)
+    comm.gather(given, [found])
+    assert torch.equal(found, given)
+    comm.scatter(found, [2 * given])
+    assert torch.equal(found, 2 * given)
+    comm.reduce_scatter(found, [given])
+    assert torch.equal(found, given)
+    objects = [None]
+    comm.all_gather_object(objects, {"epoch": 3})
+    comm.broadcast_object_list(objects, src=0)
+    assert objects == [{"epoch": 3}]
+    assert comm.all_reduce(given, async_op=True).wait() and comm.monitored_barrier(timeout=3) is None
+    assert (comm.get_global_rank(), comm.get_all_ranks_from_group()) == (0, [0])
+    for call, more in ((comm.reduce, {"dst": 1}), (comm.gather, {"dst": 1}), (comm.scatter, {"src": 1})):
+        with pytest.raises(offload.InvalidArgument, match="the only rank is 0"):
+            call(given, **more)
+    with pytest.raises(offload.InvalidArgument, match="has 12 elements and one process gives 6"):
+        comm.all_gather_into_tensor(torch.zeros(12), given)
+
+
 def test_the_accelerator(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     accelerator = deepspeed.get_accelerator()
     if device.type == "cuda":
-        assert accelerator.device == device and accelerator.communication_backend_name() == "nccl"
+        assert accelerator.torch_device == device and accelerator.communication_backend_name() == "nccl"
         assert accelerator.device_name(1) == "cuda:1" and accelerator.memory_allocated() >= 0
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     accelerator = deepspeed.get_accelerator()
     assert accelerator is deepspeed.get_accelerator()
-    assert accelerator.device == torch.device("cpu") and accelerator.device_name(3) == "cpu"
+    assert accelerator.torch_device == torch.device("cpu") and accelerator.device_name(3) == "cpu"
     assert accelerator.device_count() == 1 and accelerator.memory_allocated() == 0
     accelerator.synchronize()
+    with accelerator.device(0):
+        accelerator.range_push("nothing shows it")
+        accelerator.range_pop()
+    assert 0 < accelerator.available_memory() <= accelerator.total_memory() and accelerator.memory_cached() == 0
+    assert torch.bfloat16 in accelerator.supported_dtypes() and accelerator.use_host_timers()
+    assert accelerator.FloatTensor is torch.FloatTensor and torch.equal(
+        accelerator.get_rng_state(), torch.get_rng_state()
+    )
     with pytest.raises(AttributeError, match="'cpu' has no 'nonsense'"):
         accelerator.nonsense  # noqa: B018
     monkeypatch.setenv("DS_ACCELERATOR", "xpu")
@@ -390,6 +475,22 @@ def test_checkpointing_computes_again_with_the_same_bits(in_cpu: bool | None, mo
     finally:
         checkpointing.configure()
     checkpointing.reset()
+
+
+def test_checkpointing_passes_arguments_on_by_name() -> None:
+    weight, more = torch.rand(3, requires_grad=True), torch.rand(3, requires_grad=True)
+    calls = []
+
+    def scaled(x: torch.Tensor, *, use_reentrant: torch.Tensor, debug: float) -> torch.Tensor:  # torch has both names
+        calls.append(debug)
+        return (x * use_reentrant).tanh() * debug
+
+    scaled(weight, use_reentrant=more, debug=2.0).sum().backward()
+    expected = [tensor.grad for tensor in (weight, more)]
+    weight.grad = more.grad = None
+    deepspeed.checkpointing.checkpoint(scaled, weight, use_reentrant=more, debug=2.0).sum().backward()
+    assert all(torch.equal(tensor.grad, wanted) for tensor, wanted in zip((weight, more), expected, strict=True))
+    assert calls == [2.0] * 3, "once more in backward"
 
 
 def test_checkpointing_is_configured_by_a_config(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,7 +33,10 @@ def disk_path(tmp_path: Path) -> Iterator[str]:
         yield path
 
 
-def test_env_shows_how_a_directory_serves(disk_path: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_env_shows_how_a_directory_serves(
+    disk_path: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")  # no path is so long
     assert main(["env", "--disk-path", disk_path, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     (disk,) = facts["disks"]

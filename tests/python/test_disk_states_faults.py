@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import Programs
 from torch import nn
 
 import offload
@@ -278,9 +279,11 @@ print("done")
 
 
 @pytest.mark.parametrize(("code", "output"), [(FORK, "done\n"), ("optimizer.step()", "")], ids=["fork", "no unwrap"])
-def test_a_fork_and_an_exit_without_unwrap_leave_nothing(code: str, output: str, tmp_path: Path) -> None:
-    process = start(code, tmp_path)
-    assert process.communicate(timeout=100)[0] == output and process.returncode == 0
+def test_a_fork_and_an_exit_without_unwrap_leave_nothing(
+    code: str, output: str, tmp_path: Path, programs: Programs
+) -> None:
+    ended = programs.run(TRAINING + code, str(tmp_path), str(Path(__file__).parent))
+    assert (ended.status, ended.out) == (0, output), ended.err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -159,6 +159,18 @@ def test_the_readme_is_short_and_names_every_option() -> None:
     assert {name for name in options if f"`{name}`" not in text and f"`{name}=`" not in text} == set()
 
 
+def test_every_part_of_bench_has_its_section_which_the_contents_name() -> None:
+    page = ROOT / "docs/benchmarks.md"
+    bench = {action.dest: action for action in _parser()._actions}["command"].choices["bench"]
+    parts = {action.dest: action for action in bench._actions}["part"].choices
+    sections = {name for name in anchors(page) if re.search(r"offload-bench-\w+$", name)}
+    assert {name.rpartition("-")[2] for name in sections} == set(parts) - {"all", "report"}
+    contents = page.read_text().split("\n## ")[0]
+    assert {name for name in sections if f"(#{name})" not in contents} == set()
+    first = re.findall(r"^## (.*)$", page.read_text(), re.MULTILINE)
+    assert [title for title in first if f"**[{title}](#" not in contents] == []
+
+
 # --- links --------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import Programs
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -22,7 +23,7 @@ TWO_LINES = {
     "vision_transformer": ["--steps", "21", "--batch", "8"],
 }
 NEEDS = {"causal_lm": ["transformers"], "huggingface_trainer": ["accelerate"], "lora_peft": ["peft"]}
-OTHERS = ["minimal", "save_and_resume", "standalone_adamw"]
+OTHERS = ["minimal", "resume_after_crash", "save_and_resume", "standalone_adamw"]
 # Over so few steps plain AdamW, which orders its operations in another way, moves the last digits at most; a card sums
 # in another order in each run.
 ROUNDING = 2e-2 if torch.cuda.is_available() else 2e-3
@@ -75,6 +76,35 @@ def test_without_its_two_lines_an_example_is_plain_and_learns_the_same(
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_the_example_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_example_runs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
     run((EXAMPLES / f"{name}.py").read_text(), name, [], monkeypatch)
     assert "loss" in capsys.readouterr().out
+
+
+def test_a_run_that_ended_early_goes_on_with_the_same_losses(tmp_path: Path, programs: Programs) -> None:
+    """By Ctrl-C, after a step that has no checkpoint of its own: the end of the program waits for the last one."""
+    script, stopped = EXAMPLES / "resume_after_crash.py", tmp_path / "stopped.py"
+    backward = "    loss.backward()"
+    stopped.write_text(script.read_text().replace(backward, f"    if step == 5: raise KeyboardInterrupt\n{backward}"))
+    whole, broken = ([f"--out={tmp_path / folder}", "--every=3", "--steps=9"] for folder in ("whole", "broken"))
+    expected = losses(programs.run_script(script, *whole).out)
+    assert len(expected) == 9
+    ended = programs.run_script(stopped, *broken)
+    assert ended.err.endswith("KeyboardInterrupt\n") and losses(ended.out) == expected[:5]
+    again = programs.run_script(script, *broken).out
+    assert f"goes on from {tmp_path / 'broken' / 'step3'}" in again and losses(again) == expected[3:]
+
+
+@pytest.mark.parametrize("name", ["causal_lm", "huggingface_trainer", "lora_peft"])
+def test_a_text_that_is_too_short_is_refused_in_words(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for package in NEEDS[name]:
+        pytest.importorskip(package)
+    (tmp_path / "short.txt").write_text("three")
+    with pytest.raises(SystemExit) as end:
+        run((EXAMPLES / f"{name}.py").read_text(), name, [str(tmp_path / "short.txt")], monkeypatch)
+    assert end.value.code == 2 and "--length 64" in capsys.readouterr().err

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import offload
+from offload import _copy_lanes
 from phases import Trainer, equal
 from training import HOST, RESIDENT, batches, loss_of, make_model
 
@@ -122,7 +123,8 @@ def test_an_exception_in_every_function(placement: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("lane", ["to_host", "to_device"])
-def test_every_copy_fails_once(lane: str) -> None:
+def test_every_copy_fails_once(lane: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_copy_lanes, "_SMALL_BYTES", 0)  # a submission each
     dtype = torch.float32
     tokens = next(batches(1, vocabulary=11, size=2, length=3))
     twin = Trainer(RESIDENT, dtype, scaled=False)
@@ -209,7 +211,8 @@ def test_a_hook_of_the_user_runs_out_of_memory(register: Callable[[nn.Module], A
     assert equal(*results)
 
 
-def test_a_failed_gradient_that_no_step_read_is_forgotten() -> None:
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failed_gradient_that_no_step_read_is_forgotten(failing: int) -> None:
     """zero_grad() drops it: its error belongs to whoever reads it, not to the next one who uses the lane."""
     results = []
     for faulty in (False, True):
@@ -217,7 +220,7 @@ def test_a_failed_gradient_that_no_step_read_is_forgotten() -> None:
         model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
         for tokens in batches(2):
             if faulty:
-                optimizer._engine.device.fail_copy("to_host", 3)
+                optimizer._engine.device.fail_copy("to_host", failing)
                 loss_of(model, tokens).backward()
                 optimizer.zero_grad()
             loss_of(model, tokens).backward()

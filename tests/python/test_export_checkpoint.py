@@ -32,10 +32,15 @@ def test_fp32_of_a_16_bit_model_are_its_masters(name: str, tmp_path: Path) -> No
     ):
         path = offload.export_checkpoint(tmp_path, tmp_path / f"{dtype}.safetensors", dtype=dtype)
         assert_bits(load_file(path), host_values(expected))
+        weights = offload.checkpoint_weights(tmp_path, dtype=dtype)
+        assert weights.pop("head.weight") is weights["embedding.weight"], "tied"
+        assert_bits(weights, host_values(expected))
         with safe_open(path, "pt") as file:
             assert file.metadata() == {"format": "pt"}
     with pytest.raises(offload.InvalidArgument, match="dtype='int8'"):
         offload.export_checkpoint(tmp_path, tmp_path / "x", dtype="int8")
+    with pytest.raises(offload.InvalidArgument, match="dtype='int8'"):
+        offload.checkpoint_weights(tmp_path, dtype="int8")
 
 
 def test_an_export_that_is_refused_leaves_the_file_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from programs import Ended, Program, Programs
 
 from fault_table import (
     ENDS,
@@ -188,20 +187,16 @@ EXITS = ("step in flight", "context lost", "context lost with a step in flight",
 
 
 @pytest.fixture(scope="module")
-def exits(driver_double_library: Path) -> dict[str, subprocess.CompletedProcess[str]]:
-    """Processes that end with a wrapped model alive, started together."""
-    program = "import sys; sys.path[:0] = sys.argv[3:]; from faulty_training import leave; leave(*sys.argv[1:3])"
-    paths = [entry for entry in sys.path if entry]
-
-    def leave(what: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", program, str(driver_double_library), what, *paths]
-        return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
-
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(EXITS, pool.map(leave, EXITS), strict=True))
+def exits(driver_double_library: Path, programs: Programs) -> dict[str, Ended]:
+    """Processes that end with a wrapped model alive."""
+    code = "from faulty_training import leave; leave(*sys.argv[1:])"
+    return programs.run_all({what: Program(code, (str(driver_double_library), what)) for what in EXITS})
 
 
 @pytest.mark.parametrize("what", EXITS)
-def test_exit(exits: dict[str, subprocess.CompletedProcess[str]], what: str) -> None:
-    ended = exits[what]
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"trained {STEPS} steps\n", "")
+def test_exit(exits: dict[str, Ended], what: str) -> None:
+    status, out, errors = exits[what]
+    if what == "lanes held":
+        assert errors.startswith("offload: copies that had not ended 5 s after the program were given up")
+        _, _, errors = errors.partition("\n")
+    assert (status, out, errors) == (0, f"trained {STEPS} steps\n", "")

@@ -201,6 +201,7 @@ def forecasts(draw: st.DrawFn) -> tuple[list[UnitWork], Machine, dict[str, Any]]
         "activation_host_bytes": draw(st.sampled_from([None, 0, 30])),
         "window_bytes": draw(st.sampled_from([0, 30, 1000])),
         "ring_bytes": draw(st.sampled_from([0, 30, 1000])),
+        "in_flight_bytes": draw(st.sampled_from([0, 30, 1000])),
     }
     return draw(st.lists(works(), min_size=1, max_size=5)), machine, options
 

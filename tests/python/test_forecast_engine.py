@@ -13,7 +13,7 @@ from torch import nn
 
 import offload
 from engine_clock import Block, CheckpointedBlock, EngineClock
-from offload import Machine, ParameterSize, _copy_lanes, forecast, unit_works
+from offload import Machine, ParameterSize, _activations, _copy_lanes, forecast, unit_works
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
 
@@ -32,7 +32,8 @@ class Setting:
     """Options of `wrap`, and what a step is; bytes are counted in weights.
 
     link: rates to the host and to the device. seconds: of forward and of backward of a unit. saved: of each range that
-    forward saves, which is one a weight, or a checkpointed unit's input. ring: of copies on their way; None: no limit.
+    forward saves, which is one a weight, or a checkpointed unit's input. ring: of copies on their way (of
+    activations: where less may stay); None: no limit.
     """
 
     options: dict[str, Any]
@@ -144,6 +145,7 @@ def predicted(name: str) -> float:
         kept_activations=config.activation_keep,
         activation_host_bytes=plan.activation_host_bytes,
         ring_bytes=ring_bytes(setting),
+        in_flight_bytes=ring_bytes(setting),
     ).seconds
 
 
@@ -152,9 +154,10 @@ def measured(name: str, monkeypatch: pytest.MonkeyPatch) -> float:
     to_host, to_device = (rate * _BYTES for rate in setting.link)
     clock = EngineClock(monkeypatch, to_host=to_host, to_device=to_device)
     monkeypatch.setattr(_copy_lanes, "_RING_BYTES", ring_bytes(setting))
+    monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", ring_bytes(setting))
     model = model_of(setting, clock)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimizer = offload.wrap(model, optimizer, **{"activations": "device"} | setting.options)
+    model, optimizer = offload.wrap(model, optimizer, device="cpu", **{"activations": "device"} | setting.options)
     elements = round(setting.saved * _BYTES) // 2 if setting.checkpointed else 1
     began = []
     for _ in range(5):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import offload
+from offload._pending import make_pending
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -49,11 +50,105 @@ def test_moving_a_model_to_where_it_computes_changes_nothing(placement: dict[str
     assert run(moves=True) == run(moves=False)
 
 
+@pytest.mark.parametrize("placement", [HOST, STREAMED], ids=["pending", "away"])
+def test_a_model_may_be_moved_to_the_cpu_and_back(placement: dict[str, str], device: torch.device) -> None:
+    """Lightning does it after every fit, with the gradients of the last step still there."""
+
+    def run(moves: bool) -> tuple[list[float], list[Tensor]]:
+        model = make_model()
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        found = []
+        for tokens in batches(3):
+            loss = loss_of(model, tokens)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if moves:
+                model.cpu()
+                model.to(device)
+            found.append(loss.item())
+        assert_offloaded(optimizer)
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return found, [*model.state_dict().values(), *gradients]
+
+    losses, tensors = run(moves=True)
+    expected, others = run(moves=False)
+    assert losses == expected and len(tensors) == len(others)
+    assert all(same_bits(one, other) for one, other in zip(tensors, others, strict=True))
+
+
+class InHostMemory:
+    """What a streamed parameter on another device answers with."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+    def __call__(self) -> None:
+        raise offload.StateError("it is away")
+
+    def copy(self) -> nn.Parameter:
+        raise offload.StateError("it is away")
+
+    def on_host(self) -> Tensor:
+        return self.value.clone()
+
+
+@pytest.mark.cpu_only
+@torch.no_grad()
+def test_a_streamed_weight_has_its_value_on_the_host_and_stays_what_it_is() -> None:
+    """`meta` stands for a device that this machine does not have."""
+    value = torch.arange(3.0)
+    parameter = nn.Parameter(torch.empty(3, device="meta"))
+    make_pending(parameter, InHostMemory(value))
+    for moved in (parameter.cpu(), parameter.to("cpu"), parameter.to("cpu", torch.float32)):
+        assert same_bits(moved, value)
+        parameter.data = moved  # what module.cpu() does with it
+        assert parameter.is_meta
+    moved.add_(1)
+    for write in (lambda: setattr(parameter, "data", moved), lambda: parameter.to("cpu", torch.float64)):
+        with pytest.raises(offload.StateError, match="it is away"):
+            write()
+    with torch.enable_grad(), pytest.raises(offload.StateError, match="it is away"):
+        parameter.cpu()  # what it gives would be in no graph
+
+
 def test_streamed_weights_are_not_converted() -> None:
     model = make_model()
     model, _ = offload.wrap(model, torch.optim.AdamW(model.parameters()), **STREAMED)
     with pytest.raises(offload.StateError, match="is on the host"):
         model.to(torch.float64)
+
+
+@pytest.mark.parametrize("swap", ["copy_", "data"])
+def test_weights_that_are_swapped_out_and_back_leave_training_as_it_was(swap: str) -> None:
+    """As an average of the weights is for an evaluation: a master keeps its low bits."""
+
+    def run(placement: dict[str, str], swaps: bool) -> tuple[list[float], dict[str, Any]]:
+        model = make_model(torch.bfloat16)
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        average = [torch.full_like(parameter, 0.01) for parameter in model.parameters()]
+        found = []
+        for step, tokens in enumerate(batches(6)):
+            loss = loss_of(model, tokens)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+            for _ in range(2 if swaps and step % 2 else 0):
+                with offload.full_params(model), torch.no_grad():
+                    for parameter, other in zip(model.parameters(), average, strict=True):
+                        kept = parameter.clone()
+                        (parameter.data if swap == "data" else parameter).copy_(other)
+                        other.copy_(kept)
+                with torch.no_grad():
+                    loss_of(model, tokens)
+        return found, {name: value.clone() for name, value in model.state_dict().items()}
+
+    losses, weights = run(RESIDENT, swaps=False)
+    for placement in (HOST, STREAMED):
+        found, others = run(placement, swaps=True)
+        assert found == losses
+        assert all(same_bits(others[name], value) for name, value in weights.items())
 
 
 class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -66,7 +161,7 @@ class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 
 def trained(
-    placement: dict[str, str], out: Path, device: torch.device, resume: bool = False
+    placement: dict[str, Any], out: Path, device: torch.device, resume: bool = False
 ) -> tuple[list[tuple[float, float]], list[Tensor], offload.OffloadOptimizer]:
     """What Trainer logged (losses and gradient norms), the weights and the optimizer."""
     import transformers
@@ -105,6 +200,19 @@ def test_trainer(placement: dict[str, str], tmp_path: Path, device: torch.device
     resumed, again, _ = trained(placement, tmp_path / "offloaded", device, resume=True)
     assert resumed == expected
     assert all(same_bits(one, other) for one, other in zip(again, weights, strict=True))
+
+
+@needs_accelerate
+def test_trainer_with_a_deepspeed_config(tmp_path: Path, device: torch.device) -> None:
+    """One that was written for `TrainingArguments(deepspeed=...)`, as docs/deepspeed.md shows it."""
+    config = Path(__file__).parent / "deepspeed_configs" / "trainer_zero3_offload.json"
+    expected, weights, _ = trained(RESIDENT, tmp_path / "resident", device)
+    logs, offloaded, optimizer = trained(offload.deepspeed.wrap_options(config), tmp_path / "offloaded", device)
+    assert_offloaded(optimizer)
+    plan = optimizer.plan
+    assert (plan.optimizer, plan.gradients, plan.params) == ("host", "host", "host")
+    assert logs == expected
+    assert all(same_bits(one, other) for one, other in zip(offloaded, weights, strict=True))
 
 
 @needs_accelerate

@@ -109,6 +109,7 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype, bool, int]] = {
     "fp32 scaled, gradients on the device": ({"optimizer": "host", "gradients": "device"}, torch.float32, True, 7),
     "states on the device": ({"optimizer": "device", "gradients": "host"}, torch.float32, False, 7),
     "states in part on the device": ({"optimizer": 0.5, "gradients": "host"}, torch.float32, False, 7),
+    "updates ahead of the step": ({**HOST, "speculate": "1MiB"}, torch.float32, False, 17),
     "streamed weights": ({**HOST, "params": "host"}, torch.float32, False, 11),
     # Of four units the cache holds two.
     "weights on disk": (
@@ -208,7 +209,7 @@ def test_ctrl_c_while_blocked_on_an_update(call: str) -> None:
         if held:
             device.hold("to_device")
             optimizer.step()
-            with ctrl_c_in("_finish"):
+            with ctrl_c_in("finish"):
                 BLOCKING[call](model, optimizer, tokens[:, :-1])
             device.release("to_device")
         else:

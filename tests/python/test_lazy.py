@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import Program, Programs
 from torch import nn
 
 import offload
@@ -193,7 +194,7 @@ def test_updates_run_in_the_order_of_the_forward() -> None:
 
     optimizer._engine.pipeline = Recording()
     optimizer.step()
-    slots = optimizer._engine._slots
+    slots = optimizer._engine.slots
     order = [slots[id(layer.weight)] for layer in reversed(model.layers)]
     assert [slot for slot in submissions[0] if slot in order] == order
 
@@ -263,31 +264,25 @@ def test_dataloader_workers_forked_after_the_first_step() -> None:
     optimizer.synchronize()
 
 
-@pytest.mark.cpu_only
-@pytest.mark.parametrize("held", [False, True], ids=["running", "held lanes"])
-def test_interpreter_exit_with_work_in_flight(held: bool) -> None:
-    """Neither hangs nor crashes, in whatever order the interpreter tears things down."""
-    import os
-    import subprocess
-    import sys
-    from pathlib import Path
-
-    code = f"""
+EXIT = """
 import torch, offload
 from training import HOST, batches, loss_of, make_model
 model = make_model(width=128)
 model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
 loss_of(model, next(batches(1))).backward()
-if {held}:
+held = sys.argv[1:] == ["held"]
+if held:
     optimizer._engine.device.hold("to_device")
 optimizer.step()
-loss = loss_of(model, next(batches(1))) if not {held} else None
-if loss is not None:
+if not held:
+    loss = loss_of(model, next(batches(1)))
     loss.backward()
 print("done")
 """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
-    child = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100, check=False
-    )
-    assert (child.returncode, child.stdout) == (0, "done\n"), child.stderr
+
+
+@pytest.mark.cpu_only
+def test_interpreter_exit_with_work_in_flight(programs: Programs) -> None:
+    """Neither hangs nor crashes, in whatever order the interpreter tears things down."""
+    for ended in programs.run_all({how: Program(EXIT, [how]) for how in ("running", "held")}).values():
+        assert (ended.status, ended.out) == (0, "done\n"), ended.err

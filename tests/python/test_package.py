@@ -72,20 +72,15 @@ def test_import_is_cheap_beyond_torch() -> None:
     )
     # Of torch's own CPU time, which is as slow on a slow machine: 0.3 s where torch takes 1.5. The best of three.
     # In torch 2.6 checkpointing brings sympy.
-    assert min(float(run_python(code)) for _ in range(3)) < 0.2
+    assert any(float(run_python(code)) < 0.2 for _ in range(3))
 
 
-def test_import_makes_no_cuda_context() -> None:
-    code = "import torch, offload\noffload.wrap, offload.AdamW\nprint(torch.cuda.is_initialized())"
-    assert run_python(code) == "False"
-
-
-def test_import_starts_no_thread() -> None:
+def test_import_starts_no_thread_and_makes_no_cuda_context() -> None:
     code = (
         "import os, torch\ncount = lambda: len(os.listdir('/proc/self/task'))\nbefore = count()\n"
-        "import offload\noffload.wrap, offload.AdamW\nprint(count() - before)"
+        "import offload\noffload.wrap, offload.AdamW\nprint(count() - before, torch.cuda.is_initialized())"
     )
-    assert run_python(code) == "0"
+    assert run_python(code) == "0 False"
 
 
 def test_public_names_resolve() -> None:

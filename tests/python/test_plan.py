@@ -188,6 +188,17 @@ def test_too_small_a_host_lists_the_numbers() -> None:
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("params", "remedy"),
+    [("host", "with params='disk' weights may live on disk too"), ("disk", "raise host_budget, free host memory")],
+)
+def test_too_small_a_host_beside_a_disk_says_what_else_may_go_there(params: str, remedy: str) -> None:
+    config = Config(optimizer="disk", gradients="host", params=params, disk_path=".", host_budget="1KiB")
+    with pytest.raises(offload.OutOfHostMemory) as caught:
+        plan_for([parameter("p", 2**30)], config)
+    assert remedy in str(caught.value) and ("params='disk'" in str(caught.value)) == (params == "host")
+
+
 def test_unsupported_dtypes_are_named() -> None:
     with pytest.raises(offload.InvalidArgument, match=r"'double'.*float64"):
         plan_for([ParameterSize("double", 1, 8, "float64")])

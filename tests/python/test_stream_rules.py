@@ -67,7 +67,8 @@ def test_a_and_c_a_copy_is_ordered_after_the_stream_that_the_caller_computes_on(
     lanes = optimizer._engine.lanes
     loss_of(model, next(batches(1))).backward()
     streams = Streams(monkeypatch)
-    recording = lanes._transfers = Recording(lanes._transfers, "submit_to_device", "submit_to_host", "wait_on_stream")
+    recording = Recording(lanes._transfers, "submit_to_device", "submit_all_to_host", "wait_on_stream")
+    lanes._transfers = lanes._departures._transfers = recording
     allocated: list[int] = []
     empty = torch.empty_strided
 
@@ -83,13 +84,13 @@ def test_a_and_c_a_copy_is_ordered_after_the_stream_that_the_caller_computes_on(
     assert allocated == [7] and [args[3] for args in uploads] == [7] and [args[0] for args in waits] == [7]
     streams.current = 8
     loss_of(model, next(batches(1))).backward()
-    departures = [args for name, args in recording.calls if name == "submit_to_host"]
-    assert departures and {args[3] for args in departures} == {8}
-    lanes._transfers = recording._inner
+    departures = [args for name, args in recording.calls if name == "submit_all_to_host"]
+    assert departures and {args[1] for args in departures} == {8}
+    lanes._transfers = lanes._departures._transfers = recording._inner
 
 
 @pytest.mark.cpu_only
-def test_b_the_source_of_a_departing_gradient_is_held_until_it_has_left() -> None:
+def test_b_the_source_of_a_departures_gradient_is_held_until_it_has_left() -> None:
     _, optimizer = wrapped()
     engine = optimizer._engine
 
@@ -118,9 +119,9 @@ def test_b_a_tensor_is_held_before_its_copy_is_submitted() -> None:
     held: list[bool] = []
 
     class Watching:
-        def submit_to_host(self, destination: int, source: int, *rest: Any) -> Any:
-            held.append(source in [copy.tensor.data_ptr() for copy in lanes._ring])
-            return transfers.submit_to_host(destination, source, *rest)
+        def submit_all_to_host(self, copies: list[Any], *rest: Any) -> Any:
+            held.extend(source in [copy.tensor.data_ptr() for copy in lanes._ring] for _, source, *_ in copies)
+            return transfers.submit_all_to_host(copies, *rest)
 
         def submit_to_device(self, destination: int, *rest: Any) -> Any:
             held.append(destination in [copy.tensor.data_ptr() for copy in lanes._ring])
@@ -129,10 +130,10 @@ def test_b_a_tensor_is_held_before_its_copy_is_submitted() -> None:
         def __getattr__(self, name: str) -> Any:
             return getattr(transfers, name)
 
-    lanes._transfers = Watching()
+    lanes._transfers = lanes._departures._transfers = Watching()
     landed = lanes.to_host(torch.ones(256))
     lanes.to_device(landed, torch.empty(256))
-    lanes._transfers = transfers
+    lanes._transfers = lanes._departures._transfers = transfers
     assert held == [True, True]
 
 
@@ -152,6 +153,23 @@ def test_b_the_ring_is_bounded_and_the_stream_of_the_memory_waits(monkeypatch: p
     engine.lanes.to_host(torch.ones(600))
     assert recording.calls[0][1][0] == 5, "the memory belongs to the stream that allocated it"
     assert sum(copy.tensor.nbytes for copy in engine.lanes._ring) <= 4096
+    engine.lanes._transfers = recording._inner
+
+
+@pytest.mark.cpu_only
+def test_b_who_brings_room_waits_beyond_that_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations: what may be on its way grows with what may stay."""
+    _, optimizer = wrapped()
+    engine = optimizer._engine
+    monkeypatch.setattr(_copy_lanes, "_RING_BYTES", 0)
+    engine.device.hold("to_host")
+    release = functools.partial(engine.device.release, "to_host")
+    recording = engine.lanes._transfers = Recording(engine.lanes._transfers, "wait_on_stream", first=release)
+    landed = [engine.lanes.send(torch.ones(256), "activations", 0, 2048) for _ in range(2)]
+    engine.lanes.start_upload(landed[0], torch.empty(256), 3072)
+    assert recording.calls == []
+    engine.lanes.send(torch.ones(256), "activations", 0, 2048)
+    assert [args[1] for _, args in recording.calls] == [landed[0].ticket, landed[1].ticket]
     engine.lanes._transfers = recording._inner
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import offload
 from copy_schedule import CopySchedule
-from offload import _activations, _copy_lanes, _engine, _native, _plan
+from offload import _activations, _copy_lanes, _engine, _engine_step, _native, _plan
 from test_disk_weights import weights_on_disk
 from training import HOST, RESIDENT, Run, TinyLM, assert_same_bits, batches, loss_of
 
@@ -172,7 +172,7 @@ def test_lanes_that_overtake_each_other(
     expected = resident(name, torch.bfloat16)
     if room is not None:
         monkeypatch.setattr(_copy_lanes, "_RING_BYTES", room)
-        monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", 0)
+        monkeypatch.setattr(_activations.Activations, "_room", lambda saved: min(room, saved._allowance()))
     schedule = CopySchedule(monkeypatch, seed=prefetch, progress=progress)
     assert_streamed_exactly(training(MODELS[name], ALL, torch.bfloat16, prefetch=prefetch), expected)
     assert schedule.awaited_count > 0 and schedule.early_count > 0
@@ -213,8 +213,8 @@ def _without_after(queue: Any, *copy: Any, submit: Any = _native.TransferQueue.s
     return submit(queue, *copy[:4], None, *copy[5:])
 
 
-def _without_tickets(engine: Any, jobs: Any, states: Any, submit: Any = _engine.Engine._submit) -> Any:
-    return submit(engine, [(*job[:3], (), *job[4:]) for job in jobs], states)
+def _without_tickets(step: Any, jobs: Any, states: Any, submit: Any = _engine_step.EngineStep._submit) -> Any:
+    return submit(step, [(*job[:3], (), *job[4:]) for job in jobs], states)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +223,7 @@ def _without_tickets(engine: Any, jobs: Any, states: Any, submit: Any = _engine.
         (_engine.Engine, "latest_update", _no_wait, 0.5),
         (_copy_lanes.CopyLanes, "wait_upload", _no_wait, 0.0),
         (_native.TransferQueue, "submit_to_device", _without_after, 0.5),
-        (_engine.Engine, "_submit", _without_tickets, 0.0),
+        (_engine_step.EngineStep, "_submit", _without_tickets, 0.0),
     ],
     ids=["a weight comes before its update", "an activation is read before it came", "an upload overtakes its source",
          "an update comes before its gradient"],

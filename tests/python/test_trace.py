@@ -5,8 +5,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import subprocess
-import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import Programs
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -343,7 +342,7 @@ def test_a_forked_child_is_not_traced_and_writes_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.cpu_only
-def test_the_process_may_end_inside() -> None:
+def test_the_process_may_end_inside(programs: Programs) -> None:
     script = """
 import torch, offload
 from training import batches, loss_of, make_model
@@ -355,10 +354,8 @@ trace.__enter__()
 loss_of(model, next(batches(1))).backward()
 optimizer.step()
 """
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
+    ended = programs.run(script)
+    assert (ended.status, ended.err) == (0, "")
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from driver_double import DriverDouble
 
 import offload
-from offload import _engine, _native
+from offload import _copy_lanes, _engine, _native
 from offload._pending import PendingParameter
 from training import (
     HOST,
@@ -60,10 +60,16 @@ def gathered(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     "loop", [{"clip": None}, {"clip": 0.1}, {"micro_batches": 3}], ids=["plain", "clipped", "accumulated"]
 )
 def test_bits_equal_host_device_and_resident(
-    double: DriverDouble, dtype: torch.dtype, loop: dict[str, Any], gathered: Callable[[], None]
+    double: DriverDouble,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    loop: dict[str, Any],
+    gathered: Callable[[], None],
 ) -> None:
     model = make_model(dtype, depth=1)
-    on_double = wrapped_run(model, PINNED, steps=3, **loop)
+    with monkeypatch.context() as one_by_one:
+        one_by_one.setattr(_copy_lanes, "_SMALL_BYTES", 0)  # gradients
+        on_double = wrapped_run(model, PINNED, steps=3, **loop)
     assert_offloaded(on_double.optimizer)
     assert on_double.optimizer.stats().pinned
     assert double.calls("cuMemcpyDtoHAsync_v2") > 0
@@ -120,6 +126,22 @@ def test_pageable_memory_trains_with_the_same_bits(double: DriverDouble) -> None
         pageable = wrapped_run(model, PINNED, steps=2)
     assert not pageable.optimizer.stats().pinned
     assert_same_bits(pinned, pageable)
+
+
+def test_small_gradients_go_in_batches_where_the_driver_takes_them(double: DriverDouble) -> None:
+    """Those of ten parameters, and ten copies where the driver refused the batch."""
+    gradients = []
+    for copies_count in (0, 10):
+        model = make_model(depth=1)
+        model, _ = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **PINNED)
+        before = [double.calls(name) for name in ("cuMemcpyBatchAsync", "cuMemcpyDtoHAsync_v2")]
+        loss_of(model, next(batches(1))).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+        after = [double.calls(name) for name in ("cuMemcpyBatchAsync", "cuMemcpyDtoHAsync_v2")]
+        assert [b - a for a, b in zip(before, after, strict=True)] == [1, copies_count]
+        double.fail("cuMemcpyBatchAsync", 1, 801, lasting=True)  # CUDA_ERROR_NOT_SUPPORTED
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+    assert double.misuses() == (0, "")
 
 
 def test_small_weights_go_in_batches_where_the_driver_takes_them(

@@ -38,6 +38,8 @@ def side(device: torch.device, driver_double: DriverDouble, monkeypatch: pytest.
     """The side from which torch sees the tensors of the test, after which none is left."""
     if device.type == "cpu":
         monkeypatch.setenv("OFFLOAD_CUDA_DRIVER", driver_double.path)
+    if live_bytes() != 0:
+        collect()  # what tests before have left in cycles
     before = live_bytes()
     yield "host" if device.type == "cpu" else "device"
     if live_bytes() != before:

@@ -19,10 +19,11 @@ import torch
 import offload
 
 from ._bench_conditions import recorded
-from ._bench_figures import absent_peers, figure_rows
+from ._bench_figures import absent_peers, figure_table
 from ._device import compute_device
+from ._outputs import check_writable
 from ._progress import shown
-from ._table import Piece, Table, show
+from ._table import Piece, show
 
 __all__ = ["PARTS", "environment", "run_bench"]
 
@@ -48,6 +49,7 @@ def run_bench(options: argparse.Namespace) -> int:
     The file that was asked for is written whenever a part has something new: a long run that is stopped leaves what
     it had.
     """
+    check_writable("--json", options.json)
     chosen = PARTS if options.part == "all" else (options.part,)
     report: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "environment": environment(), "results": {}}
     report["quick"] = options.quick
@@ -119,18 +121,16 @@ def _pieces(part: str, result: Mapping[str, Any]) -> list[Piece]:
     own: Callable[[Any], list[Piece]] | None = getattr(module, "pieces", None)
     shown = own(result) if own is not None else []
     if result["figures"]:
-        shown.append(Table(figure_rows(result["figures"])))
+        shown.append(figure_table(result["figures"]))
     return [*shown, *absent_peers(result), ""]
 
 
 def _compare(earlier: Mapping[str, Any], report: dict[str, Any]) -> bool:
     """Adds the comparison to the report, shows it, and tells whether a figure of ours is worse."""
-    from ._bench_compare import compare, comparison_lines, comparison_rows
+    from ._bench_compare import compare, comparison_lines, comparison_table
 
     report["comparison"] = compared = compare(earlier, report)
-    rows = comparison_rows(compared)
-    moved = [Table(rows, left=2)] if len(rows) > 1 else []
-    show([*moved, *comparison_lines(compared)], file=sys.stderr)
+    show([*comparison_table(compared), *comparison_lines(compared)], file=sys.stderr)
     return bool(compared["counts"]["worse"])
 
 

@@ -16,8 +16,12 @@ import offload
 from ._bench_conditions import noise
 from ._bench_figures import Figure
 from ._bench_report import entries, read
+from ._table import Table
 
-__all__ = ["comparable_parts", "compare", "comparison_lines", "comparison_rows", "read_earlier", "verdict"]
+__all__ = [
+    *("comparable_parts", "compare", "comparison_lines", "comparison_rows", "comparison_table", "read_earlier"),
+    "verdict",
+]
 
 MARGIN = 0.05
 _RULE = f"better or worse: ranges of p20 to p80 do not overlap, and medians are more than {MARGIN:.0%} apart"
@@ -113,6 +117,12 @@ def comparison_rows(compared: Mapping[str, Any]) -> list[Sequence[str]]:
             change = "" if row["change"] is None else f"{row['change']:+.1%}"
             rows.append((row["part"], name, *spreads, row["unit"], change, row["verdict"]))
     return rows
+
+
+def comparison_table(compared: Mapping[str, Any]) -> list[Table]:
+    """The table of what moved on a terminal; none where nothing did."""
+    rows = comparison_rows(compared)
+    return [Table(rows, left=2, below={2: "earlier", 3: "now"})] if len(rows) > 1 else []
 
 
 def comparison_lines(compared: Mapping[str, Any]) -> list[str]:

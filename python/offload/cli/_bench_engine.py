@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 import offload
 
 from ._bench_figures import Figure, figure
+from ._bench_pairs import added_share, in_turn, share_between, timed_block
 from ._bench_spread import median_interval, summary
-from ._bench_step import ManyParameters, wait_for_compute
+from ._bench_step import ManyParameters
 from ._corpus import VOCABULARY
 from ._device import compute_device
 from ._progress import now_at
@@ -36,6 +37,7 @@ _CASES = (("float32", 0.0), ("float32", _CLIP_NORM), ("bfloat16", _CLIP_NORM))
 # The two round a clipped gradient at other places: losses drift apart by the dtype's last bits.
 _LOSS_TOLERANCE = 1e-2
 _PARTS = ("forward", "backward", "step")
+_NAMES = ("wrap", "engine")
 
 
 class Side(NamedTuple):
@@ -45,6 +47,20 @@ class Side(NamedTuple):
     backward: Callable[[Tensor], object]
     step: Callable[[], object]
     end: Callable[[], object]
+
+
+class _Steps:
+    """The steps of a side, one a call and batch; `loss` is the last one's."""
+
+    def __init__(self, side: Side, batches: Iterable[Tensor]) -> None:
+        self._side = side
+        self._batches = iter(batches)
+
+    def __call__(self) -> None:
+        loss = self._side.forward(next(self._batches))
+        self._side.backward(loss)
+        self._side.step()
+        self.loss = loss.detach()
 
 
 # Makes a fresh model, and the loss of one on a batch.
@@ -92,11 +108,12 @@ def _measure(
         tokens = [
             torch.randint(VOCABULARY, (_BATCH, shape.length), generator=generator).to(device) for _ in range(steps + 1)
         ]
-        for name in _in_turn(block):
-            elapsed, worked, loss = _timed(sides[name], tokens, device)
-            wall[name].append(elapsed / steps)
-            cpu[name].append(worked / steps)
-            losses[name].append(loss)
+        for name in in_turn(block, _NAMES):
+            steps_of = _Steps(sides[name], tokens)
+            elapsed, worked = timed_block(steps_of, steps, device)
+            wall[name].append(elapsed)
+            cpu[name].append(worked)
+            losses[name].append(steps_of.loss.item())
     for side in sides.values():
         side.end()
     for ours, theirs in zip(losses["wrap"], losses["engine"], strict=True):
@@ -106,46 +123,12 @@ def _measure(
         "clip_norm": clip_norm,
         "parameters": shape.size,
         "tensors": sum(1 for _ in make().parameters()),
-        # Without the first block: pages, threads and the recording of the first step.
         "wrap_step_s": summary(wall["wrap"][1:]),
         "engine_step_s": summary(wall["engine"][1:]),
-        "overhead": _overhead(wall),
-        "cpu_overhead": _overhead(cpu),
+        "overhead": added_share(wall["wrap"], wall["engine"], _TARGET),
+        "cpu_overhead": added_share(cpu["wrap"], cpu["engine"], _TARGET),
         "last_loss": {name: values[-1] for name, values in losses.items()},
     }
-
-
-def _in_turn(number: int) -> tuple[str, str]:
-    """Who goes first alternates."""
-    return ("wrap", "engine") if number % 2 else ("engine", "wrap")
-
-
-def _overhead(seconds: Mapping[str, list[float]]) -> dict[str, Any]:
-    """What the engine adds, as shares of wrap's seconds, pair by pair without the first."""
-    pairs = list(zip(seconds["wrap"], seconds["engine"], strict=True))[1:]
-    ratios = [engine / wrap - 1.0 for wrap, engine in pairs]
-    return summary(ratios) | {"target": _TARGET, "median_between": median_interval(ratios)}
-
-
-def _timed(side: Side, tokens: list[Tensor], device: torch.device) -> tuple[float, float, float]:
-    """Seconds of the wall clock, and those that the process worked, of all steps but the first; and the last loss.
-
-    The first takes what the other side has left to hide behind it.
-    """
-
-    def step(batch: Tensor) -> Tensor:
-        loss = side.forward(batch)
-        side.backward(loss)
-        side.step()
-        return loss.detach()
-
-    step(tokens[0])
-    wait_for_compute(device)
-    start, worked = time.perf_counter(), time.process_time()
-    for batch in tokens[1:]:
-        loss = step(batch)
-    wait_for_compute(device)
-    return time.perf_counter() - start, time.process_time() - worked, loss.item()
 
 
 def _own_us(dtype: str, tensors: int, clip_norm: float, calls: int, device: torch.device) -> dict[str, Any]:
@@ -167,7 +150,7 @@ def _own_us(dtype: str, tensors: int, clip_norm: float, calls: int, device: torc
     sides = _sides(make, loss_of, dtype, clip_norm, device)
     added: dict[str, list[float]] = {part: [] for part in _PARTS}
     for call in range(calls + 1):
-        spent = {name: _thread_us(sides[name], x) for name in _in_turn(call)}
+        spent = {name: _thread_us(sides[name], x) for name in in_turn(call, _NAMES)}
         for part in _PARTS if call else ():  # the first records the order of the units
             added[part].append(spent["engine"][part] - spent["wrap"][part])
     for side in sides.values():
@@ -244,10 +227,7 @@ def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What the engine adds to a step, beside what was asked for."""
     lines: list[Piece] = []
     for row in result["rows"]:
-        wall, cpu = (
-            f"{row[name]['median']:.2%} ({row[name]['median_between'][0]:.2%} to {row[name]['median_between'][1]:.2%})"
-            for name in ("overhead", "cpu_overhead")
-        )
+        wall, cpu = share_between(row["overhead"]), share_between(row["cpu_overhead"])
         own = ", ".join(f"{row['own_us'][part]['median']:.0f} us a {part}" for part in _PARTS)
         lines.append(
             f"{_case(row)}: the engine adds {wall} to a step of wrap, {cpu} of its CPU time; by what it adds to calls "

@@ -58,7 +58,9 @@ def build(
     if home.type != "meta":
         _draw(model, compute)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        # By its new name in transformers, where it has one: the old one warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})  # type: ignore[operator]
     return model.train()
 
 

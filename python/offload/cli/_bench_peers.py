@@ -39,9 +39,13 @@ def _imported(module: str) -> Any:
         raise Unavailable(str(error)) from error
 
 
-def _require_host_bytes(size_bytes: int) -> None:
-    """A process that takes more than there is would be killed, with all that it measured."""
-    available = offload.environment()["host"]["available_bytes"]
+def _require_host_bytes(size_bytes: int, host_budget: int | str | None) -> None:
+    """A process that takes more than there is would be killed, with all that it measured.
+
+    host_budget: what the user says that there is; a virtual machine may have more than it shows before it is used.
+    """
+    given = offload.Config(host_budget=host_budget).host_budget_bytes
+    available = offload.environment()["host"]["available_bytes"] if given is None else given
     if size_bytes > available:
         raise offload.OutOfHostMemory(
             f"needs about {size_bytes / 2**30:.1f} GiB of host memory; {available / 2**30:.1f} GiB are available"
@@ -85,11 +89,12 @@ class Fsdp2(_Peer):
 
     precision = _FP32_STATES
 
-    def __init__(self, size: Size, device: torch.device) -> None:
+    def __init__(self, size: Size, device: torch.device, host_budget: int | str | None = None) -> None:
         fsdp = _imported("torch.distributed.fsdp")
         if not hasattr(fsdp, "fully_shard"):
             raise Unavailable(f"torch {torch.__version__} has no FSDP2")
-        _require_host_bytes(18 * size.count)  # weight, gradient and two moments; pinned ones in powers of two
+        # Weight, gradient and two moments; pinned ones in powers of two.
+        _require_host_bytes(18 * size.count, host_budget)
         _join_group_of_one(device)
         model = size.build(torch.device("cpu"), device).float()
         for buffer in model.buffers():
@@ -110,11 +115,12 @@ class TorchAo(_Peer):
 
     precision = _BF16_STATES
 
-    def __init__(self, size: Size, device: torch.device) -> None:
+    def __init__(self, size: Size, device: torch.device, host_budget: int | str | None = None) -> None:
         optim = _imported("torchao.optim")
         if device.type == "cpu":
             raise Unavailable("torchao's CPUOffloadOptimizer needs streams of an accelerator; there are none on a CPU")
-        _require_host_bytes(9 * size.count)  # weight, gradient and two moments; pinned ones in powers of two
+        # Weight, gradient and two moments; pinned ones in powers of two.
+        _require_host_bytes(9 * size.count, host_budget)
         model = size.build(device, device)
         optimizer = optim.CPUOffloadOptimizer(model.parameters(), torch.optim.AdamW, lr=LEARNING_RATE, fused=True)
         super().__init__(model, optimizer)
@@ -125,16 +131,15 @@ class DeepSpeed(_Peer):
 
     precision = _FP32_STATES
 
-    def __init__(self, size: Size, device: torch.device) -> None:
+    def __init__(self, size: Size, device: torch.device, host_budget: int | str | None = None) -> None:
         # What its launcher sets for one process.
         os.environ.update(RANK="0", LOCAL_RANK=str(device.index or 0), WORLD_SIZE="1")
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
             deepspeed = _imported("deepspeed")
-            _require_host_bytes(
-                20 * size.count
-            )  # master, two moments and gradient in fp32, a gradient of 16 bits twice
+            # Master, two moments and gradient in fp32, a gradient of 16 bits twice.
+            _require_host_bytes(20 * size.count, host_budget)
             _join_group_of_one(device)
             deepspeed.init_distributed(dist_init_required=False)
             model = size.build(device, device)
@@ -170,7 +175,7 @@ class DeepSpeed(_Peer):
         self._engine.step()
 
 
-PEERS: dict[str, Callable[[Size, torch.device], Training]] = {
+PEERS: dict[str, Callable[[Size, torch.device, int | str | None], Training]] = {
     "fsdp2": Fsdp2,
     "torchao": TorchAo,
     "deepspeed": DeepSpeed,

@@ -423,7 +423,7 @@ def pieces(result: Mapping[str, Any]) -> list[Piece]:
                 *measured,
             )
         )
-    shown: list[Piece] = [Table(rows, left=2)]
+    shown: list[Piece] = [Table(rows, left=2, below={3: "clipped", 4: "link MB/s", 5: "bound by"})]
     if "within" in result:
         shown.append(f"within {result['tolerance']:.0%}: {result['within']:.0%} of {len(result['rows'])} settings")
     return shown

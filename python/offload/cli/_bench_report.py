@@ -12,6 +12,7 @@ import offload
 
 from ._bench_conditions import noise
 from ._bench_figures import absent_peers, figure_rows
+from ._outputs import check_writable
 from ._progress import shown
 from ._table import format_bytes
 
@@ -44,6 +45,7 @@ def run_report(options: argparse.Namespace) -> int:
 
     Raises `InvalidArgument` for a file that no bench wrote, ModuleNotFoundError for plots without matplotlib.
     """
+    check_writable("--out", options.out)
     reports = {path: read(path) for path in options.files}
     text = "\n".join(markdown(path.stem, report) for path, report in reports.items())
     worse = False

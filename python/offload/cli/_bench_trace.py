@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,10 +13,12 @@ from torch import Tensor, nn
 import offload
 
 from ._bench_figures import Figure, figure
+from ._bench_pairs import added_share, in_turn, share_between, timed_block
 from ._bench_spread import summary
-from ._bench_step import ManyParameters, wait_for_compute
+from ._bench_step import ManyParameters
 from ._corpus import VOCABULARY
 from ._device import compute_device
+from ._progress import now_at
 from ._table import Piece
 from ._training import build_model
 
@@ -34,46 +35,45 @@ Step = Callable[[], None]
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds a step with and without a trace; microseconds that a trace adds to a unit of nothing else."""
     device = compute_device(options.device)
-    blocks, steps = (4, 1) if options.quick else (24, 5)
+    blocks, steps = (4, 1) if options.quick else (144, 2)
     size, length, repeats = (100_000, 16, 5) if options.quick else (5_000_000, 128, 40)
     step, end, units = _model_step(size, length, device)
-    seconds = _in_turns(step, blocks, steps, device)
+    wall, cpu = _in_turns(step, blocks, steps, device)
     end()
-    # Without the first block: pages, threads and the recording of the first step.
-    pairs = list(zip(seconds["off"], seconds["on"], strict=True))[1:]
     tiny_step, end_tiny = _tiny_step(device)
-    tiny = _in_turns(tiny_step, repeats, 1, device)
+    tiny, _ = _in_turns(tiny_step, repeats, 1, device)
     end_tiny()
     added_us = [(on - off) / _UNITS * 1e6 for off, on in zip(tiny["off"], tiny["on"], strict=True)][1:]
-    off, added = summary([pair[0] for pair in pairs]), summary(added_us)
+    off, added = summary(wall["off"][1:]), summary(added_us)
     yield {
         "name": "trace",
         "device": str(device),
         "parameters": size,
         "units": units,
         "off_step_s": off,
-        "on_step_s": summary([pair[1] for pair in pairs]),
-        "overhead": summary([on / off_s - 1 for off_s, on in pairs]) | {"target": _TARGET},
+        "on_step_s": summary(wall["on"][1:]),
+        "overhead": added_share(wall["off"], wall["on"], _TARGET),
+        "cpu_overhead": added_share(cpu["off"], cpu["on"], _TARGET),
         "added_us_per_unit": added,
         # What the hooks take of that step where they can be told from what steps differ by.
         "reckoned_overhead": added["median"] * 1e-6 * units / off["median"],
     }
 
 
-def _in_turns(step: Step, blocks: int, steps: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds a step of each block, "off" and "on"; the step before each block is not timed."""
-    seconds: dict[str, list[float]] = {"off": [], "on": []}
+def _in_turns(
+    step: Step, blocks: int, steps: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds a step of each block, "off" and "on", by the clock and of the process's own work."""
+    wall: dict[str, list[float]] = {"off": [], "on": []}
+    cpu: dict[str, list[float]] = {"off": [], "on": []}
     for block in range(blocks):
-        for name in ("off", "on") if block % 2 else ("on", "off"):
+        now_at(f"block {block + 1} of {blocks}")
+        for name in in_turn(block, ("off", "on")):
             with offload.trace() if name == "on" else contextlib.nullcontext():
-                step()
-                wait_for_compute(device)
-                start = time.perf_counter()
-                for _ in range(steps):
-                    step()
-                wait_for_compute(device)
-                seconds[name].append((time.perf_counter() - start) / steps)
-    return seconds
+                elapsed, worked = timed_block(step, steps, device)
+            wall[name].append(elapsed)
+            cpu[name].append(worked)
+    return wall, cpu
 
 
 def _model_step(size: int, length: int, device: torch.device) -> tuple[Step, Callable[[], None], int]:
@@ -119,16 +119,18 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
     return [
         figure("step without a trace", "ms", off, side="ceiling", scale=1e3),
         figure("step with one", "ms", result["on_step_s"], scale=1e3, ceiling=("one without", off["median"])),
+        figure("overhead", "share of a step", result["overhead"]),
+        figure("overhead in CPU time", "share of a step", result["cpu_overhead"]),
         figure("added to a unit", "us", result["added_us_per_unit"]),
     ]
 
 
 def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What a trace costs, beside what was asked for."""
-    overhead, added = result["overhead"], result["added_us_per_unit"]
-    low, middle, high = (f"{overhead[share]:.2%}" for share in ("p20", "median", "p80"))
+    wall, cpu = share_between(result["overhead"]), share_between(result["cpu_overhead"])
     return [
-        f"a trace adds {middle} to a step, pair by pair ({low} to {high}); by what it adds to a unit it would be "
-        f"{result['reckoned_overhead']:.2%} ({result['units']} units at {added['median']:.1f} us); asked for: at most "
-        f"{overhead['target']:.0%}"
+        f"a trace adds {wall} to a step, {cpu} to its CPU time; by what it adds to a unit "
+        f"({result['added_us_per_unit']['median']:.1f} us, {result['units']} times) it would be "
+        f"{result['reckoned_overhead']:.2%}",
+        f"(medians with their 95 % intervals; asked for: at most {_TARGET:.0%})",
     ]

@@ -152,7 +152,7 @@ def _starts(
         "compute": partial(Compute, size, device),
         "resident": partial(offloaded, {}),
         "torch": partial(plain_adamw, size, device),
-        **{name: partial(start, size, device) for name, start in PEERS.items()},
+        **{name: partial(start, size, device, options.host_budget) for name, start in PEERS.items()},
     }
     # A tiny model costs little beside any peer; others are named where they are wanted.
     wanted = options.beside
@@ -337,25 +337,27 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
 
 
 def pieces(result: dict[str, Any]) -> list[Piece]:
-    """The table of a result."""
-    header = ("run", "tokens", "step s", "p20", "p80", "tokens/s", "of resident", "of bound", "hidden", "device peak")
+    """The table of a result; what its steps spread over is in the figures."""
+    header = ("run", "tokens", "step s", "tokens/s", "of resident", "of bound", "hidden", "device peak")
     rows: list[Sequence[str]] = [header]
+    refused = []
     for name, one in result["runs"].items():
         if name in result.get("absent_peers", {}):  # they have a line of their own
             continue
         if "steps" not in one:
             ((outcome, reason),) = one.items()
-            rows.append((f"{name}: {outcome.replace('_', ' ')}: {reason[:60]}", *[""] * 9))
+            refused.append(f"{name} {outcome.replace('_', ' ')}: {reason}")
             continue
         peak = one["peak_device_bytes"]
         for row in one["steps"]:
-            times = [f"{row['step_s'][key]:.4f}" for key in ("median", "p20", "p80")]
             resident = f"{1 / row['step_over_resident']:.3f}" if "step_over_resident" in row else "-"
             shares = [f"{row[key]:.3f}" if key in row else "-" for key in ("share_of_bound", "hidden_share")]
             memory = "-" if peak is None else format_bytes(peak)
-            rows.append((name, f"{row['tokens']:,}", *times, f"{row['tokens_per_s']:,.0f}", resident, *shares, memory))
+            seconds, pace = f"{row['step_s']['median']:.4f}", f"{row['tokens_per_s']:,.0f}"
+            rows.append((name, f"{row['tokens']:,}", seconds, pace, resident, *shares, memory))
     about = f"{result['size']}, {result['parameters']:,} parameters on {result['device']}"
-    shown: list[Piece] = [about, Table(rows)]
+    below = {7: "device peak", 6: "hidden share of the host update"}
+    shown: list[Piece] = [about, Table(rows, below=below), *refused]
     if "losses_equal_resident" in result:
         equal = "equal bit for bit" if result["losses_equal_resident"] else "NOT EQUAL"
         shown.append(f"losses of offloaded and resident: {equal}")

@@ -21,11 +21,15 @@ def run_checkpoint(options: argparse.Namespace) -> int:
         if options.action == "show":
             with shown("offload checkpoint show"):
                 described = offload.describe_checkpoint(options.directory, tag=options.tag)
-            print(json.dumps(described, indent=2))
+            print(json.dumps({"schema_version": 1, **described}, indent=2))
         else:
             with shown("offload checkpoint export"):
                 path = offload.export_checkpoint(options.directory, options.out, dtype=options.dtype, tag=options.tag)
-            print(f"{path}: {path.stat().st_size:,} bytes")
+            size = path.stat().st_size
+            if options.json:
+                print(json.dumps({"schema_version": 1, "file": str(path), "bytes": size, "dtype": options.dtype}))
+            else:
+                print(f"{path}: {size:,} bytes")
     except offload.StorageError as error:
         print(f"offload: {error}", file=sys.stderr)
         return _EXIT_CHECK_FAILED

@@ -39,6 +39,7 @@ def make_deterministic(device: torch.device) -> None:
     if device.type == "cpu":
         return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's first matrix product runs
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # With warn_only=True fused attention would only warn, and add up its gradients in the order of its threads.
+    torch.use_deterministic_algorithms(True)
     # A debugging aid that would cost bandwidth.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

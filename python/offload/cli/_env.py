@@ -19,7 +19,7 @@ def run_env(arguments: argparse.Namespace) -> int:
     with shown("offload env"):
         found = offload.environment(arguments.disk_path, measure=True)
     if arguments.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps({"schema_version": 1, **found}, indent=2))
     else:
         show(_pieces(found))
     return 0
@@ -38,14 +38,15 @@ def _pieces(found: dict[str, Any]) -> list[Piece]:
         (
             "host",
             f"{format_bytes(host['available_bytes'])} of {format_bytes(host['total_bytes'])} available, "
-            f"limit {'none' if limit is None else format_bytes(limit)}, huge pages {host['huge_pages'] or 'unknown'}, "
+            f"cgroup limit {'none' if limit is None else format_bytes(limit)}, "
+            f"huge pages {host['huge_pages'] or 'unknown'}, "
             f"may lock {'all' if locked is None else format_bytes(locked)}",
         ),
         (
             "cpu",
             f"{host['cpu_count']} CPUs, quota {'none' if quota is None else f'{quota:g}'}, "
-            f"{host['numa_node_count']} NUMA nodes, instruction set {found['isa']} of "
-            f"{', '.join(found['isas'])}",
+            f"{host['numa_node_count']} NUMA node{'' if host['numa_node_count'] == 1 else 's'}, "
+            f"instruction set {found['isa']} of {', '.join(found['isas'])}",
         ),
         (
             "device",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ def measured_peak(device: torch.device, live_bytes: int) -> Iterator[Peak]:
     """
     peak = Peak()
     if device.type == "cuda":
+        gc.collect()  # models of earlier runs, which die in cycles, are not this one's
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
         peak.source = "torch.cuda.max_memory_allocated"

@@ -33,6 +33,15 @@ _LARGEST: dict[str, dict[str, Any]] = {
         "disk_path": "DIRECTORY",
     },
 }
+# Options that replace a figure of the hardware, and what `Hardware.having` calls it.
+_OVERRIDES = {
+    "--gpu-memory": "device_memory",
+    "--host-memory": "host_memory",
+    "--link": "link",
+    "--host-bandwidth": "host_bandwidth",
+    "--disk-bandwidth": "disk_bandwidth",
+    "--mfu": "mfu",
+}
 
 
 def run_plan(options: argparse.Namespace) -> int:
@@ -69,7 +78,7 @@ def _predicted(options: argparse.Namespace) -> dict[str, Any]:
     now_at("looking for the largest models that fit")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
     return {
-        "schema": 1,
+        "schema_version": 1,
         "model": described(model),
         "dtype": options.dtype,
         "optimizer_class": options.optimizer_class,
@@ -87,14 +96,13 @@ def _hardware(options: argparse.Namespace) -> offload.Hardware:
         hardware = offload.measure_hardware()
     else:
         hardware = offload.Hardware.preset(options.hardware)
-    return hardware.having(
-        device_memory=options.gpu_memory,
-        host_memory=options.host_memory,
-        link=options.link,
-        host_bandwidth=options.host_bandwidth,
-        disk_bandwidth=options.disk_bandwidth,
-        mfu=options.mfu,
-    )
+    for option, name in _OVERRIDES.items():
+        value = getattr(options, option[2:].replace("-", "_"))
+        try:
+            hardware = hardware.having(**{name: value})
+        except offload.InvalidArgument as error:
+            raise offload.InvalidArgument(f"{option} {value}: {error}") from None
+    return hardware
 
 
 def _batches(options: argparse.Namespace) -> list[int]:

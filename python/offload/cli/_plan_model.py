@@ -138,7 +138,11 @@ def _from_config(path: Path, dtype: torch.dtype) -> nn.Module:
     file = path / "config.json" if path.is_dir() else path
     try:
         kind = json.loads(file.read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise offload.InvalidArgument(
+            f"{file} cannot be read: {error.strerror}; give a Hugging Face config.json or the directory that has one"
+        ) from error
+    except (ValueError, AttributeError) as error:
         raise offload.InvalidArgument(f"{file} is no Hugging Face config: {error}") from error
     if kind is None:
         raise offload.InvalidArgument(f"{file} is no Hugging Face config: it has no 'model_type'")
@@ -168,8 +172,14 @@ def _from_entry_point(module: str, function: str, dtype: torch.dtype) -> nn.Modu
         build = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         raise offload.InvalidArgument(f"MODEL '{module}:{function}' cannot be imported: {error}") from error
-    with torch.device("meta"):
-        model = build()
+    try:
+        with torch.device("meta"):
+            model = build()
+    except Exception as error:  # it is the user's, and may fail in any way
+        raise offload.InvalidArgument(
+            f"MODEL '{module}:{function}' failed with {type(error).__name__}: {error}: it takes no arguments and "
+            "returns a torch.nn.Module"
+        ) from error
     if not isinstance(model, nn.Module):
         raise offload.InvalidArgument(
             f"MODEL '{module}:{function}' returned a {type(model).__name__}: it takes no arguments and returns a "

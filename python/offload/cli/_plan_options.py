@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+
+from ._arguments import Parser, count, positive
 
 __all__ = ["add_plan"]
 
@@ -22,33 +23,26 @@ examples:
   offload plan --params 8e9 --layers 32 --hidden 4096 --hardware 4090
   offload plan ./Llama-3.1-8B --hardware h200 --host-memory 110GiB --batch 4 16
   offload plan config.json                         (this machine, measured)
-  offload plan my_package.model:build --hardware a100-80 --gpus 8 --interconnect ib-hdr200
+  offload plan package.module:build --gpus 8 --interconnect ib-hdr200
 
 exit codes: 0 it fits, 2 nothing fits, bad arguments or a missing package, 130 stopped by Ctrl-C
 """
 
 
-def add_plan(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser],
-    *,
-    positive: Callable[[str], int],
-    count: Callable[[str], int],
-) -> None:
-    """positive, count: the types of whole numbers and of numbers of parameters."""
+def add_plan(commands: argparse._SubParsersAction[Parser]) -> None:
     plan = commands.add_parser(
         "plan",
         help="what fits, where, and how fast, on this machine or another; nothing is allocated",
         description=_DESCRIPTION,
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_model(plan, positive, count)
-    _add_training(plan, positive)
-    _add_hardware(plan, positive)
+    _add_model(plan)
+    _add_training(plan)
+    _add_hardware(plan)
     plan.add_argument("--json", action="store_true", help="one JSON object")
 
 
-def _add_model(plan: argparse.ArgumentParser, positive: Callable[[str], int], count: Callable[[str], int]) -> None:
+def _add_model(plan: Parser) -> None:
     model = plan.add_argument_group("the model")
     model.add_argument(
         "model",
@@ -65,7 +59,7 @@ def _add_model(plan: argparse.ArgumentParser, positive: Callable[[str], int], co
     model.add_argument("--vocabulary", type=positive, metavar="N", help="its vocabulary (default 128256)")
 
 
-def _add_training(plan: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+def _add_training(plan: Parser) -> None:
     training = plan.add_argument_group("the training")
     training.add_argument(
         "--dtype",
@@ -107,7 +101,7 @@ def _add_training(plan: argparse.ArgumentParser, positive: Callable[[str], int])
     )
 
 
-def _add_hardware(plan: argparse.ArgumentParser, positive: Callable[[str], int]) -> None:
+def _add_hardware(plan: Parser) -> None:
     from offload import Hardware  # needs no torch
 
     hardware = plan.add_argument_group("the hardware")

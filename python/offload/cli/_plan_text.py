@@ -27,11 +27,11 @@ _LANES = {
 def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """The whole report: the verdict, what it is of, and the tables with their remarks."""
     shown: list[Piece] = [_verdict(result), "", facts(_heading(result))]
-    rows, remarks = _places(result)
-    shown += ["", Table(rows, left=5, title="Where it can be"), *remarks]
+    rows, remark = _places(result)
+    shown += ["", Table(rows, left=5, title="Where it can be, in GiB", below={7: "disk"}), remark]
     if result["steps"]:
         rows, remarks = _speeds(result)
-        shown += ["", Table(rows, title="How fast it is"), *remarks]
+        shown += ["", Table(rows, title="How fast it is", words=1, below={8: "waits for"}), *remarks]
     one = " one GPU" if result["gpus"] > 1 else ""
     title = f"The largest models of Llama's shape that would fit{one}"
     shown += ["", Table(_largest(result), title=title)]
@@ -53,11 +53,11 @@ def _verdict(result: Mapping[str, Any]) -> str:
     faster = _call(result, placements[middle["placement"]], _given(placements[middle["placement"]]))
     own = [step for step in steps if step["placement"] == number and step["batch"] == middle["batch"]]
     if not own:
-        return f"It fits with {faster},\nabout {_pace(middle)}; {call} leaves no room for activations."
-    taken = f"It fits: {call} takes {_off(placements[number])} off the device,\nabout {_pace(own[0])}."
+        return f"It fits with {faster}, about {_pace(middle)}; {call} leaves no room for activations."
+    taken = f"It fits: {call} takes {_off(placements[number])} off the device, about {_pace(own[0])}."
     if middle["placement"] == number:
         return taken
-    return f"{taken}\nFaster: {faster}, about {_figures(middle['tokens_per_s'])}."
+    return f"{taken}\nFaster: {faster}, about {_figures(middle['tokens_per_s'])} tokens/s."
 
 
 def _call(result: Mapping[str, Any], placed: Mapping[str, Any], options: Mapping[str, str]) -> str:
@@ -125,47 +125,46 @@ def _heading(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "needs",
             f"{_gib(result['resident_bytes'])} for weights, gradients and optimizer states, {each:.3g} bytes a "
-            "parameter,",
+            f"parameter, and about {_gib(result['sequence_bytes'])} for the activations of each sequence (the rule of "
+            f"thumb of 40 GB a billion parameters: {_gib(result['rule_of_thumb_bytes'])})",
         ),
-        ("", f"and {_gib(result['sequence_bytes'])} for the activations of each sequence, about"),
-        ("", f"(the rule of thumb of 40 GB a billion parameters: {_gib(result['rule_of_thumb_bytes'])})"),
     ]
     return lines + [("note", note) for note in result["notes"]]
 
 
-def _places(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
+def _places(result: Mapping[str, Any]) -> tuple[Rows, str]:
     steps = result["steps"]
     batches = sorted({step["batch"] for step in steps})
     shown = batches[len(batches) // 2] if batches else None
     of_shown = {step["placement"]: step for step in steps if step["batch"] == shown}
-    rows: list[Sequence[str]] = [("#", *_KINDS.values(), "device", "host", "disk", "fits", "step")]
+    rows: list[Sequence[str]] = [("#", *_KINDS.values(), "device", "host", "disk", "step")]
     for number, placed in enumerate(result["placements"]):
         optimizer, *others = (placed["options"][name] for name in _KINDS)
         if optimizer == "mixed":
             optimizer = f"{1 - placed['kept']:.0%} host"
         tiers = (_in_gib(sum(placed[tier].values())) for tier in ("device", "host", "disk"))
-        step = _seconds(of_shown[number]["seconds"]) if number in of_shown else "-"
-        fits = "no" if placed["refusal"] else "yes"
-        rows.append((str(number + 1), optimizer, *others, *tiers, fits, step))
-    room = f"{_in_gib(result['device_capacity'])} on the device and {_in_gib(result['host_capacity'])} on the host"
-    remarks = [
-        "GiB, without activations; what fits is at most " + room,
-        "and leaves the rest to activations, and to others.",
-    ]
+        step = "no" if placed["refusal"] else "-"
+        if number in of_shown:
+            step = _seconds(of_shown[number]["seconds"])
+        rows.append((str(number + 1), optimizer, *others, *tiers, step))
+    room = f"{_in_gib(result['device_capacity'])} GiB on the device and {_in_gib(result['host_capacity'])} GiB"
+    remarks = f"Without activations: what fits is at most {room} on the host, and leaves the rest to them and others."
     if result["cheapest"] is not None:
         cheapest = result["placements"][result["cheapest"]]
         is_chosen = result["plan"] is not None and _matches(cheapest, result["plan"])
         chosen = " and what `wrap` chooses" if is_chosen else ""
-        remarks.append(f"#{result['cheapest'] + 1} is the least offloading that fits{chosen}.")
+        remarks += f" #{result['cheapest'] + 1} is the least offloading that fits{chosen}."
     if of_shown:
-        remarks[-1] += f" Steps are of {next(iter(of_shown.values()))['tokens']:,} tokens."
+        tokens = f"{next(iter(of_shown.values()))['tokens']:,} tokens"
+        remarks += (
+            f" Steps are of {tokens}; no: it does not fit; -: it does, and so many leave no room for activations."
+        )
     return rows, remarks
 
 
 def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
-    rows: list[Sequence[str]] = [
-        ("#", "tokens", "parts", "device", "host", "step", "tokens/s", "computes", "waits for")
-    ]
+    header = ("#", "tokens", "parts", "device GiB", "host GiB", "step", "tokens/s", "computes", "waits for")
+    rows: list[Sequence[str]] = [header]
     for number in result["fastest"]:
         step = result["steps"][number]
         on_host = sum(result["placements"][step["placement"]]["host"].values()) + step["activation_host_bytes"]
@@ -186,8 +185,9 @@ def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
     lanes = sorted(((lane, s) for lane, s in smallest["busy"].items() if s), key=lambda item: -item[1])
     busy = ", ".join(f"{_LANES[lane]} {_seconds(seconds)}" for lane, seconds in lanes)
     return rows, [
-        "Each with the placement that is fastest, by its #. parts: micro-batches, as few as memory allows; device and",
-        "host: GiB with activations; computes: the share of the step; waits for: what it waits for most, and how long.",
+        "A step of so many tokens with the placement that is fastest, by its #. parts: micro-batches, as few as memory "
+        "allows; device and host: with activations; computes: the share of the step; waits for: what it waits for "
+        "most, and how long.",
         f"{smallest['tokens']:,} tokens need: {busy}.",
     ]
 

@@ -54,7 +54,7 @@ def run_trace_report(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace, trace: offload.trace) -> None:
     if options.json:
-        print(json.dumps(trace.report.to_dict()))
+        print(json.dumps({"schema_version": 1, **trace.report.to_dict()}))
     else:
         show_report(trace.report)
     for path in (options.out, options.html):

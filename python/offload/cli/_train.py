@@ -17,7 +17,7 @@ from ._training import Run, train
 __all__ = ["run_train"]
 
 _CHECK_STEPS = 20
-_KINDS = ("weights", "working", "master", "moments", "gradients", "window", "cache")
+_KINDS = ("weights", "working", "master", "moments", "gradients", "window", "cache", "backups")
 _EXIT_CHECK_FAILED = 1
 _EXIT_INTERRUPTED = 130
 # Plain torch.optim.AdamW orders its operations differently, so each step differs by a few fp32 roundings, which

@@ -18,6 +18,7 @@ import offload
 from ._corpus import VOCABULARY, batches
 from ._peak import Peak, measured_peak
 from ._progress import now_at, shown
+from ._table import format_bytes
 
 __all__ = ["Run", "build_model", "learning_rate_share", "train"]
 
@@ -59,6 +60,10 @@ def build_model(options: argparse.Namespace) -> nn.Module:
 
     hidden = options.hidden or _hidden_for(options.size, options.layers)
     heads = max(1, hidden // _HEAD_SIZE)
+    if hidden % (2 * heads):  # the two halves of a head are turned against each other
+        raise offload.InvalidArgument(f"--hidden {hidden}: give a multiple of {_HEAD_SIZE}, or an even number below it")
+    parameters = _count(hidden, options.layers)  # made on the host, in fp32
+    _check_room(f"the weights of {parameters:,} parameters", 4 * parameters, "--size, or --hidden and --layers")
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden,
@@ -75,13 +80,24 @@ def build_model(options: argparse.Namespace) -> nn.Module:
 
 def _hidden_for(params: int, layers: int) -> int:
     """The multiple of the head size whose model comes nearest to `params` parameters."""
-
-    def count(hidden: int) -> int:
-        return layers * (4 * hidden**2 + 3 * hidden * _intermediate(hidden)) + 2 * VOCABULARY * hidden
-
     guess = max(1, round(math.sqrt(params / (12 * layers)) / _HEAD_SIZE))
     around = [_HEAD_SIZE * heads for heads in range(max(1, guess - 2), guess + 3)]
-    return min(around, key=lambda hidden: abs(count(hidden) - params))
+    return min(around, key=lambda hidden: abs(_count(hidden, layers) - params))
+
+
+def _count(hidden: int, layers: int) -> int:
+    """Parameters, but for the norms."""
+    return layers * (4 * hidden**2 + 3 * hidden * _intermediate(hidden)) + 2 * VOCABULARY * hidden
+
+
+def _check_room(what: str, nbytes: int, remedy: str) -> None:
+    """Raises OutOfHostMemory for so many bytes where the host has no room for them."""
+    available = offload.environment()["host"]["available_bytes"]
+    if nbytes > available:
+        raise offload.OutOfHostMemory(
+            f"{what} take {format_bytes(nbytes)} in fp32, and {format_bytes(available)} of host memory are available: "
+            f"give a smaller {remedy}"
+        )
 
 
 def _intermediate(hidden: int) -> int:
@@ -137,6 +153,8 @@ def train(
     measures_peak: of device bytes, which makes the first steps slow.
     """
     run = Run()
+    tokens = options.batch * options.length
+    _check_room(f"the logits of {tokens:,} tokens", 4 * tokens * VOCABULARY, "--batch or --length")
     with shown(label, steps=steps) as progress:
         now_at("building the model")
         model, optimizer, offloaded = _prepare(options, placement, device)

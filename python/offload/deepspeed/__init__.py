@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._initialize import add_config_arguments, initialize
     from ._log import logger
     from ._schedulers import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+    from ._trainer import wrap_options
     from .accelerator import get_accelerator
     from .comm import init_distributed
 
@@ -37,6 +38,7 @@ __all__ = [
     "initialize",
     "logger",
     "ops",
+    "wrap_options",
     "zero",
 ]
 
@@ -54,6 +56,7 @@ _HOMES = {
     "init_distributed": ("comm", "init_distributed"),
     "initialize": ("_initialize", "initialize"),
     "logger": ("_log", "logger"),
+    "wrap_options": ("_trainer", "wrap_options"),
     **{
         name: ("_schedulers", name)
         for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")

@@ -69,6 +69,34 @@ and bare keys are legal. Duplicate keys are errors. Numbers and flags convert as
 Hugging Face's Trainer and Accelerate fill in keys that say `"auto"` before DeepSpeed sees them. `offload config` knows
 which they are and shows what fills them in. A script without the Trainer must write values: where DeepSpeed would take
 its default, offload does and warns; elsewhere an `auto` that nothing filled in is an error.
+
+### Hugging Face's Trainer and Accelerate
+
+`TrainingArguments(deepspeed="ds_config.json")` and Accelerate's `DeepSpeedPlugin` ask for the package `deepspeed`
+itself and bring its engine. Leave them out, and let the same file say where tensors live:
+
+```python
+model, optim = offload.wrap(model, optim, **offload.deepspeed.wrap_options("ds_config.json"))
+trainer = Trainer(model=model, args=arguments, train_dataset=data, optimizers=(optim, schedule))
+```
+
+Batch sizes, accumulation, clipping, optimizer, schedule and checkpoints are then Trainer's own arguments, and its
+`auto` has nothing left to fill in. With Accelerate give the two to `prepare`. Two things differ:
+
+- **16 bits**: DeepSpeed's `bf16` casts the model. Load it so (`from_pretrained(..., dtype=torch.bfloat16)`) and leave
+  `TrainingArguments(bf16=...)` out, which is autocast: a 16-bit weight has an fp32 master here too.
+- **`cpu_checkpointing`** moves what checkpoints save: `model.gradient_checkpointing_enable()` makes them.
+
+### What else of the package a script finds
+
+`offload.deepspeed` has the names that public scripts import, by the same paths, and what it lacks raises an error that
+names what to use. Of those that reach into the engine:
+
+- `deepspeed.utils.safe_get_full_fp32_param`, `..._grad`, `..._optimizer_state`, their `safe_set_...` and
+  `..._local_...` work at every stage, and under `offload_param` and `nvme`. As DeepSpeed's, gradients are those of the
+  scaled loss. A weight that is set counts in the next forward (DeepSpeed's: after the next step).
+- `deepspeed.utils.zero_to_fp32` reads offload's checkpoints, and DeepSpeed's of one rank.
+- Weights that come and go have `ds_id`, `ds_status`, `ds_shape` and `ds_numel`, by which scripts know what to gather.
 """
 _ENVIRONMENT = """\
 ## Environment variables and launcher flags

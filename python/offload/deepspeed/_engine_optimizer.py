@@ -120,8 +120,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         if not self._takes_norm:
             self.optimizer.step()
             return
-        gradients = [p.grad for group in self.param_groups for p in group["params"]]
-        norm = global_norm([gradient for gradient in gradients if gradient is not None])
+        norm = global_norm(self.optimizer.gradients())
         scale = self.loss_scale
         if scale != 1.0:
             norm = norm / scale

@@ -20,7 +20,7 @@ from ._engine_optimizer import EngineOptimizer
 from ._log import logger, show_log
 from ._loss_scale import make_loss_scale
 from ._optimizers import check_share, make_optimizer, make_scheduler
-from ._placement import Placed, check_values, wrap_options, wrapped_models
+from ._placement import Placed, check_values, is_wrapped, wrap_options
 from ._settings import Settings
 from .accelerator import get_accelerator
 from .comm import require_one_process
@@ -85,7 +85,7 @@ def initialize(
         raise offload.InvalidArgument(f"mesh_param={mesh_param}: one process is supported; leave it out")
     given = _config_of(args, config, config_params)
     settings = _config.load(given, strict=strict, auto=auto)
-    if model in wrapped_models():
+    if is_wrapped(model):
         raise offload.StateError("this model has an engine already: call its destroy() first")
     show_log()
     for notice in settings.notices:
@@ -96,7 +96,7 @@ def initialize(
     if settings.activation_checkpointing.configured and not checkpointing.is_configured():
         checkpointing.configure()
 
-    device = get_accelerator().device
+    device = get_accelerator().torch_device
     # What can be refused comes before the cast, which is not undone: that would take a second copy of the weights.
     plain = _optimizer(optimizer, model, model_parameters, settings)
     if plain is not None and settings.placement.optimizer == "host":

@@ -1,10 +1,10 @@
-"""The words that scripts give to `engine.offload_states`, by DeepSpeed's names."""
+"""The words for places and stages that scripts give and read, by DeepSpeed's names."""
 
 from __future__ import annotations
 
 import enum
 
-__all__ = ["OffloadDeviceEnum", "OffloadStateTypeEnum"]
+__all__ = ["OffloadDeviceEnum", "OffloadStateTypeEnum", "ZeroParamStatus"]
 
 
 class OffloadDeviceEnum(str, enum.Enum):
@@ -23,3 +23,11 @@ class OffloadStateTypeEnum(str, enum.Enum):
     lp_params = "lp_params"
     lp_grads = "lp_grads"
     contiguous_grad_buffer = "contiguous_grad_buffer"
+
+
+class ZeroParamStatus(enum.Enum):
+    """`parameter.ds_status` of weights that come and go. They have NOT_AVAILABLE all the time: gather them."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3

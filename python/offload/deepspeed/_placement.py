@@ -4,24 +4,42 @@ from __future__ import annotations
 
 import os
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import offload
 
+from ._offload_config import ZeroParamStatus
 from ._settings import Placement
 
-__all__ = ["Placed", "check_values", "wrap_options", "wrapped_models"]
+__all__ = ["Placed", "check_values", "is_wrapped", "model_of", "optimizer_of", "wrap_options"]
 
-# The models that engines have wrapped: parameters are given without the model that they are of.
-_wrapped: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+# Of a weight that comes and goes; scripts gather what has a `ds_id`, and read the rest as it is.
+_MARKS = ("ds_id", "ds_status", "ds_shape", "ds_numel")
 
 
-def wrapped_models() -> list[nn.Module]:
-    """The models that are wrapped now."""
-    return list(_wrapped)
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether an engine has wrapped the model."""
+    return model in _wrapped
+
+
+def model_of(parameter: Tensor) -> nn.Module | None:
+    """The wrapped model that a parameter is of."""
+    for model, wrapping in _wrapped.items():
+        own = wrapping.parameters.get(id(parameter))
+        if own is not None and own() is parameter:
+            return model
+    return None
+
+
+def optimizer_of(parameter: Tensor) -> offload.OffloadOptimizer | None:
+    """The optimizer of the wrapped model that a parameter is of, as long as there is its engine."""
+    model = model_of(parameter)
+    placed = None if model is None else _wrapped[model].placed()
+    return None if placed is None else placed.wrapped
 
 
 def check_values(model: nn.Module) -> None:
@@ -66,10 +84,16 @@ class Placed:
         if optimizer is not None:
             _, self.wrapped = offload.wrap(module, optimizer, **options)
             self._first = _places(self.wrapped.plan)
-            _wrapped.add(module)
         elif options["params"] != "device":
             offload.wrap(module, None, **options | {"optimizer": "device", "gradients": "device"})
-            _wrapped.add(module)
+        else:
+            return
+        parameters = {id(parameter): weakref.ref(parameter) for parameter in module.parameters()}
+        _wrapped[module] = _Wrapping(parameters, weakref.ref(self))
+        if options["params"] != "device":
+            for number, parameter in enumerate(module.parameters()):
+                values = (number, ZeroParamStatus.NOT_AVAILABLE, parameter.shape, parameter.numel())
+                parameter.__dict__.update(zip(_MARKS, values, strict=True))
 
     def move(self, tier: str | None) -> offload.OffloadOptimizer:
         """Everything to `tier`, None: to where it was at first. Returns the optimizer that is valid from now on."""
@@ -94,7 +118,22 @@ class Placed:
     def unwrap(self) -> None:
         if self.module in _wrapped:
             offload.unwrap(self.module, self.wrapped)
-            _wrapped.discard(self.module)
+            del _wrapped[self.module]
+            for parameter in self.module.parameters():
+                for mark in _MARKS:
+                    parameter.__dict__.pop(mark, None)
+
+
+@dataclass(frozen=True)
+class _Wrapping:
+    """Of a model that is wrapped: its parameters by identity (comparing tensors compares elements), and by what."""
+
+    parameters: dict[int, weakref.ref[nn.Parameter]]
+    placed: weakref.ref[Placed]
+
+
+# Parameters are given without the model that they are of. Nothing in here keeps a model.
+_wrapped: weakref.WeakKeyDictionary[nn.Module, _Wrapping] = weakref.WeakKeyDictionary()
 
 
 def _places(plan: offload.Plan) -> tuple[str, str, str]:

@@ -9,10 +9,13 @@ fp32 tensor, and so are its moments, in parts (`sub_group_size`) at stage 3, whi
 from __future__ import annotations
 
 import argparse
+import enum
+import itertools
 import math
 import os
 import pickle
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,17 @@ from torch import Tensor, nn
 
 from offload import Checkpoint, InvalidArgument, StorageError
 
-__all__ = ["COUNTERS", "ENGINE_ENTRY", "is_zero_checkpoint", "load_zero_checkpoint"]
+__all__ = [
+    "COUNTERS",
+    "ENGINE_ENTRY",
+    "DynamicLossScaler",
+    "LossScaler",
+    "ZeroStageEnum",
+    "fragment_address",
+    "is_zero_checkpoint",
+    "load_zero_checkpoint",
+    "zero_checkpoint_weights",
+]
 
 # In the client state of a loaded checkpoint: what the engine itself goes on from.
 ENGINE_ENTRY = "deepspeed_engine"
@@ -34,13 +47,18 @@ def _stand_in(path: str, base: type = object) -> type:
     return type(name, (base,), {"__module__": module, "__qualname__": name})
 
 
-_ALLOWED: list[Any] = [
-    _stand_in("deepspeed.runtime.fp16.loss_scaler.LossScaler"),
-    _stand_in("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
-    _stand_in("deepspeed.utils.tensor_fragment.fragment_address"),
-    _stand_in("deepspeed.runtime.zero.config.ZeroStageEnum", int),
-    argparse.Namespace,  # scripts save their arguments in the client state
-]
+# Scripts import these too, to tell `torch.load` that they may be in a file.
+LossScaler = _stand_in("deepspeed.runtime.fp16.loss_scaler.LossScaler")
+DynamicLossScaler = _stand_in("deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler")
+fragment_address = _stand_in("deepspeed.utils.tensor_fragment.fragment_address")
+ZeroStageEnum = enum.Enum(
+    "ZeroStageEnum",
+    {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3, "max_stage": 3},
+    module="deepspeed.runtime.zero.config",
+    type=int,
+)
+# argparse.Namespace: scripts save their arguments in the client state.
+_ALLOWED: list[Any] = [LossScaler, DynamicLossScaler, fragment_address, ZeroStageEnum, argparse.Namespace]
 
 # What the model's file holds of the engine; every other entry is the user's client state.
 _ENGINE_ENTRIES = {
@@ -81,6 +99,90 @@ def load_zero_checkpoint(
         StorageError: there is no such checkpoint, it cannot be read, or holds what no ZeRO checkpoint needs.
         InvalidArgument: it is of several ranks, or of another model or optimizer. Nothing was changed in both cases.
     """
+    zero = _open(directory, tag)
+    folder, saved, states, masters, groups = zero.folder, zero.model, zero.states, zero.masters, zero.groups
+    weights = zero.weights()
+    _check_weights(folder, model, weights, strict=strict)
+    if optim is not None:
+        names = {id(p): name for name, p in model.named_parameters()}
+        own = [[(names[id(p)], p) for p in group["params"] if p.requires_grad] for group in optim.param_groups]
+        if states is None:
+            packed = _whole_states(folder, saved.get("optimizer"), own)
+        else:
+            packed = _flat_states(folder, states, masters or [], groups, zero.slices, own)
+        optim.load_state_dict(packed)
+    model.load_state_dict(weights, strict=strict)
+    client = {key: value for key, value in saved.items() if key not in _ENGINE_ENTRIES}
+    client[ENGINE_ENTRY] = {
+        **{name: saved[name] for name in COUNTERS if name in saved},
+        "lr_scheduler": saved.get("lr_scheduler"),
+        "loss_scale": _loss_scale(saved.get("optimizer") if states is None else states),
+    }
+    return Checkpoint(folder, folder.name, client)
+
+
+def zero_checkpoint_weights(
+    directory: str | os.PathLike[str], *, tag: str | None = None, exclude_frozen: bool = False
+) -> dict[str, Tensor]:
+    """Weights and buffers in fp32 by name: the masters where ZeRO kept some, on mapped pages of the files.
+
+    Raises as `load_zero_checkpoint`.
+    """
+    zero = _open(directory, tag)
+    weights = zero.weights()
+    for master, shapes, number in zip(zero.masters or (), zero.groups, itertools.count()):
+        weights.update(_in_pieces(master, shapes, None if zero.slices is None else zero.slices[number]))
+    weights.update(zero.tied(weights))
+    frozen = zero.frozen(weights) if exclude_frozen else ()
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor) and name not in frozen}
+    return {name: value.float() if value.is_floating_point() else value for name, value in tensors.items()}
+
+
+@dataclass(frozen=True)
+class _Zero:
+    """One rank's checkpoint: the files of the model and of the optimizer, None where the optimizer is in the first.
+
+    masters: flat fp32 weights of each of `groups`, which have the shapes by name. slices: where each lies.
+    """
+
+    folder: Path
+    model: dict[str, Any]
+    states: Mapping[str, Any] | None
+    masters: list[Tensor] | None
+    is_stage_3: bool
+
+    @property
+    def groups(self) -> Sequence[Mapping[str, Sequence[int]]]:
+        return self.model.get("param_shapes") or ()
+
+    @property
+    def slices(self) -> Sequence[Mapping[str, Any]] | None:
+        return None if self.states is None else self.states.get("param_slice_mappings")
+
+    def tied(self, weights: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: weights[first] for name, first in (self.model.get("shared_params") or {}).items()}
+
+    def frozen(self, weights: Mapping[str, Any]) -> set[str]:
+        """Names of what is in no group, and no buffer; none at stage 0, which does not say what the groups are."""
+        trained = {name for group in self.groups for name in group}
+        known = trained.union(self.model.get("buffer_names") or (), self.model.get("shared_params") or ())
+        return weights.keys() - known if trained else set()
+
+    def weights(self) -> dict[str, Any]:
+        """What `model.state_dict()` gave; at stage 3 its parameters are the masters."""
+        weights = dict(self.model["module"])
+        if not self.is_stage_3:
+            return weights
+        if self.masters is None:
+            raise StorageError(f"{self.folder} is of stage 3 and has no optimizer states, where its weights would be")
+        for master, shapes in zip(self.masters, self.groups, strict=True):
+            weights.update(_in_pieces(master, shapes))
+        for name, shape in (self.model.get("frozen_param_shapes") or {}).items():
+            weights[name] = self.model["frozen_param_fragments"][name][: math.prod(shape)].view(shape)
+        return weights | self.tied(weights)
+
+
+def _open(directory: str | os.PathLike[str], tag: str | None) -> _Zero:
     place = Path(directory)
     folder = place / (_latest(place) if tag is None else tag)
     path = _model_file(folder)
@@ -92,37 +194,10 @@ def load_zero_checkpoint(
             f"{folder} was saved by {saved.get('dp_world_size')} data-parallel and {saved.get('mp_world_size')} "
             "model-parallel ranks, and one rank's can be loaded: convert it with DeepSpeed's zero_to_fp32 first"
         )
-    zero = next(iter(sorted(folder.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))), None)
-    groups = saved.get("param_shapes") or ()
-    states = None if zero is None else _read(zero)["optimizer_state_dict"]
+    file = next(iter(sorted(folder.glob("*zero_pp_rank_0_mp_rank_00_optim_states.pt"))), None)
+    states = None if file is None else _read(file)["optimizer_state_dict"]
     masters = None if states is None else _flat_masters(states)
-    slices = None if states is None else states.get("param_slice_mappings")
-    weights = dict(saved["module"])
-    if path.name.startswith("zero_pp"):
-        if masters is None:
-            raise StorageError(f"{folder} is of stage 3 and has no optimizer states, where its weights would be")
-        for master, shapes in zip(masters, groups, strict=True):
-            weights.update(_in_pieces(master, shapes))
-        for name, shape in (saved.get("frozen_param_shapes") or {}).items():
-            weights[name] = saved["frozen_param_fragments"][name][: math.prod(shape)].view(shape)
-        weights.update({name: weights[first] for name, first in (saved.get("shared_params") or {}).items()})
-    _check_weights(folder, model, weights, strict=strict)
-    if optim is not None:
-        names = {id(p): name for name, p in model.named_parameters()}
-        own = [[(names[id(p)], p) for p in group["params"] if p.requires_grad] for group in optim.param_groups]
-        if states is None:
-            packed = _whole_states(folder, saved.get("optimizer"), own)
-        else:
-            packed = _flat_states(folder, states, masters or [], groups, slices, own)
-        optim.load_state_dict(packed)
-    model.load_state_dict(weights, strict=strict)
-    client = {key: value for key, value in saved.items() if key not in _ENGINE_ENTRIES}
-    client[ENGINE_ENTRY] = {
-        **{name: saved[name] for name in COUNTERS if name in saved},
-        "lr_scheduler": saved.get("lr_scheduler"),
-        "loss_scale": _loss_scale(saved.get("optimizer") if states is None else states),
-    }
-    return Checkpoint(folder, folder.name, client)
+    return _Zero(folder, saved, states, masters, path.name.startswith("zero_pp"))
 
 
 # Our names and theirs: stage 0 saves all but the last in its optimizer's states, the others in an object in theirs.

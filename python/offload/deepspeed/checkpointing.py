@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -58,15 +59,21 @@ def reset() -> None:
     """Forgets nothing: what backward of an unfinished step would need is freed with its graph."""
 
 
-def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """Runs `function(*args)` and saves `args` alone; backward computes the rest again, with the same random state."""
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs `function(*args, **kwargs)` and saves those alone; backward computes the rest again, with the same random
+    state.
+    """
+    if kwargs:  # torch would take some of the names for its own
+        function = functools.partial(function, **kwargs)
     if _state.region is None:
         return torch_checkpoint.checkpoint(function, *args, use_reentrant=False)
     with _state.region:
         return torch_checkpoint.checkpoint(function, *args, use_reentrant=False)
 
 
-non_reentrant_checkpoint = checkpoint
+def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """As `checkpoint`."""
+    return checkpoint(function, *args)
 
 
 def set_num_layers(nlayers: int) -> None:

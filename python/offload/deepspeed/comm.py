@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import torch
@@ -12,12 +13,17 @@ from torch.distributed import ReduceOp
 import offload
 
 __all__ = [
-    "ReduceOp", "all_gather", "all_reduce", "barrier", "broadcast", "destroy_process_group", "get_local_rank",
-    "get_rank", "get_world_group", "get_world_size", "init_distributed", "is_available", "is_initialized",
-    "new_group", "reduce", "require_one_process",
+    "ReduceOp", "all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all",
+    "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "destroy_process_group", "gather",
+    "get_all_ranks_from_group", "get_global_rank", "get_local_rank", "get_rank", "get_world_group", "get_world_size",
+    "inference_all_reduce", "init_distributed", "is_available", "is_initialized", "monitored_barrier", "new_group",
+    "reduce", "reduce_scatter", "reduce_scatter_fn", "reduce_scatter_tensor", "require_one_process", "scatter",
 ]  # fmt: skip
 
 _initialized = False
+
+# DeepSpeed's is a package: `deepspeed.comm.comm` has the same names.
+comm = sys.modules[f"{__name__}.comm"] = sys.modules[__name__]
 
 
 def __getattr__(name: str) -> Any:
@@ -90,25 +96,159 @@ def get_world_group() -> None:
     """None stands for the group of this process."""
 
 
-def barrier(*args: Any, **kwargs: Any) -> None:
+def get_global_rank(group: Any = None, group_rank: int = 0) -> int:
+    return 0
+
+
+def get_all_ranks_from_group(group: Any = None) -> list[int]:
+    return [0]
+
+
+# --- collectives: what one process gets is what it gave -----------------------------------------------------------
+
+
+class _Ended:
+    """What a collective with `async_op=True` returns."""
+
+    def wait(self, *args: Any) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
+
+
+def _handle(async_op: bool) -> _Ended | None:
+    return _Ended() if async_op else None
+
+
+def _check_rank(call: str, rank: int | None) -> None:
+    if rank not in (0, None):
+        raise offload.InvalidArgument(f"{call}={rank}): the only rank is 0")
+
+
+def barrier(*args: Any, **kwargs: Any) -> _Ended | None:
     """Returns at once: there is nobody to wait for."""
+    return _handle(kwargs.get("async_op", False))
 
 
-def all_reduce(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+monitored_barrier = barrier
+
+
+def all_reduce(
+    tensor: Tensor, op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False, **ignored: Any
+) -> _Ended | None:
     """Leaves `tensor` as it is: the sum, mean or maximum over one process."""
+    return _handle(async_op)
 
 
-def broadcast(tensor: Tensor, src: int = 0, *args: Any, **kwargs: Any) -> None:
+inference_all_reduce = all_reduce
+
+
+def reduce(
+    tensor: Tensor, dst: int = 0, op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False, **ignored: Any
+) -> _Ended | None:
+    """As `all_reduce`. Raises `InvalidArgument` for a destination other than rank 0."""
+    _check_rank("reduce(dst", dst)
+    return _handle(async_op)
+
+
+def broadcast(tensor: Tensor, src: int = 0, group: Any = None, async_op: bool = False, **ignored: Any) -> _Ended | None:
     """Leaves `tensor` as it is. Raises `InvalidArgument` for a source other than rank 0."""
-    if src != 0:
-        raise offload.InvalidArgument(f"broadcast(src={src}): the only rank is 0")
+    _check_rank("broadcast(src", src)
+    return _handle(async_op)
 
 
-def reduce(tensor: Tensor, dst: int = 0, *args: Any, **kwargs: Any) -> None:
-    """As `all_reduce`."""
+def broadcast_object_list(
+    object_list: list[Any], src: int = 0, group: Any = None, device: Any = None, **ignored: Any
+) -> None:
+    """Leaves the list as it is. Raises `InvalidArgument` for a source other than rank 0."""
+    _check_rank("broadcast_object_list(src", src)
 
 
-def all_gather(tensor_list: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+def all_gather(
+    tensor_list: list[Tensor], tensor: Tensor, group: Any = None, async_op: bool = False, **ignored: Any
+) -> _Ended | None:
     """Copies `tensor` into the one tensor of `tensor_list`."""
     (gathered,) = tensor_list
-    gathered.copy_(tensor)
+    return _copied(gathered, tensor, async_op)
+
+
+def all_gather_object(object_list: list[Any], obj: Any, group: Any = None, **ignored: Any) -> None:
+    """Puts `obj` into the one place of the list."""
+    object_list[:] = [obj]
+
+
+def gather(
+    tensor: Tensor, gather_list: list[Tensor] | None = None, dst: int = 0, group: Any = None, async_op: bool = False,
+    **ignored: Any,
+) -> _Ended | None:  # fmt: skip
+    """As `all_gather`. Raises `InvalidArgument` for a destination other than rank 0."""
+    _check_rank("gather(dst", dst)
+    return all_gather(gather_list or [tensor], tensor, group, async_op)
+
+
+def scatter(
+    tensor: Tensor, scatter_list: list[Tensor] | None = None, src: int = 0, group: Any = None, async_op: bool = False,
+    **ignored: Any,
+) -> _Ended | None:  # fmt: skip
+    """As `reduce_scatter`. Raises `InvalidArgument` for a source other than rank 0."""
+    _check_rank("scatter(src", src)
+    return reduce_scatter(tensor, scatter_list or [tensor], group=group, async_op=async_op)
+
+
+def reduce_scatter(
+    output: Tensor, input_list: list[Tensor], op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False,
+    **ignored: Any,
+) -> _Ended | None:  # fmt: skip
+    """Copies the one tensor of `input_list` into `output`."""
+    (own,) = input_list
+    return _copied(output, own, async_op)
+
+
+def reduce_scatter_tensor(
+    output_tensor: Tensor, tensor: Tensor, op: Any = ReduceOp.SUM, group: Any = None, async_op: bool = False,
+    **ignored: Any,
+) -> _Ended | None:  # fmt: skip
+    """Copies `tensor` into `output_tensor`."""
+    return _copied(output_tensor, tensor, async_op)
+
+
+reduce_scatter_fn = reduce_scatter_tensor
+
+
+def all_gather_into_tensor(
+    output_tensor: Tensor, tensor: Tensor, group: Any = None, async_op: bool = False, **ignored: Any
+) -> _Ended | None:
+    """Copies `tensor` into `output_tensor`."""
+    return _copied(output_tensor, tensor, async_op)
+
+
+def all_to_all_single(
+    output: Tensor, tensor: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, group: Any = None,
+    async_op: bool = False, **ignored: Any,
+) -> _Ended | None:  # fmt: skip
+    """Copies `tensor` into `output`."""
+    return _copied(output, tensor, async_op)
+
+
+def all_to_all(
+    output_tensor_list: list[Tensor],
+    input_tensor_list: list[Tensor],
+    group: Any = None,
+    async_op: bool = False,
+    **ignored: Any,
+) -> _Ended | None:
+    """Copies the one tensor of the second list into the one of the first."""
+    (own,) = input_tensor_list
+    return all_gather(output_tensor_list, own, group, async_op)
+
+
+def _copied(output: Tensor, tensor: Tensor, async_op: bool) -> _Ended | None:
+    """A copy of the values in their order: the two may have other shapes, as ranks stacked or in a row."""
+    if output.numel() != tensor.numel():
+        raise offload.InvalidArgument(
+            f"the result has {output.numel()} elements and one process gives {tensor.numel()}: make it as large as that"
+        )
+    with torch.no_grad():
+        output.copy_(tensor.reshape(output.shape))
+    return _handle(async_op)

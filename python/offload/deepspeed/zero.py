@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import offload
 from . import _config, _placement
 from ._casting import TORCH_DTYPES
 from ._log import logger, show_log
+from ._offload_config import ZeroParamStatus
 from ._read import read
 
 __all__ = [
@@ -130,26 +130,20 @@ class GatheredParameters:
         self._entered: contextlib.ExitStack | None = None
 
     def __enter__(self) -> None:
-        wanted = {id(parameter) for parameter in self._params}
+        wanted: dict[nn.Module, list[nn.Parameter]] = {}
+        for parameter in self._params:
+            model = _placement.model_of(parameter)
+            if model is not None:
+                wanted.setdefault(model, []).append(parameter)
         with contextlib.ExitStack() as entered:
-            for model in _placement.wrapped_models():
-                mine = [parameter for parameter in model.parameters() if id(parameter) in wanted]
-                if mine:
-                    entered.enter_context(offload.full_params(model, mine))
+            for model, parameters in wanted.items():
+                entered.enter_context(offload.full_params(model, parameters))
             self._entered = entered.pop_all()
 
     def __exit__(self, *error: Any) -> None:
         entered, self._entered = self._entered, None
         if entered is not None:
             entered.__exit__(*error)
-
-
-class ZeroParamStatus(enum.Enum):
-    """For scripts that look at `parameter.ds_status` where there is one. Parameters here have none."""
-
-    AVAILABLE = 1
-    NOT_AVAILABLE = 2
-    INFLIGHT = 3
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

@@ -1,0 +1,275 @@
+// Updates ahead of the step: kept to the bit, undone to the byte, in every format of the states.
+
+#include "pipeline/update_ahead.h"
+
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "check.h"
+#include "device/host_device.h"
+#include "pipeline/step_pipeline.h"
+
+namespace offload {
+namespace {
+
+constexpr AdamWScalars kScalars{.weight_scale = 0.99f,
+                                .l2 = 0.0f,
+                                .one_minus_beta1 = 0.1f,
+                                .beta2 = 0.999f,
+                                .one_minus_beta2 = 0.001f,
+                                .step_size = 0.01f,
+                                .eps = 1e-8f,
+                                .maximize = false,
+                                .step = 3};
+
+// The states of one parameter, as bytes, in any format.
+struct States {
+  static constexpr size_t kCount = 3000;  // three chunks, the last one short
+  MasterFormat master_format;
+  MomentFormat moment_format;
+  std::vector<float> gradient = std::vector<float>(kCount);
+  std::vector<float> master = std::vector<float>(kCount), scales = std::vector<float>(24, 0.001f);
+  std::vector<uint16_t> weight = std::vector<uint16_t>(kCount, 0x3f80),
+                        on_device = std::vector<uint16_t>(kCount);
+  std::vector<float> exp_avg = std::vector<float>(kCount), exp_avg_sq = std::vector<float>(kCount);
+
+  States(MasterFormat of_master, MomentFormat of_moments)
+      : master_format(of_master), moment_format(of_moments) {
+    for (size_t i = 0; i < kCount; ++i) gradient[i] = std::sin(static_cast<float>(i));
+    if (master_format == MasterFormat::kBFloat16) std::memset(master.data(), 0x3f, kCount * 2);
+  }
+
+  UpdateSpan span() {
+    const bool is_int8 = moment_format == MomentFormat::kInt8;
+    return {.gradient = gradient.data(),
+            .master = master.data(),
+            .weight = master_format == MasterFormat::kBFloat16 ? nullptr : weight.data(),
+            .exp_avg = exp_avg.data(),
+            .exp_avg_sq = exp_avg_sq.data(),
+            .count = kCount,
+            .gradient_format = FloatFormat::kFloat32,
+            .weight_format = FloatFormat::kBFloat16,
+            .master_format = master_format,
+            .moment_format = moment_format,
+            .exp_avg_scales = is_int8 ? scales.data() : nullptr,
+            .exp_avg_sq_scales = is_int8 ? scales.data() + 12 : nullptr,
+            .rounding_seed = 7};
+  }
+
+  ParameterSlot slot() {
+    const void* source =
+        master_format == MasterFormat::kBFloat16 ? static_cast<void*>(master.data()) : weight.data();
+    return {.name = "w",
+            .span = span(),
+            .upload_source = source,
+            .device_weight = on_device.data(),
+            .weight_bytes = kCount * 2};
+  }
+
+  void update(const std::vector<Factor>& factors = {}, AdamWScalars scalars = kScalars) {
+    update_states(span(), scalars, factors.data(), factors.size(), false, active_isa());
+  }
+
+  bool is(const States& other) const {
+    const auto same = [](const std::vector<float>& one, const std::vector<float>& two) {
+      return std::memcmp(one.data(), two.data(), one.size() * sizeof(float)) == 0;
+    };
+    return same(master, other.master) && same(scales, other.scales) && same(exp_avg, other.exp_avg) &&
+           same(exp_avg_sq, other.exp_avg_sq) && weight == other.weight;
+  }
+};
+
+struct Fixture {
+  std::shared_ptr<HostDevice> device = std::make_shared<HostDevice>(HostDeviceOptions());
+  std::shared_ptr<TransferQueue> transfers = std::make_shared<TransferQueue>(device);
+  std::unique_ptr<StepPipeline> pipeline = std::make_unique<StepPipeline>(transfers, 1024);
+  States states;
+  int64_t slot;
+  std::vector<char> backup;
+
+  explicit Fixture(MasterFormat master = MasterFormat::kSplit, MomentFormat moments = MomentFormat::kFloat32)
+      : states(master, moments),
+        slot(pipeline->add_slot(states.slot())),
+        backup(pipeline->backup_bytes(slot), char{0x55}) {}
+
+  StepJob job(const Ticket& gradient = {}, AdamWScalars scalars = kScalars) {
+    return {.slot = slot,
+            .gradient = states.gradient.data(),
+            .gradient_format = FloatFormat::kFloat32,
+            .tickets = {gradient},
+            .scalars = scalars,
+            .factors = {},
+            .flush_denormals = false};
+  }
+
+  Ticket speculate(const Ticket& gradient = {}) { return pipeline->speculate(job(gradient), backup.data()); }
+  void begin() { CHECK(speculate().wait()); }
+
+  void step(AdamWScalars scalars = kScalars, std::vector<PendingFactor> factors = {}) {
+    StepJob next = job({}, scalars);
+    next.factors = std::move(factors);
+    pipeline->wait(pipeline->submit({next}, 0));
+  }
+
+  bool counted(uint64_t kept, uint64_t discarded) const {
+    return pipeline->stats().kept_count == kept && pipeline->stats().discarded_count == discarded;
+  }
+};
+
+template <typename Test>
+void in_every_format(Test test) {
+  for (const MasterFormat master : {MasterFormat::kFloat32, MasterFormat::kSplit, MasterFormat::kBFloat16}) {
+    for (const MomentFormat moments :
+         {MomentFormat::kFloat32, MomentFormat::kBFloat16, MomentFormat::kInt8}) {
+      test(master, moments);
+    }
+  }
+}
+
+void a_step_keeps_what_was_begun() {
+  in_every_format([](MasterFormat master, MomentFormat moments) {
+    Fixture f(master, moments);
+    States expected(master, moments);
+    expected.update();
+    f.begin();
+    CHECK(f.states.is(expected));
+    CHECK(f.states.on_device == std::vector<uint16_t>(States::kCount));  // nothing is uploaded ahead
+    f.step();
+    CHECK(f.states.is(expected) && f.counted(1, 0));
+    CHECK(std::memcmp(f.states.on_device.data(), f.states.slot().upload_source, States::kCount * 2) == 0);
+    expected.update();
+    f.step();  // the next one is a step as any
+    CHECK(f.states.is(expected) && f.counted(1, 0));
+  });
+}
+
+void what_is_not_kept_is_undone() {
+  in_every_format([](MasterFormat master, MomentFormat moments) {
+    Fixture f(master, moments);
+    States expected(master, moments);
+    f.begin();
+    f.pipeline->wait({f.pipeline->discard({f.slot})});
+    CHECK(f.states.is(expected) && f.counted(0, 1));
+    f.begin();
+    const float half = 0.5f;
+    f.step(kScalars, {{FactorKind::kMultiply, &half, 0.0f}});
+    expected.update({{FactorKind::kMultiply, 0.5f}});
+    CHECK(f.states.is(expected) && f.counted(0, 2));
+    f.begin();
+    AdamWScalars other = kScalars;
+    other.step_size = 0.02f;
+    f.step(other);
+    expected.update({}, other);
+    CHECK(f.states.is(expected) && f.counted(0, 3));
+  });
+}
+
+void a_clip_that_did_not_clip_changes_nothing() {
+  Fixture f;
+  States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+  const float one = 1.0f;
+  f.begin();
+  f.step(kScalars, {{FactorKind::kMultiply, &one, 0.0f}, {FactorKind::kMultiplyWide, nullptr, 1.0f}});
+  expected.update();
+  CHECK(f.states.is(expected) && f.counted(1, 0));
+}
+
+void another_gradient_is_another_update() {
+  Fixture f;
+  States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+  f.begin();
+  const std::vector<float> gradient(States::kCount, 0.25f);
+  StepJob job = f.job();
+  job.gradient = gradient.data();
+  f.pipeline->wait(f.pipeline->submit({job}, 0));
+  expected.gradient = gradient;
+  expected.update();
+  CHECK(f.states.is(expected) && f.counted(0, 1));
+}
+
+void a_failed_gradient_touches_no_states() {
+  Fixture f;
+  const States before(MasterFormat::kSplit, MomentFormat::kFloat32);
+  const Ticket gradient = Ticket::pending();
+  const Ticket ahead = f.speculate(gradient);
+  gradient.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "the link is down")));
+  CHECK(ahead.wait());  // the job tells of it, this one does not
+  CHECK(f.states.is(before) && f.counted(0, 0));
+  f.step();  // and with a gradient that arrived the step is as any
+}
+
+void a_job_that_fails_leaves_the_states_of_the_last_step() {
+  Fixture f;
+  const States before(MasterFormat::kSplit, MomentFormat::kFloat32);
+  f.begin();
+  const Ticket factor = Ticket::pending();
+  factor.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "the link is down")));
+  const Ticket job = f.pipeline->submit({f.job(factor)}, 0)[0];
+  CHECK_THROWS(ErrorKind::kDevice, "'w': its gradient did not arrive", f.pipeline->wait({job}));
+  CHECK(f.states.is(before) && f.counted(0, 1));
+}
+
+void a_failed_upload_fails_the_job_that_kept_the_update() {
+  Fixture f;
+  f.begin();
+  f.device->fail_copy(Direction::kToDevice, 1);
+  const Ticket job = f.pipeline->submit({f.job()}, 0)[0];
+  CHECK_THROWS(ErrorKind::kDevice, "'w': its upload failed", f.pipeline->wait({job}));
+}
+
+void it_waits_for_the_slots_last_upload() {
+  Fixture f;
+  f.device->hold(Direction::kToDevice);
+  const Ticket step = f.pipeline->submit({f.job()}, 0)[0];
+  const Ticket ahead = f.speculate();
+  CHECK(!step.done() && !ahead.done());  // the upload still reads the weight
+  f.device->release(Direction::kToDevice);
+  CHECK(ahead.wait());
+  States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+  expected.update();
+  CHECK(f.states.on_device == expected.weight);
+  expected.update();
+  CHECK(f.states.is(expected));
+}
+
+void what_has_not_begun_at_the_step_never_does() {
+  Fixture f;
+  f.pipeline->hold();
+  const Ticket ahead = f.speculate();
+  const Ticket step = f.pipeline->submit({f.job()}, 0)[0];
+  CHECK(ahead.done());
+  f.pipeline->release();
+  f.pipeline->wait({step});
+  States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+  expected.update();
+  CHECK(f.states.is(expected) && f.counted(0, 0));
+}
+
+void illegal_ones_are_refused() {
+  Fixture f;
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "needs a backup", f.pipeline->speculate(f.job(), nullptr));
+  StepJob job = f.job();
+  job.factors = {{FactorKind::kMultiply, nullptr, 1.0f}};
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "without factors", f.pipeline->speculate(job, f.backup.data()));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "slot 5 does not exist", f.pipeline->discard({5}));
+}
+
+}  // namespace
+}  // namespace offload
+
+int main() {
+  using namespace offload;
+  a_step_keeps_what_was_begun();
+  what_is_not_kept_is_undone();
+  a_clip_that_did_not_clip_changes_nothing();
+  another_gradient_is_another_update();
+  a_failed_gradient_touches_no_states();
+  a_job_that_fails_leaves_the_states_of_the_last_step();
+  a_failed_upload_fails_the_job_that_kept_the_update();
+  it_waits_for_the_slots_last_upload();
+  what_has_not_begun_at_the_step_never_does();
+  illegal_ones_are_refused();
+  return test::result();
+}

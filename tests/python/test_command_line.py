@@ -1,0 +1,220 @@
+"""The door of the command: what is misspelt, too large, unwritable or unread, and the help of every command."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import offload
+from offload.cli import _parser, main
+from offload.cli._arguments import Parser
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = str(ROOT / "examples" / "deepspeed_cifar.json")
+TINY = ["--layers", "1", "--hidden", "64", "--length", "16", "--batch", "1", "--accumulate", "1", "--steps", "1"]
+PLAN = ["plan", "--layers", "2", "--hidden", "256", "--vocabulary", "1000", "--batch", "1", "--hardware", "4090"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the parser says; nothing on stdout."""
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    output = capsys.readouterr()
+    assert end.value.code == 2 and output.out == ""
+    return output.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nearest", "command"),
+    [
+        (["trian"], "'train'", "offload"),
+        (["plan", "--prams", "8e9"], "'--params'", "offload plan"),
+        (["train", "--learning-rat=1", "--stps", "4"], "'--steps'", "offload train"),
+        (["bench", "adanw"], "'adamw'", "offload bench"),
+        (["bench", "adamw", "--quik"], "'--quick'", "offload bench adamw"),
+        (["config", "chek", "x.json"], "'check'", "offload config"),
+        (["train", "--dtype", "bfloat"], "'bfloat16'", "offload train"),
+    ],
+)
+def test_the_nearest_word_is_named(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], nearest: str, command: str
+) -> None:
+    said = refused(capsys, *arguments)
+    assert f"did you mean {nearest}?" in said and said.endswith(f"`{command} --help` says more\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "--params", "1e30"], "1e30 parameters: give 1 to 1e+15"),
+        (["plan", "--params", "inf"], "'inf' is not a number such as"),
+        (["plan", "--params", "nan"], "'nan' is not a number such as"),
+        (["plan", "--batch", "1.5"], "'1.5' is not a positive whole number"),
+        (["train", "--steps", "-1"], "'-1' is not a positive whole number"),
+        (["train", "--lr", "nan"], "'nan' is not a number from 0 on"),
+        (["train", "--lr", "-1"], "'-1' is not a number from 0 on"),
+    ],
+)
+def test_numbers_say_what_is_legal(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    assert words in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", *TINY, "--hidden", "130"], "--hidden 130: give a multiple of 64"),
+        (
+            ["train", *TINY, "--size", "1e15", "--hidden", "1000000"],
+            "of host memory are available: give a smaller --size",
+        ),
+        (["train", *TINY, "--batch", "1000000000000"], "of host memory are available: give a smaller --batch"),
+        (["train", *TINY, "--optimizer", "disk"], "needs disk_path"),
+        (["memory", *TINY, "--hidden", "7"], "--hidden 7: give a multiple of 64, or an even number below it"),
+        ([*PLAN, "--gpu-memory", "0"], "--gpu-memory 0: "),
+        ([*PLAN, "--host-memory", "much"], "--host-memory much: "),
+        ([*PLAN, "--link", "pci"], "--link pci: "),
+        ([*PLAN, "--mfu", "2"], "--mfu 2.0: "),
+        (["plan", "json:dumps"], "failed with TypeError: dumps() missing 1 required positional argument: 'obj'"),
+        (
+            ["bench", "pool", "--quick", "--json", "/not/there/r.json"],
+            "--json /not/there/r.json: give a file",
+        ),
+        (["bench", "report", "r.json", "--out", "/"], "--out /: give a file in a folder"),
+        (["checkpoint", "export", "/not/there", "--out", "x"], "there is no checkpoint in /not/there"),
+    ],
+)
+def test_errors_name_the_option_and_what_to_do(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    assert main(arguments) in (1, 2)
+    output = capsys.readouterr()
+    assert words in output.err and output.out == "" and "Traceback" not in output.err
+
+
+def test_a_missing_package_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert main(["train", *TINY]) == 2
+    assert "`pip install 'offload[demo]'`" in capsys.readouterr().err
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+def parsers(parser: Parser) -> Iterator[Parser]:
+    """All of them, the outermost first."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+@pytest.mark.parametrize("parser", list(parsers(_parser())), ids=lambda parser: parser.prog)
+def test_help_describes_shows_examples_that_run_and_names_exit_codes(
+    monkeypatch: pytest.MonkeyPatch, parser: Parser
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = parser.format_help()
+    assert parser.description and "exit codes: 0" in text and "130" in text
+    assert max(map(len, text.splitlines())) <= 80
+    examples = re.findall(r"^  (offload .*?)(?:  +.*)?$", text.partition("positional")[2] or text, re.MULTILINE)
+    assert examples
+    for example in examples:
+        arguments = example.partition(" >")[0].split()[1:]
+        if arguments:
+            _parser().parse_args(arguments)
+    for action in parser._actions:
+        assert action.help or isinstance(action.choices, dict), f"{parser.prog}: {action.dest}"
+
+
+# --- stdout ---------------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "offload", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | environment,
+    )
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    with run("config", "explain", CONFIG) as command:
+        assert command.stdout is not None and command.stderr is not None
+        command.stdout.close()
+        assert (command.stderr.read(), command.wait()) == ("", 141)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has it")
+def test_a_full_disk_is_an_error_without_a_traceback() -> None:
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "offload", "config", "explain", CONFIG]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr and done.returncode != 0
+
+
+@pytest.mark.usefixtures("disk_calls")
+def test_names_that_the_terminal_has_no_letters_for(tmp_path: Path) -> None:
+    directory = tmp_path / "d\u00fcr f\u00fcr"
+    directory.mkdir()
+    settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "COLUMNS": "1000"}
+    with run("env", "--disk-path", str(directory), **settings) as command:
+        out, errors = command.communicate()
+    assert command.returncode == 0, errors
+    assert "d\\xfcr f\\xfcr" in out and "Traceback" not in errors
+
+
+def documented() -> dict[str, set[str]]:
+    """The keys in the table of docs/command.md, by command."""
+    rows = re.findall(r"^\| `(offload [^`]+)` \| (.*) \|$", (ROOT / "docs" / "command.md").read_text(), re.MULTILINE)
+    aside = re.compile(r"\([^)]*\)|;.*|, and with .*")  # what is said of a key, and of more of them
+    return {command: set(re.findall(r"`(\w+)`", aside.sub("", keys))) for command, keys in rows}
+
+
+def test_every_json_is_one_object_on_stdout_with_the_keys_that_are_documented(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = torch.nn.Linear(4, 4)
+    offload.save_checkpoint(tmp_path / "saved", model, torch.optim.AdamW(model.parameters()), tag="last")
+    saved, weights = str(tmp_path / "saved"), str(tmp_path / "model.safetensors")
+    known = documented()
+    shown = {
+        "offload env --json": ["env", "--json"],
+        "offload plan --json": [*PLAN, "--json"],
+        "offload train --json": ["train", *TINY, "--json"],
+        "offload memory --json": ["memory", *TINY, "--json"],
+        "offload trace --json": ["trace", *TINY, "--json"],
+        "offload config explain --json": ["config", "explain", CONFIG, "--json"],
+        "offload checkpoint show": ["checkpoint", "show", saved],
+        "offload checkpoint export --json": ["checkpoint", "export", saved, "--out", weights, "--json"],
+        "offload bench": ["bench", "pool", "--quick"],
+    }
+    assert set(known) == set(shown)
+    for command, arguments in shown.items():
+        assert main(arguments) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert set(found) == known[command], command
+
+
+def test_config_check_says_in_json_why_it_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text('{"train_batch_size": 8, "zero_optimisation": {"stage": 2}}')
+    assert main(["config", "check", str(file), "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["accepted"] and "zero_optimization" in found["errors"][0]
+    assert main(["config", "explain", str(file), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {row["key"]: row["class"] for row in found["keys"]}["train_batch_size"] == "honoured"
