@@ -11,17 +11,17 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ._activation_order import SCALE_BLOCK, packed_bytes, scale_bytes
 from ._adamw import FORMATS
 from ._config import ActivationForm
 from ._kernels import find_kernels
 
 __all__ = ["ActivationFormat", "may_be_rounded", "open_format"]
 
-# kBlock and kLeast of kernels/activations.cu.
-_BLOCK = 256
+# kLeast of kernels/activations.cu.
 _LEAST = 2.0**-100
 # Elements that torch operations convert at a time: temporaries of all of a large activation would not fit beside it.
-_CHUNK = _BLOCK << 12
+_CHUNK = SCALE_BLOCK << 12
 _EXPONENT = 0x7F800000
 _QUIET_NAN = {torch.float32: 0x7FC00000, torch.bfloat16: 0x7FC0, torch.float16: 0x7E00}
 _INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -64,7 +64,7 @@ class ActivationFormat:
     @staticmethod
     def packed_bytes(count: int) -> int:
         """Bytes of so many elements: the fp32 scales of their blocks, and a code each."""
-        return _scale_bytes(count) + count
+        return packed_bytes(count)
 
     @torch.no_grad()
     def pack(self, values: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class ActivationFormat:
             self._kernels.encode(self._name, values, codes, scales)
             return packed
         for begin, end in _chunks(count):
-            blocks = slice(begin // _BLOCK, -(-end // _BLOCK))
+            blocks = slice(begin // SCALE_BLOCK, -(-end // SCALE_BLOCK))
             codes[begin:end], scales[blocks] = self._codes.encoded(values[begin:end].to(torch.float32))
         return packed
 
@@ -90,7 +90,7 @@ class ActivationFormat:
             return values
         bits = values.view(_INTEGERS[dtype.itemsize])
         for begin, end in _chunks(count):
-            scale = _spread(scales[begin // _BLOCK : -(-end // _BLOCK)], end - begin)
+            scale = _spread(scales[begin // SCALE_BLOCK : -(-end // SCALE_BLOCK)], end - begin)
             value = self._codes.decoded(codes[begin:end], scale)
             values[begin:end] = value
             bits[begin:end].masked_fill_(value.isnan(), _QUIET_NAN[dtype])  # a cast may give another
@@ -148,7 +148,7 @@ _INT8, _FP8 = _Int8(), _Fp8()
 def _levels(value: Tensor, scales_of: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """fp32 values over the scales of their blocks, 0 for what is not finite; and the scales."""
     finite = value.masked_fill(~value.isfinite(), 0.0)
-    largest = torch.nn.functional.pad(finite.abs(), (0, -value.numel() % _BLOCK)).view(-1, _BLOCK).amax(1)
+    largest = torch.nn.functional.pad(finite.abs(), (0, -value.numel() % SCALE_BLOCK)).view(-1, SCALE_BLOCK).amax(1)
     is_least = largest < _LEAST
     scales = scales_of(largest.masked_fill(is_least, 1.0)).masked_fill_(is_least, 0.0)
     to_level = (torch.ones_like(scales) / scales).masked_fill_(is_least, 0.0)
@@ -157,7 +157,7 @@ def _levels(value: Tensor, scales_of: Callable[[Tensor], Tensor]) -> tuple[Tenso
 
 def _spread(of_blocks: Tensor, count: int) -> Tensor:
     """The number of its block for each of `count` elements."""
-    return of_blocks.repeat_interleave(_BLOCK)[:count]
+    return of_blocks.repeat_interleave(SCALE_BLOCK)[:count]
 
 
 def _chunks(count: int) -> Iterator[tuple[int, int]]:
@@ -165,11 +165,7 @@ def _chunks(count: int) -> Iterator[tuple[int, int]]:
         yield begin, min(begin + _CHUNK, count)
 
 
-def _scale_bytes(count: int) -> int:
-    return 4 * -(-count // _BLOCK)
-
-
 def _parts(packed: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The codes and the scales in it."""
-    scales = packed[: _scale_bytes(count)].view(torch.float32)
-    return packed[_scale_bytes(count) :], scales
+    scales = packed[: scale_bytes(count)].view(torch.float32)
+    return packed[scale_bytes(count) :], scales

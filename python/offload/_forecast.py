@@ -91,7 +91,8 @@ def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> d
     sent = [streamed[number] for touch in window_schedule(len(streamed), settings.prefetch) for number in touch]
     uncached = uncached_share(units, settings.cache_bytes)
     count = settings.micro_batches
-    saved = count * settings.order_of(units).left_bytes
+    order = settings.order_of(units)
+    saved = count * order.sent_bytes
     gradients, stored = total("gradient_bytes"), total("stored_bytes")
     moved = {
         "to_host": count * gradients + saved + total("step_to_host_bytes") + total("unified_bytes"),
@@ -107,5 +108,5 @@ def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> d
         "disk_write": total("disk_write_bytes") + stored,
     }
     compute = count * sum(unit.forward_seconds + unit.backward_seconds for unit in units)
-    compute += machine.seconds("device_update", total("device_update_bytes"))
+    compute += machine.seconds("device_update", total("device_update_bytes") + 2 * count * order.converted_bytes)
     return {"compute": compute} | {lane: machine.seconds(lane, nbytes) for lane, nbytes in moved.items()}

@@ -71,14 +71,21 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
     inputs: dict[str, int] = {}
     operations: dict[str, float] = {}
     multiplied: set[int] = set()
+    wide: dict[str, int] = {}
+    reached: set[str] = set()
+    is_trained = False  # anything before; those of the root may be used anywhere
     head: Tensor | None = None
     head_unit = ""
     for unit in units:
+        if is_trained:
+            reached.add(unit.name)
+        is_trained |= not unit.is_root and any(parameter.requires_grad for _, parameter in unit.parameters)
         matrices = list(_matrices(unit))
         multiplied.update(map(id, matrices))
         # Two embeddings are no blocks.
         is_block = bool(matrices) and not unit.is_root and classes[type(unit.modules[0])] > 1
-        saved[unit.name], operations[unit.name] = _NORM_KEEPS * _normed(unit), attention if is_block else 0.0
+        wide[unit.name] = _normed(unit)
+        saved[unit.name], operations[unit.name] = _NORM_KEEPS * wide[unit.name], attention if is_block else 0.0
         for matrix in matrices:
             is_expert = "experts" in names[id(matrix)].split(".")
             share = active if is_expert else 1.0
@@ -104,6 +111,8 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
         operations=operations,
         lookups=lookups,
         logits=0 if head is None else head.shape[0],
+        wide=wide,
+        reached=frozenset(reached),
     )
 
 

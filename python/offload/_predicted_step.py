@@ -13,7 +13,7 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-from ._activation_order import activation_order
+from ._activation_order import ActivationOrder, activation_order
 from ._config import Config
 from ._forecast import forecast
 from ._hardware import INTERCONNECTS, Hardware
@@ -32,8 +32,9 @@ class StepPrediction:
     """One step of `batch` sequences a card, `tokens` on all cards, in `micro_batches`, with that placement, by number.
 
     activation_bytes, activation_host_bytes: of one micro-batch, the most that is on the device and on the host at once;
-    device_bytes: of a card with them. seconds, tokens_per_s: of a step. busy: the seconds of each lane, and of the
-    network; bound_by: the lane below whose work no step can be; exposed: what compute waits for each.
+    activation_sent_bytes: of it over the link, each way; device_bytes: of a card with them. seconds, tokens_per_s: of a
+    step. busy: the seconds of each lane, and of the network; bound_by: the lane below whose work no step can be;
+    exposed: what compute waits for each.
     """
 
     batch: int
@@ -42,6 +43,7 @@ class StepPrediction:
     placement: int
     activation_bytes: int
     activation_host_bytes: int
+    activation_sent_bytes: int
     device_bytes: int
     seconds: float
     tokens_per_s: float
@@ -76,10 +78,10 @@ class Job:
         """
         room = self.hardware.device_bytes - device_bytes
         held = functools.cache(lambda count: self._held(plan, config, count))
-        micro_batches = next((n for n in range(1, batch + 1) if held(-(-batch // n))[0] <= room), None)
+        micro_batches = next((n for n in range(1, batch + 1) if held(-(-batch // n)).device_bytes <= room), None)
         if micro_batches is None:
             return None
-        on_device, on_host = held(-(-batch // micro_batches))
+        activations = held(-(-batch // micro_batches))
         works = self._works(plan, config, batch * self.length // micro_batches)
         found = forecast(
             [_sharded(work, self.gpus) for work in works],
@@ -102,9 +104,10 @@ class Job:
             tokens=tokens,
             micro_batches=micro_batches,
             placement=placement,
-            activation_bytes=on_device,
-            activation_host_bytes=on_host,
-            device_bytes=device_bytes + on_device,
+            activation_bytes=activations.device_bytes,
+            activation_host_bytes=activations.host_bytes,
+            activation_sent_bytes=activations.sent_bytes,
+            device_bytes=device_bytes + activations.device_bytes,
             seconds=seconds,
             tokens_per_s=tokens / seconds,
             bound_by=found.bound_by if network <= found.bound_seconds else "network",
@@ -123,6 +126,9 @@ class Job:
             lookups=self.costs.lookups,
             attention={unit: more for unit, more in self.costs.operations.items() if unit in units},
         )
+        sent = None
+        if config.activation_format != "exact":
+            sent = self.costs.sent_bytes(tokens, self.itemsize, checkpointing=self.checkpointing)
         return unit_works(
             self.parameters,
             plan,
@@ -130,15 +136,18 @@ class Job:
             compute,
             self.costs.saved_bytes(tokens, self.itemsize, checkpointing=self.checkpointing),
             self.costs.inputs if self.checkpointing else (),
+            sent,
         )
 
-    def _held(self, plan: Plan, config: Config, count: int) -> tuple[int, int]:
-        """Bytes of the activations of `count` sequences, the most at once on the device, and on the host."""
+    def _held(self, plan: Plan, config: Config, count: int) -> ActivationOrder:
+        """What becomes of the activations of `count` sequences; its device bytes are of what never leaves too."""
         tokens = count * self.length
-        saved = [nbytes for work in self._works(plan, config, tokens) for nbytes in work.saved_bytes]
-        order = activation_order(saved, config.activation_keep, plan.activation_host_bytes)
+        works = self._works(plan, config, tokens)
+        saved = [nbytes for work in works for nbytes in work.saved_bytes]
+        sent = [nbytes for work in works for nbytes in work.sent_bytes]
+        order = activation_order(saved, config.activation_keep, plan.activation_host_bytes, sent=sent)
         all_of_it = self.costs.activation_bytes(tokens, self.itemsize, checkpointing=self.checkpointing)
-        return all_of_it - sum(saved) + order.device_bytes, order.left_bytes
+        return dataclasses.replace(order, device_bytes=all_of_it - sum(saved) + order.device_bytes)
 
     def _network_seconds(self, plan: Plan, micro_batches: int) -> float:
         """See [Note: data-parallel sharding]."""
@@ -157,7 +166,7 @@ def _sharded(work: UnitWork, gpus: int) -> UnitWork:
     if gpus == 1:
         return work
     names = [field.name for field in dataclasses.fields(work) if field.name.endswith("_bytes")]
-    names.remove("activation_bytes")
+    names = [name for name in names if not name.endswith("activation_bytes")]
     return dataclasses.replace(work, **{name: -(-getattr(work, name) // gpus) for name in names})
 
 

@@ -211,10 +211,6 @@ def _check(
             "activations='checkpoints' and checkpointing=False: there are no checkpoints to leave; pass "
             "checkpointing=True, or activations='host'"
         )
-    if config.activation_format != "exact":
-        raise InvalidArgument(
-            f"activation_format={config.activation_format!r}: predictions are of exact activations; leave it out"
-        )
     for name, value in {"length": length, "gpus": gpus, **{f"batch {b}": b for b in batches}}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidArgument(f"{name} is {value!r}; give a whole number, 1 or more")

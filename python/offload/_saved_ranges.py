@@ -15,14 +15,13 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 
 from ._activation_format import ActivationFormat
+from ._activation_order import HOST_BLOCK_BYTES
 from ._host_grad import HostBytes
 from ._interrupts import Uninterrupted
 
 # Kernels may choose their path, and with it their rounding, by the alignment of an address; allocators align to 512 at
 # most. So a range begins at a multiple of it, and what comes back is aligned as it was.
 _ALIGNMENT_BYTES = 512
-# Blocks of the host pool are multiples of this (csrc/memory/host_pool.h).
-_BLOCK_BYTES = 256
 # A view with gaps takes its whole storage along, for its siblings (q, k and v of one projection), unless that is more
 # than so many times the range that the view itself spans.
 _STORAGE_PER_SPAN = 2
@@ -106,7 +105,7 @@ class SavedRange:
         self.key = key
         self.nbytes = key.nbytes
         self.sent_bytes = key.sent_bytes
-        self.host_bytes = -(-self.sent_bytes // _BLOCK_BYTES) * _BLOCK_BYTES
+        self.host_bytes = -(-self.sent_bytes // HOST_BLOCK_BYTES) * HOST_BLOCK_BYTES
         self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # holds the address that the key names
         self.witness = version_witness(tensor)
         self.source: Tensor | None = tensor.detach()

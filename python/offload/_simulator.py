@@ -43,7 +43,8 @@ class Settings:
     def order_of(self, units: Sequence[UnitWork]) -> ActivationOrder:
         """What of a micro-batch's activations leaves and comes back, and when."""
         sizes = [nbytes for unit in units for nbytes in unit.saved_bytes]
-        return activation_order(sizes, self.kept_activations, self.activation_host_bytes, self.in_flight_bytes)
+        sent = [nbytes for unit in units for nbytes in unit.sent_bytes]
+        return activation_order(sizes, self.kept_activations, self.activation_host_bytes, self.in_flight_bytes, sent)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +324,13 @@ class _ActivationWindow:
         self._pipeline = pipeline
         saved = [(number, part) for number, unit in enumerate(pipeline.units) for part in range(len(unit.saved_bytes))]
         self._numbers = {place: number for number, place in enumerate(saved)}
-        self._sizes = [nbytes for unit in pipeline.units for nbytes in unit.saved_bytes]
+        sizes = [nbytes for unit in pipeline.units for nbytes in unit.saved_bytes]
+        self._sent = [nbytes for unit in pipeline.units for nbytes in unit.sent_bytes]
+        # Of compute, that packs a range, or unpacks it.
+        self._converting = [
+            pipeline.machine.seconds("device_update", nbytes + way) if nbytes != way else 0.0
+            for nbytes, way in zip(sizes, self._sent, strict=True)
+        ]
         self._order = pipeline.settings.order_of(pipeline.units)
         room = 2 * self._order.room_bytes  # what comes back has as much as what leaves
         self._ring = Ring(pipeline.compute, max(pipeline.settings.ring_bytes, room))
@@ -333,7 +340,8 @@ class _ActivationWindow:
     def save(self, unit: int, part: int) -> None:
         number = self._numbers.get((unit, part))
         for other in () if number is None else self._order.departures[number]:
-            nbytes = self._sizes[other]
+            nbytes = self._sent[other]
+            self._pipeline.compute.run(self._converting[other])
             self._left[other] = self._pipeline.run("to_host", nbytes, self._pipeline.compute.last)
             self._ring.add(self._left[other], nbytes, self._order.room_bytes)
 
@@ -343,10 +351,11 @@ class _ActivationWindow:
         if number is None:
             return
         for other in self._order.returns[-1 - number]:
-            nbytes = self._sizes[other]
+            nbytes = self._sent[other]
             self._arrivals[other] = self._pipeline.run(
                 "to_device", nbytes, self._pipeline.compute.last, self._left.pop(other)
             )
             self._ring.add(self._arrivals[other], nbytes)
         if number in self._arrivals:
             self._pipeline.compute.wait(self._arrivals.pop(number))
+            self._pipeline.compute.run(self._converting[number])

@@ -68,6 +68,7 @@ class UnitWork:
     weight_bytes: come before its forward and its backward in each micro-batch; 0 where the weights stay.
     gradient_bytes: leave in the backward of each micro-batch, and come back to be added to in each but the first.
     activation_bytes: of what its forward saves, what may leave and is back for its backward, in each micro-batch.
+    sent_activation_bytes: of these, on their way and on the host; None: as many. Others are packed for the way.
     step_to_host_bytes, step_to_device_bytes: are copied inside `step()`, before its update, while compute waits.
     unified_bytes: of states in unified memory, cross the link both ways while the device updates them.
     host_update_bytes, device_update_bytes: that its update reads and writes in memory.
@@ -86,6 +87,7 @@ class UnitWork:
     weight_bytes: int = 0
     gradient_bytes: int = 0
     activation_bytes: int = 0
+    sent_activation_bytes: int | None = None
     step_to_host_bytes: int = 0
     step_to_device_bytes: int = 0
     unified_bytes: int = 0
@@ -101,8 +103,17 @@ class UnitWork:
     @property
     def saved_bytes(self) -> list[int]:
         """Of `activation_bytes`, those of each range of memory, in the order in which they are saved."""
+        return self._of_ranges(self.activation_bytes)
+
+    @property
+    def sent_bytes(self) -> list[int]:
+        """Of these ranges, on their way and on the host."""
+        sent = self.sent_activation_bytes
+        return self.saved_bytes if sent is None else self._of_ranges(sent)
+
+    def _of_ranges(self, nbytes: int) -> list[int]:
         count = 1 if self.checkpointed else self.parts
-        ends = [self.activation_bytes * number // count for number in range(count + 1)]
+        ends = [nbytes * number // count for number in range(count + 1)]
         return [end - begin for begin, end in itertools.pairwise(ends)] if self.activation_bytes else []
 
     @property
@@ -118,12 +129,14 @@ def unit_works(
     compute: Mapping[str, tuple[float, float]],
     activation_bytes: Mapping[str, int] | None = None,
     checkpointed: Collection[str] = (),
+    sent_activation_bytes: Mapping[str, int] | None = None,
 ) -> tuple[UnitWork, ...]:
     """What the units of a model cost in a step under `plan`, in the order in which `parameters` name them.
 
     compute: seconds of forward and of backward of one micro-batch, by unit. activation_bytes: what a unit's forward
     saves in a micro-batch; it counts where the plan lets activations leave. checkpointed: names of units whose forward
-    backward repeats; what these save is their input. config: that of the plan.
+    backward repeats; what these save is their input. sent_activation_bytes: of `activation_bytes` on their way, where
+    these are packed. config: that of the plan.
     """
     units: dict[str, list[ParameterSize]] = {}
     for parameter in parameters:
@@ -141,6 +154,7 @@ def unit_works(
                 forward,
                 backward,
                 activation_bytes=saved.get(name, 0),
+                sent_activation_bytes=(sent_activation_bytes or {}).get(name),
                 parts=_parts(members),
                 checkpointed=name in checkpointed,
                 **{

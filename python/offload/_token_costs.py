@@ -6,12 +6,19 @@ autograd saves. Attention that makes a matrix of its scores ("eager") keeps that
 the weights' dtype; from fp32, also as values are multiplied by it; with dropout, what that drops and what it leaves.
 Other dropout, which keeps masks, comes on top. With checkpointing each block keeps its input alone, and the largest
 one, as it is recomputed, all. Logits take 10 bytes each: in 16 bits, in fp32, and what the loss keeps of them in fp32.
+
+[Note: what is rounded] With `activation_format`, of all that is counted here, what gradients flow through: a byte an
+element, whatever its dtype, and a scale for every 256 (`may_be_rounded` decides it in a run). Masks of dropout are
+exact. A unit before which nothing trains has an input without gradients: all that it saves counts as exact, which is
+a bound. What checkpoints keep is known to the byte, the rest is as good as the estimate.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+
+from ._activation_order import packed_bytes
 
 __all__ = ["TokenCosts"]
 
@@ -27,7 +34,8 @@ class TokenCosts:
     dropout on them if `drops_scores`, from a softmax in fp32 if `wide_softmax`. inputs: elements of each block's input;
     a unit that is no block has none. operations: in a forward, beside the two of each parameter: those of attention,
     and less those of experts that a token does not pass. lookups: names of parameters of which a token reads a row.
-    logits: elements.
+    logits: elements. wide: of `saved`, elements of fp32, which count twice there. reached: units before which something
+    trains.
     """
 
     saved: Mapping[str, int]
@@ -38,6 +46,8 @@ class TokenCosts:
     operations: Mapping[str, float]
     lookups: frozenset[str]
     logits: int
+    wide: Mapping[str, int]
+    reached: frozenset[str]
 
     def saved_bytes(self, tokens: int, itemsize: int, *, checkpointing: bool) -> dict[str, int]:
         """Bytes that each unit's forward of so many tokens keeps, of elements of `itemsize`, without the logits."""
@@ -46,6 +56,18 @@ class TokenCosts:
         if checkpointing:
             kept |= {unit: itemsize * count for unit, count in self.inputs.items()}
         return {unit: tokens * nbytes for unit, nbytes in kept.items()}
+
+    def sent_bytes(self, tokens: int, itemsize: int, *, checkpointing: bool) -> dict[str, int]:
+        """Of `saved_bytes`, on their way with a byte an element: see [Note: what is rounded]."""
+        rounded, exact_bytes = self._rounded_score(itemsize)
+        sent = self.saved_bytes(tokens, itemsize, checkpointing=checkpointing)
+        for unit in sent.keys() & self.reached:
+            scores = self.scores.get(unit, 0)
+            count = self.saved[unit] - self.wide.get(unit, 0) + rounded * scores
+            sent[unit] = packed_bytes(tokens * count) + tokens * exact_bytes * scores
+            if checkpointing and unit in self.inputs:
+                sent[unit] = packed_bytes(tokens * self.inputs[unit])
+        return sent
 
     def activation_bytes(self, tokens: int, itemsize: int, *, checkpointing: bool) -> int:
         """Bytes of all at the end of a forward, or as a block is recomputed."""
@@ -60,3 +82,9 @@ class TokenCosts:
         if self.drops_scores:
             return softmax + _MASK_BYTES + itemsize
         return softmax if softmax == itemsize else softmax + itemsize
+
+    def _rounded_score(self, itemsize: int) -> tuple[int, int]:
+        """Elements of one score that are rounded, and bytes beside them."""
+        if self.drops_scores:
+            return 2, _MASK_BYTES
+        return (2 if self.wide_softmax and itemsize != _FP32_BYTES else 1), 0

@@ -78,11 +78,12 @@ CASES: list[tuple[str, Sequence[UnitWork], dict[str, Any], float]] = [
     ("activations", [UnitWork("u", 1.0, 1.0, activation_bytes=1)] * 2, {"kept_activations": 0.5}, 5.0),
     # a leaves 2-3 and b 3-4. b comes back 4-5, behind its own way out, then its backward 5-6; with it a 5-6, then 6-7
     ("activations of three units", [UnitWork("u", 1.0, 1.0, activation_bytes=1)] * 3, {"kept_activations": 0.4}, 7.0),
-    # b finds no place on the host and stays: a leaves 2-3 and comes back 3-4, as the first backward begins at 3
+    # b finds no place on the host, which has one block, and stays: a leaves 2-3 and comes back 3-4, as the first
+    # backward begins at 3
     (
         "host memory for one",
         [UnitWork("u", 1.0, 1.0, activation_bytes=1)] * 3,
-        {"kept_activations": 0.4, "activation_host_bytes": 1},
+        {"kept_activations": 0.4, "activation_host_bytes": 256},
         6.0,
     ),
     # a is saved at 0 and pushed out at 1, as b begins. It comes back 2-3, while b runs again; a runs again 4-5
@@ -91,6 +92,13 @@ CASES: list[tuple[str, Sequence[UnitWork], dict[str, Any], float]] = [
         [UnitWork("u", 1.0, 2.0, activation_bytes=1, checkpointed=True)] * 2,
         {"kept_activations": 0.5},
         6.0,
+    ),
+    # a is packed 2-3, leaves 3-4, comes back 4-5 and is unpacked 5-6; backward 6-7, forward 7-9, and packed 9-10
+    (
+        "activations packed",
+        [UnitWork("u", 1.0, 1.0, activation_bytes=2, sent_activation_bytes=1)] * 2,
+        {"kept_activations": 0.5, "machine": dataclasses.replace(ONE, device_update=3.0)},
+        7.0,
     ),
     # in halves: of four, two stay. The first leaves 1.5-2 and the second 2-2.5; both are back for backward 3-4
     (
@@ -169,7 +177,8 @@ def works(draw: st.DrawFn) -> UnitWork:
     """A unit under any placement."""
     gradient, weight, states = draw(_bytes), draw(st.integers(1, 50)), draw(_bytes)
     leaves, streams, parts = draw(st.booleans()), draw(st.booleans()), draw(st.integers(1, 3))
-    saves = {"activation_bytes": draw(_bytes), "checkpointed": draw(st.booleans())}
+    saves: dict[str, Any] = {"activation_bytes": draw(_bytes), "checkpointed": draw(st.booleans())}
+    saves["sent_activation_bytes"] = draw(st.one_of(st.none(), st.integers(0, saves["activation_bytes"])))
     work = UnitWork("u", draw(_seconds), draw(_seconds), parts=parts, **saves)
     if leaves:
         work = dataclasses.replace(work, gradient_bytes=gradient)
@@ -198,7 +207,7 @@ def forecasts(draw: st.DrawFn) -> tuple[list[UnitWork], Machine, dict[str, Any]]
         "clips": draw(st.booleans()),
         "lazy": draw(st.booleans()),
         "kept_activations": draw(st.sampled_from([0.0, 0.125, 0.5, 1.0])),
-        "activation_host_bytes": draw(st.sampled_from([None, 0, 30])),
+        "activation_host_bytes": draw(st.sampled_from([None, 0, 512])),
         "window_bytes": draw(st.sampled_from([0, 30, 1000])),
         "ring_bytes": draw(st.sampled_from([0, 30, 1000])),
         "in_flight_bytes": draw(st.sampled_from([0, 30, 1000])),
@@ -215,8 +224,9 @@ def test_never_below_the_bound_and_all_of_it_is_compute_or_waiting(case: Any) ->
     assert all(seconds <= step.seconds * (1 + 1e-9) for seconds in step.busy.values())
     assert step.busy["compute"] + sum(step.exposed.values()) == pytest.approx(step.seconds)
     saved = [nbytes for unit in units for nbytes in unit.saved_bytes]
-    order = activation_order(saved, options["kept_activations"], options["activation_host_bytes"])
-    left = sum(unit.gradient_bytes for unit in units) + sum(saved[n] for gone in order.departures for n in gone)
+    sent = [nbytes for unit in units for nbytes in unit.sent_bytes]
+    order = activation_order(saved, options["kept_activations"], options["activation_host_bytes"], sent=sent)
+    left = sum(unit.gradient_bytes for unit in units) + sum(sent[n] for gone in order.departures for n in gone)
     left = options["micro_batches"] * left + sum(unit.step_to_host_bytes for unit in units)
     assert step.busy["to_host"] == pytest.approx(left / machine.to_host)
 
@@ -252,8 +262,14 @@ def test_lanes_without_bytes_need_no_rate(case: Any) -> None:
     units, machine, options = case
     step = forecast(units, machine, **options)
     unused = {name: None for name in _RATES[2:] if not step.busy.get(name)}
-    for rate, field in {"device_update": "device_update_bytes", "disk_read": "disk_read_bytes"}.items():
-        if any(getattr(unit, field) for unit in units):  # compute that updates; states that the window keeps
+    fields = [
+        ("device_update", "device_update_bytes"),
+        ("device_update", "sent_activation_bytes"),
+        ("disk_read", "disk_read_bytes"),
+    ]
+    for rate, field in fields:
+        # Compute that updates, and that packs activations; states that the window keeps.
+        if any(getattr(unit, field) is not None and getattr(unit, field) != 0 for unit in units):
             unused.pop(rate, None)
     assert forecast(units, dataclasses.replace(machine, **unused), **options) == step
 

@@ -14,6 +14,7 @@ from torch import nn
 import offload
 from engine_clock import Block, CheckpointedBlock, EngineClock
 from offload import Machine, ParameterSize, _activations, _copy_lanes, forecast, unit_works
+from offload._activation_format import ActivationFormat
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
 
@@ -89,6 +90,12 @@ SETTINGS = {
     "recomputed": Setting(HOST, saved=1, checkpointed=True),
     "checkpoints": Setting(DEVICE | CHECKPOINTS, link=(1, 1), saved=2, checkpointed=True),
     "checkpoints, slow links": Setting(DEVICE | CHECKPOINTS, link=(0.4, 0.6), saved=2, checkpointed=True),
+    "checkpoints in a byte, slow links": Setting(
+        DEVICE | CHECKPOINTS | {"activation_format": "int8"}, link=(0.4, 0.6), saved=2, checkpointed=True
+    ),
+    "half of the checkpoints in a byte": Setting(
+        HOST | {"activations": 0.5, "activation_format": "fp8"}, 2, link=(0.5, 0.4), saved=4, checkpointed=True
+    ),
     "half of what is recomputed": Setting(DEVICE | {"activations": 0.5}, link=(0.5, 0.5), saved=2, checkpointed=True),
     "host and checkpoints, two micro-batches": Setting(
         HOST | CHECKPOINTS, 2, link=(0.8, 0.6), saved=2, checkpointed=True
@@ -126,13 +133,18 @@ def predicted(name: str) -> float:
     units = [str(unit) for unit in range(_UNITS)]
     forward, backward = setting.seconds
     ranges = 1 if setting.checkpointed else _WEIGHTS
+    saved = dict.fromkeys(units, ranges * round(setting.saved * _BYTES))
+    sent = None
+    if config.activation_format != "exact":  # no gradient flows through the input of the first
+        sent = saved | {unit: ActivationFormat.packed_bytes(nbytes // 2) for unit, nbytes in [*saved.items()][1:]}
     works = unit_works(
         sizes,
         plan,
         config,
         dict.fromkeys(units, (forward, backward + forward * setting.checkpointed)),
-        dict.fromkeys(units, ranges * round(setting.saved * _BYTES)),
+        saved,
         units if setting.checkpointed else (),
+        sent,
     )
     machine = Machine(*(rate * _BYTES for rate in setting.link), host_update=1e30, device_update=1e30, synchronous=True)
     return forecast(

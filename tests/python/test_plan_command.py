@@ -94,10 +94,10 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     found = reported(capsys, *SMALL, "--hardware", "4090", "--tokens", "128", "512", "--length", "128")
     assert found["schema_version"] == 1
     assert set(found) == {
-        "schema_version", "model", "dtype", "optimizer_class", "moments", "master", "notes", "hardware", "gpus",
-        "interconnect", "trainable_count", "frozen_count", "length", "checkpointing", "device_capacity",
-        "host_capacity", "resident_bytes", "rule_of_thumb_bytes", "sequence_bytes", "plan", "refusal", "placements",
-        "cheapest", "steps", "fastest", "largest",
+        "schema_version", "model", "dtype", "optimizer_class", "moments", "master", "activation_format", "notes",
+        "hardware", "gpus", "interconnect", "trainable_count", "frozen_count", "length", "checkpointing",
+        "device_capacity", "host_capacity", "resident_bytes", "rule_of_thumb_bytes", "sequence_bytes", "plan",
+        "refusal", "placements", "cheapest", "steps", "fastest", "largest",
     }  # fmt: skip
     assert found["plan"]["optimizer"] == "device" and found["refusal"] is None and found["cheapest"] == 0
     placed = found["placements"][0]
@@ -105,8 +105,8 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert sum(placed["device"].values()) == found["resident_bytes"]
     step = found["steps"][found["fastest"][0]]
     assert set(step) == {
-        "batch", "tokens", "micro_batches", "placement", "activation_bytes", "activation_host_bytes", "device_bytes",
-        "seconds", "tokens_per_s", "bound_by", "busy", "exposed",
+        "batch", "tokens", "micro_batches", "placement", "activation_bytes", "activation_host_bytes",
+        "activation_sent_bytes", "device_bytes", "seconds", "tokens_per_s", "bound_by", "busy", "exposed",
     }  # fmt: skip
     assert [found["steps"][number]["batch"] for number in found["fastest"]] == [1, 4]
     assert found["hardware"]["name"] == "4090" and "mfu" in found["hardware"]["assumed"]
@@ -182,6 +182,24 @@ def test_activations_leave_where_nothing_else_fits(capsys: pytest.CaptureFixture
     )
     assert "`offload.wrap(model, optim)` leaves no room for activations" in text
     assert f"#{found['cheapest'] + 1} is the least offloading that fits. Steps" in text
+
+
+@pytest.mark.usefixtures("no_search")
+def test_activations_in_a_byte_an_element_leave_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [*SMALL, "--hardware", "4090", *QUICK]
+    for more, place in (([], "checkpoints"), (["--no-checkpointing"], "host")):
+        exact, found = (reported(capsys, *small, *more, *form) for form in ([], ["--activation-format", "int8"]))
+        assert found["activation_format"] == "int8" and exact["activation_format"] == "exact"
+        assert {placed["options"]["activations"] for placed in found["placements"]} == {place}
+        half = [step["activation_sent_bytes"] for step in found["steps"]]
+        whole = [step["activation_sent_bytes"] for step in exact["steps"] if step["activation_sent_bytes"]]
+        assert len(half) == len(whole) and all(0 < 2 * one < 1.1 * two for one, two in zip(half, whole, strict=True))
+        assert main([*small, *more, "--activation-format", "int8"]) == 0
+        text = capsys.readouterr().out
+        assert text.startswith(
+            f"It fits: `offload.wrap(model, optim, activations='{place}', activation_format='int8')`"
+        )
+        assert "adamw, activations int8, sequences" in text
 
 
 @pytest.mark.usefixtures("no_search")

@@ -296,7 +296,7 @@ def test_activations_that_fit_nowhere_are_a_refusal(llama: nn.Module) -> None:
         ({"gpus": 2}, "interconnect=None for 2 GPUs: give one of 10gbe"),
         ({"gpus": 2, "interconnect": "wifi"}, "interconnect='wifi'"),
         ({"activations": "checkpoints", "checkpointing": False}, "there are no checkpoints to leave"),
-        ({"activations": "host", "activation_format": "int8"}, "activation_format='int8': predictions"),
+        ({"activations": "device", "activation_format": "int8"}, "activations='device': none leave"),
         ({"optimizer_class": "sgd"}, "optimizer_class='sgd': legal are 'adam'"),
         ({"optimiser": "host"}, "did you mean 'optimizer'"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -99,10 +101,47 @@ def test_scores_are_what_eager_attention_keeps_beside_the_rest(make: Any, dtype:
     assert eager[1] - fused[1] == pytest.approx(kept * scores, rel=0.07)
 
 
+def scores_alone(*, wide_softmax: bool) -> TokenCosts:
+    """One score a token, with dropout."""
+    return TokenCosts({"a": 0}, {"a": 1}, True, wide_softmax, {}, {}, frozenset(), 0, {}, frozenset("a"))
+
+
+def test_a_byte_an_element_by_hand() -> None:
+    model = decoder(2, 128, vocabulary=1000, dtype=torch.bfloat16)
+    costs = token_costs(model, find_units(model), 64)
+    assert costs.reached == {"layers.0", "layers.1", "norm", "head"}
+    matrices = 4 * (128 + 128) + 3 * (128 + 448)
+    norm = 2 * 128  # its input, of fp32, and what it scales
+    block = {False: matrices + 2 * norm, True: 128}
+    for checkpointing, itemsize in itertools.product((False, True), (2, 4)):
+        sent = costs.sent_bytes(7, itemsize, checkpointing=checkpointing)
+        counts = [7 * block[checkpointing]] * 2 + [7 * norm, 7 * 128]
+        assert [*sent.values()] == [0] + [count + 4 * -(-count // 256) for count in counts]
+
+
+def test_before_anything_trains_all_counts_as_exact() -> None:
+    model = decoder(3, 128, vocabulary=1000, dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    model.get_submodule("layers.1").requires_grad_(True)
+    costs = token_costs(model, find_units(model), 64)
+    assert costs.reached == {"layers.2", "norm", "head"}
+    sent, saved = (way(2, 2, checkpointing=False) for way in (costs.sent_bytes, costs.saved_bytes))
+    assert {unit for unit in saved if sent[unit] == saved[unit]} == {"embedding", "layers.0", "layers.1"}
+
+
+def test_scores_in_a_byte_and_masks_as_they_are() -> None:
+    for wide_softmax in (True, False):  # what dropout drops and what it leaves, and the mask
+        assert scores_alone(wide_softmax=wide_softmax).sent_bytes(128, 2, checkpointing=False)["a"] == 256 + 4 + 128
+    saved: dict[tuple[bool, int], int] = {(True, 2): 2, (True, 4): 1, (False, 2): 1, (False, 4): 1}
+    for (wide_softmax, itemsize), count in saved.items():
+        costs = dataclasses.replace(scores_alone(wide_softmax=wide_softmax), drops_scores=False)
+        assert costs.sent_bytes(256, itemsize, checkpointing=False)["a"] == count * (256 + 4)
+
+
 def test_dropout_of_scores_keeps_what_it_drops_and_what_it_leaves() -> None:
-    saved = TokenCosts({"a": 0}, {"a": 1}, True, True, {}, {}, frozenset(), 0).saved_bytes
+    saved = scores_alone(wide_softmax=True).saved_bytes
     assert [saved(1, itemsize, checkpointing=False)["a"] for itemsize in (2, 4)] == [4 + 1 + 2, 4 + 1 + 4]
-    saved = TokenCosts({"a": 0}, {"a": 1}, True, False, {}, {}, frozenset(), 0).saved_bytes
+    saved = scores_alone(wide_softmax=False).saved_bytes
     assert [saved(1, itemsize, checkpointing=False)["a"] for itemsize in (2, 4)] == [2 + 1 + 2, 4 + 1 + 4]
 
 

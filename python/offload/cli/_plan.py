@@ -63,7 +63,7 @@ def _predicted(options: argparse.Namespace) -> dict[str, Any]:
     model = model_of(options)
     hardware = _hardware(options)
     now_at("predicting steps")
-    placement = {"moments": options.moments, "master": options.master}
+    formats = {"moments": options.moments, "master": options.master}
     prediction = offload.predict(
         model,
         hardware,
@@ -73,7 +73,8 @@ def _predicted(options: argparse.Namespace) -> dict[str, Any]:
         optimizer_class=options.optimizer_class,
         gpus=options.gpus,
         interconnect=options.interconnect,
-        **placement,
+        **_leaving(options),
+        **formats,
     )
     now_at("looking for the largest models that fit")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -82,11 +83,20 @@ def _predicted(options: argparse.Namespace) -> dict[str, Any]:
         "model": described(model),
         "dtype": options.dtype,
         "optimizer_class": options.optimizer_class,
-        **placement,
+        **formats,
+        "activation_format": options.activation_format,
         "notes": _notes(model, prediction),
         **_as_json(prediction),
-        "largest": _largest(prediction.hardware, vocabulary, getattr(torch, options.dtype), placement),
+        "largest": _largest(prediction.hardware, vocabulary, getattr(torch, options.dtype), formats),
     }
+
+
+def _leaving(options: argparse.Namespace) -> dict[str, Any]:
+    """In a lossy format activations leave; otherwise both are shown."""
+    if options.activation_format == "exact":
+        return {}
+    places = "host" if options.no_checkpointing else "checkpoints"
+    return {"activations": places, "activation_format": options.activation_format}
 
 
 def _hardware(options: argparse.Namespace) -> offload.Hardware:

@@ -15,8 +15,9 @@ step takes and what bounds it, and which is the largest model that fits. No weig
 Bytes and the choice are those of offload.wrap. Activations are estimated from shapes: each weight matrix keeps its
 input and its output of every token, each norm its input in fp32 and its result, attention its scores if the model's
 config says eager; with checkpointing a block keeps its input, and one block at a time all; logits take 10 bytes each.
-Each placement is shown with activations that stay and with activations that leave. Times are those of a model of the
-pipeline, fed with the hardware's rates: where these are assumed the report says so, and options set them.
+Each placement is shown with activations that stay and with activations that leave. What --activation-format rounds of
+them is by the same estimate what gradients flow through; of checkpoints it is known to the byte. Times are those of a
+model of the pipeline, fed with the hardware's rates: where these are assumed the report says so, and options set them.
 """
 _EPILOG = """\
 examples:
@@ -84,6 +85,13 @@ def _add_training(plan: Parser) -> None:
         choices=("auto", "fp32", "split", "bf16"),
         default="auto",
         help="what is kept of 16-bit weights beside them; bf16 keeps nothing and is lossy (default auto)",
+    )
+    training.add_argument(
+        "--activation-format",
+        choices=("exact", "int8", "fp8"),
+        default="exact",
+        help="how activations travel; in int8 and fp8, a byte an element and lossy, they leave everywhere (default "
+        "exact, where they stay or leave)",
     )
     size = training.add_mutually_exclusive_group()
     size.add_argument(

@@ -63,6 +63,8 @@ def _verdict(result: Mapping[str, Any]) -> str:
 def _call(result: Mapping[str, Any], placed: Mapping[str, Any], options: Mapping[str, str]) -> str:
     """The call that takes this placement, with these options of its kinds."""
     given = {**options, **_formats(result)}
+    if "activation_format" in given:  # which is for those that leave
+        given = {"activations": placed["options"]["activations"], **given}
     words = [f", {name}={value!r}" for name, value in given.items()]
     if "disk" in placed["options"].values():
         words.append(", disk_path=DIRECTORY")
@@ -77,8 +79,8 @@ def _given(placed: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _formats(result: Mapping[str, Any]) -> dict[str, str]:
-    """Those of the optimizer's states that are not the usual ones."""
-    usual = {"moments": "fp32", "master": "auto"}
+    """Those of the optimizer's states and of activations that are not the usual ones."""
+    usual = {"moments": "fp32", "master": "auto", "activation_format": "exact"}
     return {kind: result[kind] for kind, form in usual.items() if result[kind] != form}
 
 
@@ -93,7 +95,7 @@ def _heading(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     peak = hardware["fp32_flops" if result["dtype"] == "float32" else "flops"]
     each = result["resident_bytes"] / max(1, trainable + frozen)
     several, a_gpu = (f"{gpus} x ", " a GPU") if gpus > 1 else ("", "")
-    formats = [f"{kind} {form}" for kind, form in _formats(result).items()]
+    formats = [f"{kind.replace('activation_format', 'activations')} {form}" for kind, form in _formats(result).items()]
     lines = [
         ("model", f"{result['model']}: {trainable:,} parameters{f', {frozen:,} more frozen' if frozen else ''}"),
         (
