@@ -23,7 +23,8 @@ class StepForecast:
     """Seconds of one step among many alike.
 
     bound_seconds: of the busiest lane, `bound_by`. busy: what each lane has to do. exposed: what compute waits for each
-    lane; with the compute of `busy` that is `seconds`.
+    lane; with the compute of `busy` that is `seconds`. clipped_seconds: of a step that takes back all updates that
+    began in backward, as one does whose norm clips. backup_bytes: of those; nothing is gained by room for more.
     """
 
     seconds: float
@@ -31,6 +32,8 @@ class StepForecast:
     bound_by: str
     busy: Mapping[str, float]
     exposed: Mapping[str, float]
+    clipped_seconds: float
+    backup_bytes: int
 
 
 def forecast(
@@ -47,6 +50,7 @@ def forecast(
     cache_bytes: int = 0,
     ring_bytes: int = RING_BYTES,
     in_flight_bytes: int = IN_FLIGHT_BYTES,
+    speculate_bytes: int = 0,
 ) -> StepForecast:
     """One of many equal steps over `units`, which are in the order of the forward.
 
@@ -55,6 +59,9 @@ def forecast(
     micro-batch saves that stays on the device. activation_host_bytes: what it may take on the host; None: all that it
     takes. window_bytes, cache_bytes: host memory that states and weights on disk pass through. ring_bytes: device
     memory of gradients on their way. in_flight_bytes: of activations on their way to the host, where less may stay.
+    speculate_bytes: host memory of backups, with which updates begin in backward: each costs its backup to be written,
+    and the step keeps it, as no norm clips. They begin until the device has ended backward; a training thread that is
+    ahead of the device submits the step sooner, and has less of them.
 
     Raises `InvalidArgument` for no units, numbers that make no sense, and a lane that is needed and has no rate.
     """
@@ -74,11 +81,21 @@ def forecast(
         cache_bytes=cache_bytes,
         ring_bytes=ring_bytes,
         in_flight_bytes=in_flight_bytes,
+        speculate_bytes=speculate_bytes,
     )
     least = _least(units, machine, settings)
     bound_by = max(least, key=least.__getitem__)
     step = simulate(units, machine, settings)
-    return StepForecast(step.seconds, least[bound_by], bound_by, step.busy, step.exposed)
+    clipped = simulate(units, machine, dataclasses.replace(settings, throws_away=True)) if speculate_bytes else step
+    return StepForecast(
+        step.seconds,
+        least[bound_by],
+        bound_by,
+        step.busy,
+        step.exposed,
+        clipped.seconds,
+        round(step.backup_bytes),
+    )
 
 
 def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> dict[str, float]:

@@ -11,6 +11,7 @@ __all__ = [
     "MOMENT_BLOCK",
     "MasterFormat",
     "ParameterSize",
+    "backup_bytes",
     "host_master",
     "largest_unit",
     "states_that_stay",
@@ -70,6 +71,12 @@ def host_master(parameter: ParameterSize, master: str) -> MasterFormat:
     if parameter.may_split and parameter.dtype_name == "bfloat16" and master != "fp32":
         return "split"
     return "fp32"
+
+
+def backup_bytes(parameter: ParameterSize, master: str) -> int:
+    """What an update on the host writes to, of states in memory; `master` as in `Config`."""
+    working = parameter.itemsize if parameter.itemsize == 2 else 0
+    return parameter.numel * (working + MASTER_BYTES[host_master(parameter, master)]) + parameter.moments
 
 
 def largest_unit(parameters: Sequence[ParameterSize]) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 from ._config import Config
 from ._disk_window import CacheSize, DiskWindow, image_bytes, plan_cache, plan_window
 from ._hybrid import StateBytes, state_bytes
-from ._parameter_size import MASTER_BYTES, ParameterSize, host_master, largest_unit, states_that_stay
+from ._parameter_size import MASTER_BYTES, ParameterSize, backup_bytes, host_master, largest_unit, states_that_stay
 from ._tier_bytes import TierBytes
 
 __all__ = [
@@ -150,7 +150,7 @@ class PlanSizes:
         if optimizer not in ("host", "mixed") or gradients != "host" or params != "device":
             return 0
         states = sum(
-            p.numel * ((2 if p.itemsize == 2 else 0) + _host_master_bytes(p, self.config)) + p.moments + _BACKUP_PADDING
+            backup_bytes(p, self.config.master) + _BACKUP_PADDING
             for p in self.trainable
             if p.may_split and p.name not in kept
         )

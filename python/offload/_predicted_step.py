@@ -22,9 +22,20 @@ from ._plan import Plan
 from ._step_work import Machine, UnitWork, transformer_compute, unit_works
 from ._token_costs import TokenCosts
 
-__all__ = ["Job", "StepPrediction"]
+__all__ = ["WORTHWHILE", "Job", "StepPrediction", "UpdatesAhead"]
 
 _COLLECTIVES_SHARE = 0.8
+# What offloads more is preferred only if it is faster by more than forecasts are good for.
+WORTHWHILE = 0.98
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdatesAhead:
+    """A step whose updates begin in backward: its seconds, those of one whose norm clips, and bytes of backups."""
+
+    seconds: float
+    clipped_seconds: float
+    backup_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +45,9 @@ class StepPrediction:
     activation_bytes, activation_host_bytes: of one micro-batch, the most that is on the device and on the host at once;
     activation_sent_bytes: of it over the link, each way; device_bytes: of a card with them. seconds, tokens_per_s: of a
     step. busy: the seconds of each lane, and of the network; bound_by: the lane below whose work no step can be;
-    exposed: what compute waits for each.
+    exposed: what compute waits for each. clipped_seconds: of a step whose norm clips, more than `seconds` where updates
+    begin in backward. ahead: what `speculate=` would make of it in the host memory that is left; None where that is
+    not worth it, or it is predicted already.
     """
 
     batch: int
@@ -50,6 +63,8 @@ class StepPrediction:
     bound_by: str
     busy: Mapping[str, float]
     exposed: Mapping[str, float]
+    clipped_seconds: float
+    ahead: UpdatesAhead | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +85,12 @@ class Job:
         return self.costs.activation_bytes(self.length, self.itemsize, checkpointing=self.checkpointing)
 
     def step(
-        self, plan: Plan, config: Config, *, placement: int, device_bytes: int, batch: int
+        self, plan: Plan, config: Config, *, placement: int, device_bytes: int, host_room: int, batch: int
     ) -> StepPrediction | None:
         """In as few micro-batches as the device's memory allows; None where it does not hold one sequence.
 
-        config: the one that `plan` was made for. device_bytes: of a card without activations.
+        config: the one that `plan` was made for. device_bytes: of a card without activations. host_room: what its share
+        of the host has left beside them.
         """
         room = self.hardware.device_bytes - device_bytes
         held = functools.cache(lambda count: self._held(plan, config, count))
@@ -82,9 +98,10 @@ class Job:
         if micro_batches is None:
             return None
         activations = held(-(-batch // micro_batches))
-        works = self._works(plan, config, batch * self.length // micro_batches)
-        found = forecast(
-            [_sharded(work, self.gpus) for work in works],
+        works = [_sharded(work, self.gpus) for work in self._works(plan, config, batch * self.length // micro_batches)]
+        forecast_with = functools.partial(
+            forecast,
+            works,
             _machine(self.hardware),
             micro_batches=micro_batches,
             prefetch=plan.prefetch,
@@ -93,11 +110,19 @@ class Job:
             window_bytes=0 if plan.disk_window is None else plan.disk_window.nbytes,
             cache_bytes=0 if plan.weight_cache is None else plan.weight_cache.image_bytes,
         )
+        found = forecast_with(speculate_bytes=plan.host.backups // self.gpus)
         network = self._network_seconds(plan, micro_batches)
         seconds = max(found.seconds, network)
         busy, exposed = dict(found.busy), dict(found.exposed)
         if self.gpus > 1:
             busy["network"], exposed["network"] = network, seconds - found.seconds
+        ahead = None
+        spare = min(host_room - activations.host_bytes, sum(work.backup_bytes for work in works))
+        if not plan.host.backups and spare > 0:
+            other = forecast_with(speculate_bytes=spare)
+            if max(other.seconds, network) < WORTHWHILE * seconds:
+                clipped_seconds = max(other.clipped_seconds, network)
+                ahead = UpdatesAhead(max(other.seconds, network), clipped_seconds, other.backup_bytes)
         tokens = batch * self.length * self.gpus
         return StepPrediction(
             batch=batch,
@@ -113,6 +138,8 @@ class Job:
             bound_by=found.bound_by if network <= found.bound_seconds else "network",
             busy=busy,
             exposed=exposed,
+            clipped_seconds=max(found.clipped_seconds, network),
+            ahead=ahead,
         )
 
     def _works(self, plan: Plan, config: Config, tokens: int) -> tuple[UnitWork, ...]:

@@ -11,7 +11,7 @@ from ._errors import InvalidArgument, OutOfHostMemory
 from ._hardware import INTERCONNECTS, Hardware
 from ._parameter_size import ParameterSize
 from ._plan import Attempt, Plan, make_plan, place_activations, try_placement
-from ._predicted_step import Job, StepPrediction
+from ._predicted_step import WORTHWHILE, Job, StepPrediction
 from ._tier_bytes import TierBytes
 from ._token_costs import TokenCosts
 
@@ -31,8 +31,6 @@ _OPTIONS = ("optimizer", "gradients", "params", "activations")
 _SOME_DISK = "DIRECTORY"
 _RULE_OF_THUMB = 40  # bytes a parameter
 _PLENTY = 2**60
-# A placement that offloads more is preferred only if it is faster by more than forecasts are good for.
-_WORTHWHILE = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +83,7 @@ class Prediction:
         best: dict[int, StepPrediction] = {}
         for step in sorted(self.steps, key=self._off_the_device):
             known = best.get(step.batch)
-            if known is None or step.seconds < known.seconds * _WORTHWHILE:
+            if known is None or step.seconds < known.seconds * WORTHWHILE:
                 best[step.batch] = step
         return [best[batch] for batch in sorted(best)]
 
@@ -141,7 +139,8 @@ def make_prediction(
         if plan is not None:
             own = _plan_with_disk_last(parameters, settings, hardware)
             if all(_options(own, settings) != one.placed.options for one in candidates):
-                candidates.append(_Candidate(_placed_by(own, settings, parameters), settings, own))
+                host_room = own.host_capacity - own.host.total - own.unified.total
+                candidates.append(_Candidate(_placed_by(own, settings, parameters), settings, own, host_room))
     if plan is None and refusal is None and all(one.plan is None for one in candidates):
         tried = [one.placed.refusal for one in candidates] or ["no placement but device, host and disk is sharded"]
         refusal = f"nothing fits {gpus} cards: {tried[-1]}"
@@ -184,18 +183,29 @@ def make_prediction(
 
 @dataclasses.dataclass(frozen=True)
 class _Candidate:
-    """A placement, the options that ask for it, and the plan of one card that trains alone; None if it does not fit."""
+    """A placement, the options that ask for it, and the plan of one card that trains alone; None if it does not fit.
+
+    host_room: what it leaves of a card's share of the host.
+    """
 
     placed: PlacedBytes
     config: Config
     plan: Plan | None
+    host_room: int
 
 
 def _step(job: Job, candidate: _Candidate, number: int, batch: int) -> StepPrediction | None:
     if candidate.plan is None:
         return None
     device_bytes = candidate.placed.device.total
-    return job.step(candidate.plan, candidate.config, placement=number, device_bytes=device_bytes, batch=batch)
+    return job.step(
+        candidate.plan,
+        candidate.config,
+        placement=number,
+        device_bytes=device_bytes,
+        host_room=candidate.host_room,
+        batch=batch,
+    )
 
 
 def _check(
@@ -287,7 +297,8 @@ def _candidate(parameters: Sequence[ParameterSize], config: Config, hardware: Ha
         _, left = place_activations(config, part.host_capacity - part.on_host)
         plan = dataclasses.replace(plan_on(parameters, config, alone), activation_host_bytes=left)
     options = dict(zip(_OPTIONS, (*whole.choice, config.activations), strict=True))
-    return _Candidate(PlacedBytes(options, device, part.host, part.disk, refusal), config, plan)
+    placed = PlacedBytes(options, device, part.host, part.disk, refusal)
+    return _Candidate(placed, config, plan, part.host_capacity - part.on_host)
 
 
 def _placed_by(plan: Plan, config: Config, parameters: Sequence[ParameterSize]) -> PlacedBytes:

@@ -45,6 +45,11 @@ class Lane:
         self.busy += seconds
         return self.last
 
+    def pass_by(self, *after: Piece) -> Piece:
+        """What takes no time and keeps its turn: pieces given later begin when those in `after` have ended too."""
+        self.last = latest((self.last, *after))
+        return self.last
+
 
 class Compute(Lane):
     """The lane that everything else is to hide behind. exposed: seconds that it waited, by the lane that kept it."""

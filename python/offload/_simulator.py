@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ._activation_order import ActivationOrder, activation_order
 from ._simulated_lanes import BEGIN, Compute, Lane, Piece, Ring, latest
@@ -23,6 +23,8 @@ __all__ = ["Settings", "Simulated", "simulate", "window_schedule"]
 # Steps before the measured ones, which find the lanes as every later step does; of those one goes forwards through
 # states on disk and one backwards.
 _FIRST_STEPS, _MEASURED_STEPS = 2, 2
+# Bytes in memory that copying a byte there reads and writes.
+_COPY = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Settings:
     cache_bytes: int
     ring_bytes: int
     in_flight_bytes: int
+    speculate_bytes: int = 0
+    throws_away: bool = False  # what began in backward
 
     def order_of(self, units: Sequence[UnitWork]) -> ActivationOrder:
         """What of a micro-batch's activations leaves and comes back, and when."""
@@ -49,11 +53,12 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """Seconds of a step, what each lane did in it, and what compute waited for."""
+    """Seconds of a step, what each lane did in it, what compute waited for, and what was backed up."""
 
     seconds: float
     busy: dict[str, float]
     exposed: dict[str, float]
+    backup_bytes: float
 
 
 def window_schedule(count: int, prefetch: int) -> list[list[int]]:
@@ -86,6 +91,7 @@ def simulate(units: Sequence[UnitWork], machine: Machine, settings: Settings) ->
         (end.seconds - start.seconds) / _MEASURED_STEPS,
         {lane: (end.busy[lane] - start.busy[lane]) / _MEASURED_STEPS for lane in LANES},
         {lane: (end.exposed[lane] - start.exposed[lane]) / _MEASURED_STEPS for lane in LANES[1:]},
+        pipeline.backup_bytes,
     )
 
 
@@ -111,6 +117,8 @@ class _Pipeline:
         self.updated = [BEGIN] * len(units)
         # The copies of its gradients that left last, by part.
         self.landed = [[BEGIN] * unit.parts for unit in units]
+        self.backed_up = _backed_up(units, settings.speculate_bytes)
+        self.backup_bytes = 0.0  # of the last step
 
     def run(self, lane: str, nbytes: float, *after: Piece) -> Piece:
         """`nbytes` at the rate of the lane; no bytes take no time, and no rate."""
@@ -189,8 +197,9 @@ class _Pipeline:
         # A factor leaves when the norms of all gradients are known, behind the gradients that left.
         left = [self.landed[number][0] for number, unit in enumerate(self.units) if unit.gradient_bytes]
         norm = latest(left) if self.settings.clips else BEGIN
+        ahead = self._updates_ahead(submitted)
         for number in numbers:
-            self._update_on_host(number, submitted, norm)
+            self._update_on_host(number, submitted, norm, ahead)
         for number, unit in enumerate(self.units):
             if unit.device_update_bytes:
                 self._update_on_device(number)
@@ -198,14 +207,37 @@ class _Pipeline:
             self.compute.wait(latest(self.updated))
         self.weights.send_first()
 
-    def _update_on_host(self, number: int, submitted: Piece, norm: Piece) -> None:
+    def _updates_ahead(self, submitted: Piece) -> dict[tuple[int, int], Piece]:
+        """Those that began in backward, in the order in which their gradients left: whatever the optimizer has come to
+        when the step is submitted; it waits for a gradient that it has come to."""
+        ahead = {}
+        self.backup_bytes = 0.0
+        for number, part in self.backed_up:
+            if self.lanes["host_update"].last.end >= submitted.end:
+                break
+            unit = self.units[number]
+            nbytes = (unit.host_update_bytes + _COPY * unit.backup_bytes) / unit.parts
+            ahead[number, part] = self.run("host_update", nbytes, self.landed[number][part])
+            self.backup_bytes += unit.backup_bytes / unit.parts
+        return ahead
+
+    def _update_on_host(
+        self, number: int, submitted: Piece, norm: Piece, ahead: Mapping[tuple[int, int], Piece]
+    ) -> None:
         unit = self.units[number]
         weights = self.weights.read_for_update(number, submitted)
         for part in range(unit.parts):
             states = self.states.read(number, part, submitted)
             known = submitted if self.machine.synchronous else BEGIN
             ready = (known, norm, self.landed[number][part], states, weights)
-            update = self.run("host_update", unit.host_update_bytes / unit.parts, *ready)
+            begun = ahead.get((number, part))
+            if begun is None:
+                update = self.run("host_update", unit.host_update_bytes / unit.parts, *ready)
+            elif self.settings.throws_away:
+                again = (_COPY * unit.backup_bytes + unit.host_update_bytes) / unit.parts
+                update = self.run("host_update", again, begun, *ready)
+            else:
+                update = self.lanes["host_update"].pass_by(begun, *ready)
             written = self.states.write(number, part, update)
             upload = self.run("to_device", unit.upload_bytes / unit.parts, update, submitted)
             self.updated[number] = latest((update, written, upload))
@@ -220,6 +252,19 @@ class _Pipeline:
         self.compute.wait(latest(crossing))
         if not unit.host_update_bytes:  # else they are gradients, which have left
             self.compute.wait(self.run("to_host", unit.step_to_host_bytes, self.compute.last))
+
+
+def _backed_up(units: Sequence[UnitWork], room: int) -> list[tuple[int, int]]:
+    """The parts that have a backup, in the order in which their gradients leave: of these, each that finds room."""
+    found = []
+    left: float = room
+    for number, unit in reversed([*enumerate(units)]):
+        nbytes = unit.backup_bytes / unit.parts
+        for part in reversed(range(unit.parts)):
+            if 0 < nbytes <= left:
+                found.append((number, part))
+                left -= nbytes
+    return found
 
 
 class _WeightWindow:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from ._config import Config
 from ._errors import InvalidArgument
 from ._hybrid import state_bytes
-from ._parameter_size import MASTER_BYTES, ParameterSize, host_master
+from ._parameter_size import MASTER_BYTES, ParameterSize, backup_bytes, host_master
 from ._plan import Plan
 
 __all__ = ["LANES", "Machine", "UnitWork", "transformer_compute", "unit_works"]
@@ -72,6 +72,7 @@ class UnitWork:
     step_to_host_bytes, step_to_device_bytes: are copied inside `step()`, before its update, while compute waits.
     unified_bytes: of states in unified memory, cross the link both ways while the device updates them.
     host_update_bytes, device_update_bytes: that its update reads and writes in memory.
+    backup_bytes: of what its update on the host writes to, where that may begin in backward.
     upload_bytes: of resident weights, after their update on the host.
     disk_read_bytes, disk_write_bytes: of states, in an update.
     stored_bytes: of `weight_bytes`, what comes from the disk, and goes there after the update.
@@ -93,6 +94,7 @@ class UnitWork:
     unified_bytes: int = 0
     host_update_bytes: int = 0
     device_update_bytes: int = 0
+    backup_bytes: int = 0
     upload_bytes: int = 0
     disk_read_bytes: int = 0
     disk_write_bytes: int = 0
@@ -219,6 +221,8 @@ def _costs(parameter: ParameterSize, plan: Plan, config: Config) -> dict[str, in
     if not streams:
         costs["upload_bytes"] = weight
     costs["host_update_bytes"] = one.host_update
+    if plan.optimizer != "disk" and leaves and plan.params == "device" and parameter.may_split:
+        costs["backup_bytes"] = backup_bytes(parameter, config.master)
     if plan.optimizer == "disk":
         # A master on the host that is the weight has no second copy on the disk (see [Note: bytes a parameter]).
         has_master = parameter.itemsize == 2 or not streams

@@ -1,7 +1,8 @@
 """Training by the real engine on a clock that a test moves: a step takes what its copies and its compute take.
 
-Copies take their bytes over the rate of their lane, compute takes what `EngineClock.compute` is told, and updates
-take no time. The hand moves only when everything that can run has run, so each run gives the same figures.
+Copies take their bytes over the rate of their lane, compute takes what `EngineClock.compute` is told, and updates take
+no time, or what `EngineClock` is told. The hand moves only when everything that can run has run, so each run gives the
+same figures.
 """
 
 from __future__ import annotations
@@ -24,11 +25,17 @@ _wait = _native.Ticket.wait
 
 @dataclass(eq=False)
 class _Work:
-    """A copy or an update. after: what it waits for. uploads: of an update, whether a copy follows that ends it."""
+    """A copy or an update. after: what it waits for. Of an update, gate: what the native one waits for until it is to
+    end; seconds: that it takes; ahead: it begins before its step; uploads: a copy follows that ends it."""
 
     ticket: _native.Ticket
     after: list[_native.Ticket]
+    gate: _native.Ticket | None = None
+    slot: int = -1
+    seconds: float = 0.0
+    ahead: bool = False
     uploads: bool = False
+    end_ns: int | None = None  # once it has begun
 
     @property
     def can_run(self) -> bool:
@@ -36,9 +43,23 @@ class _Work:
 
 
 class EngineClock:
-    """Every engine made while the test runs has this clock. Rates of the lanes are in bytes a second."""
+    """Every engine made while the test runs has this clock. Rates of the lanes are in bytes a second.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, to_host: float, to_device: float) -> None:
+    update_s: of each update on the host; ahead_s: of one that begins before its step, with its backup. The step that
+    comes to such an update is expected to take it up, in no time.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        to_host: float,
+        to_device: float,
+        update_s: float = 0.0,
+        ahead_s: float = 0.0,
+    ) -> None:
+        self._update_s, self._ahead_s = update_s, ahead_s
+        self._begun_ahead: set[int] = set()  # slots, since the last step
         self._clock = _native.ManualClock()
         self._device = _native.HostDevice(
             clock=self._clock, to_host_bytes_per_s=to_host, to_device_bytes_per_s=to_device
@@ -53,6 +74,7 @@ class EngineClock:
         monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
         monkeypatch.setattr(_native.StepPipeline, "add_slot", self._adding())
         monkeypatch.setattr(_native.StepPipeline, "submit", self._updating())
+        monkeypatch.setattr(_native.StepPipeline, "speculate", self._updating_ahead())
         monkeypatch.setattr(_native.StepPipeline, "wait", self._waiting_for_updates())
         clock = self
 
@@ -125,14 +147,33 @@ class EngineClock:
         submit = _native.StepPipeline.submit
 
         def call(pipeline: Any, jobs: Any, stream: int = 0, **options: Any) -> list[_native.Ticket]:
-            gate = _native.Ticket.pending()  # all are known here before the first runs
-            jobs = [(*job[:3], [*job[3], gate], *job[4:]) for job in jobs]
-            tickets: list[_native.Ticket] = submit(pipeline, jobs, stream, **options)
-            for job, ticket in zip(jobs, tickets, strict=True):
-                self._updates.append(_Work(ticket, job[3], self._uploading[job[0]]))
-            gate.complete()
+            self._settle()
+            gates = [_native.Ticket.pending() for _ in jobs]
+            gated = [(*job[:3], [*job[3], gate], *job[4:]) for job, gate in zip(jobs, gates, strict=True)]
+            tickets: list[_native.Ticket] = submit(pipeline, gated, stream, **options)
+            # What has not begun never does.
+            self._updates = deque(update for update in self._updates if not update.ticket.done)
+            self._begun_ahead |= {update.slot for update in self._updates if update.ahead}
+            for job, gate, ticket in zip(jobs, gates, tickets, strict=True):
+                seconds = 0.0 if job[0] in self._begun_ahead else self._update_s
+                after, uploads = list(job[3]), self._uploading[job[0]]
+                self._updates.append(_Work(ticket, after, gate, job[0], seconds, uploads=uploads))
+            self._begun_ahead.clear()
             self._settle()
             return tickets
+
+        return call
+
+    def _updating_ahead(self) -> Any:
+        speculate = _native.StepPipeline.speculate
+
+        def call(pipeline: Any, job: Any, backup: int) -> _native.Ticket:
+            self._settle()
+            gate = _native.Ticket.pending()
+            ticket = speculate(pipeline, (*job[:3], [*job[3], gate], *job[4:]), backup)
+            self._updates.append(_Work(ticket, list(job[3]), gate, job[0], self._ahead_s, ahead=True))
+            self._settle()
+            return ticket
 
         return call
 
@@ -162,15 +203,23 @@ class EngineClock:
         self._clock.advance(time_ns - self._clock.now_ns())
 
     def _settle(self) -> int | None:
-        """Returns when whatever can run without the hand has run; when the next copy ends, None without one."""
+        """Returns when whatever can run without the hand has run; when the next copy, or the update that runs, ends,
+        None without one."""
         while True:
             self._forget_ended()
+            now = self._clock.now_ns()
             if self._updates and self._updates[0].can_run:
-                self._note(self._updates.popleft())
-                continue
+                update = self._updates[0]
+                if update.end_ns is None:
+                    update.end_ns = now + round(update.seconds * _NS)
+                if update.end_ns <= now:
+                    self._note(self._updates.popleft())
+                    continue
             sleeping = sum(bool(lane) and lane[0].can_run for lane in self._lanes.values())
-            deadlines = [deadline for deadline in self._clock.deadlines_ns() if deadline > self._clock.now_ns()]
+            deadlines = [deadline for deadline in self._clock.deadlines_ns() if deadline > now]
             if len(deadlines) == sleeping:
+                if self._updates and self._updates[0].end_ns is not None:
+                    deadlines.append(self._updates[0].end_ns)
                 return min(deadlines, default=None)
             os.sched_yield()  # a lane's thread is between two copies
 
@@ -181,6 +230,10 @@ class EngineClock:
 
     def _note(self, update: _Work) -> None:
         """Returns when an update has run: its upload is in the lane then, if it has one."""
+        assert update.gate is not None
+        update.gate.complete()
+        if update.ahead:
+            self._begun_ahead.add(update.slot)
         if not update.uploads:
             _wait(update.ticket)
             return

@@ -130,6 +130,42 @@ def test_states_on_disk_are_read_ahead_and_every_other_step_goes_backwards() -> 
     assert forecast([unit] * 2, ONE, window_bytes=1).busy["disk_read"] == pytest.approx(1.0)
 
 
+# From the end of a forward (2) on: backward of b 2-6, of a 6-10; gradients 6-7 and 10-11; step() at 10.
+AHEAD = UnitWork("u", 1.0, 4.0, gradient_bytes=1, host_update_bytes=1, backup_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("units", "room", "seconds", "clipped_seconds", "backup_bytes"),
+    [
+        # a is updated 11-12, b 12-13; forward 13-15
+        ([AHEAD] * 2, 0, 13, 13, 0),
+        # the backup of b takes 7-9 and its update 9-10; that of a 11-12; forward 12-14. If that of b is undone 12-14
+        # and done again 14-15, forward 15-17
+        ([AHEAD] * 2, 1, 12, 15, 1),
+        # the update of a is not come to before step()
+        ([AHEAD] * 2, 2, 12, 15, 1),
+        # no room for that of b: that of a is come to in time, 11-14; b 14-15; forward 15-17. Undone 14-16 and done
+        # again 16-17, b 17-18
+        ([AHEAD, dataclasses.replace(AHEAD, backup_bytes=3)], 2, 15, 18, 1),
+        ([AHEAD, dataclasses.replace(AHEAD, backup_bytes=0)], 2, 15, 18, 1),
+    ],
+)
+def test_updates_that_begin_in_backward(
+    units: Sequence[UnitWork], room: int, seconds: float, clipped_seconds: float, backup_bytes: int
+) -> None:
+    for clips in (False, True):
+        step = forecast(units, ONE, lazy=False, clips=clips, speculate_bytes=room)
+        assert (step.seconds, step.clipped_seconds) == pytest.approx((seconds, clipped_seconds))
+        assert step.backup_bytes == backup_bytes
+        assert step.busy["host_update"] == pytest.approx(2 + 2 * backup_bytes)
+
+
+def test_of_several_micro_batches_the_last_begins_updates() -> None:
+    fast = dataclasses.replace(ONE, to_host=1e9, to_device=1e9)
+    one, three = (forecast([AHEAD] * 2, fast, speculate_bytes=2, micro_batches=count) for count in (1, 3))
+    assert three.seconds == pytest.approx(one.seconds + 2 * (2 + 8)) and three.backup_bytes == one.backup_bytes == 2
+
+
 def test_parts_of_a_unit_follow_each_other() -> None:
     one = UnitWork("u", 0.0, 4.0, gradient_bytes=4, host_update_bytes=4, upload_bytes=4)
     # The last of four gradients leaves 4-5; updates 5-9; the last upload ends at 10.
@@ -192,6 +228,7 @@ def works(draw: st.DrawFn) -> UnitWork:
         step_to_host_bytes=0 if leaves else gradient,
         host_update_bytes=states + 1,
         device_update_bytes=states if in_part else 0,
+        backup_bytes=states if leaves and not (streams or on_disk) else 0,
         upload_bytes=0 if streams else weight,
         disk_read_bytes=states if on_disk else 0,
         disk_write_bytes=states if on_disk else 0,
@@ -216,10 +253,15 @@ def forecasts(draw: st.DrawFn) -> tuple[list[UnitWork], Machine, dict[str, Any]]
 
 
 @settings(max_examples=150, deadline=None)
-@given(forecasts())
-def test_never_below_the_bound_and_all_of_it_is_compute_or_waiting(case: Any) -> None:
+@given(forecasts(), st.sampled_from([0, 30, 1000]))
+def test_never_below_the_bound_and_all_of_it_is_compute_or_waiting(case: Any, room: int) -> None:
     units, machine, options = case
-    step = forecast(units, machine, **options)
+    step = forecast(units, machine, **options, speculate_bytes=room)
+    assert 0 <= step.backup_bytes <= min(room, sum(unit.backup_bytes for unit in units))
+    assert step.busy["host_update"] == pytest.approx(
+        (sum(unit.host_update_bytes for unit in units) + 2 * step.backup_bytes) / machine.host_update,
+        abs=2 / machine.host_update,
+    )
     assert step.seconds >= step.bound_seconds * (1 - 1e-9)
     assert all(seconds <= step.seconds * (1 + 1e-9) for seconds in step.busy.values())
     assert step.busy["compute"] + sum(step.exposed.values()) == pytest.approx(step.seconds)

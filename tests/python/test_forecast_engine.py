@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
 _UNITS, _WEIGHTS = 4, 2
 _ELEMENTS = 160 << 10  # larger than what shares an upload with others
 _BYTES = 2 * _ELEMENTS
+# What an update of a weight reads and writes, and what it writes to: its halves and two moments.
+_UPDATE_BYTES, _BACKUP_BYTES = 30 * _ELEMENTS, 12 * _ELEMENTS
 
 HOST = {"optimizer": "host", "gradients": "host", "params": "device"}
 DEVICE = {"optimizer": "device", "gradients": "device", "params": "device"}
@@ -34,7 +36,8 @@ class Setting:
 
     link: rates to the host and to the device. seconds: of forward and of backward of a unit. saved: of each range that
     forward saves, which is one a weight, or a checkpointed unit's input. ring: of copies on their way (of
-    activations: where less may stay); None: no limit.
+    activations: where less may stay); None: no limit. update: seconds of that of a weight on the host. backups: how
+    many weights may be updated in backward.
     """
 
     options: dict[str, Any]
@@ -45,6 +48,8 @@ class Setting:
     saved: float = 0
     checkpointed: bool = False
     ring: float | None = None
+    update: float = 0
+    backups: int = 0
 
 
 SETTINGS = {
@@ -55,6 +60,18 @@ SETTINGS = {
     "host, three micro-batches": Setting(HOST, 3),
     "host, three micro-batches, slow links": Setting(HOST, 3, clips=False, link=(0.7, 0.6)),
     "host, not lazy": Setting(HOST | {"lazy": False}, link=(2, 1)),
+    "slow updates": Setting(HOST, link=(2, 8), seconds=(1, 4), update=1),
+    "slow updates, not lazy": Setting(HOST | {"lazy": False}, clips=False, update=0.5),
+    "slow updates, two micro-batches": Setting(HOST, 2, link=(1, 1), update=1.5),
+    "half of the states, slow updates": Setting(HOST | {"optimizer": 0.5}, link=(1, 1), update=1.5),
+    # What began in backward has ended when the step is submitted: the first unit has no backup, and while it goes
+    # backward the others are updated. Else it would be up to a thread what has begun.
+    "in backward": Setting(HOST, link=(2, 8), seconds=(1, 4), update=1, backups=6),
+    "in backward, not clipped": Setting(HOST, clips=False, link=(2, 8), seconds=(1, 4), update=1, backups=6),
+    "in backward, not lazy": Setting(HOST | {"lazy": False}, link=(2, 4), update=0.5, backups=6),
+    "in backward, half of them": Setting(HOST, link=(2, 0.4), update=0.7, backups=4),
+    "in backward, slowly": Setting(HOST, link=(2, 8), seconds=(0.2, 4), update=1, backups=5),
+    "in backward, two micro-batches": Setting(HOST, 2, link=(1, 1), update=0.5, backups=5),
     "half of the states": Setting(HOST | {"optimizer": 0.5}, link=(1, 1)),
     "optimizer alone": Setting(HOST | {"gradients": "device"}, link=(1, 1)),
     "optimizer alone, two micro-batches": Setting(HOST | {"gradients": "device"}, 2, clips=False, link=(1, 1)),
@@ -113,6 +130,10 @@ def ring_bytes(setting: Setting) -> int:
     return 1 << 40 if setting.ring is None else round(setting.ring * _BYTES)
 
 
+def options_of(setting: Setting) -> dict[str, Any]:
+    return setting.options | ({"speculate": setting.backups * _BACKUP_BYTES} if setting.backups else {})
+
+
 def model_of(setting: Setting, clock: Any) -> nn.Module:
     kind = CheckpointedBlock if setting.checkpointed else Block
     # What a checkpointed block saves as it is recomputed makes it be recomputed, and is too small to leave.
@@ -128,8 +149,9 @@ def predicted(name: str) -> float:
         for unit in range(_UNITS)
         for number in range(_WEIGHTS)
     ]
-    config = offload.Config(**setting.options)
-    plan = offload.estimate(model_of(setting, None).to("meta"), **setting.options)
+    options = options_of(setting)
+    config = offload.Config(**options)
+    plan = offload.estimate(model_of(setting, None).to("meta"), **options)
     units = [str(unit) for unit in range(_UNITS)]
     forward, backward = setting.seconds
     ranges = 1 if setting.checkpointed else _WEIGHTS
@@ -146,7 +168,9 @@ def predicted(name: str) -> float:
         units if setting.checkpointed else (),
         sent,
     )
-    machine = Machine(*(rate * _BYTES for rate in setting.link), host_update=1e30, device_update=1e30, synchronous=True)
+    links = (rate * _BYTES for rate in setting.link)
+    host_update = _UPDATE_BYTES / setting.update if setting.update else 1e30
+    machine = Machine(*links, host_update=host_update, device_update=1e30, synchronous=True)
     return forecast(
         works,
         machine,
@@ -158,18 +182,20 @@ def predicted(name: str) -> float:
         activation_host_bytes=plan.activation_host_bytes,
         ring_bytes=ring_bytes(setting),
         in_flight_bytes=ring_bytes(setting),
+        speculate_bytes=plan.host.backups,
     ).seconds
 
 
 def measured(name: str, monkeypatch: pytest.MonkeyPatch) -> float:
     setting = SETTINGS[name]
     to_host, to_device = (rate * _BYTES for rate in setting.link)
-    clock = EngineClock(monkeypatch, to_host=to_host, to_device=to_device)
+    ahead_s = setting.update * (1 + 2 * _BACKUP_BYTES / _UPDATE_BYTES)
+    clock = EngineClock(monkeypatch, to_host=to_host, to_device=to_device, update_s=setting.update, ahead_s=ahead_s)
     monkeypatch.setattr(_copy_lanes, "_RING_BYTES", ring_bytes(setting))
     monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", ring_bytes(setting))
     model = model_of(setting, clock)
     optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimizer = offload.wrap(model, optimizer, device="cpu", **{"activations": "device"} | setting.options)
+    model, optimizer = offload.wrap(model, optimizer, device="cpu", **{"activations": "device"} | options_of(setting))
     elements = round(setting.saved * _BYTES) // 2 if setting.checkpointed else 1
     began = []
     for _ in range(5):
@@ -177,10 +203,14 @@ def measured(name: str, monkeypatch: pytest.MonkeyPatch) -> float:
         for _ in range(setting.micro_batches):
             model(torch.zeros(elements, dtype=torch.bfloat16)).sum().backward()
         if setting.clips:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)  # which leaves them alone
         optimizer.step()
         optimizer.zero_grad()
+    optimizer.state_dict()  # once the last updates have ended
+    speculation = optimizer.stats().speculation
     offload.unwrap(model, optimizer)
+    if setting.backups:  # in each step but the first
+        assert (speculation["kept"], speculation["thrown_away"]) == (4 * setting.backups, 0)
     # States are made, and orders recorded, in the first steps.
     return (began[-1] - began[-3]) / 2
 

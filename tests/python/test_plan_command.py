@@ -107,6 +107,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(step) == {
         "batch", "tokens", "micro_batches", "placement", "activation_bytes", "activation_host_bytes",
         "activation_sent_bytes", "device_bytes", "seconds", "tokens_per_s", "bound_by", "busy", "exposed",
+        "clipped_seconds", "ahead",
     }  # fmt: skip
     assert [found["steps"][number]["batch"] for number in found["fastest"]] == [1, 4]
     assert found["hardware"]["name"] == "4090" and "mfu" in found["hardware"]["assumed"]
@@ -200,6 +201,25 @@ def test_activations_in_a_byte_an_element_leave_everywhere(capsys: pytest.Captur
             f"It fits: `offload.wrap(model, optim, activations='{place}', activation_format='int8')`"
         )
         assert "adamw, activations int8, sequences" in text
+
+
+@pytest.mark.usefixtures("no_search")
+def test_updates_in_backward_are_shown_where_they_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the device has no room for states, the host has some, and the update is what a step waits for."""
+    model = [*NEW_USER[:-1], "h200", "--gpu-memory", "40GiB", "--batch", "4"]
+    found = reported(capsys, *model, "--host-memory", "400GiB")
+    best = min((s for s in found["steps"] if s["ahead"]), key=lambda step: step["ahead"]["seconds"])
+    options = found["placements"][best["placement"]]["options"]
+    assert (options["gradients"], options["params"]) == ("host", "device")
+    ahead = best["ahead"]
+    assert ahead["seconds"] < 0.98 * best["seconds"] < best["seconds"] < ahead["clipped_seconds"]
+    gib = math.ceil(ahead["backup_bytes"] / 2**30)
+    words = f"#{best['placement'] + 1} with `speculate='{gib}GiB'` 8,192 tokens in {ahead['seconds']:.2f} s"
+    assert main([*model, "--host-memory", "400GiB"]) == 0
+    assert words in " ".join(capsys.readouterr().out.split())
+    # The states alone fill this host.
+    found = reported(capsys, *model, "--host-memory", "118GiB")
+    assert found["steps"] and all(step["ahead"] is None for step in found["steps"])
 
 
 @pytest.mark.usefixtures("no_search")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ __all__ = ["pieces"]
 
 # Of a step, what is worth a word.
 _WORTH_SHOWING = 0.005
+_WORTHWHILE = 0.98  # a difference that forecasts are good for
 _LEAST_GIB = 2**30 // 10  # less is shown in MiB
 _KINDS = {"optimizer": "optimizer", "gradients": "gradients", "params": "weights", "activations": "activations"}
 _LANES = {
@@ -191,7 +193,26 @@ def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
         "allows; device and host: with activations; computes: the share of the step; waits for: what it waits for "
         "most, and how long.",
         f"{smallest['tokens']:,} tokens need: {busy}.",
+        *_ahead(result),
     ]
+
+
+def _ahead(result: Mapping[str, Any]) -> list[str]:
+    """Where updates that begin in backward would give a shorter step than the ones shown, in words."""
+    found = []
+    for number in result["fastest"]:
+        shown = result["steps"][number]
+        others = [s for s in result["steps"] if s["batch"] == shown["batch"] and s["ahead"] is not None]
+        best = min(others, key=lambda step: step["ahead"]["seconds"], default=None)
+        if best is None or best["ahead"]["seconds"] >= _WORTHWHILE * shown["seconds"]:
+            continue
+        ahead = best["ahead"]
+        found.append(
+            f"#{best['placement'] + 1} with `speculate='{math.ceil(ahead['backup_bytes'] / 2**30)}GiB'` "
+            f"{best['tokens']:,} tokens in {_seconds(ahead['seconds'])}, and in {_seconds(ahead['clipped_seconds'])} "
+            "where the norm clips"
+        )
+    return [f"Shorter, by updates that begin in backward: {'; '.join(found)}."] if found else []
 
 
 def _waits(step: Mapping[str, Any]) -> str:
