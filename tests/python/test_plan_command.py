@@ -313,8 +313,8 @@ def test_an_entry_point(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no model: give a Hugging Face config.json"),
-        (["nowhere"], "'nowhere' is no file or directory here and no Python function; nothing is downloaded"),
+        ([], "no model: give a name such as Llama-3.1-8B, a Hugging Face config.json"),
+        (["nowhere"], "'nowhere' is no file or directory here, no Python function and no name that is known. Nothing"),
         (["no_such_module:build"], "cannot be imported: No module named 'no_such_module'"),
         (["no_such_module:build", "--params", "8e9"], "--params beside MODEL: give the one or the other"),
         (["--params", "1000", "--layers", "2", "--hidden", "64"], "1,000 parameters are too few for 2 layers of 64"),

@@ -11,7 +11,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The numbers of a Llama-like model's configuration file."""
+    """The numbers of a Llama-like model's configuration file.
+
+    experts: feed-forwards beside each other, of which a token passes experts_a_token. positions: learned ones, as GPT-2
+    has them, and with them norms and matrices with biases and a feed-forward without a gate.
+    """
 
     vocabulary: int
     hidden: int
@@ -24,6 +28,9 @@ class ModelShape:
     attention_bias: bool = False
     query_key_norm: bool = False
     norms_per_layer: int = 2
+    experts: int = 0
+    experts_a_token: int = 0
+    positions: int = 0
 
 
 MODELS: dict[str, ModelShape] = {
@@ -43,7 +50,8 @@ TINY = ModelShape(256, 64, 2, 176, 4, 2, head_size=16)
 
 
 def shapes(model: ModelShape) -> list[Shape]:
-    """The shape of every parameter, in the order of `model.parameters()`; a tied head is listed once."""
+    """The shape of every parameter of a Llama-like model with neither experts nor learned positions, in the order of
+    `model.parameters()`; a tied head is listed once."""
     query, key_value = model.heads * model.head_size, model.kv_heads * model.head_size
     layer: list[Shape] = []
     for rows in (query, key_value, key_value):

@@ -15,7 +15,10 @@ from torch import nn
 
 import offload
 
-__all__ = ["decoder", "decoder_of_depth", "described", "model_of"]
+from ._model_shapes import ModelShape
+from ._published_models import PUBLISHED, nearest_name, published_name
+
+__all__ = ["decoder", "decoder_of_depth", "described", "model_of", "published"]
 
 # Llama's proportions: a head of 128, four query heads to a key, a feed-forward of 3.5 and a depth of 1/128 the width.
 _HEAD, _QUERIES_A_KEY, _FEED_FORWARD = 128, 4, 3.5
@@ -44,9 +47,14 @@ def model_of(options: argparse.Namespace) -> nn.Module:
     module, separator, function = options.model.partition(":")
     if separator and module and function.isidentifier():
         return _from_entry_point(module, function, dtype)
+    name = published_name(options.model)
+    if name is not None:
+        return published(name, dtype)
+    near = nearest_name(options.model)
     raise offload.InvalidArgument(
-        f"MODEL {options.model!r} is no file or directory here and no Python function; nothing is downloaded: give a "
-        "Hugging Face config.json, the directory that has one, package.module:function, or --params"
+        f"MODEL {options.model!r} is no file or directory here, no Python function and no name that is known"
+        f"{f': did you mean {near!r}?' if near else '.'} Nothing is downloaded: give a Hugging Face config.json, the "
+        "directory that has one, package.module:function, --params, or one of " + ", ".join(PUBLISHED)
     )
 
 
@@ -66,7 +74,8 @@ def decoder(
     Raises `InvalidArgument` for sizes that do not go together.
     """
     heads = max(1, hidden // _HEAD)
-    keys = max(1, heads // _QUERIES_A_KEY) * (hidden // heads)
+    kv_heads = max(1, heads // _QUERIES_A_KEY)
+    keys = kv_heads * (hidden // heads)
     feed_forward = round(_FEED_FORWARD * hidden)
     if parameters is not None:
         outside = 2 * vocabulary * hidden + hidden
@@ -78,28 +87,64 @@ def decoder(
                 f"{vocabulary:,}: embedding and head alone take {outside:,}, attention {layers * attention:,}; give "
                 "fewer --layers, a smaller --hidden or a smaller --vocabulary"
             )
-    place: dict[str, Any] = {"device": "meta", "dtype": dtype}
+    shape = ModelShape(vocabulary, hidden, layers, feed_forward, heads, kv_heads, hidden // heads)
+    return _built(shape, "a Llama-shaped decoder", dtype)
 
-    def matrix(columns: int, rows: int) -> nn.Linear:
-        return _Matrix(columns, rows, bias=False, **place)
+
+def published(name: str, dtype: torch.dtype) -> nn.Module:
+    """The model of that name in the table."""
+    return _built(PUBLISHED[name], name, dtype)
+
+
+def _built(shape: ModelShape, title: str, dtype: torch.dtype) -> nn.Module:
+    """The model of that shape, without a forward."""
+    place: dict[str, Any] = {"device": "meta", "dtype": dtype}
+    is_gpt2, hidden = shape.positions > 0, shape.hidden
+    query, keys = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+
+    def matrix(columns: int, rows: int, *, bias: bool = is_gpt2) -> nn.Linear:
+        return _Matrix(columns, rows, bias=bias, **place)
+
+    def norm(width: int = hidden) -> nn.Module:
+        return nn.LayerNorm(width, **place) if is_gpt2 else nn.RMSNorm(width, **place)
+
+    def attention() -> list[nn.Module]:
+        if is_gpt2:
+            return [matrix(hidden, query + 2 * keys), matrix(query, hidden)]
+        into = [matrix(hidden, rows, bias=shape.attention_bias) for rows in (query, keys, keys)]
+        return [*into, *(norm(shape.head_size) for _ in range(2 * shape.query_key_norm)), matrix(query, hidden)]
+
+    def feed_forward() -> list[nn.Module]:
+        ways_in = [matrix(hidden, shape.intermediate) for _ in range(1 if is_gpt2 else 2)]
+        return [*ways_in, matrix(shape.intermediate, hidden)]
 
     def block() -> nn.Sequential:
-        attention = [matrix(hidden, hidden), matrix(hidden, keys), matrix(hidden, keys), matrix(hidden, hidden)]
-        gated = [matrix(hidden, feed_forward), matrix(hidden, feed_forward), matrix(feed_forward, hidden)]
-        return nn.Sequential(nn.RMSNorm(hidden, **place), *attention, nn.RMSNorm(hidden, **place), *gated)
+        parts = nn.Sequential(*(norm() for _ in range(shape.norms_per_layer)), *attention())
+        if shape.experts:
+            parts.append(matrix(hidden, shape.experts))
+            parts.add_module("experts", nn.ModuleList(nn.Sequential(*feed_forward()) for _ in range(shape.experts)))
+        else:
+            parts.extend(feed_forward())
+        return parts
 
     model = nn.Module()
-    model.embedding = nn.Embedding(vocabulary, hidden, **place)
-    model.layers = nn.ModuleList(block() for _ in range(layers))
-    model.norm = nn.RMSNorm(hidden, **place)
-    model.head = matrix(hidden, vocabulary)
+    model.embedding = nn.Embedding(shape.vocabulary, hidden, **place)
+    if is_gpt2:
+        model.positions = nn.Embedding(shape.positions, hidden, **place)
+    model.layers = nn.ModuleList(block() for _ in range(shape.layers))
+    model.norm = norm()
+    model.head = matrix(hidden, shape.vocabulary, bias=False)
+    if shape.tied_head:
+        model.head.weight = model.embedding.weight
     model.config = SimpleNamespace(  # type: ignore[assignment]
-        title="a Llama-shaped decoder",
-        num_hidden_layers=layers,
+        title=title,
+        num_hidden_layers=shape.layers,
         hidden_size=hidden,
-        vocab_size=vocabulary,
-        num_attention_heads=heads,
-        head_dim=hidden // heads,
+        vocab_size=shape.vocabulary,
+        num_attention_heads=shape.heads,
+        head_dim=shape.head_size,
+        num_local_experts=shape.experts,
+        num_experts_per_tok=shape.experts_a_token,
     )
     return model
 
@@ -114,7 +159,8 @@ def _by_numbers(options: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
     layers, hidden = options.layers, options.hidden
     if options.params is None and (layers is None or hidden is None):
         raise offload.InvalidArgument(
-            "no model: give a Hugging Face config.json or its directory, package.module:function, or numbers such as "
+            "no model: give a name such as Llama-3.1-8B, a Hugging Face config.json or its directory, "
+            "package.module:function, or numbers such as "
             "--params 8e9 --layers 32 --hidden 4096"
         )
     if layers is None and hidden is None:

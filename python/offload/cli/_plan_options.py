@@ -22,6 +22,7 @@ model of the pipeline, fed with the hardware's rates: where these are assumed th
 _EPILOG = """\
 examples:
   offload plan --params 8e9 --layers 32 --hidden 4096 --hardware 4090
+  offload plan Llama-3.1-8B --hardware 4090 --host-memory 64GiB
   offload plan ./Llama-3.1-8B --hardware h200 --host-memory 110GiB --batch 4 16
   offload plan config.json                         (this machine, measured)
   offload plan package.module:build --gpus 8 --interconnect ib-hdr200
@@ -49,8 +50,8 @@ def _add_model(plan: Parser) -> None:
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a Hugging Face config.json or the directory that has one (needs transformers), or a function that "
-        "returns a torch.nn.Module, as package.module:function",
+        help="a Hugging Face config.json or the directory that has one (needs transformers), a function that "
+        "returns a torch.nn.Module, as package.module:function, or a published name, as Llama-3.1-8B",
     )
     model.add_argument(
         "--params", type=count, metavar="N", help="in its place, parameters of a Llama-shaped decoder, as 8e9 or 8B"
