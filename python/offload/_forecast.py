@@ -94,7 +94,7 @@ def forecast(
         step.busy,
         step.exposed,
         clipped.seconds,
-        round(step.backup_bytes),
+        step.backup_bytes,
     )
 
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from ._activation_order import ActivationOrder, activation_order
 from ._simulated_lanes import BEGIN, Compute, Lane, Piece, Ring, latest
-from ._step_work import LANES, Machine, UnitWork
+from ._step_work import LANES, Machine, UnitWork, backups_of
 
 __all__ = ["Settings", "Simulated", "simulate", "window_schedule"]
 
@@ -58,7 +58,7 @@ class Simulated:
     seconds: float
     busy: dict[str, float]
     exposed: dict[str, float]
-    backup_bytes: float
+    backup_bytes: int
 
 
 def window_schedule(count: int, prefetch: int) -> list[list[int]]:
@@ -117,8 +117,8 @@ class _Pipeline:
         self.updated = [BEGIN] * len(units)
         # The copies of its gradients that left last, by part.
         self.landed = [[BEGIN] * unit.parts for unit in units]
-        self.backed_up = _backed_up(units, settings.speculate_bytes)
-        self.backup_bytes = 0.0  # of the last step
+        self.backups = backups_of(units, settings.speculate_bytes)
+        self.backup_bytes = 0  # of the last step
 
     def run(self, lane: str, nbytes: float, *after: Piece) -> Piece:
         """`nbytes` at the rate of the lane; no bytes take no time, and no rate."""
@@ -211,14 +211,14 @@ class _Pipeline:
         """Those that began in backward, in the order in which their gradients left: whatever the optimizer has come to
         when the step is submitted; it waits for a gradient that it has come to."""
         ahead = {}
-        self.backup_bytes = 0.0
-        for number, part in self.backed_up:
+        self.backup_bytes = 0
+        for (number, part), backup in self.backups.items():
             if self.lanes["host_update"].last.end >= submitted.end:
                 break
             unit = self.units[number]
-            nbytes = (unit.host_update_bytes + _COPY * unit.backup_bytes) / unit.parts
+            nbytes = unit.host_update_bytes / unit.parts + _COPY * backup
             ahead[number, part] = self.run("host_update", nbytes, self.landed[number][part])
-            self.backup_bytes += unit.backup_bytes / unit.parts
+            self.backup_bytes += backup
         return ahead
 
     def _update_on_host(
@@ -234,7 +234,7 @@ class _Pipeline:
             if begun is None:
                 update = self.run("host_update", unit.host_update_bytes / unit.parts, *ready)
             elif self.settings.throws_away:
-                again = (_COPY * unit.backup_bytes + unit.host_update_bytes) / unit.parts
+                again = _COPY * self.backups[number, part] + unit.host_update_bytes / unit.parts
                 update = self.run("host_update", again, begun, *ready)
             else:
                 update = self.lanes["host_update"].pass_by(begun, *ready)
@@ -252,19 +252,6 @@ class _Pipeline:
         self.compute.wait(latest(crossing))
         if not unit.host_update_bytes:  # else they are gradients, which have left
             self.compute.wait(self.run("to_host", unit.step_to_host_bytes, self.compute.last))
-
-
-def _backed_up(units: Sequence[UnitWork], room: int) -> list[tuple[int, int]]:
-    """The parts that have a backup, in the order in which their gradients leave: of these, each that finds room."""
-    found = []
-    left: float = room
-    for number, unit in reversed([*enumerate(units)]):
-        nbytes = unit.backup_bytes / unit.parts
-        for part in reversed(range(unit.parts)):
-            if 0 < nbytes <= left:
-                found.append((number, part))
-                left -= nbytes
-    return found
 
 
 class _WeightWindow:

@@ -12,7 +12,7 @@ from ._hybrid import state_bytes
 from ._parameter_size import MASTER_BYTES, ParameterSize, backup_bytes, host_master
 from ._plan import Plan
 
-__all__ = ["LANES", "Machine", "UnitWork", "transformer_compute", "unit_works"]
+__all__ = ["LANES", "Machine", "UnitWork", "backups_of", "transformer_compute", "unit_works"]
 
 LANES = ("compute", "to_host", "to_device", "host_update", "disk_read", "disk_write")
 # Elements that are updated, and then uploaded, as one (see step_pipeline.h).
@@ -166,6 +166,19 @@ def unit_works(
             )
         )
     return tuple(works)
+
+
+def backups_of(units: Sequence[UnitWork], room: int) -> dict[tuple[int, int], int]:
+    """Bytes of the backups of parts, by unit and part, in the order in which their gradients leave: each that finds
+    room has one."""
+    found = {}
+    for number, unit in reversed([*enumerate(units)]):
+        nbytes = unit.backup_bytes // unit.parts
+        for part in reversed(range(unit.parts)):
+            if 0 < nbytes <= room:
+                found[number, part] = nbytes
+                room -= nbytes
+    return found
 
 
 def transformer_compute(

@@ -281,6 +281,37 @@ def test_nothing_fits(llama: nn.Module) -> None:
     assert shared.refusal is not None and "nothing fits 2 cards: the device is too small" in shared.refusal
 
 
+def test_updates_that_begin_in_backward_are_predicted_and_offered(llama: nn.Module) -> None:
+    """What is offered is what asking for it gives. Backups take host memory; where little is left, less is offered."""
+    away = {"optimizer": "host", "gradients": "host", "params": "device", "activations": "device"}
+    places = {"batches": [4], "length": 2048, **away}
+    roomy = dataclasses.replace(Hardware.preset("h200"), device_bytes=64 * GIB, host_bytes=400 * GIB)
+    found = offload.predict(llama, roomy, **places)
+    (step,) = found.steps
+    assert step.ahead is not None and step.clipped_seconds == step.seconds > step.ahead.seconds
+    assert 0 < step.ahead.backup_bytes < 12 * LLAMA_3_8B
+    asked = offload.predict(llama, roomy, speculate=step.ahead.backup_bytes, **places)
+    (begun,) = asked.steps
+    assert begun.ahead is None
+    assert (begun.seconds, begun.clipped_seconds) == (step.ahead.seconds, step.ahead.clipped_seconds)
+    assert asked.placements[0].host.total == found.placements[0].host.total + step.ahead.backup_bytes
+    update = begun.busy["host_update"] - step.busy["host_update"]
+    assert update == pytest.approx(2 * step.ahead.backup_bytes / roomy.host_bandwidth)
+    spare = found.host_capacity - found.placements[0].host.total
+    for left in (step.ahead.backup_bytes // 2, 0):
+        full = dataclasses.replace(roomy, host_bytes=roomy.host_bytes - round((spare - left) / 0.9))
+        (less,) = offload.predict(llama, full, **places).steps
+        assert (less.seconds, less.ahead is None) == (step.seconds, left == 0)
+        assert less.ahead is None or 0 < less.ahead.backup_bytes <= left + 1
+
+
+def test_several_cards_have_a_share_of_the_backups(llama: nn.Module) -> None:
+    away = {"optimizer": "host", "gradients": "host", "params": "device", "activations": "device"}
+    roomy = dataclasses.replace(Hardware.preset("h200"), host_bytes=400 * GIB)
+    (step,) = offload.predict(llama, roomy, batches=[2], gpus=4, interconnect="nvlink", **away).steps
+    assert step.ahead is not None and step.ahead.backup_bytes <= 12 * LLAMA_3_8B // 4
+
+
 def test_activations_that_fit_nowhere_are_a_refusal(llama: nn.Module) -> None:
     found = offload.predict(llama, card(host_bytes=200 * GIB), length=1 << 16)
     assert found.plan is not None and found.steps == ()
