@@ -103,7 +103,8 @@ def predict(
             `Hardware.INTERCONNECTS`. Arithmetic: training in several processes is not supported yet.
         config, options: as of `wrap`; what is not "auto" is the only placement that is tried.
 
-    The plan, its bytes included, is what `wrap` makes there. Activations are estimated from shapes, times are of a
+    The plan, its bytes included, is what `wrap` makes there. Activations are estimated from shapes, what a lossy
+    `activation_format` rounds of them with it; inputs of checkpoints are known to the byte. Times are of a
     model of the pipeline (see `offload.forecast`), and figures of the hardware are as good as `Hardware.assumed` says.
 
     Returns a `Prediction`, whose `refusal` says so where nothing fits. Raises `InvalidArgument`.

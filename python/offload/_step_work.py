@@ -28,8 +28,9 @@ class Machine:
     """Rates in bytes a second; None where the machine has no such lane.
 
     to_host, to_device: of copies. host_update: of what the update on the host reads and writes in memory, while copies
-    run. device_update: of the update on the device, in its own memory. disk_read, disk_write: of all disk paths.
-    flops: operations a second that the model's compute reaches; only `transformer_compute` reads it.
+    run. device_update: of the update on the device, in its own memory, and of packing activations there. disk_read,
+    disk_write: of all disk paths. flops: operations a second that the model's compute reaches; only
+    `transformer_compute` reads it.
     synchronous: the training thread computes, so `step()` hands updates over when everything before it has ended: the
     CPU as the device. A GPU is told of them ahead of time.
     """
