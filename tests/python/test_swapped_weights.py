@@ -122,3 +122,14 @@ def test_masters_are_saved_while_other_weights_are_in_the_model(
     offload.load_checkpoint(tmp_path / "saved", resumed, again)
     swap(resumed, own)
     assert_same_bits(train(resumed, again, steps=2), expected)
+
+
+def test_weights_that_are_only_read_move_no_states_on_disk(tmp_path: Path) -> None:
+    model, optimizer = begin(make_model(torch.bfloat16, width=64), placed(tmp_path, "host", "disk", "split"))
+    train(model, optimizer, steps=2)
+    optimizer.state_dict()  # its updates have ended
+    before = optimizer._engine.homes.store.store.stats()
+    for _ in range(2):
+        with offload.full_params(model):
+            pass
+    assert optimizer._engine.homes.store.store.stats() == before
