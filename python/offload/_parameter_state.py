@@ -32,6 +32,7 @@ from torch.nn import Parameter
 
 from ._adamw import round_to_weight, split_master, write_weight
 from ._errors import StateError
+from ._old_weight import OldWeight, same_bits
 from ._parameter_size import MasterFormat
 from ._state_store import StateStore, StoredArrays
 from ._stored_values import SplitMaster, StoredValue, StoredWeight, flat
@@ -58,7 +59,7 @@ class Piece:
     """Elements of a state that are in memory together.
 
     `weight` is the host's working copy, where there is one beside the master; `of` gives the same elements of any
-    tensor of the parameter's shape.
+    tensor of the parameter's shape, in storage order those from `begin` on.
     """
 
     weight: Tensor | None
@@ -66,6 +67,7 @@ class Piece:
     remainder: Tensor | None
     moments: Mapping[str, Any]
     of: Callable[[Tensor], Tensor]
+    begin: int = 0
 
     def set_master(self, value: Tensor) -> None:
         if self.remainder is not None:
@@ -131,9 +133,13 @@ class ParameterState:
         self.remainder: Tensor | None = None
         self.master: Tensor | None = None
         self._host_weight: Tensor | None = None
-        # A streamed weight on the host is the model's own: a master that was loaded, or whose weight was written to,
-        # waits here for the next step.
-        self._loaded: Tensor | None = None
+        # A streamed weight on the host is the model's own: where it is not that of the master, the next step decides.
+        self._is_other = False
+        self._old_weight: OldWeight | None = None  # what it was, of a split master: others tell by themselves
+        if streamed and on_host and master_format == "split":
+            self._old_weight = OldWeight(name, parameter, store)
+        # Whether a master was given that may have more bits than the weight, before the first step.
+        self._was_set = False
         self.moments: dict[str, Any] = {}
         self.stored: StoredArrays | None = None
         self._weight_home = weight_home
@@ -198,6 +204,7 @@ class ParameterState:
                 remainder=master if is_split else None,
                 moments=self._named_moments(arrays),
                 of=of,
+                begin=chunk.begin,
             )
 
     def _named_moments(self, arrays: dict[str, Tensor]) -> Mapping[str, Any]:
@@ -242,18 +249,22 @@ class ParameterState:
 
     def live_master(self) -> Tensor | SplitMaster | StoredValue:
         """The master where it lies: nothing is joined or read."""
-        if self._loaded is not None:
-            return self._loaded
         if self.stored is not None and "master" in self.stored.dtypes:
             is_split = self.stored.dtypes["master"] == torch.int16
-            upper = self._host_weight if self._weight_home is None else self._weight_home.stored()
-            return self._stored_value("master", upper if is_split else None)
-        if self.remainder is not None and self._weight_home is not None:
-            low = StoredValue.reader_of(self.remainder)
-            return StoredValue(low, self.parameter.shape, self.parameter.stride(), self._weight_home.stored())
+            return self._stored_value("master", self._upper_half() if is_split else None)
         if self.remainder is not None:
-            return SplitMaster(self.working_weight(), self.remainder)
+            upper = self._upper_half()
+            if isinstance(upper, Tensor):
+                return SplitMaster(upper, self.remainder)
+            low = StoredValue.reader_of(self.remainder)
+            return StoredValue(low, self.parameter.shape, self.parameter.stride(), upper)
         return self.master if self.master is not None else self.working_weight()
+
+    def _upper_half(self) -> Tensor | StoredWeight:
+        """Of a split master."""
+        if self._is_other and self._old_weight is not None:
+            return self._old_weight.live()
+        return self.working_weight() if self._weight_home is None else self._weight_home.stored()
 
     @torch.no_grad()
     def set_master(self, value: Tensor) -> None:
@@ -261,41 +272,66 @@ class ParameterState:
 
         The parameter itself is not written: `adopt_parameter` decides at the next step whether it still agrees.
         """
-        if self.streamed and self.master_format == "bf16":
+        if self._is_models_own:
+            self._set_master_beside(value.to(device="cpu", dtype=torch.float32))
+        elif self.streamed and (self.on_host or self.master_format == "bf16"):
             return  # the model's own weight
-        tier = torch.device("cpu") if self.on_host else self.parameter.device
-        if self.streamed and self.on_host:
-            self._loaded = value.to(device=tier, dtype=torch.float32, copy=True)
         else:
+            tier = torch.device("cpu") if self.on_host else self.parameter.device
             for piece in self.pieces():
                 piece.set_master(piece.of(value).to(device=tier, dtype=torch.float32))
         self.version = _UNKNOWN_VERSION
 
     @property
-    def _is_weight_of_model(self) -> bool:
-        """Whether the low bits of a master belong to a working weight that users write to, and both are in memory."""
-        in_memory = self.stored is None and self._weight_home is None
-        return self.streamed and self.on_host and in_memory and self.master_format != "bf16"
+    def _is_models_own(self) -> bool:
+        """Whether the working weight on the host is the model's, and not the master by itself."""
+        is_master = self.parameter.dtype == torch.float32 or self.master_format == "bf16"
+        return self.streamed and self.on_host and not is_master
+
+    def _set_master_beside(self, value: Tensor) -> None:
+        """The weight stays what it is."""
+        if self._old_weight is not None:
+            self._old_weight.keep(lambda begin, n: split_master(_Stretch(self.parameter, begin, n)(value))[0])
+        for piece in self.pieces():
+            if piece.remainder is not None:
+                piece.remainder.copy_(split_master(piece.of(value))[1])
+            elif piece.master is not None:
+                piece.master.copy_(piece.of(value))
+        self._is_other = self._was_set = True
+        self._see_whether_it_came_back()
+
+    def _see_whether_it_came_back(self) -> None:
+        """The weight to what it was."""
+        if self._is_other and self._old_weight is not None and self._old_weight.equals(self.working_weight()):
+            self._agree()
+
+    def _agree(self) -> None:
+        """The weight is that of the master."""
+        self._is_other = False
+        if self._old_weight is not None:
+            self._old_weight.forget()
 
     @torch.no_grad()
     def adopt_host_weight(self) -> None:
-        """A streamed parameter is away: a loaded master counts where the weight is its value."""
-        if self._loaded is not None and self.parameter.dtype != torch.float32:
+        """A streamed parameter is away: where its weight is not that of the master, it is the master from now on."""
+        if self._is_other:
             for piece in self.pieces():
-                weight, loaded = piece.of(self.working_weight()), piece.of(self._loaded)
-                changed = round_to_weight(loaded, weight.dtype).view(torch.int16) != weight.view(torch.int16)
-                if piece.remainder is not None:
-                    piece.remainder.copy_(split_master(loaded)[1])
-                elif piece.master is not None:
-                    piece.master.copy_(loaded)
-                piece.adopt(changed, weight)
-        self._loaded = None
+                weight = piece.of(self.working_weight())
+                if self._old_weight is not None:
+                    old = self._old_weight.elements(piece.begin, weight.numel())
+                    old = old.as_strided(weight.shape, weight.stride())
+                else:
+                    assert piece.master is not None
+                    old = round_to_weight(piece.master, weight.dtype)
+                piece.adopt(weight.view(torch.int16) != old.view(torch.int16), weight)
+            self._agree()
         self.version = self.parameter._version
 
     @torch.no_grad()
     def seed_master(self) -> None:
         """Makes the working weight the master: its low bits are forgotten."""
-        self._loaded = None
+        self._agree()
+        self._was_set = False
         if self.parameter.dtype != torch.float32:
             for piece in self.pieces():
                 self._seed(piece, self.working_weight())
@@ -318,16 +354,17 @@ class ParameterState:
         version, address = self.parameter._version, self.parameter.data_ptr()
         if self.on_host or self.master is not None:  # else the parameter is its own master
             self._take_values()
-        if self._loaded is not None:
-            self.version = _UNKNOWN_VERSION  # it is to be compared with the weight of the next step
-            return
-        # Last: interrupted before, the next step does all of it again.
-        self.version, self.address = version, address
+        if not self._is_other:
+            # Last: interrupted before, the next step does all of it again.
+            self.version, self.address = version, address
 
     def _take_values(self) -> None:
         value = self.parameter.detach()
         if value.dtype == torch.float32 and self.has_host_weight():  # its master, in one piece wherever moments are
             self.working_weight().copy_(value)
+            return
+        if self._is_models_own:
+            self._take_weight_beside(value.to("cpu"))
             return
         tier = torch.device("cpu") if self.on_host else value.device
         for piece in self.pieces():
@@ -337,14 +374,24 @@ class ParameterState:
                 if old is None:
                     assert piece.master is not None
                     old = round_to_weight(piece.master, new.dtype)
-                changed = new.view(torch.int16) != old.view(torch.int16)
-                if self._is_weight_of_model and self._loaded is None and bool(changed.any()):
-                    # The weight is about to be gone, and with it what tells at the step whether it came back.
-                    self._loaded = self.master_value().clone()
-                piece.adopt(changed, new)
+                piece.adopt(new.view(torch.int16) != old.view(torch.int16), new)
             home = piece.master if piece.weight is None else piece.weight
             if self.on_host and home is not None:
                 home.copy_(new)
+
+    def _take_weight_beside(self, new: Tensor) -> None:
+        """The master stays what it is until the next step: the weight may come back before that."""
+        weight = self.working_weight()
+        if same_bits(new, weight):
+            return
+        # The low bits of a split master are 0 at first.
+        if self._old_weight is None or self._is_other or self.step > 0 or self._was_set:
+            if self._old_weight is not None and not self._is_other:
+                self._old_weight.keep(lambda begin, n: flat(weight)[begin : begin + n])
+            # Before the copy: interrupted in between, the step finds nothing changed.
+            self._is_other, self.version = True, _UNKNOWN_VERSION
+        weight.copy_(new)
+        self._see_whether_it_came_back()
 
     @torch.no_grad()
     def follow_master(self) -> None:

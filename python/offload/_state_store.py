@@ -94,7 +94,8 @@ class StateStore:
     def tell_written(self, tell: Callable[[int], None]) -> None:
         """Calls `tell` with the slots of what was written here since the last call: the window has it as it was."""
         for arrays in self._written:
-            tell(arrays.slot)
+            if arrays.slot >= 0:  # else no update uses them
+                tell(arrays.slot)
         self._written.clear()
 
     def close(self) -> None:

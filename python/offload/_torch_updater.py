@@ -227,8 +227,12 @@ class TorchUpdater:
     ) -> None:
         self._take_states(pairs, others)
         self._give_groups(groups)
+        twin = self._twin
         # The class brings states and groups of its older versions up to date here.
-        self._twin.__setstate__({"state": self._twin.state, "param_groups": self._twin.param_groups})
+        if type(twin).load_state_dict is Optimizer.load_state_dict:
+            twin.__setstate__({"state": twin.state, "param_groups": twin.param_groups})
+        else:  # in a way of its own, of what lies on its tier already
+            twin.load_state_dict(Optimizer.state_dict(twin))
         self._take_groups(groups)
 
     @torch.no_grad()
@@ -342,8 +346,8 @@ def check_torch_optimizer(optimizer: Optimizer, model: nn.Module) -> None:
         reason = "it takes sparse gradients only, and offload dense ones; use torch.optim.AdamW and sparse=False"
     elif isinstance(optimizer, AdamW):
         reason = "it updates host memory by itself; use torch.optim.AdamW, which offload runs with the same code"
-    elif kind.state_dict is not Optimizer.state_dict or kind.load_state_dict is not Optimizer.load_state_dict:
-        reason = "it has a state_dict or load_state_dict of its own, and offload saves and loads torch's layout"
+    elif kind.state_dict is not Optimizer.state_dict:
+        reason = "it has a state_dict of its own, and offload saves and loads torch's layout"
     if reason is not None:
         raise InvalidArgument(f"{kind.__name__} is not supported: {reason}")
     known = {id(parameter) for parameter in model.parameters()}

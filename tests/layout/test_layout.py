@@ -51,7 +51,7 @@ PYTHON_FLOORS = (
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_weight_window",
         "_streaming", "_away", "_activations", "_activation_format", "_saved_ranges", "_weight_casts",
-        "_parameter_state", "_moments", "_native_state",
+        "_old_weight", "_parameter_state", "_moments", "_native_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
     ("_weight_cache", "_weight_lane", "_state_homes", "_engine", "_engine_step", "_speculation", "_engine_stats"),

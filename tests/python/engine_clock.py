@@ -291,4 +291,5 @@ class _Use(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         ctx.saved_tensors  # noqa: B018  # which brings them
         ctx.clock.compute(ctx.seconds)
-        return gradient, torch.full(ctx.shape, 0.01, dtype=torch.bfloat16), None, None, None
+        # Expanded, so autograd copies it: what it takes over, torch 2.6 lets go of only after the hooks.
+        return gradient, torch.full((), 0.01, dtype=torch.bfloat16).expand(ctx.shape), None, None, None

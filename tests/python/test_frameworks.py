@@ -166,7 +166,8 @@ def trained(
     """What Trainer logged (losses and gradient norms), the weights and the optimizer."""
     import transformers
 
-    torch.set_default_device(None)  # the sampler of Trainer's loader works on the CPU
+    if device.type != "cpu":  # the sampler of Trainer's loader works on the CPU, where torch 2.6 forgets the default
+        torch.set_default_device(None)
     torch.manual_seed(0)
     size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(vocab_size=64, **size))

@@ -17,6 +17,33 @@ from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
 PLACEMENTS = pytest.mark.parametrize("placement", [HOST, RESIDENT], ids=["host", "device"])
+
+
+class LoadsItself(torch.optim.Optimizer):
+    """Its sums are in fp64, which torch's load narrows, and had another name in older versions."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.05})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    total = self.state[p].setdefault("total", torch.zeros_like(p, dtype=torch.float64))
+                    total.mul_(0.9).add_(p.grad)
+                    p.sub_(total.mul(group["lr"]).to(p.dtype))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        indices = (index for group in state_dict["param_groups"] for index in group["params"])
+        for index, p in zip(indices, (p for group in self.param_groups for p in group["params"]), strict=True):
+            saved = state_dict["state"].get(index)
+            if saved is not None:
+                total = saved["total"] if "total" in saved else saved["sum"]
+                self.state[p] = {"total": total.to(p.device, torch.float64, copy=True)}
+
+
 KINDS: dict[str, Any] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.05),
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
@@ -24,6 +51,7 @@ KINDS: dict[str, Any] = {
     "AdamW amsgrad fused": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True, fused=True),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=1e-2, t0=1),
     "Adafactor": lambda p: torch.optim.Adafactor(p, lr=1e-2),
+    "loads itself": LoadsItself,
 }
 
 
@@ -137,6 +165,26 @@ def test_a_checkpoint_of_stock_torch(placement: dict[str, str]) -> None:
     assert all(value["momentum_buffer"].dtype == torch.float32 for value in wrapped.state.values())
     steps(model, wrapped, batches(2, seed=5))
     assert_states_equal(weights(model), weights(plain_model))
+
+
+@PLACEMENTS
+def test_a_class_brings_states_up_to_date_as_it_loads(placement: dict[str, str]) -> None:
+    model = make_model(torch.bfloat16, depth=1)
+    model, optimizer = offload.wrap(model, LoadsItself(model.parameters()), **placement)
+    steps(model, optimizer, batches(2))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    steps(model, optimizer, batches(2, seed=5))
+
+    for state in saved[1]["state"].values():
+        state["sum"] = state.pop("total")
+    resumed_model = make_model(torch.bfloat16, depth=1, seed=9)
+    resumed_model, resumed = offload.wrap(resumed_model, LoadsItself(resumed_model.parameters()), **placement)
+    resumed_model.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    assert all(state["total"].dtype == torch.float64 for state in resumed.state.values())
+    steps(resumed_model, resumed, batches(2, seed=5))
+    assert_states_equal(weights(resumed_model), weights(model))
+    assert_states_equal(resumed.state_dict(), optimizer.state_dict())
 
 
 def test_state_dicts_that_cannot_be_loaded_change_nothing() -> None:
