@@ -8,7 +8,9 @@ import gc
 import importlib
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -262,6 +264,14 @@ def disk_calls(monkeypatch: pytest.MonkeyPatch) -> Any:
     calls.pretend_file_system(_EXT4)
     monkeypatch.setattr(_state_store, "DiskStore", functools.partial(_disk.DiskStore, calls=calls))
     return calls
+
+
+@pytest.fixture
+def disk_path(tmp_path: Path) -> Iterator[str]:
+    """A directory on a disk: where temporary files are memory, one beside the tests."""
+    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
+    with tempfile.TemporaryDirectory(dir=Path(__file__).parent if "tmpfs" in kind else tmp_path) as path:
+        yield path
 
 
 @pytest.fixture(scope="session")

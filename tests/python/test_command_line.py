@@ -166,9 +166,8 @@ def test_a_full_disk_is_an_error_without_a_traceback() -> None:
     assert "No space left on device" in done.stderr and "Traceback" not in done.stderr and done.returncode != 0
 
 
-@pytest.mark.usefixtures("disk_calls")
-def test_names_that_the_terminal_has_no_letters_for(tmp_path: Path) -> None:
-    directory = tmp_path / "d\u00fcr f\u00fcr"
+def test_names_that_the_terminal_has_no_letters_for(disk_path: str) -> None:
+    directory = Path(disk_path) / "d\u00fcr f\u00fcr"
     directory.mkdir()
     settings = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii", "COLUMNS": "1000"}
     with run("env", "--disk-path", str(directory), **settings) as command:

@@ -6,11 +6,8 @@ import gc
 import importlib.machinery
 import json
 import os
-import subprocess
 import sys
-import tempfile
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +20,6 @@ from offload import StorageError, _native
 from offload.cli import _bench_disk, _bench_disk_peers, _bench_disk_weights, main
 
 MIB = 2**20
-
-
-@pytest.fixture
-def disk_path(tmp_path: Path) -> Iterator[str]:
-    """A directory on a disk: where temporary files are memory, one beside the tests."""
-    kind = subprocess.run(["stat", "-f", "-c", "%T", tmp_path], capture_output=True, text=True, check=True).stdout
-    with tempfile.TemporaryDirectory(dir=Path(__file__).parent if "tmpfs" in kind else tmp_path) as path:
-        yield path
 
 
 def test_env_shows_how_a_directory_serves(

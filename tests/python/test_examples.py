@@ -12,6 +12,8 @@ import pytest
 import torch
 from programs import Programs
 
+from offload._saving import finish_saves
+
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 # Name -> arguments that make it small, in fp32 where there is a choice: plain torch keeps no masters of bf16 weights.
@@ -33,6 +35,7 @@ def run(source: str, name: str, arguments: list[str], monkeypatch: pytest.Monkey
     path = str(EXAMPLES / f"{name}.py")
     monkeypatch.setattr(sys, "argv", [path, *arguments])
     exec(compile(source, path, "exec"), {"__name__": "__main__", "__file__": path})
+    finish_saves()  # as the end of a program does: the next test may hold or count what writes
 
 
 def losses(printed: str) -> list[float]:

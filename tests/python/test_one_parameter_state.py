@@ -13,7 +13,7 @@ from test_checkpoints import assert_bits, bits_of, steps
 from test_save_checkpoint import PLACEMENTS, wrapped
 from training import HOST, batches, loss_of, make_model
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = pytest.mark.usefixtures("device", "disk_calls")
 
 
 def values_like(parameter: torch.Tensor, seed: int) -> torch.Tensor:
