@@ -27,12 +27,12 @@ class ModuleHook:
     """A hook that does nothing in a copied or unpickled module: the copy is not the engine's model."""
 
     def __init__(self, call: Callable[[], None] | None) -> None:
-        self._call = call
+        self.call = call  # what it does; a trace replaces it for a while
 
     @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled code breaks its graph here and calls it
     def __call__(self, *_: Any) -> None:
-        if self._call is not None:
-            self._call()
+        if self.call is not None:
+            self.call()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModuleHook:
         return ModuleHook(None)
@@ -62,9 +62,10 @@ class Hooks:
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], engine: Engine) -> None:
         self._engine = engine
-        # For traces: modules by the name of their unit. Weakly: a unit may be the model, which must be free to die.
+        # For traces. Weakly: a unit may be the model, which must be free to die.
         self.model = weakref.ref(model)
-        self.units = [(unit.name, [weakref.ref(module) for module in unit.modules]) for unit in units]
+        # The name of its unit, each module, and the hook that makes the unit ready.
+        self.modules: list[tuple[str, weakref.ref[nn.Module], ModuleHook]] = []
         self._handles: list[RemovableHandle | WideGradient] = []
         self._watched: set[int] = set()
         self._widened: set[int] = set()
@@ -76,7 +77,8 @@ class Hooks:
         # Prepended one after another, so the model's own hook, registered last, runs before its unit's.
         for unit, engine_unit in zip(units, engine.units, strict=True):
             for module in unit.modules:
-                self._before_forward(module, _make_ready(engine, engine_unit))
+                ready = self._before_forward(module, _make_ready(engine, engine_unit))
+                self.modules.append((unit.name, weakref.ref(module), ready))
                 if engine.streaming.residencies:
                     self._after_forward(module, _watch_backward(module, engine, engine_unit))
         self._before_forward(model, engine.begin_forward)
@@ -96,8 +98,10 @@ class Hooks:
     def engine(self) -> Engine:
         return self._engine
 
-    def _before_forward(self, module: nn.Module, call: Callable[[], None]) -> None:
-        self._handles.append(module.register_forward_pre_hook(ModuleHook(call), prepend=True))
+    def _before_forward(self, module: nn.Module, call: Callable[[], None]) -> ModuleHook:
+        hook = ModuleHook(call)
+        self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
+        return hook
 
     def _after_forward(self, module: nn.Module, call: Callable[[Any], None]) -> None:
         # Also after a forward that raised, or that a checkpoint's recompute leaves early.

@@ -88,36 +88,62 @@ class TracedUnits:
         self._backward: Any = None
         self._end: weakref.ref[_BackwardEnd] | None = None
         self._handles: list[RemovableHandle] = []
-        for name, modules in hooks.units:
-            for module in (weakly() for weakly in modules):
-                # What is the model's own is there in all of its forward.
-                if module is not None and module is not model:
-                    self._watch(module, "compute", name)
-        self._watch(model, "phase", "forward")
+        self._replaced: list[tuple[ModuleHook, Callable[[], None] | None]] = []
+        # Where nothing is streamed, the first sample stays true, and nobody works between two units' backwards.
+        self._streams = bool(hooks.engine.streaming.residencies)
+        for name, weakly, ready in hooks.modules:
+            module = weakly()
+            # What is the model's own is there in all of its forward.
+            if module is not None and module is not model:
+                self._around(ready, name)
+                self._after_forward(module, "compute", name)
+        # The label before all other hooks: what the engine waits for then is no unit's. The beginning after them.
+        clear = ModuleHook(functools.partial(self._label, ""))
+        begin = ModuleHook(functools.partial(self._begin_forward, "phase", "forward"))
+        self._handles += [
+            model.register_forward_pre_hook(clear, prepend=True),
+            model.register_forward_pre_hook(begin),
+        ]
+        self._after_forward(model, "phase", "forward")
         hooks.engine.lanes.trace_sample()
         if hooks.engine.activations is not None:
             hooks.engine.activations.trace_sample()
         self._sample()
 
-    def _watch(self, module: nn.Module, lane: str, name: str) -> None:
-        # Before all other hooks, so that what the engine waits for is known to be the unit's; and after them.
-        first = ModuleHook(functools.partial(self._label, name if lane == "compute" else ""))
-        begin = ModuleHook(functools.partial(self._begin_forward, lane, name))
-        self._handles += [
-            module.register_forward_pre_hook(first, prepend=True),
-            module.register_forward_pre_hook(begin),
-            # A backward's end of one unit comes before what the engine does for the next, its beginning after.
-            module.register_forward_hook(ForwardHook(self._watcher(lane, name, opens=False)), prepend=True),
-            module.register_forward_hook(
-                ForwardHook(functools.partial(self._end_forward, lane, name)), always_call=True
-            ),
-            module.register_forward_hook(ForwardHook(self._watcher(lane, name, opens=True))),
-        ]
+    def _around(self, ready: ModuleHook, name: str) -> None:
+        """In the engine's own hook before a unit's forward: every hook more is Python that compute has driven out of
+        the caches. What the engine waits for there is the unit's."""
+        make_ready = ready.call
+
+        def traced() -> None:
+            self._label(name)
+            if make_ready is not None:
+                make_ready()
+            self._begin_forward("compute", name)
+
+        self._replaced.append((ready, make_ready))
+        ready.call = traced
+
+    def _after_forward(self, module: nn.Module, lane: str, name: str) -> None:
+        # A backward's end of one unit comes before what the engine does for the next, its beginning after.
+        if self._streams and lane == "compute":
+            close = ForwardHook(self._watcher(lane, name, opens=False))
+            self._handles.append(module.register_forward_hook(close, prepend=True))
+        watch = self._watcher(lane, name, opens=True)
+
+        def ended(output: Any) -> None:
+            self._end_forward(lane, name)
+            watch(output)
+
+        self._handles.append(module.register_forward_hook(ForwardHook(ended), always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for hook, call in self._replaced:
+            hook.call = call
+        self._replaced.clear()
         self._forwards.clear()
         self._unit = self._backward = None
         _native.set_trace_label(0)
@@ -138,9 +164,10 @@ class TracedUnits:
             self._forwards.clear()
             self._unit = self._backward = None
         self._forwards.append((name, self._times.now()))
-        self._sample()
+        if self._streams:
+            self._sample()
 
-    def _end_forward(self, lane: str, name: str, _: Any) -> None:
+    def _end_forward(self, lane: str, name: str) -> None:
         # A recompute in backward is over: what comes now is of that backward.
         _native.set_trace_label(0 if self._unit is None else _trace.number_of(self._unit[0]))
         while self._forwards:
@@ -159,7 +186,7 @@ class TracedUnits:
         def touch(_: Any) -> None:
             units = itself()
             if units is not None and units._handles:
-                units._open_backward(lane, name) if opens else units._close_unit(lane)
+                units._open_backward(lane, name) if opens else units._close_unit()
 
         def watch(output: Any) -> None:
             if torch.is_grad_enabled():
@@ -171,8 +198,8 @@ class TracedUnits:
 
         return watch
 
-    def _close_unit(self, lane: str) -> None:
-        if lane == "compute" and self._unit is not None:
+    def _close_unit(self) -> None:
+        if self._unit is not None:
             name, begin = self._unit
             self._unit = None
             self._spans.append(("compute", f"{name} backward", begin, self._times.now()))
@@ -184,13 +211,15 @@ class TracedUnits:
             self._end = weakref.ref(end)
             self._backward = self._times.now()
         if lane == "compute":
+            self._close_unit()
             _native.set_trace_label(_trace.number_of(name))
             self._unit = (name, self._times.now())
-            self._sample()
+            if self._streams:
+                self._sample()
 
     def end_backward(self) -> None:
         self._end = None
-        self._close_unit("compute")
+        self._close_unit()
         _native.set_trace_label(0)
         if self._backward is not None:
             self._spans.append(("phase", "backward", self._backward, self._times.now()))

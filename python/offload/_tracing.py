@@ -288,7 +288,7 @@ def _facts_of(hooks: Hooks) -> dict[str, Any]:
         "moments": config.moments,
         "prefetch": plan.prefetch,
         "trainable_count": plan.trainable_count,
-        "unit_count": len(hooks.units),
+        "unit_count": len(hooks.engine.units),
         "disk_bytes": plan.disk.total,
         "disk_path_count": len(config.disk_paths),
         "isa": hooks.engine.isa,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import weakref
@@ -110,6 +111,22 @@ def test_units_compute_in_order_and_copies_have_their_names() -> None:
     assert {span.name for span in gradients} <= set(order)
     # A unit travels as one storage: the first of its parameters names it.
     assert names(trace, "to_device")["blocks.1.norm.weight"] >= 1
+
+
+@pytest.mark.parametrize(("placement", "added"), [(HOST, 1), (STREAMED, 2)], ids=["host", "streamed"])
+def test_a_unit_is_timed_with_few_hooks_and_then_with_none(placement: dict[str, str], added: int) -> None:
+    """Each is Python that compute has driven out of the caches."""
+    model, optimizer = wrapped(placement=placement)
+    plain, calls = hook_count(model), [hook.call for *_, hook in optimizer._hooks.modules]
+    units = len(optimizer._hooks.modules)
+    with offload.trace() as trace:
+        assert hook_count(model) == plain + added * units + 3  # those of the model's own forward
+        step(model, optimizer)
+        step(model, optimizer)
+    assert hook_count(model) == plain and [hook.call for *_, hook in optimizer._hooks.modules] == calls
+    compute = trace.data.lane("compute")
+    assert len(compute) == 2 * 2 * units
+    assert all(one.end_ns <= other.begin_ns for one, other in itertools.pairwise(compute))
 
 
 @pytest.mark.usefixtures("alone")

@@ -1,10 +1,12 @@
-"""What a trace costs: the same steps with and without one in turns, and what its hooks take of tiny units."""
+"""What a trace costs: the same steps with and without one in turns, and what its hooks take of a unit."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
+from statistics import median
 from typing import Any
 
 import torch
@@ -26,8 +28,9 @@ __all__ = ["figures", "pieces", "run"]
 
 _TARGET = 0.01
 _BATCH = 4
-_UNITS = 32
+_UNITS = 16
 _PARAMETERS = 2  # of a unit
+_SWEPT_BYTES = 32 << 20  # read and written between two units, as compute does that drives all else out of the caches
 
 Step = Callable[[], None]
 
@@ -35,16 +38,12 @@ Step = Callable[[], None]
 def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Seconds a step with and without a trace; microseconds that a trace adds to a unit of nothing else."""
     device = compute_device(options.device)
-    blocks, steps = (4, 1) if options.quick else (144, 2)
+    blocks, steps = (4, 1) if options.quick else (128, 2)
     size, length, repeats = (100_000, 16, 5) if options.quick else (5_000_000, 128, 40)
     step, end, units = _model_step(size, length, device)
     wall, cpu = _in_turns(step, blocks, steps, device)
     end()
-    tiny_step, end_tiny = _tiny_step(device)
-    tiny, _ = _in_turns(tiny_step, repeats, 1, device)
-    end_tiny()
-    added_us = [(on - off) / _UNITS * 1e6 for off, on in zip(tiny["off"], tiny["on"], strict=True)][1:]
-    off, added = summary(wall["off"][1:]), summary(added_us)
+    off, added = summary(wall["off"][1:]), summary(_added_us(repeats, device))
     yield {
         "name": "trace",
         "device": str(device),
@@ -96,21 +95,87 @@ def _model_step(size: int, length: int, device: torch.device) -> tuple[Step, Cal
     return step, end, shape.layers + 3  # beside the blocks: embedding, norm and head
 
 
-def _tiny_step(device: torch.device) -> tuple[Step, Callable[[], None]]:
-    model: nn.Module = nn.Sequential(*(ManyParameters(_PARAMETERS) for _ in range(_UNITS))).to(device)
-    plain = torch.optim.AdamW(model.parameters())
-    model, optimizer = offload.wrap(model, plain, optimizer="host", gradients="host", device=str(device))
-    x = torch.ones(64, device=device)
+class _Stopwatch:
+    """Laps from start() to stop(); each start() finds the caches full of other things."""
 
-    def step() -> None:
-        model(x).sum().backward()
+    def __init__(self) -> None:
+        self._laps: list[float] = []
+        self._since: float | None = None
+        self._swept = torch.zeros(_SWEPT_BYTES, dtype=torch.uint8)
+
+    def start(self) -> None:
+        self._swept.add_(1)
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        if self._since is not None:
+            self._laps.append(time.perf_counter() - self._since)
+        self._since = None
+
+    def take(self) -> float:
+        """The median of the laps since the last call: whoever lost the core in one of them does not count."""
+        laps, self._laps = self._laps, []
+        return median(laps)
+
+
+class _Between(torch.autograd.Function):
+    """Nothing, but in backward one unit has ended there and the next begins."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, watch: _Stopwatch) -> Tensor:
+        ctx.watch = watch
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.watch.stop()
+        ctx.watch.start()
+        return grad, None
+
+
+class _TimedUnits(nn.Module):
+    """Units of nothing but hooks: only they are timed, not what empties the caches between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([ManyParameters(_PARAMETERS) for _ in range(_UNITS)])
+        self.watch = _Stopwatch()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = _Between.apply(x, self.watch)  # type: ignore[no-untyped-call]
+            self.watch.start()
+            x = block(x)
+            self.watch.stop()
+        return _Between.apply(x, self.watch)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _added_us(repeats: int, device: torch.device) -> list[float]:
+    """Microseconds of forward and backward that a trace adds to a unit, one sample a pair of steps."""
+    units = _TimedUnits().to(device)
+    watch = units.watch
+    plain = torch.optim.AdamW(units.parameters())
+    model, optimizer = offload.wrap(units, plain, optimizer="host", gradients="host", device=str(device))
+    x = torch.ones(64, device=device, requires_grad=True)
+
+    def timed() -> float:
+        out = model(x)
+        forward = watch.take()
+        out.sum().backward()
+        backward = watch.take()
         optimizer.step()
         optimizer.zero_grad()
+        return (forward + backward) * 1e6
 
-    def end() -> None:
-        offload.unwrap(model, optimizer)
-
-    return step, end
+    taken: dict[str, list[float]] = {"off": [], "on": []}
+    for number in range(repeats):
+        now_at(f"what a trace adds to a unit, pair {number + 1} of {repeats}")
+        for name in in_turn(number, ("off", "on")):
+            with offload.trace() if name == "on" else contextlib.nullcontext():
+                timed()
+                taken[name].append(timed())
+    offload.unwrap(model, optimizer)
+    return [on - off for off, on in zip(taken["off"], taken["on"], strict=True)][1:]
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
