@@ -89,7 +89,8 @@ class StepPipeline::Sequencer {
   void run(std::stop_token stop);
   std::optional<QueuedJob> next(std::stop_token stop);
   void enqueue(QueuedJob queued);
-  void forget_what_has_not_begun(const Slot* slot);
+  void forget_what_has_not_begun(const Slot& slot);
+  bool step_is_ready();
   void run_job(const QueuedJob& queued, std::stop_token stop);
   void update_ahead(const QueuedJob& queued, std::stop_token stop);
   bool take_up(Slot& slot, const StepJob& job, const std::vector<Factor>& factors);
@@ -214,7 +215,6 @@ std::vector<Ticket> StepPipeline::Sequencer::submit(std::vector<StepJob> jobs, u
     // Now and not when a chunk is ready: by then the compute stream may already hold the next forward,
     // which waits for these very uploads.
     if (uploads) transfers_->wait_compute(Direction::kToDevice, compute_stream);
-    forget_what_has_not_begun(nullptr);
     for (StepJob& job : jobs) {
       Slot& slot = slot_of(job.slot);
       Ticket previous = std::exchange(slot.last_job, Ticket::pending());
@@ -270,7 +270,7 @@ Ticket StepPipeline::Sequencer::discard(const std::vector<int64_t>& slots) {
     std::lock_guard lock(mutex_);
     for (const int64_t number : slots) {
       Slot& slot = slot_of(number);
-      forget_what_has_not_begun(&slot);
+      forget_what_has_not_begun(slot);
       last = Ticket::pending();
       enqueue({.slot = &slot,
                .job = {},
@@ -290,13 +290,22 @@ void StepPipeline::Sequencer::enqueue(QueuedJob queued) {
   if (!thread_.joinable()) thread_ = std::jthread([this](std::stop_token stop) { run(stop); });
 }
 
-// Under mutex_. Updates ahead of `slot`, or of all slots, that no longer save anything.
-void StepPipeline::Sequencer::forget_what_has_not_begun(const Slot* slot) {
+// Under mutex_. Updates ahead of the slot that nobody takes up.
+void StepPipeline::Sequencer::forget_what_has_not_begun(const Slot& slot) {
   std::erase_if(queue_, [&](const QueuedJob& queued) {
-    if (queued.task != Task::kUpdateAhead || (slot != nullptr && queued.slot != slot)) return false;
+    if (queued.task != Task::kUpdateAhead || queued.slot != &slot) return false;
     queued.ticket.complete();
     return true;
   });
+}
+
+// Whether all that the step's next job waits for has landed: what it takes up would only cost a copy more.
+bool StepPipeline::Sequencer::step_is_ready() {
+  std::lock_guard lock(mutex_);
+  const auto is_update = [](const QueuedJob& queued) { return queued.task == Task::kUpdate; };
+  const auto next = std::find_if(queue_.begin(), queue_.end(), is_update);
+  const auto landed = [](const Ticket& ticket) { return ticket.done(); };
+  return next != queue_.end() && std::all_of(next->job.tickets.begin(), next->job.tickets.end(), landed);
 }
 
 StepStats StepPipeline::Sequencer::stats() const noexcept {
@@ -392,6 +401,7 @@ void StepPipeline::Sequencer::update_ahead(const QueuedJob& queued, std::stop_to
       ticket.wait();
     }
     wait_ended(queued.previous, stop);
+    if (step_is_ready()) return queued.ticket.complete();
     uploads_.flush();
     UpdateSpan span = slot.parameter.span;
     span.gradient = queued.job.gradient;

@@ -446,7 +446,8 @@ class StepPipeline:
         """Updates states in memory ahead of the job that is expected, and keeps in `backup` what they were.
 
         The next job of the slot takes it up if it is the same, with factors that are 1; else it is undone first. The
-        ticket ends, well, when gradient and backup are no longer used. `submit` drops what has not begun.
+        ticket ends, well, when gradient and backup are no longer used. Once the next job submitted need not wait for
+        anything that lands, what has not begun is dropped.
         """
     def discard(self, slots: Sequence[int]) -> Ticket:
         """These slots' states are those of their last jobs once the ticket is done."""

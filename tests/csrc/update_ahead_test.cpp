@@ -234,17 +234,58 @@ void it_waits_for_the_slots_last_upload() {
   CHECK(f.states.is(expected));
 }
 
-void what_has_not_begun_at_the_step_never_does() {
+void one_that_has_not_begun_when_the_step_can_never_does() {
   Fixture f;
   f.pipeline->hold();
   const Ticket ahead = f.speculate();
   const Ticket step = f.pipeline->submit({f.job()}, 0)[0];
-  CHECK(ahead.done());
+  CHECK(!ahead.done());
   f.pipeline->release();
   f.pipeline->wait({step});
+  CHECK(ahead.done());
   States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
   expected.update();
   CHECK(f.states.is(expected) && f.counted(0, 0));
+}
+
+void it_begins_while_the_step_that_was_submitted_waits() {
+  for (const float coefficient : {1.0f, 0.5f}) {
+    Fixture f;
+    States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+    const Ticket gradient = Ticket::pending(), clipped = Ticket::pending();
+    float value = 0;
+    const Ticket ahead = f.speculate(gradient);
+    StepJob job = f.job(gradient);
+    job.tickets.push_back(clipped);
+    job.factors = {{FactorKind::kMultiply, &value, 0.0f}};
+    const Ticket step = f.pipeline->submit({job}, 0)[0];
+    CHECK(!ahead.done());
+    gradient.complete();
+    CHECK(ahead.wait());
+    States begun(MasterFormat::kSplit, MomentFormat::kFloat32);
+    begun.update();
+    CHECK(f.states.is(begun) && !step.done());
+    value = coefficient;
+    clipped.complete();
+    f.pipeline->wait({step});
+    expected.update({{FactorKind::kMultiply, coefficient}});
+    CHECK(f.states.is(expected) && (coefficient == 1.0f ? f.counted(1, 0) : f.counted(0, 1)));
+  }
+}
+
+void a_step_that_fails_undoes_what_began_after_its_submission() {
+  Fixture f;
+  const States before(MasterFormat::kSplit, MomentFormat::kFloat32);
+  const Ticket gradient = Ticket::pending(), clipped = Ticket::pending();
+  const Ticket ahead = f.speculate(gradient);
+  StepJob job = f.job(gradient);
+  job.tickets.push_back(clipped);
+  const Ticket step = f.pipeline->submit({job}, 0)[0];
+  gradient.complete();
+  CHECK(ahead.wait());
+  clipped.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "the link is down")));
+  CHECK_THROWS(ErrorKind::kDevice, "'w': its gradient did not arrive", f.pipeline->wait({step}));
+  CHECK(f.states.is(before) && f.counted(0, 1));
 }
 
 void illegal_ones_are_refused() {
@@ -269,7 +310,9 @@ int main() {
   a_job_that_fails_leaves_the_states_of_the_last_step();
   a_failed_upload_fails_the_job_that_kept_the_update();
   it_waits_for_the_slots_last_upload();
-  what_has_not_begun_at_the_step_never_does();
+  one_that_has_not_begun_when_the_step_can_never_does();
+  it_begins_while_the_step_that_was_submitted_waits();
+  a_step_that_fails_undoes_what_began_after_its_submission();
   illegal_ones_are_refused();
   return test::result();
 }

@@ -23,7 +23,7 @@ Between = Callable[[str, int, nn.Module, Any], None]
 
 
 def settle_ahead(optimizer: Any) -> None:
-    """What was begun in backward has run: otherwise the step would drop what had no time to begin."""
+    """What was begun in backward has run: else the step may be ready sooner than it, and drops it then."""
     speculation = optimizer._engine.speculation
     if speculation is not None:
         speculation.latest[0].wait()
