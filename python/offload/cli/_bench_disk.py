@@ -3,8 +3,9 @@
 The raw side is as little as the machine allows: O_DIRECT `preadv` and `pwritev` of 1 MiB from several threads, without
 checksums, over a file that is reserved and written once, to and from the same huge pages (with small pages a transfer
 falls into more pieces: half the speed on a virtual disk). The back-ends of the tier and the raw side take turns, round
-after round, over files of the same size. `fio` does the same once, where it is installed. Last, states on disk are
-updated, and a model trains whose weights are on disk.
+after round, over files of the same size; no side syncs, each ends with its last read or write, and where the tier must
+go through the page cache the raw side does too. `fio` does the same once, where it is installed. Last, states on disk
+are updated, and a model trains whose weights are on disk.
 """
 
 from __future__ import annotations
