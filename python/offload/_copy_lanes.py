@@ -112,6 +112,7 @@ class CopyLanes:
 
     def __init__(self, device: torch.device, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
         self.device = device
+        self._is_cpu = device.type == "cpu"
         self._pool = pool
         self._transfers = transfers
         self._ring: deque[_Copy] = deque()
@@ -122,13 +123,13 @@ class CopyLanes:
 
     def compute_stream(self) -> int:
         """torch's handle of this thread's current stream; 0 on the CPU, where computing is synchronous."""
-        if self.device.type == "cpu":
+        if self._is_cpu:
             return 0
         return torch.cuda.current_stream(self.device).cuda_stream
 
     def on_stream(self, stream: int) -> contextlib.AbstractContextManager[Any]:
         """Inside, this thread computes on the stream of that handle."""
-        if self.device.type == "cpu" or stream == self.compute_stream():
+        if self._is_cpu or stream == self.compute_stream():
             return contextlib.nullcontext()
         if stream == 0:  # the default one: torch takes an ExternalStream of 0 for a new stream
             return torch.cuda.stream(torch.cuda.default_stream(self.device))
@@ -143,7 +144,7 @@ class CopyLanes:
         small copy may start with later ones, or when its ticket is asked for.
         Raises `OutOfHostMemory`; nothing was started then.
         """
-        nbytes = tensor.numel() * tensor.element_size()
+        nbytes = tensor.nbytes
         buffer = self._pool.acquire(nbytes, tag)
         copy = self._keep(tensor, nbytes, stream, leaves=True)
         try:
@@ -210,12 +211,13 @@ class CopyLanes:
         """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
         memory of others, whatever goes wrong in between. The submission gives the ticket its copy."""
         ring = self._ring
-        while ring and ring[0].ticket.done and not self._departures.begin_with(ring[0].ticket):
+        while ring and (oldest := ring[0].ticket).done and not self._departures.begin_with(oldest):
             self._drop_oldest()
         copy = _Copy(_native.Ticket(), tensor, nbytes, stream, leaves)
         ring.append(copy)
         self._ring_bytes += nbytes
-        self.peak_ring_bytes = max(self.peak_ring_bytes, self._ring_bytes)
+        if self._ring_bytes > self.peak_ring_bytes:
+            self.peak_ring_bytes = self._ring_bytes
         return copy
 
     def _drop_oldest(self) -> None:

@@ -73,6 +73,10 @@ class Owner(enum.Enum):
     DEVICE = enum.auto()
 
 
+# For every gradient of every backward: Python looks a member of an enum up for a tenth of a microsecond.
+_HOST, _ZERO, _DEVICE = Owner
+
+
 class GradCell:
     """Owns the bytes of one gradient; every HostGrad over it shows the same gradient.
 
@@ -109,7 +113,7 @@ class GradCell:
         self.device = gradient.device
         self.store = store
         self.writer: Any = None  # kept by hold(): the backward pass that last wrote
-        self.owner = Owner.DEVICE
+        self.owner = _DEVICE
         self._copy: Tensor | None = gradient  # the owner, or the copy lent to the operation that runs
         # What prefetch() asked for: the held bytes, no factors applied, and what to wait for.
         self._upload: tuple[Tensor, Any] | None = None
@@ -122,7 +126,7 @@ class GradCell:
 
     def prefetch(self) -> None:
         """Starts the upload of the held bytes ahead of their use; materialize() takes it."""
-        if self.owner is Owner.HOST and self._upload is None:
+        if self.owner is _HOST and self._upload is None:
             out = self._empty()
             self._upload = (out, self.store.start_upload(self._held_bytes(), out))
 
@@ -131,10 +135,10 @@ class GradCell:
 
         The owner itself while that is a device tensor, else a new copy: read it, do not edit it.
         """
-        if self.owner is Owner.DEVICE:
+        if self.owner is _DEVICE:
             assert self._copy is not None
             return self._copy
-        if self.owner is Owner.ZERO:
+        if self.owner is _ZERO:
             return self._empty().zero_()
         if self._upload is not None:
             (copy, upload), self._upload = self._upload, None
@@ -158,8 +162,8 @@ class GradCell:
             return
         if self._exposed or _references(self) > _SOLE_OWNER:
             self.own_on_device()
-        elif self.owner is Owner.DEVICE:
-            self._depart()
+        elif self.owner is _DEVICE:
+            self._depart(self._copy)
         else:
             self._copy = None
 
@@ -169,7 +173,7 @@ class GradCell:
         """Makes the device copy the owner (an edit of it counts), until settle() finds that nothing else reaches it."""
         copy = self.lend()
         self._norms = {}
-        self.owner = Owner.DEVICE
+        self.owner = _DEVICE
         self._forget_host()
         return copy
 
@@ -180,18 +184,18 @@ class GradCell:
 
     def zero(self) -> None:
         """Sets every element to zero."""
-        if self.owner is Owner.DEVICE:
+        if self.owner is _DEVICE:
             self.lend().zero_()
             self.settle()
-        if self.owner is not Owner.DEVICE:
+        if self.owner is not _DEVICE:
             self._copy = None
             self._norms = {}
-            self.owner = Owner.ZERO
+            self.owner = _ZERO
             self._forget_host()
 
     def overwrite(self, source: Tensor) -> None:
         """Copies `source`, of any dtype and device and a shape that broadcasts, over the gradient."""
-        if self.owner is Owner.DEVICE:
+        if self.owner is _DEVICE:
             self.lend().copy_(source)
         else:
             copy = self._empty()
@@ -215,18 +219,18 @@ class GradCell:
     def can_defer(self) -> bool:
         self.settle()
         # A gradient without dimensions takes part in type promotion like a scalar: torch's rounding was not probed.
-        return self.owner is Owner.HOST and len(self._factors) < _MAX_PENDING and len(self.shape) > 0
+        return self.owner is _HOST and len(self._factors) < _MAX_PENDING and len(self.shape) > 0
 
     # --- norms and the step -------------------------------------------------------------------------------
 
     def norm(self, key: NormKey) -> Tensor:
         """The norm as torch's own operation gives it: taken on the way out where `key` is learned, else now."""
         if key not in self._norms:
-            if self.owner is Owner.HOST and not self._factors:
+            if self.owner is _HOST and not self._factors:
                 self.store.learned.add(key)  # a norm of a scaled gradient is no use on the way out
             norm = _take_norm(key, self.lend())
             self.settle()
-            if self.owner is Owner.DEVICE:
+            if self.owner is _DEVICE:
                 return norm  # whoever else reaches the copy may edit it at any time
             self._norms[key] = norm
         return self._norms[key].clone()
@@ -234,10 +238,10 @@ class GradCell:
     def for_step(self) -> StepGradient:
         """The gradient in host bytes that nothing will write to, whatever happens to it later."""
         self._upload = None
-        if self.owner is not Owner.HOST:
+        if self.owner is not _HOST:
             self.own_on_device()
             self.settle()
-        if self.owner is Owner.DEVICE:
+        if self.owner is _DEVICE:
             # Others may edit the owner while its bytes are read, so a copy goes.
             assert self._copy is not None
             return StepGradient(self.store.to_host(self._copy.clone()), self.dtype, self.strides, [])
@@ -249,14 +253,15 @@ class GradCell:
 
     # --- inside -------------------------------------------------------------------------------------------
 
-    def _depart(self) -> None:
-        copy = self.lend()  # when the store refuses it, it stays the owner and nothing is lost
-        norms = {key: _take_norm(key, copy) for key in self.store.learned}
-        held = self.store.to_host(copy)
-        self._forget_host()
-        self._held = held
+    def _depart(self, copy: Tensor) -> None:
+        """When the store refuses it, `copy` stays the owner and nothing is lost."""
+        store = self.store
+        norms = {key: _take_norm(key, copy) for key in store.learned} if store.learned else {}
+        self._held = store.to_host(copy)
+        self._upload = None
+        self._factors = []
         self._norms = norms
-        self.owner = Owner.HOST
+        self.owner = _HOST
         self._copy = None
 
     def _forget_host(self) -> None:

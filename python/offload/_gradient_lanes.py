@@ -105,7 +105,7 @@ class GradientLanes(CopyLanes):
 
         Small ones of one backward may start together, at its end at the latest.
         """
-        scalar = tensor.numel() * tensor.element_size() <= _SCALAR_BYTES
+        scalar = tensor.nbytes <= _SCALAR_BYTES
         backward = torch._C._current_graph_task_id()
         if backward not in (_NO_BACKWARD, self._backward):
             self._departures.submit()  # what waits since a backward that raised, and so had no end

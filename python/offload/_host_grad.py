@@ -17,6 +17,8 @@ from ._units import is_dense
 
 __all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "hold"]
 
+_DEVICE = Owner.DEVICE  # once: see _grad_cell
+
 
 @_disable_dynamo
 def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
@@ -59,19 +61,18 @@ def _can_hold(gradient: Tensor, name: str) -> bool:
             f"the gradient of {name!r} is sparse ({gradient.layout}): offload needs dense gradients; build the "
             f"embedding with sparse=False, or leave this parameter on the device"
         )
-    if gradient.is_complex():
+    if gradient.dtype.is_complex:
         raise InvalidArgument(
             f"the gradient of {name!r} is complex ({gradient.dtype}): offload needs real parameters; leave this "
             f"parameter on the device, or hold its real and imaginary parts"
         )
     if type(gradient) is not Tensor or gradient.layout is not torch.strided:
         return False
-    count = gradient.numel()
-    if count == 0 or gradient.requires_grad or gradient._is_view() or gradient.is_neg():
+    nbytes = gradient.nbytes
+    if nbytes == 0 or gradient.requires_grad or gradient._is_view() or gradient.is_neg():
         return False
-    if gradient.untyped_storage().nbytes() != count * gradient.itemsize:
-        return False  # others live in the rest of that memory
-    return is_dense(gradient)
+    # Else others live in the rest of that memory.
+    return gradient.untyped_storage().nbytes() == nbytes and is_dense(gradient)
 
 
 class _BackwardPass:
@@ -122,7 +123,8 @@ def _settle_in_backward(cell: GradCell) -> None:
             f"them one after the other, or clear the gradients and use a copy of the model for each thread"
         )
     cell.writer = reference
-    current.settle_previous()
+    if current.unsettled is not None:
+        current.settle_previous()
     cell.settle()
-    if cell.owner is Owner.DEVICE:
+    if cell.owner is _DEVICE:
         current.unsettled = cell
