@@ -31,14 +31,18 @@ _FOREACH_NORM = torch.ops.aten._foreach_norm.Scalar
 class GradStore(Protocol):
     """What moves the bytes: the engine. Copies run on transfer lanes, in order with the current compute stream."""
 
-    # Norms taken from every gradient on its way to the host; a cell adds one when it is first asked for.
-    learned: set[NormKey]
+    # Norms to take from gradients on their way to the host; a cell adds one when it is first asked for. By parameter's
+    # name: from which departure of a gradient on. Of a sum of micro-batches it is the last one whose norm is wanted.
+    learned: dict[NormKey, dict[str, int]]
 
     def to_host(self, tensor: Tensor) -> HostBytes:
         """Starts the copy of a dense tensor's bytes in storage order. The tensor is given away to the store."""
 
     def to_device(self, held: HostBytes, out: Tensor) -> None:
         """Fills `out`, which has the strides that `held` was copied with; the compute stream waits, not the host."""
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """A dense tensor's values in fp32 and in its own strides, until this thread's next call."""
 
     def start_upload(self, held: HostBytes, out: Tensor) -> Any:
         """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload()."""
@@ -90,6 +94,7 @@ class GradCell:
 
     __slots__ = (
         "_copy",
+        "_departures",
         "_exposed",
         "_factors",
         "_held",
@@ -121,6 +126,7 @@ class GradCell:
         self._factors: list[Factor] = []
         self._norms: dict[NormKey, Tensor] = {}  # of the value as it is, pending factors included
         self._exposed = False  # a raw address is out: nobody can tell when its user is done
+        self._departures = 0  # since the gradient was new, or zero
 
     # --- reading ------------------------------------------------------------------------------------------
 
@@ -192,6 +198,7 @@ class GradCell:
             self._norms = {}
             self.owner = _ZERO
             self._forget_host()
+        self._departures = 0
 
     def overwrite(self, source: Tensor) -> None:
         """Copies `source`, of any dtype and device and a shape that broadcasts, over the gradient."""
@@ -227,8 +234,9 @@ class GradCell:
         """The norm as torch's own operation gives it: taken on the way out where `key` is learned, else now."""
         if key not in self._norms:
             if self.owner is _HOST and not self._factors:
-                self.store.learned.add(key)  # a norm of a scaled gradient is no use on the way out
-            norm = _take_norm(key, self.lend())
+                # A norm of a scaled gradient is no use on the way out.
+                self.store.learned.setdefault(key, {})[self.name] = self._departures
+            norm = self._take_norm(key, self.lend())
             self.settle()
             if self.owner is _DEVICE:
                 return norm  # whoever else reaches the copy may edit it at any time
@@ -255,14 +263,27 @@ class GradCell:
 
     def _depart(self, copy: Tensor) -> None:
         """When the store refuses it, `copy` stays the owner and nothing is lost."""
-        store = self.store
-        norms = {key: _take_norm(key, copy) for key in store.learned} if store.learned else {}
+        store, departures, norms = self.store, self._departures + 1, {}
+        for key, first in store.learned.items():
+            if departures >= first.get(self.name, 1):
+                norms[key] = self._take_norm(key, copy)
         self._held = store.to_host(copy)
         self._upload = None
         self._factors = []
         self._norms = norms
+        self._departures = departures
         self.owner = _HOST
         self._copy = None
+
+    def _take_norm(self, key: NormKey, tensor: Tensor) -> Tensor:
+        operation, order, dtype = key
+        if dtype is torch.float32 and tensor.itemsize < dtype.itemsize and tensor.device.type == "cpu":
+            # What torch does there, too, but in new memory for every gradient, whose pages cost more than the norm.
+            tensor = self.store.widened(tensor)
+        if operation is _FOREACH_NORM:
+            return torch._foreach_norm([tensor], order, dtype)[0]
+        norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=dtype)
+        return norm
 
     def _forget_host(self) -> None:
         self._held = None
@@ -279,14 +300,6 @@ class GradCell:
     def _held_bytes(self) -> HostBytes:
         assert self._held is not None
         return self._held
-
-
-def _take_norm(key: NormKey, tensor: Tensor) -> Tensor:
-    operation, order, dtype = key
-    if operation is _FOREACH_NORM:
-        return torch._foreach_norm([tensor], order, dtype)[0]
-    norm: Tensor = torch.linalg.vector_norm(tensor, order, dtype=dtype)
-    return norm
 
 
 def _references(cell: GradCell) -> int:

@@ -7,6 +7,7 @@ produces gradients, for prefetching.
 from __future__ import annotations
 
 import ctypes
+import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ class GradientLanes(CopyLanes):
 
     def __init__(self, device: torch.device, pool: _native.HostPool, transfers: _native.TransferQueue) -> None:
         super().__init__(device, pool, transfers)
-        self.learned: set[Any] = set()
+        self.learned: dict[Any, dict[str, int]] = {}
+        self._wide = threading.local()  # memory for `widened`: on the CPU each thread runs a backward of its own
         self._plain_ticket: _native.Ticket | None = None
         # id of a parameter -> the one whose gradient backward makes next. Weakly: gradients refer to their lanes, and
         # the garbage collector does not see through a parameter's .grad.
@@ -117,6 +119,15 @@ class GradientLanes(CopyLanes):
     def to_device(self, held: HostBytes, out: Tensor) -> None:
         """Fills `out` (same dense strides); the compute stream waits, not the host."""
         self.wait_upload(self.start_upload(held, out))
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        """A dense tensor's values in fp32 and in its own strides, until this thread's next call."""
+        memory: Tensor | None = getattr(self._wide, "memory", None)
+        if memory is None or memory.numel() < tensor.numel():
+            with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+                memory = torch.empty(tensor.numel(), dtype=torch.float32, device=tensor.device)
+            self._wide.memory = memory
+        return memory.as_strided(tensor.shape, tensor.stride()).copy_(tensor)
 
     # --- leaving in backward --------------------------------------------------------------------------------
 

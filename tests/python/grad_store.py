@@ -46,11 +46,12 @@ class HostStore:
     """Copies run at once, or with `delayed=True` at the last moment: when the bytes are needed, in lane order."""
 
     def __init__(self, *, delayed: bool = False) -> None:
-        self.learned: set[Any] = set()
+        self.learned: dict[Any, dict[str, int]] = {}
         self.delayed = delayed
         self.to_host_count = 0
         self.to_device_count = 0
         self.prefetch_count = 0
+        self.widened_count = 0
         self.refuse = False
         self._lane: list[Bytes] = []
 
@@ -76,6 +77,10 @@ class HostStore:
         self.land()
         assert out.numel() * out.itemsize == held.memory.numel()
         ctypes.memmove(out.data_ptr(), held.address, held.memory.numel())
+
+    def widened(self, tensor: Tensor) -> Tensor:
+        self.widened_count += 1
+        return tensor.to(torch.float32)
 
     def start_upload(self, held: Bytes, out: Tensor) -> tuple[Bytes, Tensor]:
         """`out` holds NaN patterns until wait_upload()."""

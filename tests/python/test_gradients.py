@@ -83,6 +83,30 @@ def test_the_update_uses_the_edited_gradient(name: str, dtype: torch.dtype) -> N
         assert type(one) is torch.Tensor and same_bits(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norms_in_fp32_are_torchs_own(dtype: torch.dtype) -> None:
+    """Of gradients of several sizes and strides, taken when asked for (at first) and on the way out (from then on)."""
+
+    def run(placement: dict[str, str]) -> list[torch.Tensor]:
+        model = make_model(dtype)
+        for block in model.blocks:
+            block.up.weight.data = block.up.weight.t().contiguous().t()
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        norms = []
+        for tokens in batches(3):
+            loss_of(model, tokens).backward()
+            norms += torch._foreach_norm(optimizer.gradients(), 2.0, torch.float32)
+            norms += [torch.linalg.vector_norm(g, 2.0, dtype=torch.float32) for g in optimizer.gradients()]
+            if placement is HOST:
+                assert all(type(g) is HostGrad for g in optimizer.gradients())
+            optimizer.step()
+            optimizer.zero_grad()
+        return norms
+
+    for one, other in zip(run(HOST), run(RESIDENT), strict=True):
+        assert one.dtype is torch.float32 and same_bits(one, other)
+
+
 def test_user_hooks_before_and_after_ours() -> None:
     def run(placement: dict[str, str]) -> tuple[list[torch.Tensor], list[float]]:
         model = make_model()

@@ -239,6 +239,36 @@ def test_a_norm_is_learned_and_then_taken_on_the_way_out(order: float) -> None:
     assert store.to_device_count == count
 
 
+def test_of_a_sum_of_micro_batches_the_norms_that_nobody_asks_for_are_not_taken() -> None:
+    store = HostStore()
+    parameter = nn.Parameter(torch.zeros(65, dtype=torch.bfloat16))
+
+    def taken(micro_batches: int, *, anew: bool = True) -> tuple[int, int]:
+        """Norms taken of a sum, and uploads for the one that is asked for."""
+        plain = torch.zeros_like(parameter)
+        for number in range(micro_batches):
+            plain += values(torch.bfloat16, 65) * (number + 1)
+            if number == 0 and anew:
+                parameter.grad = plain.clone()
+            else:
+                assert parameter.grad is not None
+                parameter.grad += values(torch.bfloat16, 65) * (number + 1)
+            hold(parameter, "weight", store)
+        assert parameter.grad is not None
+        uploads, expected = store.to_device_count, torch._foreach_norm([plain], 2.0, torch.float32)[0]
+        assert same_bits(torch._foreach_norm([parameter.grad], 2.0, torch.float32)[0], expected)
+        norms, store.widened_count = store.widened_count, 0
+        return norms, store.to_device_count - uploads
+
+    assert taken(3) == (1, 1)  # it is learned
+    assert taken(3) == (1, 0)
+    parameter.grad.zero_()  # type: ignore[union-attr]  # as zero_grad(set_to_none=False)
+    assert taken(3, anew=False) == (1, 0)
+    assert taken(1) == (1, 1)  # fewer, as at the end of an epoch: it is taken when asked for, and from now on
+    assert taken(1) == (1, 0)
+    assert taken(3) == (3, 0)
+
+
 def test_a_norm_never_outlives_the_value_it_was_taken_of() -> None:
     store = HostStore()
     plain = values(torch.float32, 50)
