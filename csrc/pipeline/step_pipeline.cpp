@@ -90,7 +90,7 @@ class StepPipeline::Sequencer {
   std::optional<QueuedJob> next(std::stop_token stop);
   void enqueue(QueuedJob queued);
   void forget_what_has_not_begun(const Slot& slot);
-  bool step_is_ready();
+  bool saves_nothing(const QueuedJob& ahead);
   void run_job(const QueuedJob& queued, std::stop_token stop);
   void update_ahead(const QueuedJob& queued, std::stop_token stop);
   bool take_up(Slot& slot, const StepJob& job, const std::vector<Factor>& factors);
@@ -299,13 +299,13 @@ void StepPipeline::Sequencer::forget_what_has_not_begun(const Slot& slot) {
   });
 }
 
-// Whether all that the step's next job waits for has landed: what it takes up would only cost a copy more.
-bool StepPipeline::Sequencer::step_is_ready() {
+// Whether the update would only cost a copy more: the step's next job waits for nothing, or is the one that
+// would take it up, whose factors are right behind its gradient.
+bool StepPipeline::Sequencer::saves_nothing(const QueuedJob& ahead) {
   std::lock_guard lock(mutex_);
-  const auto is_update = [](const QueuedJob& queued) { return queued.task == Task::kUpdate; };
-  const auto next = std::find_if(queue_.begin(), queue_.end(), is_update);
-  const auto landed = [](const Ticket& ticket) { return ticket.done(); };
-  return next != queue_.end() && std::all_of(next->job.tickets.begin(), next->job.tickets.end(), landed);
+  const auto next = std::ranges::find(queue_, Task::kUpdate, &QueuedJob::task);
+  return next != queue_.end() &&
+         (next->slot == ahead.slot || std::ranges::all_of(next->job.tickets, &Ticket::done));
 }
 
 StepStats StepPipeline::Sequencer::stats() const noexcept {
@@ -401,7 +401,7 @@ void StepPipeline::Sequencer::update_ahead(const QueuedJob& queued, std::stop_to
       ticket.wait();
     }
     wait_ended(queued.previous, stop);
-    if (step_is_ready()) return queued.ticket.complete();
+    if (saves_nothing(queued)) return queued.ticket.complete();
     uploads_.flush();
     UpdateSpan span = slot.parameter.span;
     span.gradient = queued.job.gradient;

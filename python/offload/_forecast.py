@@ -60,8 +60,7 @@ def forecast(
     takes. window_bytes, cache_bytes: host memory that states and weights on disk pass through. ring_bytes: device
     memory of gradients on their way. in_flight_bytes: of activations on their way to the host, where less may stay.
     speculate_bytes: host memory of backups, with which updates begin in backward: each costs its backup to be written,
-    and the step keeps it, as no norm clips. They begin until the device has ended backward; a training thread that is
-    ahead of the device submits the step sooner, and has less of them.
+    and the step keeps it, as no norm clips. They begin until the step's first update can.
 
     Raises `InvalidArgument` for no units, numbers that make no sense, and a lane that is needed and has no rate.
     """

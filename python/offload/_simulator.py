@@ -197,7 +197,8 @@ class _Pipeline:
         # A factor leaves when the norms of all gradients are known, behind the gradients that left.
         left = [self.landed[number][0] for number, unit in enumerate(self.units) if unit.gradient_bytes]
         norm = latest(left) if self.settings.clips else BEGIN
-        ahead = self._updates_ahead(submitted)
+        first = latest(self.landed[number][0] for number in numbers[:1])
+        ahead = self._updates_ahead(latest((submitted, norm, first)))
         for number in numbers:
             self._update_on_host(number, submitted, norm, ahead)
         for number, unit in enumerate(self.units):
@@ -207,13 +208,13 @@ class _Pipeline:
             self.compute.wait(latest(self.updated))
         self.weights.send_first()
 
-    def _updates_ahead(self, submitted: Piece) -> dict[tuple[int, int], Piece]:
-        """Those that began in backward, in the order in which their gradients left: whatever the optimizer has come to
-        when the step is submitted; it waits for a gradient that it has come to."""
+    def _updates_ahead(self, ready: Piece) -> dict[tuple[int, int], Piece]:
+        """Those that began in backward, in the order in which their gradients left: whatever can begin before the
+        step's first update is `ready`."""
         ahead = {}
         self.backup_bytes = 0
         for (number, part), backup in self.backups.items():
-            if self.lanes["host_update"].last.end >= submitted.end:
+            if max(self.lanes["host_update"].last.end, self.landed[number][part].end) >= ready.end:
                 break
             unit = self.units[number]
             nbytes = unit.host_update_bytes / unit.parts + _COPY * backup

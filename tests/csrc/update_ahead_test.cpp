@@ -234,48 +234,65 @@ void it_waits_for_the_slots_last_upload() {
   CHECK(f.states.is(expected));
 }
 
-void one_that_has_not_begun_when_the_step_can_never_does() {
-  Fixture f;
-  f.pipeline->hold();
-  const Ticket ahead = f.speculate();
-  const Ticket step = f.pipeline->submit({f.job()}, 0)[0];
-  CHECK(!ahead.done());
-  f.pipeline->release();
-  f.pipeline->wait({step});
-  CHECK(ahead.done());
-  States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
-  expected.update();
-  CHECK(f.states.is(expected) && f.counted(0, 0));
-}
+// A step of two slots, whose first job waits for a factor; the second's update is ahead.
+struct TwoSlots : Fixture {
+  States first{MasterFormat::kSplit, MomentFormat::kFloat32};
+  int64_t first_slot = pipeline->add_slot(first.slot());
+  Ticket gradient = Ticket::pending();
+  Ticket clipped = Ticket::pending();
+  float coefficient = 0;
+
+  std::vector<Ticket> submit() {
+    StepJob own = job(gradient);
+    own.tickets.push_back(clipped);
+    own.factors = {{FactorKind::kMultiply, &coefficient, 0.0f}};
+    StepJob before = own;
+    before.slot = first_slot;
+    before.gradient = first.gradient.data();
+    before.tickets = {clipped};
+    return pipeline->submit({before, own}, 0);
+  }
+};
 
 void it_begins_while_the_step_that_was_submitted_waits() {
   for (const float coefficient : {1.0f, 0.5f}) {
-    Fixture f;
-    States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
-    const Ticket gradient = Ticket::pending(), clipped = Ticket::pending();
-    float value = 0;
-    const Ticket ahead = f.speculate(gradient);
-    StepJob job = f.job(gradient);
-    job.tickets.push_back(clipped);
-    job.factors = {{FactorKind::kMultiply, &value, 0.0f}};
-    const Ticket step = f.pipeline->submit({job}, 0)[0];
+    TwoSlots f;
+    const Ticket ahead = f.speculate(f.gradient);
+    const std::vector<Ticket> step = f.submit();
     CHECK(!ahead.done());
-    gradient.complete();
+    f.gradient.complete();
     CHECK(ahead.wait());
-    States begun(MasterFormat::kSplit, MomentFormat::kFloat32);
-    begun.update();
-    CHECK(f.states.is(begun) && !step.done());
-    value = coefficient;
-    clipped.complete();
-    f.pipeline->wait({step});
-    expected.update({{FactorKind::kMultiply, coefficient}});
-    CHECK(f.states.is(expected) && (coefficient == 1.0f ? f.counted(1, 0) : f.counted(0, 1)));
+    States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+    expected.update();
+    CHECK(f.states.is(expected) && !step[0].done() && !step[1].done());
+    f.coefficient = coefficient;
+    f.clipped.complete();
+    f.pipeline->wait(step);
+    States clipped(MasterFormat::kSplit, MomentFormat::kFloat32);
+    clipped.update({{FactorKind::kMultiply, coefficient}});
+    CHECK(f.states.is(clipped) && f.first.is(clipped));
+    CHECK(coefficient == 1.0f ? f.counted(1, 0) : f.counted(0, 1));
   }
 }
 
-void a_step_that_fails_undoes_what_began_after_its_submission() {
+void it_does_not_begin_when_the_step_can() {
+  TwoSlots f;
+  f.pipeline->hold();
+  f.gradient.complete();
+  const Ticket ahead = f.speculate(f.gradient);
+  f.coefficient = 1;
+  f.clipped.complete();
+  const std::vector<Ticket> step = f.submit();
+  CHECK(!ahead.done());
+  f.pipeline->release();
+  f.pipeline->wait(step);
+  States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+  expected.update();
+  CHECK(ahead.done() && f.states.is(expected) && f.counted(0, 0));
+}
+
+void it_does_not_begin_where_its_own_job_is_next() {
   Fixture f;
-  const States before(MasterFormat::kSplit, MomentFormat::kFloat32);
   const Ticket gradient = Ticket::pending(), clipped = Ticket::pending();
   const Ticket ahead = f.speculate(gradient);
   StepJob job = f.job(gradient);
@@ -283,9 +300,24 @@ void a_step_that_fails_undoes_what_began_after_its_submission() {
   const Ticket step = f.pipeline->submit({job}, 0)[0];
   gradient.complete();
   CHECK(ahead.wait());
-  clipped.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "the link is down")));
-  CHECK_THROWS(ErrorKind::kDevice, "'w': its gradient did not arrive", f.pipeline->wait({step}));
-  CHECK(f.states.is(before) && f.counted(0, 1));
+  CHECK(f.states.is(States(MasterFormat::kSplit, MomentFormat::kFloat32)));
+  clipped.complete();
+  f.pipeline->wait({step});
+  States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+  expected.update();
+  CHECK(f.states.is(expected) && f.counted(0, 0));
+}
+
+void a_step_that_fails_undoes_what_began_after_its_submission() {
+  TwoSlots f;
+  const Ticket ahead = f.speculate(f.gradient);
+  const std::vector<Ticket> step = f.submit();
+  f.gradient.complete();
+  CHECK(ahead.wait());
+  f.clipped.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "the link is down")));
+  CHECK_THROWS(ErrorKind::kDevice, "'w': its gradient did not arrive", f.pipeline->wait(step));
+  CHECK(step[1].wait_ended(-1));
+  CHECK(f.states.is(States(MasterFormat::kSplit, MomentFormat::kFloat32)) && f.counted(0, 1));
 }
 
 void illegal_ones_are_refused() {
@@ -310,8 +342,9 @@ int main() {
   a_job_that_fails_leaves_the_states_of_the_last_step();
   a_failed_upload_fails_the_job_that_kept_the_update();
   it_waits_for_the_slots_last_upload();
-  one_that_has_not_begun_when_the_step_can_never_does();
   it_begins_while_the_step_that_was_submitted_waits();
+  it_does_not_begin_when_the_step_can();
+  it_does_not_begin_where_its_own_job_is_next();
   a_step_that_fails_undoes_what_began_after_its_submission();
   illegal_ones_are_refused();
   return test::result();

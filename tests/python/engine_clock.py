@@ -151,7 +151,7 @@ class EngineClock:
             gates = [_native.Ticket.pending() for _ in jobs]
             gated = [(*job[:3], [*job[3], gate], *job[4:]) for job, gate in zip(jobs, gates, strict=True)]
             tickets: list[_native.Ticket] = submit(pipeline, gated, stream, **options)
-            # What has not begun never does.
+            # Without those that were discarded. The others begin: the step's own updates wait for the clock.
             self._updates = deque(update for update in self._updates if not update.ticket.done)
             self._begun_ahead |= {update.slot for update in self._updates if update.ahead}
             for job, gate, ticket in zip(jobs, gates, tickets, strict=True):

@@ -142,12 +142,20 @@ AHEAD = UnitWork("u", 1.0, 4.0, gradient_bytes=1, host_update_bytes=1, backup_by
         # the backup of b takes 7-9 and its update 9-10; that of a 11-12; forward 12-14. If that of b is undone 12-14
         # and done again 14-15, forward 15-17
         ([AHEAD] * 2, 1, 12, 15, 1),
-        # the update of a is not come to before step()
+        # that of a could not begin before the step's own
         ([AHEAD] * 2, 2, 12, 15, 1),
-        # no room for that of b: that of a is come to in time, 11-14; b 14-15; forward 15-17. Undone 14-16 and done
-        # again 16-17, b 17-18
-        ([AHEAD, dataclasses.replace(AHEAD, backup_bytes=3)], 2, 15, 18, 1),
-        ([AHEAD, dataclasses.replace(AHEAD, backup_bytes=0)], 2, 15, 18, 1),
+        # nor where there is no room for that of b
+        ([AHEAD, dataclasses.replace(AHEAD, backup_bytes=3)], 2, 13, 13, 0),
+        ([AHEAD, dataclasses.replace(AHEAD, backup_bytes=0)], 2, 13, 13, 0),
+        # gradients of c 6-7, b 10-12 (two parts), a 14-15; backups and updates of c 7-10, of b 11-14 and, while a leaves,
+        # 14-17; that of a 17-18; forward 18-21. Undone, c 18-20 and 20-21, b 21-23, 23-24, 24-26 and 26-27
+        (
+            [AHEAD, dataclasses.replace(AHEAD, parts=2, gradient_bytes=2, host_update_bytes=2, backup_bytes=2), AHEAD],
+            9,
+            18,
+            27,
+            3,
+        ),
     ],
 )
 def test_updates_that_begin_in_backward(
@@ -157,13 +165,13 @@ def test_updates_that_begin_in_backward(
         step = forecast(units, ONE, lazy=False, clips=clips, speculate_bytes=room)
         assert (step.seconds, step.clipped_seconds) == pytest.approx((seconds, clipped_seconds))
         assert step.backup_bytes == backup_bytes
-        assert step.busy["host_update"] == pytest.approx(2 + 2 * backup_bytes)
+        assert step.busy["host_update"] == pytest.approx(sum(unit.host_update_bytes for unit in units) + 2 * backup_bytes)
 
 
 def test_of_several_micro_batches_the_last_begins_updates() -> None:
     fast = dataclasses.replace(ONE, to_host=1e9, to_device=1e9)
     one, three = (forecast([AHEAD] * 2, fast, speculate_bytes=2, micro_batches=count) for count in (1, 3))
-    assert three.seconds == pytest.approx(one.seconds + 2 * (2 + 8)) and three.backup_bytes == one.backup_bytes == 2
+    assert three.seconds == pytest.approx(one.seconds + 2 * (2 + 8)) and three.backup_bytes == one.backup_bytes == 1
 
 
 def test_parts_of_a_unit_follow_each_other() -> None:

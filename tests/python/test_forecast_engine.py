@@ -64,13 +64,16 @@ SETTINGS = {
     "slow updates, not lazy": Setting(HOST | {"lazy": False}, clips=False, update=0.5),
     "slow updates, two micro-batches": Setting(HOST, 2, link=(1, 1), update=1.5),
     "half of the states, slow updates": Setting(HOST | {"optimizer": 0.5}, link=(1, 1), update=1.5),
-    # What began in backward has ended when the step is submitted: the first unit has no backup, and while it goes
-    # backward the others are updated. Else it would be up to a thread what has begun.
+    # What began in backward has ended before the step's first update can begin: the first unit has no backup, and while
+    # it goes backward, or its gradient leaves, the others are updated. Else some would be dropped.
     "in backward": Setting(HOST, link=(2, 8), seconds=(1, 4), update=1, backups=6),
     "in backward, not clipped": Setting(HOST, clips=False, link=(2, 8), seconds=(1, 4), update=1, backups=6),
     "in backward, not lazy": Setting(HOST | {"lazy": False}, link=(2, 4), update=0.5, backups=6),
     "in backward, half of them": Setting(HOST, link=(2, 0.4), update=0.7, backups=4),
     "in backward, slowly": Setting(HOST, link=(2, 8), seconds=(0.2, 4), update=1, backups=5),
+    "in backward, begun after the step was submitted": Setting(
+        HOST, link=(0.4, 8), seconds=(0.1, 0.2), update=0.7, backups=6
+    ),
     "in backward, two micro-batches": Setting(HOST, 2, link=(1, 1), update=0.5, backups=5),
     "half of the states": Setting(HOST | {"optimizer": 0.5}, link=(1, 1)),
     "optimizer alone": Setting(HOST | {"gradients": "device"}, link=(1, 1)),
