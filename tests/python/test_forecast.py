@@ -147,8 +147,8 @@ AHEAD = UnitWork("u", 1.0, 4.0, gradient_bytes=1, host_update_bytes=1, backup_by
         # nor where there is no room for that of b
         ([AHEAD, dataclasses.replace(AHEAD, backup_bytes=3)], 2, 13, 13, 0),
         ([AHEAD, dataclasses.replace(AHEAD, backup_bytes=0)], 2, 13, 13, 0),
-        # gradients of c 6-7, b 10-12 (two parts), a 14-15; backups and updates of c 7-10, of b 11-14 and, while a leaves,
-        # 14-17; that of a 17-18; forward 18-21. Undone, c 18-20 and 20-21, b 21-23, 23-24, 24-26 and 26-27
+        # gradients of c 6-7, b 10-12 (two parts), a 14-15; backups and updates of c 7-10, of b 11-14 and, while a
+        # leaves, 14-17; that of a 17-18; forward 18-21. Undone, c 18-20 and 20-21, b 21-23, 23-24, 24-26 and 26-27
         (
             [AHEAD, dataclasses.replace(AHEAD, parts=2, gradient_bytes=2, host_update_bytes=2, backup_bytes=2), AHEAD],
             9,
@@ -165,7 +165,8 @@ def test_updates_that_begin_in_backward(
         step = forecast(units, ONE, lazy=False, clips=clips, speculate_bytes=room)
         assert (step.seconds, step.clipped_seconds) == pytest.approx((seconds, clipped_seconds))
         assert step.backup_bytes == backup_bytes
-        assert step.busy["host_update"] == pytest.approx(sum(unit.host_update_bytes for unit in units) + 2 * backup_bytes)
+        updates = sum(unit.host_update_bytes for unit in units)
+        assert step.busy["host_update"] == pytest.approx(updates + 2 * backup_bytes)
 
 
 def test_of_several_micro_batches_the_last_begins_updates() -> None:
