@@ -231,7 +231,10 @@ class GradCell:
     # --- norms and the step -------------------------------------------------------------------------------
 
     def norm(self, key: NormKey) -> Tensor:
-        """The norm as torch's own operation gives it: taken on the way out where `key` is learned, else now."""
+        """The norm as torch's own operation gives it: taken on the way out where `key` is learned, else now.
+
+        It may be kept and returned again: read it, do not edit it.
+        """
         if key not in self._norms:
             if self.owner is _HOST and not self._factors:
                 # A norm of a scaled gradient is no use on the way out.
@@ -241,7 +244,7 @@ class GradCell:
             if self.owner is _DEVICE:
                 return norm  # whoever else reaches the copy may edit it at any time
             self._norms[key] = norm
-        return self._norms[key].clone()
+        return self._norms[key]
 
     def for_step(self) -> StepGradient:
         """The gradient in host bytes that nothing will write to, whatever happens to it later."""

@@ -13,7 +13,7 @@ Autograd adds the next micro-batch in place: that is an edit on the device, by t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from ._grad_cell import GradCell
 from ._grad_factors import SCALES, UNSCALE, Factor, make_factor
 from ._units import is_dense
 
-__all__ = ["HostGrad"]
+__all__ = ["HostGrad", "total_norm"]
 
 _aten = torch.ops.aten
 
@@ -280,17 +280,36 @@ def _vector_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     gradient, order, dim, keepdim = _padded(args, (None, 2, None, False))
     if dim or keepdim:
         return NotImplemented
-    return gradient.cell.norm((func, float(order), kwargs.get("dtype")))
+    return gradient.cell.norm((func, float(order), kwargs.get("dtype"))).clone()
 
 
 def _foreach_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors, order, dtype = _padded(args, (None, 2, None))
     if not _is_uniform((tensors,)):
         return NotImplemented
-    key = (func, float(order), dtype)
+    return [norm.clone() for norm in _norms(tensors, order, dtype)]
+
+
+def _norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype | None) -> list[Tensor]:
+    """As `torch._foreach_norm` of tensors of one dtype, for who does not edit what it returns."""
+    operation = _aten._foreach_norm.Scalar
+    key = (operation, float(order), dtype)
     plain = [tensor for tensor in tensors if not isinstance(tensor, HostGrad)]
-    others = iter(func(plain, order, dtype) if plain else ())
+    others = iter(operation(plain, order, dtype) if plain else ())
     return [tensor.cell.norm(key) if isinstance(tensor, HostGrad) else next(others) for tensor in tensors]
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The L2 norm over all elements of all gradients, summed in fp32: a scalar on their device, 0 for none."""
+    if not gradients:
+        return torch.zeros(())
+    # In one call; but of several dtypes it would take all gradients to the device at once.
+    alike = len({gradient.dtype for gradient in gradients}) == 1
+    norms: list[Tensor] = []
+    for some in [gradients] if alike else [[gradient] for gradient in gradients]:
+        norms += _norms(some, 2.0, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
+    return norm
 
 
 def _scale(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

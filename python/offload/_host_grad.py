@@ -11,11 +11,11 @@ from torch._compile import _disable_dynamo
 
 from ._errors import InvalidArgument, StateError
 from ._grad_cell import GradCell, GradStore, Owner, StepGradient
-from ._grad_face import HostGrad
+from ._grad_face import HostGrad, total_norm
 from ._grad_factors import HostBytes
 from ._units import is_dense
 
-__all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "hold"]
+__all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "hold", "total_norm"]
 
 _DEVICE = Owner.DEVICE  # once: see _grad_cell
 

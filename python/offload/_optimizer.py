@@ -20,6 +20,7 @@ from ._engine_stats import allocator_bytes, engine_stats
 from ._errors import InvalidArgument, StateError
 from ._grad_factors import GradScale
 from ._hooks import Hooks
+from ._host_grad import total_norm
 from ._live_states import LiveStates
 from ._memory import MemorySummary, summarize
 from ._parameter_state import ParameterState
@@ -215,6 +216,13 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """`p.grad` of the parameters that have one, in the order of the groups: in one go, of pending ones too."""
         read: list[Tensor | None] = reading_metadata(lambda: [p.grad for g in self.param_groups for p in g["params"]])
         return [gradient for gradient in read if gradient is not None]
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """The L2 norm over all elements of all gradients, summed in fp32: a scalar on their device; nothing is waited
+        for. Once asked for it is taken as gradients leave, as that of `clip_grad_norm_` is.
+        """
+        return total_norm(self.gradients())
 
     def synchronize(self) -> None:
         """Waits for the submitted update: every parameter and state is current afterwards."""

@@ -107,6 +107,40 @@ def test_norms_in_fp32_are_torchs_own(dtype: torch.dtype) -> None:
         assert one.dtype is torch.float32 and same_bits(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_grad_norm_is_that_of_resident_gradients(dtype: torch.dtype) -> None:
+    """Without gradients, with some, of two dtypes, edited and scaled; what torch returns of them may be edited."""
+
+    def run(placement: dict[str, str]) -> list[torch.Tensor]:
+        model = make_model(dtype)
+        model.blocks[0].float()
+        model.blocks[0].register_forward_pre_hook(lambda _, args: (args[0].float(),))
+        model.blocks[0].register_forward_hook(lambda _, args, output: output.to(dtype))
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        norms = [optimizer.grad_norm()]
+        for number, tokens in enumerate(batches(3)):
+            if number < 2:
+                loss_of(model, tokens).backward()
+            else:
+                model.blocks[0](torch.ones(1, 4, model.norm.weight.numel(), dtype=dtype)).sum().backward()
+            norms.append(optimizer.grad_norm())
+            for norm in torch._foreach_norm([optimizer.gradients()[0]], 2.0, torch.float32):
+                norm.mul_(3.0)
+            norms.append(optimizer.grad_norm())
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            norms.append(optimizer.grad_norm())
+            optimizer.gradients()[0].add_(1.0)
+            norms.append(optimizer.grad_norm())
+            optimizer.step()
+            optimizer.zero_grad()
+        return norms
+
+    ours, theirs = run(HOST), run(RESIDENT)
+    assert ours[0] == 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype is torch.float32 and one.dim() == 0 and same_bits(one, other)
+
+
 def test_user_hooks_before_and_after_ours() -> None:
     def run(placement: dict[str, str]) -> tuple[list[torch.Tensor], list[float]]:
         model = make_model()

@@ -13,23 +13,10 @@ import offload
 from ._backward_guard import BackwardGuard
 from ._loss_scale import DynamicLossScale, StaticLossScale
 
-__all__ = ["EngineOptimizer", "global_norm"]
+__all__ = ["EngineOptimizer"]
 
 # As in torch.nn.utils.clip_grad_norm_.
 _CLIP_EPS = 1e-6
-
-
-def global_norm(gradients: list[Tensor]) -> Tensor:
-    """The L2 norm over all gradients, accumulated in fp32: a scalar tensor on their device."""
-    if not gradients:
-        return torch.zeros(())
-    # In one call; but of several dtypes it would take all gradients to the device at once.
-    alike = len({gradient.dtype for gradient in gradients}) == 1
-    norms: list[Tensor] = []
-    for some in [gradients] if alike else [[gradient] for gradient in gradients]:
-        norms += torch._foreach_norm(some, 2.0, torch.float32)
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms), 2.0)
-    return norm
 
 
 class EngineOptimizer(torch.optim.Optimizer):
@@ -120,7 +107,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         if not self._takes_norm:
             self.optimizer.step()
             return
-        norm = global_norm(self.optimizer.gradients())
+        norm = self.optimizer.grad_norm()
         scale = self.loss_scale
         if scale != 1.0:
             norm = norm / scale
