@@ -183,7 +183,9 @@ class Speculation:
         self._steps_to_sit_out = max(0, self._steps_to_sit_out - 1)
 
     def forget(self) -> None:
-        """Gradients were dropped: what is added up begins anew."""
+        """Gradients were dropped: what is added up begins anew. A forked child drops its own, and no step follows."""
+        if self._engine.is_forked:
+            return
         self._discard(list(self._ahead))
         self._complete.clear()
         self._left.clear()
