@@ -62,14 +62,17 @@ class Speculation:
         self._pause = 0
         self._steps_to_sit_out = 0
         self._counted = (0, 0)  # updates kept and thrown away when last looked at
-        hook = weakref.WeakMethod(self._gradient_left)  # gradients keep their lanes, and must not keep the engine
+        itself = weakref.ref(self)  # gradients keep their lanes, and must not keep the engine
 
         def left(parameter: Parameter) -> None:
-            call = hook()
-            if call is not None:
-                call(parameter)
+            if (speculation := itself()) is not None:
+                speculation._gradient_left(parameter)
 
-        engine.lanes.on_leave = left
+        def ended() -> None:
+            if (speculation := itself()) is not None:
+                speculation._begin_complete()
+
+        engine.lanes.on_leave, engine.lanes.on_end = left, ended
 
     def follow(self, hyper_of: Callable[[Parameter], Hyper | None]) -> None:
         """hyper_of: a parameter's hyperparameters as they are now; None, or InvalidArgument, where that has none."""
@@ -102,7 +105,14 @@ class Speculation:
         self._discard([key])
         if self._steps_to_sit_out == 0 and self._left[key] == self._expected.get(key):
             self._complete.append(parameter)
-        # What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one.
+        if not self._engine.lanes.any_waits:
+            self._begin_complete()
+
+    def _begin_complete(self) -> None:
+        """Once nothing that has left waits: to begin one update would submit its gradient, which may be small, alone.
+
+        What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one.
+        """
         self._complete = [waiting for waiting in self._complete if not self._begin(waiting)]
 
     def _look_back(self) -> None:
