@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from . import _native
 from ._adamw import FORMATS
-from ._errors import InvalidArgument, OutOfHostMemory
+from ._errors import OutOfHostMemory
 from ._grad_cell import Owner
 from ._gradient_lanes import StepGradient
 from ._host_grad import HostGrad
@@ -75,7 +75,7 @@ class Speculation:
         engine.lanes.on_leave, engine.lanes.on_end = left, ended
 
     def follow(self, hyper_of: Callable[[Parameter], Hyper | None]) -> None:
-        """hyper_of: a parameter's hyperparameters as they are now; None, or InvalidArgument, where that has none."""
+        """hyper_of: a parameter's hyperparameters as they are now; None where that has none."""
         self._optimizers += 1
         self._hyper_of = hyper_of if self._optimizers == 1 else None
 
@@ -154,7 +154,7 @@ class Speculation:
         assert self._hyper_of is not None
         try:
             return self._hyper_of(parameter)
-        except InvalidArgument:  # the step will say so
+        except (KeyError, TypeError, ValueError):  # the step will say so, where they are no better by then
             return None
 
     def _backup_of(self, parameter: Parameter) -> _native.HostBuffer | None:
@@ -163,12 +163,12 @@ class Speculation:
             rounded = -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
             if rounded > self._room:
                 return None
+            self._room -= rounded  # first: after Ctrl-C there is less of it, and never more than the plan has
             try:
                 self._backups[id(parameter)] = self._engine.pool.acquire(nbytes, "backups")
             except OutOfHostMemory:  # the pool is in pieces
                 self._room = 0
                 return None
-            self._room -= rounded
         return self._backups[id(parameter)]
 
     # --- at the step, and around it -------------------------------------------------------------------------

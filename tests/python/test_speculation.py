@@ -302,6 +302,23 @@ def test_a_failed_backward_is_thrown_away(monkeypatch: pytest.MonkeyPatch, toget
     assert (counts(optimizer)[1] > 0) is not together
 
 
+def test_hyperparameters_that_are_set_after_backward() -> None:
+    """Nothing reads them in backward, as in torch."""
+
+    def set_late(moment: str, step: int, model: nn.Module, optimizer: Any) -> None:
+        group = optimizer.param_groups[0]
+        if moment == "end" and step == 2:
+            group["lr"] = None
+        if moment == "end" and step == 4:
+            del group["betas"]
+        if moment == "backward":
+            group |= {"lr": 1e-2, "betas": (0.9, 0.999)}
+
+    optimizer = compare(set_late)
+    parameters = len(optimizer.param_groups[0]["params"])
+    assert counts(optimizer) == (4 * parameters, 0)  # steps 1, 2, 4 and 6
+
+
 def test_grad_scaler_with_an_overflow() -> None:
     def run(placement: dict[str, Any]) -> tuple[list[Tensor], Any]:
         model = make_model()
