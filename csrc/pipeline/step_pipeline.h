@@ -1,10 +1,7 @@
-// gradient landed, states read -> optimizer -> to_device, to disk: the only file that knows both sides.
+// The door of the step pipeline: slots and jobs are checked here, and Sequencer runs them.
 //
-// Ownership: owns one sequencer thread; shares queue and window. Spans of a slot are borrowed until the
-//            slot's last ticket ended.
-// Threads: submit and wait may be called from any thread. The sequencer runs jobs in submission order,
-//          each on the shared WorkerPool, and hands every finished chunk to the to_device lane. A slot's
-//          next update waits for its last upload, which still reads the weight.
+// Ownership: owns the sequencer. Spans of a slot are borrowed until the slot's last ticket ended.
+// Threads: every member may be called from any thread.
 // Stream order: a job's uploads wait for what the compute stream had been given at submit (an earlier
 //               backward may still read the weight).
 // Invariants: after a job failed every later job fails with the same error, and submit throws kState.
@@ -12,14 +9,16 @@
 //             In a forked child submit throws kState and the destructor leaks instead of joining.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <string>
 #include <vector>
 
+#include "base/fork_guard.h"
 #include "base/ticket.h"
 #include "pipeline/parameter_slot.h"
+#include "pipeline/sequencer.h"
 #include "pipeline/state_window.h"
 #include "pipeline/step_job.h"
 #include "transfer/transfer_queue.h"
@@ -28,13 +27,8 @@ namespace offload {
 
 constexpr size_t kDefaultChunkElements = size_t{4} << 20;
 
-struct StepStats {
-  uint64_t job_count = 0;
-  uint64_t update_ns = 0;        // the sequencer was updating
-  uint64_t blocked_ns = 0;       // callers of wait() were blocked
-  uint64_t kept_count = 0;       // updates ahead of the step that a job took up
-  uint64_t discarded_count = 0;  // and those that were undone
-  WindowStats window;            // of states on disk
+struct StepStats : SequencerStats {
+  uint64_t blocked_ns = 0;  // callers of wait() were blocked
 };
 
 class StepPipeline {
@@ -80,7 +74,11 @@ class StepPipeline {
   void release();
 
  private:
-  class Sequencer;
+  const ForkGuard owner_;
+  const std::shared_ptr<TransferQueue> transfers_;
+  const size_t chunk_elements_;
+  const std::shared_ptr<StateWindow> window_;  // the sequencer's: slots are checked against its frames
+  std::atomic<uint64_t> blocked_ns_{0};
   std::unique_ptr<Sequencer> sequencer_;
 };
 

@@ -313,9 +313,14 @@ class Engine:
         if self._tickets:
             self.finish([self.states[id(parameter)] for parameter in parameters if id(parameter) in self.states])
 
+    @property
+    def is_forked(self) -> bool:
+        """Whether this is a forked child: nothing native works here."""
+        return os.getpid() != self._process
+
     def require_own_process(self) -> None:
         """Raises `StateError` in a forked child: the pool's pages are not there, touching a state would crash."""
-        if os.getpid() != self._process:
+        if self.is_forked:
             raise StateError(
                 f"this optimizer belongs to process {self._process} and was forked into {os.getpid()}: the states "
                 "are not in a child; call offload.wrap there, on a model of its own"

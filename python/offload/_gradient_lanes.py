@@ -97,8 +97,9 @@ class GradientLanes(CopyLanes):
         self._next: weakref.WeakValueDictionary[int, Parameter] = weakref.WeakValueDictionary()
         self._latest: int | None = None
         self._backward = _NO_BACKWARD  # the latest one that a gradient left in
-        # Called when a gradient has left in backward.
+        # Called when a gradient has left in backward, and at the end of a backward that any has left in.
         self.on_leave: Callable[[Parameter], None] | None = None
+        self.on_end: Callable[[], None] | None = None
 
     # --- the store of HostGrad ------------------------------------------------------------------------------
 
@@ -111,10 +112,20 @@ class GradientLanes(CopyLanes):
         backward = torch._C._current_graph_task_id()
         if backward not in (_NO_BACKWARD, self._backward):
             self._departures.submit()  # what waits since a backward that raised, and so had no end
-            torch.autograd.Variable._execution_engine.queue_callback(self._departures.submit)
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
             self._backward = backward
         may_wait = backward != _NO_BACKWARD
         return self.send(tensor, "staging" if scalar else "gradients", self.compute_stream(), may_wait=may_wait)
+
+    @property
+    def any_waits(self) -> bool:
+        """Whether a gradient that has left is not submitted yet."""
+        return bool(self._departures.copies)
+
+    def _end_backward(self) -> None:
+        self._departures.submit()
+        if self.on_end is not None:
+            self.on_end()
 
     def to_device(self, held: HostBytes, out: Tensor) -> None:
         """Fills `out` (same dense strides); the compute stream waits, not the host."""

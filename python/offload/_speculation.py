@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from . import _native
 from ._adamw import FORMATS
-from ._errors import InvalidArgument, OutOfHostMemory
+from ._errors import OutOfHostMemory
 from ._grad_cell import Owner
 from ._gradient_lanes import StepGradient
 from ._host_grad import HostGrad
@@ -62,17 +62,20 @@ class Speculation:
         self._pause = 0
         self._steps_to_sit_out = 0
         self._counted = (0, 0)  # updates kept and thrown away when last looked at
-        hook = weakref.WeakMethod(self._gradient_left)  # gradients keep their lanes, and must not keep the engine
+        itself = weakref.ref(self)  # gradients keep their lanes, and must not keep the engine
 
         def left(parameter: Parameter) -> None:
-            call = hook()
-            if call is not None:
-                call(parameter)
+            if (speculation := itself()) is not None:
+                speculation._gradient_left(parameter)
 
-        engine.lanes.on_leave = left
+        def ended() -> None:
+            if (speculation := itself()) is not None:
+                speculation._begin_complete()
+
+        engine.lanes.on_leave, engine.lanes.on_end = left, ended
 
     def follow(self, hyper_of: Callable[[Parameter], Hyper | None]) -> None:
-        """hyper_of: a parameter's hyperparameters as they are now; None, or InvalidArgument, where that has none."""
+        """hyper_of: a parameter's hyperparameters as they are now; None where that has none."""
         self._optimizers += 1
         self._hyper_of = hyper_of if self._optimizers == 1 else None
 
@@ -102,7 +105,14 @@ class Speculation:
         self._discard([key])
         if self._steps_to_sit_out == 0 and self._left[key] == self._expected.get(key):
             self._complete.append(parameter)
-        # What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one.
+        if not self._engine.lanes.any_waits:
+            self._begin_complete()
+
+    def _begin_complete(self) -> None:
+        """Once nothing that has left waits: to begin one update would submit its gradient, which may be small, alone.
+
+        What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one.
+        """
         self._complete = [waiting for waiting in self._complete if not self._begin(waiting)]
 
     def _look_back(self) -> None:
@@ -144,7 +154,7 @@ class Speculation:
         assert self._hyper_of is not None
         try:
             return self._hyper_of(parameter)
-        except InvalidArgument:  # the step will say so
+        except (KeyError, TypeError, ValueError):  # the step will say so, where they are no better by then
             return None
 
     def _backup_of(self, parameter: Parameter) -> _native.HostBuffer | None:
@@ -153,12 +163,12 @@ class Speculation:
             rounded = -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
             if rounded > self._room:
                 return None
+            self._room -= rounded  # first: after Ctrl-C there is less of it, and never more than the plan has
             try:
                 self._backups[id(parameter)] = self._engine.pool.acquire(nbytes, "backups")
             except OutOfHostMemory:  # the pool is in pieces
                 self._room = 0
                 return None
-            self._room -= rounded
         return self._backups[id(parameter)]
 
     # --- at the step, and around it -------------------------------------------------------------------------
@@ -183,7 +193,9 @@ class Speculation:
         self._steps_to_sit_out = max(0, self._steps_to_sit_out - 1)
 
     def forget(self) -> None:
-        """Gradients were dropped: what is added up begins anew."""
+        """Gradients were dropped: what is added up begins anew. A forked child drops its own, and no step follows."""
+        if self._engine.is_forked:
+            return
         self._discard(list(self._ahead))
         self._complete.clear()
         self._left.clear()

@@ -6,6 +6,7 @@ gradients and its states are compared bit for bit with a run that was never inte
 
 from __future__ import annotations
 
+import inspect
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 import offload
 from offload._interrupts import Uninterrupted
+from offload._speculation import Speculation
 from phases import Trainer, equal
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 
@@ -160,6 +162,24 @@ def test_ctrl_c_at_every_line_of_a_step(case: str, tmp_path: Path) -> None:
         before = after
     hooked = {"backward"} if placement["gradients"] == "host" else set()
     assert set(raised) >= {"forward", "step", "state_dict"} | hooked, raised
+
+
+def test_ctrl_c_gives_backups_no_room_that_the_plan_does_not_have() -> None:
+    """At every line that obtains one, the first time."""
+    tokens = next(batches(1, vocabulary=11, size=2, length=3))
+    source, begin = inspect.getsourcelines(Speculation._backup_of)
+    interrupted = 0
+    for line in range(begin, begin + len(source)):
+        trainer = Trainer({**HOST, "speculate": "1MiB"}, torch.float32, False)
+        trainer.step(tokens)
+        speculation = trainer.optimizer._engine.speculation
+        place = ("backward", f"{inspect.getsourcefile(Speculation)}:{line}", 1)
+        interrupted += interrupted_step(trainer, tokens, place) is not None
+        trainer.begin_again()
+        trainer.step(tokens)
+        taken = trainer.optimizer._engine.pool.stats()["tag_bytes"]["backups"]
+        assert taken + speculation._room <= trainer.optimizer.plan.host.backups, line
+    assert interrupted >= 5
 
 
 @contextmanager

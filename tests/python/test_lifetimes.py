@@ -314,6 +314,35 @@ def test_a_forked_child_is_refused_what_it_cannot_have() -> None:
         assert same_bits(one.detach(), other.detach())
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_forked_child_drops_its_gradients_while_updates_are_ahead(set_to_none: bool) -> None:
+    """Its parent's are there, and its parent's updates are kept."""
+    model, optimizer = stepped(speculate="1MiB")
+    twin, twin_optimizer = stepped()
+    weight = model.head.weight
+
+    def drop() -> bool:
+        optimizer.zero_grad(set_to_none)
+        return weight.grad is None
+
+    for candidate, its in ((model, optimizer), (twin, twin_optimizer)):
+        its.zero_grad()
+        loss_of(candidate, next(batches(1, seed=3))).backward()
+    speculation = optimizer._engine.speculation
+    speculation.latest[0].wait()
+    assert speculation._ahead
+    kept = optimizer.stats().speculation["kept"]
+    assert in_child(drop) == repr(set_to_none)
+    assert speculation._ahead and weight.grad is not None
+    for its in (optimizer, twin_optimizer):
+        its.step()
+        its.synchronize()
+    assert optimizer.stats().speculation["kept"] == kept + len(optimizer.param_groups[0]["params"])
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_bits(one.detach(), other.detach())
+
+
 # --- exits --------------------------------------------------------------------------------------------------
 
 STEPPED = """

@@ -14,6 +14,8 @@ import offload
 from offload import _copy_lanes
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 
+AHEAD = HOST | {"speculate": "1MiB"}
+
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
 
 
@@ -84,7 +86,8 @@ def test_earlier_sums_that_come_back_submit_nothing() -> None:
     assert len(seen.counts) == math.ceil(len(list(model.parameters())) / 16)
 
 
-def test_what_waits_in_a_backward_that_raised_leaves_with_the_next() -> None:
+@pytest.mark.parametrize("host", [HOST, AHEAD], ids=["at the step", "ahead"])
+def test_what_waits_in_a_backward_that_raised_leaves_with_the_next(host: dict[str, str]) -> None:
     def run(placement: dict[str, str]) -> list[Tensor]:
         model = make_model()
         model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
@@ -107,7 +110,7 @@ def test_what_waits_in_a_backward_that_raised_leaves_with_the_next() -> None:
             fails.pop(0)
         return [p.detach().clone() for p in model.parameters()]
 
-    for one, other in zip(run(HOST), run(RESIDENT), strict=True):
+    for one, other in zip(run(host), run(RESIDENT), strict=True):
         assert same_bits(one, other)
 
 
@@ -235,3 +238,91 @@ def test_copies_that_fail_together_leave_their_masters_as_they_were() -> None:
     assert same >= seen.counts[1]
     with pytest.raises(offload.StateError, match="an earlier update failed"):
         loss_of(model, next(batches(1)))
+
+
+# --- with updates ahead -------------------------------------------------------------------------------------
+
+
+def trained(placement: dict[str, str]) -> tuple[nn.Module, Any]:
+    """After two steps: with `speculate`, every update of the next one begins in backward."""
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+    for tokens in batches(2):
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def moments_of(optimizer: Any) -> list[Tensor]:
+    """As they lie in memory, whether or not an update has begun."""
+    return [state.moments["exp_avg"].value().clone() for state in optimizer._engine.states.values()]
+
+
+def test_they_share_submissions_where_updates_begin_in_backward() -> None:
+    """Their updates begin when their submission has gone, and are kept."""
+    (model, optimizer), (twin, twin_optimizer) = trained(AHEAD), trained(HOST)
+    optimizer.synchronize()
+    before, speculation, device = moments_of(optimizer), optimizer._engine.speculation, optimizer._engine.device
+    kept = optimizer.stats().speculation["kept"]
+    seen = Submissions(optimizer)
+    tokens, count = next(batches(1, seed=2)), len(list(model.parameters()))
+    begun: list[tuple[int, int]] = []
+    handle = model.blocks[0].norm.weight.register_hook(
+        lambda _: begun.append((len(speculation._ahead), sum(seen.counts)))
+    )
+    device.hold("to_host")
+    loss_of(model, tokens).backward()
+    handle.remove()
+    assert sum(seen.counts) == count and len(seen.counts) == math.ceil(count / 16)
+    ((at_once, sent),) = begun
+    assert at_once == sent > 0
+    assert len(speculation._ahead) == count
+    assert all(same_bits(one, other) for one, other in zip(moments_of(optimizer), before, strict=True))
+    device.release("to_host")
+    speculation.latest[0].wait()
+    assert not any(same_bits(one, other) for one, other in zip(moments_of(optimizer), before, strict=True))
+    loss_of(twin, tokens).backward()
+    for its in (optimizer, twin_optimizer):
+        its.step()
+        its.synchronize()
+    assert optimizer.stats().speculation["kept"] == kept + count
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_bits(one.detach(), other.detach())
+
+
+@pytest.mark.parametrize("dropped", [True, False], ids=["dropped", "used"])
+@pytest.mark.parametrize("which", [1, 2], ids=["in backward", "at its end"])
+def test_a_refused_submission_begins_no_update(which: int, dropped: bool) -> None:
+    """Its gradients go on waiting, and count."""
+    (model, optimizer), (twin, twin_optimizer) = trained(AHEAD), trained(RESIDENT)
+    seen, speculation, count = Submissions(optimizer), optimizer._engine.speculation, len(list(model.parameters()))
+    assert math.ceil(count / 16) == 2
+
+    def refuse() -> None:
+        seen.refused = 1
+
+    first, second = batches(2, seed=2)
+    handle = model.norm.weight.register_hook(lambda _: refuse() if which == 1 else None)
+    at_end = model.embedding.weight.register_hook(lambda _: refuse() if which == 2 else None)
+    with pytest.raises(offload.DeviceError, match="refused on purpose"):
+        loss_of(model, first).backward()
+    handle.remove()
+    at_end.remove()
+    assert len(speculation._ahead) == sum(seen.counts) == (0 if which == 1 else 16)
+    if dropped:
+        optimizer.zero_grad()
+    elif which == 1:  # what backward has not come to has no gradient
+        there = [p.grad is not None for p in model.parameters()]
+        loss_of(twin, first).backward()
+        for parameter, has_one in zip(twin.parameters(), there, strict=True):
+            parameter.grad = parameter.grad if has_one else None
+    else:
+        loss_of(twin, first).backward()
+    for each in (model, twin):
+        loss_of(each, second).backward()
+    for its in (optimizer, twin_optimizer):
+        its.step()
+        its.synchronize()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_bits(one.detach(), other.detach())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import offload
 from copy_schedule import CopySchedule
+from offload import _copy_lanes
 from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, same_bits, train, wrapped_run
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -278,7 +279,12 @@ def test_what_comes_between_backward_and_step(between: Between) -> None:
     assert (thrown_away > 0) is (between is not schedule)
 
 
-def test_a_failed_backward_is_thrown_away() -> None:
+@pytest.mark.parametrize("together", [True, False], ids=["together", "alone"])
+def test_a_failed_backward_is_thrown_away(monkeypatch: pytest.MonkeyPatch, together: bool) -> None:
+    """What of it has left, that is: its few gradients wait for each other where they are small."""
+    if not together:
+        monkeypatch.setattr(_copy_lanes, "_SMALL_BYTES", 0)
+
     def fail(moment: str, step: int, model: nn.Module, optimizer: Any) -> None:
         if moment == "end" and step in (2, 4):
             optimizer.zero_grad()
@@ -293,7 +299,24 @@ def test_a_failed_backward_is_thrown_away() -> None:
                 model.zero_grad()
 
     optimizer = compare(fail)
-    assert counts(optimizer)[1] > 0
+    assert (counts(optimizer)[1] > 0) is not together
+
+
+def test_hyperparameters_that_are_set_after_backward() -> None:
+    """Nothing reads them in backward, as in torch."""
+
+    def set_late(moment: str, step: int, model: nn.Module, optimizer: Any) -> None:
+        group = optimizer.param_groups[0]
+        if moment == "end" and step == 2:
+            group["lr"] = None
+        if moment == "end" and step == 4:
+            del group["betas"]
+        if moment == "backward":
+            group |= {"lr": 1e-2, "betas": (0.9, 0.999)}
+
+    optimizer = compare(set_late)
+    parameters = len(optimizer.param_groups[0]["params"])
+    assert counts(optimizer) == (4 * parameters, 0)  # steps 1, 2, 4 and 6
 
 
 def test_grad_scaler_with_an_overflow() -> None:
