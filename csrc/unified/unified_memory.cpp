@@ -23,9 +23,9 @@ constexpr int kPreferredLocation = 2;
 constexpr int kAccessedBy = 3;
 constexpr int kLastPrefetchLocation = 4;
 
-// CU_DEVICE_CPU and CU_DEVICE_INVALID; a device is its ordinal
-constexpr int kHostLocation = -1;
-constexpr int kNoLocation = -2;
+// a device is its ordinal
+constexpr int kHostLocation = -1;  // CU_DEVICE_CPU
+constexpr int kNoLocation = -2;    // CU_DEVICE_INVALID
 
 constexpr unsigned kNonBlocking = 0x1;           // CU_STREAM_NON_BLOCKING
 constexpr CudaResult kNotSupported = 801;        // CUDA_ERROR_NOT_SUPPORTED
