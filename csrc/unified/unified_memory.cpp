@@ -149,8 +149,9 @@ UnifiedBlock::UnifiedBlock(int index, CudaOrdinal ordinal, const CudaMemoryFacts
       kind_(kind),
       bytes_(bytes) {
   if (kind_ == UnifiedKind::kSystem) {
-    pages_ = std::make_unique<HostPages>(bytes_, bytes_, HostPagesOptions{.numa_node = facts_.host_numa_node},
-                                         nullptr);
+    pages_ = std::make_unique<HostPages>(
+        bytes_, bytes_, HostPagesOptions{.numa_node = facts_.host_numa_node, .numa_node_is_a_wish = true},
+        nullptr);
     address_ = pages_->address();
     return;
   }
