@@ -18,6 +18,7 @@ namespace {
 
 constexpr unsigned kNonBlocking = 0x1;  // CU_STREAM_NON_BLOCKING: torch computes on the legacy stream
 constexpr int kInStreamOrder = 0x1;     // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+constexpr int kRelaxed = 2;             // CU_STREAM_CAPTURE_MODE_RELAXED
 
 // One thing that a copy starts after: a position of a compute stream, or else a ticket.
 struct Wait {
@@ -95,6 +96,7 @@ class CudaStream::Worker : public std::enable_shared_from_this<Worker> {
 
  private:
   void start_threads(bool needs_issuer);
+  void begin_thread(const std::string& name) const noexcept;
   void run_issuer(std::stop_token stop);
   void run_ender(std::stop_token stop);
 
@@ -171,8 +173,16 @@ void CudaStream::Worker::start_threads(bool needs_issuer) {
   }
 }
 
+// While any thread of the process captures a CUDA graph, the driver refuses others that block in it, and the
+// capture is lost. Nothing that these threads do can be part of a capture, so they are exempt.
+void CudaStream::Worker::begin_thread(const std::string& name) const noexcept {
+  name_thread(name);
+  int mode = kRelaxed;
+  static_cast<void>(driver_.ThreadExchangeStreamCaptureMode(&mode));  // refused only where nothing works
+}
+
 void CudaStream::Worker::run_issuer(std::stop_token stop) {
-  name_thread(name_ + "-is");
+  begin_thread(name_ + "-is");
   std::unique_lock lock(mutex_);
   while (changed_.wait(lock, stop, [&] { return !deferred_.empty(); })) {
     // It stays in the queue until it is issued, so that no later copy overtakes it.
@@ -189,7 +199,7 @@ void CudaStream::Worker::run_issuer(std::stop_token stop) {
 }
 
 void CudaStream::Worker::run_ender(std::stop_token stop) {
-  name_thread(name_);
+  begin_thread(name_);
   std::unique_lock lock(mutex_);
   while (changed_.wait(lock, stop, [&] { return !in_flight_.empty(); })) {
     Copy& copy = in_flight_.front();
