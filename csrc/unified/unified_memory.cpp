@@ -52,6 +52,9 @@ Registry& registry() {
   return all;
 }
 
+constexpr const char* kUntoldRemedy =
+    "Drivers tell the placement of managed memory alone; hints of the kind 'system' count all the same";
+
 std::string bytes_text(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 
 }  // namespace
@@ -219,8 +222,12 @@ Placement UnifiedBlock::placement(uintptr_t address, size_t bytes) const {
   const CudaDriver& driver = context_->driver();
   CudaPrimaryContext::Current current(*context_);
   const auto read = [&](int attribute, int* values, size_t count) {
-    driver.check(driver.MemRangeGetAttribute(values, count * sizeof(int), attribute, address, bytes),
-                 "cuMemRangeGetAttribute");
+    const CudaResult code =
+        driver.MemRangeGetAttribute(values, count * sizeof(int), attribute, address, bytes);
+    if (code != 0) {
+      // cuda.h: "The memory range must refer to managed memory".
+      throw driver.error(code, "cuMemRangeGetAttribute", kind_ == UnifiedKind::kSystem ? kUntoldRemedy : "");
+    }
   };
   Placement result;
   int value = 0;
