@@ -165,8 +165,8 @@ struct Batch {
     sizes.push_back(count * sizeof(int));
   }
 
-  CudaResult send(CudaStreamHandle stream, int access_order = 1) {
-    CudaCopyAttributes attributes{access_order, {}, {}, 0};
+  CudaResult send(CudaStreamHandle stream, int access_order = 1, unsigned flags = 0) {
+    CudaCopyAttributes attributes{access_order, {}, {}, flags};
     size_t first = 0;
     return driver().MemcpyBatchAsync(destinations.data(), sources.data(), sizes.data(), sizes.size(),
                                      &attributes, &first, 1, &failed, stream);
@@ -181,9 +181,13 @@ void test_batches_copy_both_ways() {
   batch.add(&session.device[0], &session.host[512], 4);
   batch.add(&session.host[0], &session.device[512], 8);
   CHECK_EQ(batch.send(session.stream, 0), 1);
+  CHECK_EQ(batch.send(session.stream, 1, 2), 1);
   CHECK_EQ(double_live("pending_copies"), 0u);
   CHECK_EQ(batch.send(session.stream), 0);
   CHECK_EQ(batch.failed, SIZE_MAX);
+  CHECK_EQ(double_live("plain_batches"), 1u);
+  CHECK_EQ(batch.send(session.stream, 1, 1), 0);
+  CHECK_EQ(double_live("plain_batches"), 1u);
   CHECK_EQ(driver().EventRecord(session.event, session.stream), 0);
   CHECK_EQ(driver().EventSynchronize(session.event), 0);
   CHECK_EQ(session.device[3], 1);

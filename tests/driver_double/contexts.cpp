@@ -346,8 +346,9 @@ int cuMemcpyBatchAsync(unsigned long long* destinations, unsigned long long* sou
   const std::shared_ptr<Stream> stream = stream_of("cuMemcpyBatchAsync", stream_handle);
   if (!stream) return kInvalidHandle;
   constexpr int kStreamOrder = 1;
+  constexpr unsigned kOverlap = 1;
   if (count == 0 || attribute_count != 1 || first_of_attributes[0] != 0 ||
-      attributes[0].source_access_order != kStreamOrder || attributes[0].flags != 0) {
+      attributes[0].source_access_order != kStreamOrder || attributes[0].flags > kOverlap) {
     return kInvalidValue;
   }
   std::vector<Operation> batch;
@@ -362,6 +363,7 @@ int cuMemcpyBatchAsync(unsigned long long* destinations, unsigned long long* sou
       return kInvalidValue;
     }
   }
+  if (attributes[0].flags != kOverlap) ++all.plain_batches;
   if (overlap(batch)) all.misuse("copies of a batch that share bytes");
   for (auto operation = batch.rbegin(); operation != batch.rend(); ++operation) {
     arm_copy(*operation);

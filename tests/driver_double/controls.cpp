@@ -127,6 +127,7 @@ size_t double_live(const char* what) {
     for (const auto& [address, bytes] : all.managed) sum += bytes;
     return sum;
   }
+  if (wanted == "plain_batches") return all.plain_batches;
   if (wanted == "managed") return all.managed.size();
   if (wanted == "streams") return all.streams.size();
   if (wanted == "events") return all.events.size();

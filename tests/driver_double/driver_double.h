@@ -51,8 +51,9 @@ void double_set_capturing(int capturing);
 size_t double_calls(const char* entry);  // since double_reset()
 
 // What is alive now: "contexts" (retains not released), "streams", "events", "registrations",
-// "registered_bytes", "managed" (allocations), "managed_bytes", "pending_copies", and "pushed_contexts" of
-// the calling thread. SIZE_MAX if unknown.
+// "registered_bytes", "managed" (allocations), "managed_bytes", "pending_copies", "pushed_contexts" of
+// the calling thread, and since double_reset() "plain_batches" (which did not ask to leave the
+// multiprocessors to compute). SIZE_MAX if unknown.
 size_t double_live(const char* what);
 
 // How often a rule of the real driver was broken since double_reset(), and the first case in words ("" if

@@ -109,6 +109,7 @@ void State::forget() {
   free_bytes = size_t{6} << 30;
   capturing = false;
   lost = 0;
+  plain_batches = 0;
   misuses = 0;
   first_misuse.clear();
   changed.notify_all();

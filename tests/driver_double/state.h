@@ -144,6 +144,7 @@ struct State {
   bool losing = false;  // no further copy starts
   size_t running = 0;   // copies that move bytes now
 
+  size_t plain_batches = 0;
   size_t misuses = 0;
   std::string first_misuse;
 
