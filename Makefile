@@ -7,8 +7,8 @@ PIP_INSTALL := $(PY) -m pip install -q --no-compile
 JOBS ?= $(shell nproc)
 # Without an NVIDIA GPU a plain `torch` would bring gigabytes of CUDA packages.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo torch==2.13.0)
-# Compiles kernels/*.cu for every card, without one; 73 MB. A torch for CUDA has all but cuda-core.
-NVRTC := 'cuda-core>=1.0' 'cuda-bindings>=12.9' 'nvidia-cuda-nvrtc>=12.9'
+# Compiles kernels/*.cu for every card, without one, and has cuda.h; 76 MB. A torch for CUDA has all but cuda-core.
+NVRTC := 'cuda-core>=1.0' 'cuda-bindings>=12.9' 'nvidia-cuda-nvrtc>=12.9' 'nvidia-cuda-runtime>=13'
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi')
 
 .PHONY: demo test compat ecosystem lint sanitize test-aarch64 soak bench install gpu-build gpu-test gpu-sanitize \

@@ -7,6 +7,7 @@ import functools
 import gc
 import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -253,6 +254,22 @@ def nvrtc() -> None:
         nvrtc.nvrtcVersion()
     except Exception as error:  # each of the three packages has its own
         _skip_or_fail(f"no kernel can be compiled, pip install cuda-core cuda-bindings nvidia-cuda-nvrtc: {error}")
+
+
+@pytest.fixture(scope="session")
+def cuda_headers() -> Path:
+    """A folder with cuda.h of CUDA 13 or newer; torch's CUDA packages bring one, as does nvidia-cuda-runtime."""
+    packages = [folder for entry in sys.path for folder in Path(entry).glob("nvidia/*/include")]
+    toolkits = [
+        Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",
+        *Path("/usr/local").glob("cuda-*/include"),
+    ]
+    for folder in (*packages, *toolkits):
+        header = folder / "cuda.h"
+        version = re.search(r"^#define CUDA_VERSION (\d+)", header.read_text(), re.M) if header.exists() else None
+        if version is not None and int(version[1]) >= 13000 and (folder / "cudaTypedefs.h").exists():
+            return folder
+    pytest.skip("needs cuda.h of CUDA 13: pip install nvidia-cuda-runtime")
 
 
 @pytest.fixture

@@ -3,10 +3,10 @@
 namespace offload {
 namespace {
 
-// CU_EVENT_BLOCKING_SYNC: a thread that waits sleeps, for its core belongs to the optimizer.
-// CU_EVENT_DISABLE_TIMING: makes record and wait cheaper.
-constexpr unsigned kBlockingSync = 0x1;
-constexpr unsigned kDisableTiming = 0x2;
+// A thread that waits sleeps, for its core belongs to the optimizer; without timing, record and wait are
+// cheaper.
+constexpr unsigned kBlockingSync = 0x1;   // CU_EVENT_BLOCKING_SYNC
+constexpr unsigned kDisableTiming = 0x2;  // CU_EVENT_DISABLE_TIMING
 
 }  // namespace
 

@@ -77,6 +77,8 @@ bool loses_context(CudaResult code) {
     case 718:  // INVALID_PC
     case 719:  // LAUNCH_FAILED
     case 721:  // TENSOR_MEMORY_LEAK
+    case 810:  // MPS_CLIENT_TERMINATED
+    case 911:  // EXTERNAL_DEVICE
       return true;
     default: return false;
   }
@@ -111,8 +113,8 @@ class EntryFinder {
   }
 
  private:
-  // CU_GET_PROC_ADDRESS_LEGACY_STREAM: stream 0 is the legacy one, as torch's is.
-  static constexpr uint64_t kLegacyStream = 1;
+  // Stream 0 is the legacy one, as torch's is.
+  static constexpr uint64_t kLegacyStream = 1;  // CU_GET_PROC_ADDRESS_LEGACY_STREAM
   using Newest = CudaResult (*)(const char*, void**, int, uint64_t, int*);  // 12.0
   using Older = CudaResult (*)(const char*, void**, int, uint64_t);         // 11.3
 

@@ -56,6 +56,7 @@ struct CudaCopyAttributes {  // CUmemcpyAttributes
   X(CtxPushCurrent, cuCtxPushCurrent_v2, 4000, (CudaContext context))                                    \
   X(CtxPopCurrent, cuCtxPopCurrent_v2, 4000, (CudaContext * context))                                    \
   X(CtxGetStreamPriorityRange, cuCtxGetStreamPriorityRange, 5050, (int* least, int* greatest))           \
+  X(ThreadExchangeStreamCaptureMode, cuThreadExchangeStreamCaptureMode, 10010, (int* mode))              \
   X(MemGetInfo, cuMemGetInfo_v2, 3020, (size_t* free_bytes, size_t* total_bytes))                        \
   X(MemHostRegister, cuMemHostRegister_v2, 6050, (void* address, size_t bytes, unsigned flags))          \
   X(MemHostUnregister, cuMemHostUnregister, 4000, (void* address))                                       \

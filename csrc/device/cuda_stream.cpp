@@ -18,6 +18,8 @@ namespace {
 
 constexpr unsigned kNonBlocking = 0x1;  // CU_STREAM_NON_BLOCKING: torch computes on the legacy stream
 constexpr int kInStreamOrder = 0x1;     // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+constexpr int kRelaxed = 2;             // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr unsigned kOverlap = 0x1;      // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 
 // One thing that a copy starts after: a position of a compute stream, or else a ticket.
 struct Wait {
@@ -48,9 +50,13 @@ struct Copy {
   }
 };
 
-void name_thread(const std::string& name) {
+// While any thread of the process captures a CUDA graph, the driver refuses others that block in it, and the
+// capture is lost. Nothing that the threads of a stream do can be part of one, so they are exempt.
+void begin_thread(const CudaDriver& driver, const std::string& name) {
   // The kernel takes names of up to 15 characters.
   pthread_setname_np(pthread_self(), ("offload-" + name).substr(0, 15).c_str());
+  int mode = kRelaxed;
+  static_cast<void>(driver.ThreadExchangeStreamCaptureMode(&mode));  // refused only where nothing works
 }
 
 }  // namespace
@@ -172,7 +178,7 @@ void CudaStream::Worker::start_threads(bool needs_issuer) {
 }
 
 void CudaStream::Worker::run_issuer(std::stop_token stop) {
-  name_thread(name_ + "-is");
+  begin_thread(driver_, name_ + "-is");
   std::unique_lock lock(mutex_);
   while (changed_.wait(lock, stop, [&] { return !deferred_.empty(); })) {
     // It stays in the queue until it is issued, so that no later copy overtakes it.
@@ -189,7 +195,7 @@ void CudaStream::Worker::run_issuer(std::stop_token stop) {
 }
 
 void CudaStream::Worker::run_ender(std::stop_token stop) {
-  name_thread(name_);
+  begin_thread(driver_, name_);
   std::unique_lock lock(mutex_);
   while (changed_.wait(lock, stop, [&] { return !in_flight_.empty(); })) {
     Copy& copy = in_flight_.front();
@@ -272,8 +278,9 @@ bool CudaStream::Worker::sent_as_batch(const Copy& copy) {
     sources.push_back(reinterpret_cast<CudaAddress>(source));
     sizes.push_back(bytes);
   }
+  // By copy engines: small copies of a batch may go through multiprocessors otherwise, which are compute's.
   CudaCopyAttributes attributes{
-      .source_access_order = kInStreamOrder, .source_hint = {}, .destination_hint = {}, .flags = 0};
+      .source_access_order = kInStreamOrder, .source_hint = {}, .destination_hint = {}, .flags = kOverlap};
   size_t first = 0, failed_index = 0;
   if (driver_.MemcpyBatchAsync(destinations.data(), sources.data(), sizes.data(), sizes.size(), &attributes,
                                &first, 1, &failed_index, handle_) == 0) {

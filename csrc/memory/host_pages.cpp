@@ -24,22 +24,18 @@ constexpr size_t kTouchBytes = size_t{32} << 20;
 constexpr size_t kMaxNumaNodes = 1024;  // the kernel's largest CONFIG_NODES_SHIFT
 constexpr unsigned char kPoisonByte = 0xFF;
 
-// With the raw system call, libnuma is not needed.
-void prefer_numa_node(uintptr_t address, size_t bytes, int node) {
+// With the raw system call, libnuma is not needed. 0, or the system's error: containers forbid the call
+// (without CAP_SYS_NICE those of Docker do), and a cpuset may leave the node out.
+int prefer_numa_node(uintptr_t address, size_t bytes, int node) {
   constexpr size_t kWordBits = std::numeric_limits<unsigned long>::digits;
   std::array<unsigned long, kMaxNumaNodes / kWordBits> nodes{};
   const auto index = static_cast<size_t>(node);
-  if (index < kMaxNumaNodes) nodes[index / kWordBits] |= 1UL << (index % kWordBits);
+  if (index >= kMaxNumaNodes) return EINVAL;
+  nodes[index / kWordBits] |= 1UL << (index % kWordBits);
   // Preferred and not bound: when the node is full, pages of another node beat a kill. The kernel reads
   // one bit less than it is told.
-  if (index < kMaxNumaNodes &&
-      syscall(SYS_mbind, address, bytes, MPOL_PREFERRED, nodes.data(), kMaxNumaNodes + 1, 0) == 0) {
-    return;
-  }
-  throw Error(ErrorKind::kInvalidArgument,
-              "numa_node=" + std::to_string(node) + ": the system refuses this node (" +
-                  std::strerror(index < kMaxNumaNodes ? errno : EINVAL) +
-                  "); legal are the nodes of /sys/devices/system/node/online, or -1 for none");
+  return syscall(SYS_mbind, address, bytes, MPOL_PREFERRED, nodes.data(), kMaxNumaNodes + 1, 0) == 0 ? 0
+                                                                                                     : errno;
 }
 
 }  // namespace
@@ -101,7 +97,15 @@ void HostPages::advise(const HostPagesOptions& options) {
   }
   // A kernel without transparent huge pages refuses the advice; small pages are slower, never wrong.
   if (options.huge_pages) static_cast<void>(madvise(start, mapping_.bytes, MADV_HUGEPAGE));
-  if (options.numa_node >= 0) prefer_numa_node(mapping_.address, mapping_.bytes, options.numa_node);
+  if (options.numa_node < 0) return;
+  const int refusal = prefer_numa_node(mapping_.address, mapping_.bytes, options.numa_node);
+  if (refusal == 0 || options.numa_node_is_a_wish) return;
+  throw Error(
+      ErrorKind::kInvalidArgument,
+      "numa_node=" + std::to_string(options.numa_node) + ": the system refuses this node (" +
+          std::strerror(refusal) +
+          "); legal are the nodes of /sys/devices/system/node/online, or -1 for none, and containers may "
+          "need `--cap-add SYS_NICE`");
 }
 
 void HostPages::touch(bool poison) {

@@ -19,10 +19,11 @@
 namespace offload {
 
 struct HostPagesOptions {
-  bool huge_pages = true;           // MADV_HUGEPAGE; mappings of at least one huge page are aligned to it
-  int numa_node = -1;               // -1: the kernel decides
-  bool poison = false;              // filled with 0xFF instead of zero
-  bool address_space_only = false;  // addresses without memory: a read or write of them faults
+  bool huge_pages = true;            // MADV_HUGEPAGE; mappings of at least one huge page are aligned to it
+  int numa_node = -1;                // -1: the kernel decides
+  bool numa_node_is_a_wish = false;  // nobody asked for the node: one that the system refuses does not count
+  bool poison = false;               // filled with 0xFF instead of zero
+  bool address_space_only = false;   // addresses without memory: a read or write of them faults
 };
 
 class HostPages {

@@ -23,9 +23,9 @@ constexpr int kPreferredLocation = 2;
 constexpr int kAccessedBy = 3;
 constexpr int kLastPrefetchLocation = 4;
 
-// CU_DEVICE_CPU and CU_DEVICE_INVALID; a device is its ordinal
-constexpr int kHostLocation = -1;
-constexpr int kNoLocation = -2;
+// a device is its ordinal
+constexpr int kHostLocation = -1;  // CU_DEVICE_CPU
+constexpr int kNoLocation = -2;    // CU_DEVICE_INVALID
 
 constexpr unsigned kNonBlocking = 0x1;           // CU_STREAM_NON_BLOCKING
 constexpr CudaResult kNotSupported = 801;        // CUDA_ERROR_NOT_SUPPORTED
@@ -51,6 +51,9 @@ Registry& registry() {
   static auto& all = *new Registry;
   return all;
 }
+
+constexpr const char* kUntoldRemedy =
+    "Drivers tell the placement of managed memory alone; hints of the kind 'system' count all the same";
 
 std::string bytes_text(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 
@@ -149,8 +152,9 @@ UnifiedBlock::UnifiedBlock(int index, CudaOrdinal ordinal, const CudaMemoryFacts
       kind_(kind),
       bytes_(bytes) {
   if (kind_ == UnifiedKind::kSystem) {
-    pages_ = std::make_unique<HostPages>(bytes_, bytes_, HostPagesOptions{.numa_node = facts_.host_numa_node},
-                                         nullptr);
+    pages_ = std::make_unique<HostPages>(
+        bytes_, bytes_, HostPagesOptions{.numa_node = facts_.host_numa_node, .numa_node_is_a_wish = true},
+        nullptr);
     address_ = pages_->address();
     return;
   }
@@ -218,8 +222,12 @@ Placement UnifiedBlock::placement(uintptr_t address, size_t bytes) const {
   const CudaDriver& driver = context_->driver();
   CudaPrimaryContext::Current current(*context_);
   const auto read = [&](int attribute, int* values, size_t count) {
-    driver.check(driver.MemRangeGetAttribute(values, count * sizeof(int), attribute, address, bytes),
-                 "cuMemRangeGetAttribute");
+    const CudaResult code =
+        driver.MemRangeGetAttribute(values, count * sizeof(int), attribute, address, bytes);
+    if (code != 0) {
+      // cuda.h: "The memory range must refer to managed memory".
+      throw driver.error(code, "cuMemRangeGetAttribute", kind_ == UnifiedKind::kSystem ? kUntoldRemedy : "");
+    }
   };
   Placement result;
   int value = 0;

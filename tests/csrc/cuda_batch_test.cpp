@@ -41,6 +41,7 @@ void small_copies_go_in_one_call() {
   f.copy_two(Direction::kToDevice, 'u');
   f.copy_two(Direction::kToHost, 'v');
   CHECK_EQ(double_calls("cuMemcpyBatchAsync"), 2u);
+  CHECK_EQ(double_live("plain_batches"), 0u);
   CHECK_EQ(double_calls("cuMemcpyHtoDAsync_v2") + double_calls("cuMemcpyDtoHAsync_v2"), 0u);
   // One alone needs no batch.
   CHECK(

@@ -202,6 +202,21 @@ void a_stream_waits_for_a_deferred_copy_of_another() {
   CHECK_THROWS(ErrorKind::kStorage, "broken", third.wait(kHangNs));
 }
 
+// Of a model that is none of ours. The first lane's threads are there before it, the other's come during it.
+void copies_go_on_while_a_thread_captures_a_graph() {
+  Fixture f;
+  CHECK(f.up(0, 8).wait(kHangNs));
+  double_set_capturing(1);
+  std::vector<char> pageable(8, 'p');
+  CHECK(f.up(0, 8).wait(kHangNs));
+  CHECK(f.down(64, 8).wait(kHangNs));
+  CHECK(f.device.submit_copy(*f.to_host, Direction::kToHost, pageable.data(), &f.on_device[64], 8)
+            .wait(kHangNs));
+  CHECK_EQ(pageable[7], 'd');
+  CHECK_EQ(std::string(double_first_misuse()), "");
+  double_set_capturing(0);
+}
+
 void events_return_when_copies_end_and_tickets_stay() {
   Fixture f;
   std::vector<Ticket> tickets;
@@ -409,6 +424,7 @@ void every_entry_may_fail_at_every_call() {
       {"cuDevicePrimaryCtxRelease_v2", true},
       {"cuCtxPushCurrent_v2", true},
       {"cuCtxGetStreamPriorityRange", false},
+      {"cuThreadExchangeStreamCaptureMode", false},
       {"cuMemGetInfo_v2", false},
       {"cuMemHostRegister_v2", false},
       {"cuMemHostUnregister", true},
@@ -534,6 +550,7 @@ int main() {
   a_deferred_copy_is_issued_while_the_copy_before_it_runs();
   a_copy_behind_an_issued_copy_is_issued_at_once();
   a_stream_waits_for_a_deferred_copy_of_another();
+  copies_go_on_while_a_thread_captures_a_graph();
   events_return_when_copies_end_and_tickets_stay();
   ranges_cut_a_copy_at_every_edge();
   pageable_copies_are_right_and_counted();

@@ -129,6 +129,28 @@ void test_pageable_copies() {
   CHECK_EQ(session.to_host(pageable.data()), 0);  // done when the call returns
   CHECK_EQ(pageable[0], 7);
   CHECK_EQ(pageable[1023], 7);
+  // Behind a held copy the call waits for it, with a source that it has read before.
+  double_hold("to_host");
+  CHECK_EQ(session.to_host(session.host.data()), 0);
+  std::vector<int> other(1024, 8);
+  std::thread releaser([] { double_release("to_host"); });
+  CHECK_EQ(
+      driver().MemcpyHtoDAsync(address(session.device.data()), other.data(), session.bytes, session.stream),
+      0);
+  CHECK_EQ(session.host[0], 7);  // the copy before has run
+  releaser.join();
+  // Where the device reads it, pageable memory is read when its turn comes.
+  double_set_kind("ats");
+  double_hold("to_device");
+  CHECK_EQ(
+      driver().MemcpyHtoDAsync(address(session.device.data()), other.data(), session.bytes, session.stream),
+      0);
+  other[0] = 9;
+  double_release("to_device");
+  CHECK_EQ(session.to_host(pageable.data()), 0);
+  CHECK_EQ(driver().EventRecord(session.event, session.stream), 0);
+  CHECK_EQ(driver().EventSynchronize(session.event), 0);
+  CHECK_EQ(pageable[0], 9);
 }
 
 // As cuMemcpyBatchAsync, of whole ints.
@@ -143,8 +165,8 @@ struct Batch {
     sizes.push_back(count * sizeof(int));
   }
 
-  CudaResult send(CudaStreamHandle stream, int access_order = 1) {
-    CudaCopyAttributes attributes{access_order, {}, {}, 0};
+  CudaResult send(CudaStreamHandle stream, int access_order = 1, unsigned flags = 0) {
+    CudaCopyAttributes attributes{access_order, {}, {}, flags};
     size_t first = 0;
     return driver().MemcpyBatchAsync(destinations.data(), sources.data(), sizes.data(), sizes.size(),
                                      &attributes, &first, 1, &failed, stream);
@@ -159,9 +181,13 @@ void test_batches_copy_both_ways() {
   batch.add(&session.device[0], &session.host[512], 4);
   batch.add(&session.host[0], &session.device[512], 8);
   CHECK_EQ(batch.send(session.stream, 0), 1);
+  CHECK_EQ(batch.send(session.stream, 1, 2), 1);
   CHECK_EQ(double_live("pending_copies"), 0u);
   CHECK_EQ(batch.send(session.stream), 0);
   CHECK_EQ(batch.failed, SIZE_MAX);
+  CHECK_EQ(double_live("plain_batches"), 1u);
+  CHECK_EQ(batch.send(session.stream, 1, 1), 0);
+  CHECK_EQ(double_live("plain_batches"), 1u);
   CHECK_EQ(driver().EventRecord(session.event, session.stream), 0);
   CHECK_EQ(driver().EventSynchronize(session.event), 0);
   CHECK_EQ(session.device[3], 1);
@@ -283,6 +309,35 @@ void test_devices_belong_to_contexts() {
   int value = 0;
   CHECK_EQ(driver().DeviceGetAttribute(&value, 18, 0), 0);  // CU_DEVICE_ATTRIBUTE_INTEGRATED
   CHECK_EQ(value, 1);
+  CHECK_EQ(driver().DeviceGetAttribute(&value, 100000, 0), 1);
+  double_set_host_numa_node(5);
+  CHECK_EQ(driver().DeviceGetAttribute(&value, 134, 0), 0);  // CU_DEVICE_ATTRIBUTE_HOST_NUMA_ID
+  CHECK_EQ(value, 5);
+  double_set_version(12010);
+  CHECK_EQ(driver().DeviceGetAttribute(&value, 134, 0), 1);
+}
+
+void test_a_capture_refuses_what_it_does_not_see() {
+  Session session;
+  double_set_capturing(1);
+  CHECK_EQ(driver().EventQuery(session.event), 900);
+  CHECK_EQ(driver().EventSynchronize(session.event), 900);
+  CHECK_EQ(driver().MemHostUnregister(session.host.data()), 900);
+  CHECK_EQ(double_live("registrations"), 1u);
+  CHECK_EQ(double_misuses(), 3u);
+  CHECK_EQ(session.to_host(session.host.data()), 0);  // in a stream that is not captured
+  CHECK_EQ(driver().EventRecord(session.event, session.stream), 0);
+  int mode = 3;
+  CHECK_EQ(driver().ThreadExchangeStreamCaptureMode(&mode), 1);
+  mode = 2;
+  CHECK_EQ(driver().ThreadExchangeStreamCaptureMode(&mode), 0);
+  CHECK_EQ(mode, 0);  // what it was
+  CHECK_EQ(driver().EventSynchronize(session.event), 0);
+  CHECK_EQ(driver().ThreadExchangeStreamCaptureMode(&mode), 0);
+  CHECK_EQ(mode, 2);
+  CHECK_EQ(driver().EventSynchronize(session.event), 900);
+  double_set_capturing(0);
+  CHECK_EQ(driver().EventSynchronize(session.event), 0);
 }
 
 void test_symbols_by_version() {
@@ -325,6 +380,7 @@ int main() {
   test_nth_call_fails();
   test_misuse_is_refused_and_counted();
   test_devices_belong_to_contexts();
+  test_a_capture_refuses_what_it_does_not_see();
   test_symbols_by_version();
   test_forked_child_has_no_driver();
   return test::result();

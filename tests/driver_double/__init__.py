@@ -43,6 +43,9 @@ class DriverDouble:
     def set_device_count(self, count: int) -> None:
         self._library.double_set_device_count(count)
 
+    def set_host_numa_node(self, node: int) -> None:
+        self._library.double_set_host_numa_node(node)
+
     def set_free_bytes(self, nbytes: int) -> None:
         self._library.double_set_free_bytes(ctypes.c_size_t(nbytes))
 
@@ -60,6 +63,9 @@ class DriverDouble:
 
     def hold(self, direction: str) -> None:
         assert self._library.double_hold(direction.encode()), direction
+
+    def set_capturing(self, capturing: bool) -> None:
+        self._library.double_set_capturing(int(capturing))
 
     def release(self, direction: str) -> None:
         assert self._library.double_release(direction.encode()), direction

@@ -66,6 +66,13 @@ bool overlap(const std::vector<Operation>& batch) {
   return false;
 }
 
+// The end of what the stream has been given so far.
+std::shared_ptr<Completion> mark_end(Stream& stream) {
+  auto end = std::make_shared<Completion>();
+  stream.queue.push_back(Operation{.kind = Operation::kRecord, .completion = end});
+  return end;
+}
+
 int copy(const char* entry, Direction direction, void* destination, const void* source, size_t bytes,
          void* stream_handle) {
   Call call(entry, Needs::kContext);
@@ -80,11 +87,14 @@ int copy(const char* entry, Direction direction, void* destination, const void* 
     run_copy(call.lock(), copy);
     return state().lost;
   }
-  const bool waits = direction == kToHost && !copy.registration;
+  const bool waits = bytes > 0 && !copy.registration && !reads_pageable();
+  const std::shared_ptr<Completion> before = waits && direction == kToDevice ? mark_end(*stream) : completion;
   stream->queue.push_back(std::move(copy));
   state().changed.notify_all();
-  // Into pageable memory the driver copies through its own, and returns when that is done.
-  return waits ? wait_done(call.lock(), completion) : kSuccess;
+  // "For transfers between device memory and pageable host memory, the function might be synchronous with
+  // respect to host. [...] The driver may synchronize with the stream" (API synchronization behavior). It is
+  // where pageable memory goes through the driver's own; a source has been read by then.
+  return waits ? wait_done(call.lock(), before) : kSuccess;
 }
 
 }  // namespace
@@ -148,6 +158,14 @@ int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   if (call.refused()) return call.code();
   if (least != nullptr) *least = 0;
   if (greatest != nullptr) *greatest = -5;
+  return kSuccess;
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  Call call("cuThreadExchangeStreamCaptureMode", Needs::kDriver);
+  if (call.refused()) return call.code();
+  if (*mode < 0 || *mode > 2) return kInvalidValue;
+  std::swap(*mode, capture_mode());
   return kSuccess;
 }
 
@@ -328,8 +346,9 @@ int cuMemcpyBatchAsync(unsigned long long* destinations, unsigned long long* sou
   const std::shared_ptr<Stream> stream = stream_of("cuMemcpyBatchAsync", stream_handle);
   if (!stream) return kInvalidHandle;
   constexpr int kStreamOrder = 1;
+  constexpr unsigned kOverlap = 1;
   if (count == 0 || attribute_count != 1 || first_of_attributes[0] != 0 ||
-      attributes[0].source_access_order != kStreamOrder || attributes[0].flags != 0) {
+      attributes[0].source_access_order != kStreamOrder || attributes[0].flags > kOverlap) {
     return kInvalidValue;
   }
   std::vector<Operation> batch;
@@ -344,6 +363,7 @@ int cuMemcpyBatchAsync(unsigned long long* destinations, unsigned long long* sou
       return kInvalidValue;
     }
   }
+  if (attributes[0].flags != kOverlap) ++all.plain_batches;
   if (overlap(batch)) all.misuse("copies of a batch that share bytes");
   for (auto operation = batch.rbegin(); operation != batch.rend(); ++operation) {
     arm_copy(*operation);

@@ -53,6 +53,11 @@ void double_set_device_count(int count) {
   state().device_count = std::clamp(count, 0, kDevicesAtMost);
 }
 
+void double_set_host_numa_node(int node) {
+  const auto lock = locked();
+  state().host_numa_node = node;
+}
+
 void double_set_free_bytes(size_t bytes) {
   const auto lock = locked();
   state().free_bytes = bytes;
@@ -94,6 +99,11 @@ int double_fail_copy(const char* direction, size_t nth, int code) {
 int double_hold(const char* direction) { return set_held(direction, true); }
 int double_release(const char* direction) { return set_held(direction, false); }
 
+void double_set_capturing(int capturing) {
+  const auto lock = locked();
+  state().capturing = capturing != 0;
+}
+
 size_t double_calls(const char* entry) {
   const auto lock = locked();
   const auto found = state().entries.find(entry);
@@ -117,6 +127,7 @@ size_t double_live(const char* what) {
     for (const auto& [address, bytes] : all.managed) sum += bytes;
     return sum;
   }
+  if (wanted == "plain_batches") return all.plain_batches;
   if (wanted == "managed") return all.managed.size();
   if (wanted == "streams") return all.streams.size();
   if (wanted == "events") return all.events.size();

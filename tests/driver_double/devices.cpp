@@ -1,6 +1,7 @@
 // The entries that need no context: the driver itself, its errors, its devices and its symbols.
 #include <unistd.h>
 
+#include <climits>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -14,6 +15,8 @@ namespace {
 constexpr size_t kTotalBytes = size_t{8} << 30;
 
 bool is_device(int ordinal) { return ordinal >= 0 && ordinal < state().device_count; }
+
+constexpr int kUnknown = INT_MIN;  // an attribute that the driver has not: CUDA_ERROR_INVALID_VALUE
 
 int attribute(const std::string& kind, int which) {
   const bool ats = kind == "ats";
@@ -35,8 +38,8 @@ int attribute(const std::string& kind, int which) {
     case 99: return 1;                     // HOST_REGISTER_SUPPORTED
     case 100: return ats;                  // PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
     case 101: return ats;                  // DIRECT_MANAGED_MEM_ACCESS_FROM_HOST
-    case 134: return -1;                   // HOST_NUMA_ID
-    default: return 0;
+    case 134: return state().version >= 12020 ? state().host_numa_node : kUnknown;  // HOST_NUMA_ID
+    default: return kUnknown;
   }
 }
 
@@ -73,6 +76,8 @@ constexpr ErrorText kErrorTexts[] = {
     {802, "CUDA_ERROR_SYSTEM_NOT_READY", "system not yet initialized"},
     {803, "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
      "system has unsupported display driver / cuda driver combination"},
+    {kCaptureUnsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+     "operation not permitted when stream is capturing"},
     {999, "CUDA_ERROR_UNKNOWN", "unknown error"},
 };
 
@@ -151,7 +156,9 @@ int cuDeviceGetAttribute(int* value, int which, int device) {
   Call call("cuDeviceGetAttribute", Needs::kDriver);
   if (call.refused()) return call.code();
   if (!is_device(device)) return kInvalidDevice;
-  *value = attribute(state().kind, which);
+  const int known = attribute(state().kind, which);
+  if (known == kUnknown) return kInvalidValue;
+  *value = known;
   return kSuccess;
 }
 

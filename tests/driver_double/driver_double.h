@@ -2,8 +2,10 @@
 //
 // "Device" memory is host memory, so a copy is a memmove, done by the thread of its stream. The legacy
 // default stream is the calling thread, as compute is on the CPU: what waits on it waits in the call. A
-// pageable source is read by the call, and a copy into pageable memory ends in the call. Every entry counts
-// its calls and can be made to fail; nothing here links to the code under test.
+// pageable source is read by the call, which then waits for what its stream has before it, and a copy into
+// pageable memory ends in the call; but where the device reads all memory ("hmm", "ats"), they are as any
+// other. Every entry counts its calls and can be made to fail; nothing here links
+// to the code under test.
 //
 // Threads: every control may be called from any thread, but not in a forked child, which has no driver.
 // Ownership: the library is loaded once a process; double_reset() between tests.
@@ -23,6 +25,7 @@ void double_reset();
 int double_set_kind(const char* kind);
 void double_set_version(int version);      // of cuDriverGetVersion: 12040 is CUDA 12.4
 void double_set_device_count(int count);   // at most 8
+void double_set_host_numa_node(int node);  // next to every device; -1, as at first: the driver does not say
 void double_set_free_bytes(size_t bytes);  // what cuMemGetInfo tells, whatever is allocated; 6 GiB at first
 void double_set_proc_address(int level);  // 2: cuGetProcAddress_v2 works, 1: only the one of 11.3, 0: neither
 void double_hide(const char* symbol);  // cuGetProcAddress does not know it (dlsym still does); "" shows all
@@ -41,11 +44,16 @@ int double_fail_copy(const char* direction, size_t nth, int code);
 int double_hold(const char* direction);
 int double_release(const char* direction);
 
+// From now on, until 0, a thread of the process captures a CUDA graph in the global mode, torch's own: calls
+// that a capture does not see are refused in every thread whose mode is not the relaxed one.
+void double_set_capturing(int capturing);
+
 size_t double_calls(const char* entry);  // since double_reset()
 
 // What is alive now: "contexts" (retains not released), "streams", "events", "registrations",
-// "registered_bytes", "managed" (allocations), "managed_bytes", "pending_copies", and "pushed_contexts" of
-// the calling thread. SIZE_MAX if unknown.
+// "registered_bytes", "managed" (allocations), "managed_bytes", "pending_copies", "pushed_contexts" of
+// the calling thread, and since double_reset() "plain_batches" (which did not ask to leave the
+// multiprocessors to compute). SIZE_MAX if unknown.
 size_t double_live(const char* what);
 
 // How often a rule of the real driver was broken since double_reset(), and the first case in words ("" if
@@ -53,7 +61,7 @@ size_t double_live(const char* what);
 // copy from or to host memory that is only partly in one registration, registering overlapping ranges,
 // unregistering what is not registered or what a queued copy uses, a stream that is not non-blocking, freeing
 // what is not allocated or what a queued copy uses, a batch in the legacy stream, a batch whose copies share
-// bytes.
+// bytes, a call during a capture that the capture does not see.
 size_t double_misuses();
 const char* double_first_misuse();
 }

@@ -10,6 +10,18 @@
 namespace driver_double {
 namespace {
 
+constexpr int kRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
+
+// What a capture does not see, and may be invalidated by: cuda.h names allocation alone, and
+// at::cuda::CUDAStreamCaptureModeGuard of torch stands around the questions after events.
+bool is_unsafe_in_capture(const std::string& entry) {
+  static const std::set<std::string> unsafe = {
+      "cuEventQuery",        "cuEventSynchronize", "cuCtxSynchronize",  "cuMemHostRegister_v2",
+      "cuMemHostUnregister", "cuMemFree_v2",       "cuMemAllocManaged",
+  };
+  return unsafe.contains(entry);
+}
+
 // A real driver answers so from its exit on.
 struct ExitMark {
   ~ExitMark() { state().deinitialized = true; }
@@ -80,6 +92,11 @@ std::vector<int>& pushed() {
   return ordinals;
 }
 
+int& capture_mode() {
+  thread_local int mode = 0;
+  return mode;
+}
+
 void State::forget() {
   for (auto& [name, entry] : entries) entry = Entry{};
   for (Lane& lane : lanes) lane = Lane{.pending = lane.pending};
@@ -87,9 +104,12 @@ void State::forget() {
   device_count = 1;
   proc_address_level = 2;
   kind = "discrete";
+  host_numa_node = -1;
   hidden.clear();
   free_bytes = size_t{6} << 30;
+  capturing = false;
   lost = 0;
+  plain_batches = 0;
   misuses = 0;
   first_misuse.clear();
   changed.notify_all();
@@ -132,6 +152,10 @@ int Call::admit(const char* entry, Needs needs) {
     all.misuse(std::string(entry) + " in a context that was given back");
     return kContextIsDestroyed;
   }
+  if (all.capturing && capture_mode() != kRelaxed && is_unsafe_in_capture(entry)) {
+    all.misuse(std::string(entry) + " while a CUDA graph is captured");
+    return kCaptureUnsupported;
+  }
   return needs == Needs::kContext ? all.lost : kSuccess;
 }
 
@@ -159,6 +183,8 @@ std::shared_ptr<Registration> registration_of(const void* address, size_t bytes,
   return nullptr;
 }
 
+bool reads_pageable() { return state().kind == "hmm" || state().kind == "ats"; }
+
 int check_copy(Operation& copy) {
   State& all = state();
   const void* host = copy.direction == kToHost ? copy.destination : copy.source;
@@ -171,7 +197,7 @@ int check_copy(Operation& copy) {
                  " bytes whose host memory lies only partly in a registration");
       return kInvalidValue;
     }
-    if (!copy.registration && copy.direction == kToDevice) {
+    if (!copy.registration && copy.direction == kToDevice && !reads_pageable()) {
       const auto* bytes = static_cast<const unsigned char*>(copy.source);
       copy.staged.assign(bytes, bytes + copy.bytes);
     }

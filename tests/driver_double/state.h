@@ -41,6 +41,7 @@ enum Code : int {
   kAlreadyRegistered = 712,
   kNotRegistered = 713,
   kNotSupported = 801,
+  kCaptureUnsupported = 900,
 };
 
 constexpr int kDevicesAtMost = 8;
@@ -122,6 +123,7 @@ struct State {
   int device_count = 0;
   int proc_address_level = 0;
   std::string kind;
+  int host_numa_node = -1;  // of every device
   std::vector<std::string> hidden;
 
   std::map<int, size_t> retains;  // by ordinal
@@ -135,11 +137,14 @@ struct State {
   std::map<uintptr_t, size_t> managed;  // bytes by address
   std::map<uintptr_t, Page> pages;      // by address
 
+  bool capturing = false;  // a thread that makes no other calls captures a CUDA graph, in the global mode
+
   int lost = 0;  // what every call returns since the context was lost
   size_t losses = 0;
   bool losing = false;  // no further copy starts
   size_t running = 0;   // copies that move bytes now
 
+  size_t plain_batches = 0;
   size_t misuses = 0;
   std::string first_misuse;
 
@@ -154,6 +159,9 @@ std::vector<std::string> entry_names();
 
 // The contexts pushed by this thread, as ordinals.
 std::vector<int>& pushed();
+
+// CU_STREAM_CAPTURE_MODE_* of this thread.
+int& capture_mode();
 
 enum class Needs {
   kNothing,   // not even cuInit
@@ -184,6 +192,8 @@ uintptr_t start_stream(int ordinal);
 // The registration that holds the whole range, null if none does. `partly`: one holds a part of it, which no
 // copy may do; two adjacent ones do not make one.
 std::shared_ptr<Registration> registration_of(const void* address, size_t bytes, bool& partly);
+
+bool reads_pageable();  // the device reads any memory of the host
 
 // Fills in what a copy needs to run. Returns 0 or what a refused copy returns.
 int check_copy(Operation& copy);

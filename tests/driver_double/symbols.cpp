@@ -8,43 +8,44 @@
 using namespace driver_double;
 
 // X(the name that cuGetProcAddress takes, exported symbol, the first version that gives it)
-#define DOUBLE_ENTRIES(X)                                             \
-  X("cuInit", cuInit, 2000)                                           \
-  X("cuDriverGetVersion", cuDriverGetVersion, 2020)                   \
-  X("cuGetErrorName", cuGetErrorName, 6000)                           \
-  X("cuGetErrorString", cuGetErrorString, 6000)                       \
-  X("cuDeviceGetCount", cuDeviceGetCount, 2000)                       \
-  X("cuDeviceGet", cuDeviceGet, 2000)                                 \
-  X("cuDeviceGetName", cuDeviceGetName, 2000)                         \
-  X("cuDeviceGetUuid", cuDeviceGetUuid_v2, 11040)                     \
-  X("cuDeviceGetAttribute", cuDeviceGetAttribute, 2000)               \
-  X("cuDeviceTotalMem", cuDeviceTotalMem_v2, 3020)                    \
-  X("cuDevicePrimaryCtxRetain", cuDevicePrimaryCtxRetain, 7000)       \
-  X("cuDevicePrimaryCtxRelease", cuDevicePrimaryCtxRelease_v2, 11000) \
-  X("cuCtxPushCurrent", cuCtxPushCurrent_v2, 4000)                    \
-  X("cuCtxPopCurrent", cuCtxPopCurrent_v2, 4000)                      \
-  X("cuCtxGetStreamPriorityRange", cuCtxGetStreamPriorityRange, 5050) \
-  X("cuMemGetInfo", cuMemGetInfo_v2, 3020)                            \
-  X("cuMemHostRegister", cuMemHostRegister_v2, 6050)                  \
-  X("cuMemHostUnregister", cuMemHostUnregister, 4000)                 \
-  X("cuStreamCreateWithPriority", cuStreamCreateWithPriority, 5050)   \
-  X("cuStreamDestroy", cuStreamDestroy_v2, 4000)                      \
-  X("cuStreamWaitEvent", cuStreamWaitEvent, 3020)                     \
-  X("cuEventCreate", cuEventCreate, 2000)                             \
-  X("cuEventRecord", cuEventRecord, 2000)                             \
-  X("cuEventQuery", cuEventQuery, 2000)                               \
-  X("cuEventSynchronize", cuEventSynchronize, 2000)                   \
-  X("cuEventDestroy", cuEventDestroy_v2, 4000)                        \
-  X("cuEventElapsedTime", cuEventElapsedTime, 2000)                   \
-  X("cuMemcpyHtoDAsync", cuMemcpyHtoDAsync_v2, 3020)                  \
-  X("cuMemcpyDtoHAsync", cuMemcpyDtoHAsync_v2, 3020)                  \
-  X("cuMemcpyBatchAsync", cuMemcpyBatchAsync, 12080)                  \
-  X("cuCtxSynchronize", cuCtxSynchronize, 2000)                       \
-  X("cuMemAllocManaged", cuMemAllocManaged, 6000)                     \
-  X("cuMemFree", cuMemFree_v2, 3020)                                  \
-  X("cuMemAdvise", cuMemAdvise, 8000)                                 \
-  X("cuMemPrefetchAsync", cuMemPrefetchAsync, 8000)                   \
-  X("cuMemRangeGetAttribute", cuMemRangeGetAttribute, 8000)           \
+#define DOUBLE_ENTRIES(X)                                                          \
+  X("cuInit", cuInit, 2000)                                                        \
+  X("cuDriverGetVersion", cuDriverGetVersion, 2020)                                \
+  X("cuGetErrorName", cuGetErrorName, 6000)                                        \
+  X("cuGetErrorString", cuGetErrorString, 6000)                                    \
+  X("cuDeviceGetCount", cuDeviceGetCount, 2000)                                    \
+  X("cuDeviceGet", cuDeviceGet, 2000)                                              \
+  X("cuDeviceGetName", cuDeviceGetName, 2000)                                      \
+  X("cuDeviceGetUuid", cuDeviceGetUuid_v2, 11040)                                  \
+  X("cuDeviceGetAttribute", cuDeviceGetAttribute, 2000)                            \
+  X("cuDeviceTotalMem", cuDeviceTotalMem_v2, 3020)                                 \
+  X("cuDevicePrimaryCtxRetain", cuDevicePrimaryCtxRetain, 7000)                    \
+  X("cuDevicePrimaryCtxRelease", cuDevicePrimaryCtxRelease_v2, 11000)              \
+  X("cuCtxPushCurrent", cuCtxPushCurrent_v2, 4000)                                 \
+  X("cuCtxPopCurrent", cuCtxPopCurrent_v2, 4000)                                   \
+  X("cuCtxGetStreamPriorityRange", cuCtxGetStreamPriorityRange, 5050)              \
+  X("cuThreadExchangeStreamCaptureMode", cuThreadExchangeStreamCaptureMode, 10010) \
+  X("cuMemGetInfo", cuMemGetInfo_v2, 3020)                                         \
+  X("cuMemHostRegister", cuMemHostRegister_v2, 6050)                               \
+  X("cuMemHostUnregister", cuMemHostUnregister, 4000)                              \
+  X("cuStreamCreateWithPriority", cuStreamCreateWithPriority, 5050)                \
+  X("cuStreamDestroy", cuStreamDestroy_v2, 4000)                                   \
+  X("cuStreamWaitEvent", cuStreamWaitEvent, 3020)                                  \
+  X("cuEventCreate", cuEventCreate, 2000)                                          \
+  X("cuEventRecord", cuEventRecord, 2000)                                          \
+  X("cuEventQuery", cuEventQuery, 2000)                                            \
+  X("cuEventSynchronize", cuEventSynchronize, 2000)                                \
+  X("cuEventDestroy", cuEventDestroy_v2, 4000)                                     \
+  X("cuEventElapsedTime", cuEventElapsedTime, 2000)                                \
+  X("cuMemcpyHtoDAsync", cuMemcpyHtoDAsync_v2, 3020)                               \
+  X("cuMemcpyDtoHAsync", cuMemcpyDtoHAsync_v2, 3020)                               \
+  X("cuMemcpyBatchAsync", cuMemcpyBatchAsync, 12080)                               \
+  X("cuCtxSynchronize", cuCtxSynchronize, 2000)                                    \
+  X("cuMemAllocManaged", cuMemAllocManaged, 6000)                                  \
+  X("cuMemFree", cuMemFree_v2, 3020)                                               \
+  X("cuMemAdvise", cuMemAdvise, 8000)                                              \
+  X("cuMemPrefetchAsync", cuMemPrefetchAsync, 8000)                                \
+  X("cuMemRangeGetAttribute", cuMemRangeGetAttribute, 8000)                        \
   X("cuMemDiscardBatchAsync", cuMemDiscardBatchAsync, 13000)
 
 extern "C" {

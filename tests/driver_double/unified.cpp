@@ -21,10 +21,10 @@ uintptr_t first_page(uintptr_t address) { return address / kPage * kPage; }
 uintptr_t page_end(uintptr_t end) { return (end + kPage - 1) / kPage * kPage; }
 
 bool migrates() { return state().kind != "integrated"; }
-bool reads_pageable() { return state().kind == "hmm" || state().kind == "ats"; }
 
-// 0 when the driver takes the range: all of it in one allocation, or memory of the system where it is read.
-int check_range(uintptr_t address, size_t bytes) {
+// 0 when the driver takes the range: all of it in one allocation, or `system` memory where the device reads
+// it.
+int check_range(uintptr_t address, size_t bytes, bool system = true) {
   if (bytes == 0) return kInvalidValue;
   const auto& managed = state().managed;
   auto found = managed.upper_bound(address);
@@ -32,7 +32,7 @@ int check_range(uintptr_t address, size_t bytes) {
     --found;
     return address + bytes <= found->first + found->second ? kSuccess : kInvalidValue;
   }
-  return reads_pageable() ? kSuccess : kInvalidValue;
+  return system && reads_pageable() ? kSuccess : kInvalidValue;
 }
 
 int check_location(int location) {
@@ -127,9 +127,9 @@ int cuMemRangeGetAttribute(void* value, size_t value_bytes, int attribute, unsig
                            size_t bytes) {
   Call call("cuMemRangeGetAttribute", Needs::kContext);
   if (call.refused()) return call.code();
-  if (const int code = check_range(address, bytes); code != kSuccess) return code;
+  if (const int code = check_range(address, bytes, /*system=*/false); code != kSuccess) return code;
   const size_t count = value_bytes / sizeof(int);
-  if (count == 0 || value_bytes % sizeof(int) != 0) return kInvalidValue;
+  if (count == 0 || value_bytes % sizeof(int) != 0 || (count > 1 && attribute != 3)) return kInvalidValue;
   int* values = static_cast<int*>(value);
   switch (attribute) {
     case 1:
@@ -144,8 +144,7 @@ int cuMemRangeGetAttribute(void* value, size_t value_bytes, int attribute, unsig
         std::erase_if(everywhere, [&](int location) { return !page.accessed_by.contains(location); });
       });
       std::fill_n(values, count, kNowhere);
-      if (everywhere.size() > count) return kInvalidValue;
-      std::ranges::copy(everywhere, values);
+      std::ranges::copy_n(everywhere.begin(), std::min(everywhere.size(), count), values);
       return kSuccess;
     }
     case 4:

@@ -7,13 +7,54 @@ from typing import Any
 
 import pytest
 import torch
+from driver_double import DriverDouble
 from torch import nn
 
 import offload
+from offload import _native
 from test_streaming import streamed
 from training import RESIDENT, batches, loss_of, make_model
 
 pytestmark = pytest.mark.usefixtures("device")
+
+
+def test_copies_end_while_another_model_is_captured(device: torch.device, driver_double: DriverDouble) -> None:
+    """During a capture the driver refuses to wait for events in other threads, and the capture is lost with that."""
+    on_card = device.type == "cuda"
+    native = _native.CudaDevice(device.index) if on_card else _native.CudaDevice(driver_path=driver_double.path)
+    pool = _native.HostPool(native, budget_bytes=1 << 20, slab_bytes=1 << 20, pin=True)
+    queue = _native.TransferQueue(native)
+    source = torch.arange(1024, dtype=torch.int32)
+    expected = source + 1
+    buffers = [pool.acquire(4096, "staging") for _ in range(8)]
+    graph = capturing = None
+    if on_card:
+        busy, capturing, graph = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(busy):
+            torch.cuda._sleep(1_000_000_000)  # the copies end in the capture, all but where this thread is late
+    else:
+        driver_double.hold("to_host")
+    stream = busy.cuda_stream if on_card else 0
+    tickets = [queue.submit_to_host(buffer.address, source.data_ptr(), 4096, stream) for buffer in buffers]
+    if graph is not None:
+        with torch.cuda.stream(capturing):
+            graph.capture_begin()
+            try:
+                changed = source + 1
+                assert all(ticket.wait(60) for ticket in tickets)
+            finally:
+                graph.capture_end()
+        graph.replay()
+        assert torch.equal(changed, expected)
+    else:
+        driver_double.set_capturing(True)
+        driver_double.release("to_host")
+        assert all(ticket.wait(60) for ticket in tickets)
+        driver_double.set_capturing(False)
+        assert driver_double.misuses() == (0, "")
+    for buffer in buffers:
+        assert torch.equal(torch.frombuffer(buffer, dtype=torch.int32)[:1024], source.cpu())
 
 
 @pytest.mark.parametrize("option", ["params", "activations"])

@@ -181,9 +181,20 @@ def test_system_memory(double: DriverDouble, guise: str) -> None:
         return
     with pytest.raises(OutOfHostMemory, match=rf"{MIB} bytes of system memory .*has {MIB - 1} bytes for it"):
         allocate(MIB, "system", host_bytes=MIB - 1)
+    advised = double.calls("cuMemAdvise")
     block = allocate(MIB, "system", host_bytes=MIB, accessed_by_device=True)
     assert (block.kind, block.nbytes, double.live("managed")) == ("system", MIB, 0)
-    assert block.placement(block.address, MIB)["accessed_by_device"]
+    assert double.calls("cuMemAdvise") > advised
+    with pytest.raises(DeviceError, match="tell the placement of managed memory alone"):
+        block.placement(block.address, MIB)
+
+
+def test_system_memory_where_its_node_is_refused(double: DriverDouble) -> None:
+    """A container may forbid the choice, or have no memory of the device's node: the device's wish is no demand."""
+    double.set_kind("hmm")
+    double.set_host_numa_node(1023)
+    assert unified.classify().host_numa_node == 1023
+    assert allocate(MIB, "system", host_bytes=MIB).nbytes == MIB
 
 
 # --- what a device does not take, and what fails ----------------------------------------------------------

@@ -212,7 +212,9 @@ def test_system_memory_where_the_device_reads_it(side: Side, device: torch.devic
     unified.prefetch(tensor, "device")
     assert torch.equal(unified.alias(tensor, "host"), torch.full((3 * PAGE,), 5, dtype=torch.uint8, device="cpu"))
     if device.type == "cpu":
-        assert unified.placement(tensor) == Placement("host", (), False, "device")
+        assert driver_double.calls("cuMemPrefetchAsync") == 1
+        with pytest.raises(DeviceError, match="tell the placement of managed memory alone"):
+            unified.placement(tensor)
 
 
 def test_a_pool_takes_forward_and_backward(device: torch.device) -> None:
