@@ -27,7 +27,7 @@ from ._pending import reading_metadata
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
 # What autograd numbers no backward with.
-_NO_BACKWARD = -1
+NO_BACKWARD = -1
 
 
 # A GradScale as jobs read it: a number, or the host copy of one, on its way or landed.
@@ -96,7 +96,7 @@ class GradientLanes(CopyLanes):
         # the garbage collector does not see through a parameter's .grad.
         self._next: weakref.WeakValueDictionary[int, Parameter] = weakref.WeakValueDictionary()
         self._latest: int | None = None
-        self._backward = _NO_BACKWARD  # the latest one that a gradient left in
+        self._backward = NO_BACKWARD  # the latest one that a gradient left in
         # Called when a gradient has left in backward.
         self.on_leave: Callable[[Parameter], None] | None = None
 
@@ -109,11 +109,11 @@ class GradientLanes(CopyLanes):
         """
         scalar = tensor.nbytes <= _SCALAR_BYTES
         backward = torch._C._current_graph_task_id()
-        if backward not in (_NO_BACKWARD, self._backward):
+        if backward not in (NO_BACKWARD, self._backward):
             self._departures.submit()  # what waits since a backward that raised, and so had no end
             torch.autograd.Variable._execution_engine.queue_callback(self._departures.submit)
             self._backward = backward
-        may_wait = backward != _NO_BACKWARD
+        may_wait = backward != NO_BACKWARD
         return self.send(tensor, "staging" if scalar else "gradients", self.compute_stream(), may_wait=may_wait)
 
     def to_device(self, held: HostBytes, out: Tensor) -> None:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch.nn import Parameter
 
 from . import _native
 from ._adamw import FORMATS
 from ._errors import InvalidArgument, OutOfHostMemory
 from ._grad_cell import Owner
-from ._gradient_lanes import StepGradient
+from ._gradient_lanes import NO_BACKWARD, StepGradient
 from ._host_grad import HostGrad
 from ._native_state import Hyper, NativeState
 from ._unified_states import BLOCK_BYTES
@@ -59,6 +60,7 @@ class Speculation:
         self._left: dict[int, int] = {}
         self._expected: dict[int, int] = {}
         self._complete: list[Parameter] = []  # of those, what has not begun
+        self._waits_in = NO_BACKWARD  # the latest backward at whose end the rest of them begin
         self._pause = 0
         self._steps_to_sit_out = 0
         self._counted = (0, 0)  # updates kept and thrown away when last looked at
@@ -102,7 +104,15 @@ class Speculation:
         self._discard([key])
         if self._steps_to_sit_out == 0 and self._left[key] == self._expected.get(key):
             self._complete.append(parameter)
-        # What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one.
+        self._begin_complete()
+        backward = torch._C._current_graph_task_id()
+        # What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one, the
+        # last at the end of the backward: that was asked for before this is (`_host_grad`).
+        if self._complete and backward not in (NO_BACKWARD, self._waits_in):
+            torch.autograd.Variable._execution_engine.queue_callback(self._begin_complete)
+            self._waits_in = backward
+
+    def _begin_complete(self) -> None:
         self._complete = [waiting for waiting in self._complete if not self._begin(waiting)]
 
     def _look_back(self) -> None:
