@@ -32,12 +32,11 @@ class TokenCosts:
     """Of one token in one forward; units by name.
 
     saved: elements that each unit keeps for its backward. scores: of attention, that a block keeps beside them; with
-    dropout on them if `drops_scores`, from a softmax in fp32 if `wide_softmax`, which is where all that attention does
-    is in fp32 if `wide_attention`, masks too. inputs: elements of each block's input;
-    a unit that is no block has none. operations: in a forward, beside the two of each parameter: those of attention,
-    and less those of experts that a token does not pass. lookups: names of parameters of which a token reads a row.
-    logits: elements. wide: of `saved`, elements of fp32, which count twice there. reached: units before which something
-    trains.
+    dropout on them if `drops_scores`, from a softmax in fp32 if `wide_softmax`; with `wide_attention` that, masks and
+    all else of them are in fp32. inputs: elements of each block's input; a unit that is no block has none. operations:
+    in a forward, beside the two of each parameter: those of attention, and less those of experts that a token does not
+    pass. lookups: names of parameters of which a token reads a row. logits: elements. wide: of `saved`, elements of
+    fp32, which count twice there. reached: units before which something trains.
     """
 
     saved: Mapping[str, int]

@@ -116,7 +116,7 @@ def test_units_compute_in_order_and_copies_have_their_names() -> None:
 
 @pytest.mark.parametrize("leave_late", [False, True], ids=["at once", "late"])
 def test_gradients_have_the_names_of_their_units(leave_late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Older torch refers to a gradient while its hooks run: it leaves with the next unit's, or at the end of backward."""
+    """Older torch refers to a gradient while its hooks run: it leaves with the next one, or at the end of backward."""
     monkeypatch.setattr(_copy_lanes, "_SMALL_BYTES", 0)  # each is a copy of its own
     latest: list[Any] = []
 
