@@ -105,10 +105,14 @@ class Speculation:
         if self._steps_to_sit_out == 0 and self._left[key] == self._expected.get(key):
             self._complete.append(parameter)
         self._begin_complete()
+        if self._complete:
+            self._begin_at_the_end()
+
+    def _begin_at_the_end(self) -> None:
+        """What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one, and
+        the last at the end of the backward: that was asked for before this is (`_host_grad`)."""
         backward = torch._C._current_graph_task_id()
-        # What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one, the
-        # last at the end of the backward: that was asked for before this is (`_host_grad`).
-        if self._complete and backward not in (NO_BACKWARD, self._waits_in):
+        if backward not in (NO_BACKWARD, self._waits_in):
             torch.autograd.Variable._execution_engine.queue_callback(self._begin_complete)
             self._waits_in = backward
 
