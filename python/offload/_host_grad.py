@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
+from . import _trace
 from ._errors import InvalidArgument, StateError
 from ._grad_cell import GradCell, GradStore, Owner, StepGradient
 from ._grad_face import HostGrad, total_norm
@@ -78,12 +79,13 @@ def _can_hold(gradient: Tensor, name: str) -> bool:
 class _BackwardPass:
     """One backward pass on one thread. Autograd keeps it among the pass's callbacks: it dies with the pass."""
 
-    __slots__ = ("__weakref__", "task", "thread", "unsettled")
+    __slots__ = ("__weakref__", "task", "thread", "unit", "unsettled")
 
     def __init__(self, task: int) -> None:
         self.task = task
         self.thread = threading.get_ident()
         self.unsettled: GradCell | None = None
+        self.unit = ""  # that made it, for traces
 
     def __call__(self) -> None:
         """Called at the end of the pass."""
@@ -93,7 +95,8 @@ class _BackwardPass:
         """Older torch itself still refers to a gradient while its hooks run: what could not depart then does now."""
         if self.unsettled is not None:
             cell, self.unsettled = self.unsettled, None
-            cell.settle()
+            with _trace.naming(lambda: self.unit, "gradients"):
+                cell.settle()
 
 
 _local = threading.local()
@@ -127,4 +130,5 @@ def _settle_in_backward(cell: GradCell) -> None:
         current.settle_previous()
     cell.settle()
     if cell.owner is _DEVICE:
+        current.unit = _trace.current_name()
         current.unsettled = cell

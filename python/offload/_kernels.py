@@ -22,8 +22,18 @@ import torch
 from torch import Tensor
 
 from ._adamw import FORMATS, MOMENT_FORMATS
+from ._errors import DeviceError
 
-__all__ = ["Found", "Kernels", "Launch", "compile_kernel", "compile_options", "find_kernels", "kernel_source"]
+__all__ = [
+    "Found",
+    "Kernels",
+    "Launch",
+    "compile_kernel",
+    "compile_options",
+    "find_kernels",
+    "kernel_source",
+    "known_architectures",
+]
 
 # (kernel, blocks, threads a block, arguments): an int is an address or a 64-bit number, others are ctypes scalars.
 Launch = Callable[[str, int, int, Sequence[Any]], None]
@@ -198,11 +208,30 @@ def compile_options(arch: str) -> Any:
 
 
 def compile_kernel(name: str, arch: str) -> bytes:
-    """The binary of `name`.cu; needs neither a device nor a driver. Raises what cuda.core does."""
+    """The binary of `name`.cu; needs neither a device nor a driver.
+
+    Raises DeviceError for an architecture that this NVRTC does not know, and what cuda.core does.
+    """
+    from cuda.bindings import nvrtc
     from cuda.core import Program
 
+    known = known_architectures()
+    if arch not in known:
+        _, *version = nvrtc.nvrtcVersion()
+        raise DeviceError(
+            f"NVRTC {'.'.join(map(str, version))} compiles for {known[0]} to {known[-1]}, and not for {arch}: a newer "
+            f"torch, or one for a newer CUDA, brings a newer one"
+        )
     program = Program(kernel_source(name), "c++", compile_options(arch))
     return bytes(program.compile("cubin").code)
+
+
+def known_architectures() -> list[str]:
+    """What this NVRTC compiles for, the oldest first."""
+    from cuda.bindings import nvrtc
+
+    _, numbers = nvrtc.nvrtcGetSupportedArchs()
+    return [f"sm_{number}" for number in numbers]
 
 
 def _cubin(name: str, arch: str) -> bytes:

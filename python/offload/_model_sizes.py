@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from ._config import Config
 from ._parameter_size import ParameterSize
@@ -53,8 +54,8 @@ def parameter_sizes(
     ]
 
 
-def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCosts:
-    """What a token of a sequence of `length` costs: see [Note: what activations take].
+def token_costs(model: nn.Module, units: Sequence[Unit], length: int, device_kind: str = "cuda") -> TokenCosts:
+    """What a token of a sequence of `length` costs on such a device: see [Note: what activations take].
 
     Shapes do not tell everything. From `model.config`, as Hugging Face's models have it, come the heads of attention,
     causal as in a decoder, whether it is eager, and how many experts a token passes; without it attention counts no
@@ -64,8 +65,10 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
     config = getattr(config, "text_config", config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     classes = collections.Counter(type(unit.modules[0]) for unit in units if not unit.is_root)
-    attention, active = _attention_operations(config, length), _active_experts(config)
-    scores = _heads(config) * length if _is_eager(config) else 0
+    unfused = device_kind == "cpu" and _is_unfused_on_the_cpu(config)
+    makes_scores = _is_eager(config) or unfused
+    attention, active = _attention_operations(config, length, makes_scores), _active_experts(config)
+    scores = _heads(config) * length if makes_scores else 0
     wide_softmax = True
     saved: dict[str, int] = {}
     inputs: dict[str, int] = {}
@@ -105,7 +108,7 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
     return TokenCosts(
         saved=saved,
         scores=dict.fromkeys(inputs, scores),
-        drops_scores=any(getattr(config, name, None) for name in _SCORE_DROPOUTS),
+        drops_scores=_score_dropout(config) > 0,
         wide_softmax=wide_softmax,
         inputs=inputs,
         operations=operations,
@@ -113,6 +116,7 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int) -> TokenCo
         logits=0 if head is None else head.shape[0],
         wide=wide,
         reached=frozenset(reached),
+        wide_attention=unfused,
     )
 
 
@@ -139,12 +143,12 @@ def _normed(unit: Unit) -> int:
     )
 
 
-def _attention_operations(config: Any, length: int) -> float:
+def _attention_operations(config: Any, length: int, makes_scores: bool) -> float:
     """Of a token in one block's forward: scores and their product with the values, over half the sequence, or over all
     of it where the other half is masked afterwards."""
     heads = _heads(config)
     size = _setting(config, "head_dim") or _setting(config, "hidden_size", "n_embd") // max(heads, 1)
-    return (4.0 if _is_eager(config) else 2.0) * length * heads * size
+    return (4.0 if makes_scores else 2.0) * length * heads * size
 
 
 def _heads(config: Any) -> int:
@@ -154,6 +158,23 @@ def _heads(config: Any) -> int:
 def _is_eager(config: Any) -> bool:
     """Whether attention is written out, as in models without another way, rather than torch's or a kernel's own."""
     return getattr(config, "_attn_implementation", None) == "eager"
+
+
+def _is_unfused_on_the_cpu(config: Any) -> bool:
+    """Whether torch's attention is operations of its own there: that of torch 2.6 is with fewer heads of keys than of
+    queries, and every one with dropout. Heads and dropout decide it, lengths do not."""
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return False
+    heads = _heads(config) or 1
+    queries = torch.empty(1, heads, 1, 8, device="cpu")
+    keys = torch.empty(1, _setting(config, "num_key_value_heads") or heads, 1, 8, device="cpu")
+    chosen = torch._fused_sdp_choice(queries, keys, keys, dropout_p=_score_dropout(config), enable_gqa=True)
+    return bool(chosen == SDPBackend.MATH.value)
+
+
+def _score_dropout(config: Any) -> float:
+    """The probability that a score of attention is dropped."""
+    return float(next((value for name in _SCORE_DROPOUTS if (value := getattr(config, name, None))), 0.0))
 
 
 def _has_wide_softmax(block: type[nn.Module]) -> bool:

@@ -122,7 +122,7 @@ def predict(
         hardware = Hardware.preset(hardware)
     return make_prediction(
         sizes,
-        token_costs(model, units, length),
+        token_costs(model, units, length, hardware.kind),
         settings,
         hardware,
         batches=batches,

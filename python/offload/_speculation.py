@@ -111,7 +111,8 @@ class Speculation:
     def _begin_complete(self) -> None:
         """Once nothing that has left waits: to begin one update would submit its gradient, which may be small, alone.
 
-        What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one.
+        What somebody still refers to, as older torch does while a gradient's hooks run, leaves with a later one, and
+        the last at the end of backward.
         """
         self._complete = [waiting for waiting in self._complete if not self._begin(waiting)]
 

@@ -4,6 +4,7 @@
 weights' dtype, and each norm its input in fp32 and what it scales. For a Llama that is 5 to 10 % more than what
 autograd saves. Attention that makes a matrix of its scores ("eager") keeps that too: as softmax gives it, in fp32 or in
 the weights' dtype; from fp32, also as values are multiplied by it; with dropout, what that drops and what it leaves.
+Where torch has no fused attention for a model on the CPU it keeps them, and masks, too, all in fp32.
 Other dropout, which keeps masks, comes on top. With checkpointing each block keeps its input alone, and the largest
 one, as it is recomputed, all. Logits take 10 bytes each: in 16 bits, in fp32, and what the loss keeps of them in fp32.
 
@@ -31,11 +32,11 @@ class TokenCosts:
     """Of one token in one forward; units by name.
 
     saved: elements that each unit keeps for its backward. scores: of attention, that a block keeps beside them; with
-    dropout on them if `drops_scores`, from a softmax in fp32 if `wide_softmax`. inputs: elements of each block's input;
-    a unit that is no block has none. operations: in a forward, beside the two of each parameter: those of attention,
-    and less those of experts that a token does not pass. lookups: names of parameters of which a token reads a row.
-    logits: elements. wide: of `saved`, elements of fp32, which count twice there. reached: units before which something
-    trains.
+    dropout on them if `drops_scores`, from a softmax in fp32 if `wide_softmax`; with `wide_attention` that, masks and
+    all else of them are in fp32. inputs: elements of each block's input; a unit that is no block has none. operations:
+    in a forward, beside the two of each parameter: those of attention, and less those of experts that a token does not
+    pass. lookups: names of parameters of which a token reads a row. logits: elements. wide: of `saved`, elements of
+    fp32, which count twice there. reached: units before which something trains.
     """
 
     saved: Mapping[str, int]
@@ -48,6 +49,7 @@ class TokenCosts:
     logits: int
     wide: Mapping[str, int]
     reached: frozenset[str]
+    wide_attention: bool = False
 
     def saved_bytes(self, tokens: int, itemsize: int, *, checkpointing: bool) -> dict[str, int]:
         """Bytes that each unit's forward of so many tokens keeps, of elements of `itemsize`, without the logits."""
@@ -76,15 +78,21 @@ class TokenCosts:
         kept = self.saved_bytes(tokens, itemsize, checkpointing=checkpointing)
         return sum(kept.values()) + again + tokens * self.logits * _LOGIT_BYTES
 
+    @property
+    def _mask_bytes(self) -> int:
+        return _FP32_BYTES if self.wide_attention else _MASK_BYTES
+
     def _score_bytes(self, itemsize: int) -> int:
         """Of one score: see [Note: what activations take]."""
+        itemsize = _FP32_BYTES if self.wide_attention else itemsize
         softmax = _FP32_BYTES if self.wide_softmax else itemsize
         if self.drops_scores:
-            return softmax + _MASK_BYTES + itemsize
+            return softmax + self._mask_bytes + itemsize
         return softmax if softmax == itemsize else softmax + itemsize
 
     def _rounded_score(self, itemsize: int) -> tuple[int, int]:
         """Elements of one score that are rounded, and bytes beside them."""
         if self.drops_scores:
-            return 2, _MASK_BYTES
-        return (2 if self.wide_softmax and itemsize != _FP32_BYTES else 1), 0
+            return 2, self._mask_bytes
+        is_narrowed = self.wide_softmax and itemsize != _FP32_BYTES and not self.wide_attention
+        return (2 if is_narrowed else 1), 0

@@ -128,6 +128,11 @@ def naming(name: Callable[[], str], tag: _native.Tag) -> contextlib.AbstractCont
     return _UNNAMED if _active is None else _named(name(), tag)
 
 
+def current_name() -> str:
+    """Whose what this thread submits is, where a trace runs."""
+    return "" if _active is None else _names[_native.trace_label()[0]]
+
+
 def number_of(name: str) -> int:
     """What stands for `name` in native records, in this process."""
     number = _numbers.get(name)

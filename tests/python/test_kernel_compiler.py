@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import offload
-from offload import _kernels
-from offload._kernels import Found, compile_kernel, compile_options, find_kernels, kernel_source
+from offload import DeviceError, _kernels
+from offload._kernels import Found, compile_kernel, compile_options, find_kernels, kernel_source, known_architectures
 
 SOURCES = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.cu"))
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+# And the first NVRTC that knows them.
+ARCHITECTURES = {"sm_80": (11, 0), "sm_90": (11, 8), "sm_100": (12, 8), "sm_120": (12, 8)}
 KERNELS = {
     "update": {"adamw", "adamw_bf16", "adamw_int8", "lion", "lion_bf16", "lion_int8", "adagrad"},
     "activations": {"encode_int8", "decode_int8", "encode_fp8", "decode_fp8"},
@@ -32,27 +33,41 @@ def test_there_are_kernels_and_they_include_nothing() -> None:
         assert not re.search(r"^\s*#\s*include", kernel_source(path.stem), re.MULTILINE)
 
 
-@pytest.mark.usefixtures("nvrtc")
+@pytest.fixture
+def knows(nvrtc: None) -> dict[str, bool]:
+    """Whether this NVRTC, which torch brings, compiles for an architecture: that of torch 2.6 is 12.4."""
+    from cuda.bindings import nvrtc as compiler
+
+    _, *version = compiler.nvrtcVersion()
+    return {arch: tuple(version) >= first for arch, first in ARCHITECTURES.items()}
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", KERNELS)
-def test_every_architecture_compiles(name: str, arch: str) -> None:
+def test_every_architecture_compiles_that_the_compiler_knows(name: str, arch: str, knows: dict[str, bool]) -> None:
+    assert (arch in known_architectures()) == knows[arch]
+    if not knows[arch]:
+        with pytest.raises(DeviceError, match=rf"NVRTC 12\.\d compiles for sm_\d+ to sm_\d+, and not for {arch}:"):
+            compile_kernel(name, arch)
+        return
     binary = compile_kernel(name, arch)
     assert binary.startswith(b"\x7fELF")
     assert set(re.findall(rb"\.text\.(\w+)", binary)) == {kernel.encode() for kernel in KERNELS[name]}
 
 
-@pytest.mark.usefixtures("nvrtc")
-@pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize(
     ("name", "expected"), [("update", ("div", "sqrt", "rcp", "mul")), ("activations", ("div", "rcp", "mul", "add"))]
 )
-def test_each_operation_rounds_by_itself(name: str, expected: tuple[str, ...], arch: str) -> None:
+def test_each_operation_rounds_by_itself(name: str, expected: tuple[str, ...], knows: dict[str, bool]) -> None:
     """No fused multiply-add, no approximation, no flushed subnormal in what NVRTC gives to the assembler."""
     pattern = r"\b((?:fma|mad|add|sub|mul|div|rcp|sqrt|rsqrt|neg)\.\S*f(?:32|64))\b"
-    operations = Counter(re.findall(pattern, ptx_of(name, arch)))
     allowed = {f"{operation}.rn.f32" for operation in ("add", "sub", "mul", "div", "rcp", "sqrt")} | {"neg.f32"}
-    assert set(operations) <= allowed
-    assert all(operations[f"{operation}.rn.f32"] > 0 for operation in expected)
+    compiled = {arch: ptx_of(name, arch) for arch, is_known in knows.items() if is_known}
+    assert {"sm_80", "sm_90"} <= set(compiled)
+    for arch, text in compiled.items():
+        operations = Counter(re.findall(pattern, text))
+        assert set(operations) <= allowed, arch
+        assert all(operations[f"{operation}.rn.f32"] > 0 for operation in expected), arch
 
 
 def ptx_of(name: str, arch: str) -> str:
@@ -182,6 +197,14 @@ def test_a_compiler_or_a_driver_that_refuses(monkeypatch: pytest.MonkeyPatch) ->
     assert found == Found(None, "RuntimeError: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
     with pytest.warns(UserWarning, match="activations that leave cuda:0 are rounded by separate torch operations"):
         assert found_on_cuda("activations") == found
+
+
+def test_a_card_newer_than_the_compiler(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kernels, "_cuda_launch", lambda device, source: _kernels._cubin(source, "sm_999"))
+    message = r"NVRTC [\d.]+ compiles for sm_\d+ to sm_\d+, and not for sm_999: a newer torch, .* brings a newer one"
+    with pytest.warns(UserWarning, match=f"cuda:0 is updated by separate torch operations: DeviceError: {message}"):
+        found = found_on_cuda()
+    assert found.kernels is None and re.search(message, str(found.refusal))
 
 
 def test_the_cpu_has_no_kernels_and_no_warning(recwarn: pytest.WarningsRecorder) -> None:

@@ -170,7 +170,7 @@ def test_the_last_of_several_micro_batches_is_ahead() -> None:
 
 
 def test_gradients_that_leave_late_are_ahead_too() -> None:
-    """Older torch refers to a gradient while its hooks run, as this hook does until the next one comes."""
+    """This hook refers to a gradient until the next one comes."""
     latest: list[Any] = [None]
 
     def refer(parameter: Tensor) -> None:
@@ -183,6 +183,26 @@ def test_gradients_that_leave_late_are_ahead_too() -> None:
     optimizer = compare(prepare=hook)
     parameters = len(optimizer.param_groups[0]["params"])
     assert counts(optimizer) == (6 * (parameters - 1), 0)  # the last one has no later one to leave with
+
+
+def test_gradients_that_leave_after_their_hooks_are_ahead_too() -> None:
+    """As in older torch: the last one leaves at the end of backward."""
+    latest: list[Any] = []
+
+    def refer(parameter: Tensor) -> None:
+        latest[:] = [parameter.grad]
+
+    def hook(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(refer)
+
+    def drop_from_now_on(moment: str, step: int, model: nn.Module, _: Any) -> None:
+        if (moment, step) == ("end", 0):
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(lambda _: latest.clear())
+
+    optimizer = compare(drop_from_now_on, prepare=hook)
+    assert counts(optimizer) == (6 * len(optimizer.param_groups[0]["params"]), 0)
 
 
 def test_little_room_goes_to_the_gradients_that_come_first() -> None:

@@ -53,27 +53,42 @@ def saved_by_autograd(model: nn.Module, tokens: torch.Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def llama_of(attention: str, layers: int) -> Any:
+def llama_of(attention: str, layers: int, *, key_heads: int = 2, dropout: float = 0.0) -> Any:
     """Whose logits weigh little, for the estimate has more copies of them than outlive the forward."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 128, "intermediate_size": 448, "num_hidden_layers": layers, "vocab_size": 16}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": attention}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads, use_cache=False))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": key_heads, "attention_dropout": dropout}
+    config = transformers.LlamaConfig(**sizes, **heads, attn_implementation=attention, use_cache=False)
+    return transformers.LlamaForCausalLM(config)
 
 
-def gpt2_of(attention: str, layers: int) -> Any:
-    """Without dropout, whose masks are of bytes on a GPU alone."""
+def gpt2_of(attention: str, layers: int, *, dropout: float = 0.0) -> Any:
+    """Without other dropout, whose masks are of bytes on a GPU alone."""
     transformers = pytest.importorskip("transformers")
     sizes = {"n_embd": 128, "n_head": 4, "n_layer": layers, "vocab_size": 16, "bos_token_id": 0, "eos_token_id": 0}
-    drops = dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
+    drops = {"attn_pdrop": dropout, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
     config = transformers.GPT2Config(**sizes, **drops, attn_implementation=attention, use_cache=False)
     return transformers.GPT2LMHeadModel(config)
 
 
+def fuses_shared_key_heads() -> bool:
+    """Whether torch's attention on the CPU keeps no scores where heads share their keys; that of torch 2.6 does."""
+    queries, keys = (torch.zeros(1, heads, 64, 8, requires_grad=True) for heads in (4, 2))
+    saved: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        nn.functional.scaled_dot_product_attention(queries, keys, keys, is_causal=True, enable_gqa=True)
+    return max(saved) < 4 * 64 * 64
+
+
 def estimated_and_counted(model: nn.Module, length: int) -> tuple[int, int]:
-    """Bytes of the activations of two sequences, and what autograd saves."""
+    """Bytes of the activations of two sequences on this CPU, and what autograd saves."""
     dtype = next(model.parameters()).dtype
-    costs = token_costs(model, find_units(model), length)
+    costs = token_costs(model, find_units(model), length, "cpu")
     estimate = costs.activation_bytes(2 * length, dtype.itemsize, checkpointing=False)
     return estimate, saved_by_autograd(model, torch.zeros(2, length, dtype=torch.long))
 
@@ -82,6 +97,29 @@ def estimated_and_counted(model: nn.Module, length: int) -> tuple[int, int]:
 def test_activations_beside_what_autograd_saves(attention: str) -> None:
     estimate, counted = estimated_and_counted(llama_of(attention, 6).to(torch.bfloat16), 64)
     assert estimate == pytest.approx(counted, rel=0.1)
+    estimate, counted = estimated_and_counted(llama_of(attention, 2).to(torch.bfloat16), 512)
+    assert estimate == pytest.approx(counted, rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("make", [llama_of, gpt2_of])
+def test_attention_that_is_not_fused_on_the_cpu_keeps_its_scores(make: Any, dtype: torch.dtype) -> None:
+    """With dropout none is, in any torch."""
+    model = make("sdpa", 2, dropout=0.1).to(dtype).train()
+    estimate, counted = estimated_and_counted(model, 512)
+    assert estimate == pytest.approx(counted, rel=0.1)
+    on_a_card, on_the_cpu = (token_costs(model, find_units(model), 512, kind) for kind in ("cuda", "cpu"))
+    assert set(on_a_card.scores.values()) == {0} and set(on_the_cpu.scores.values()) == {4 * 512}
+    products = {name: operations for name, operations in on_a_card.operations.items() if operations > 0}
+    assert products and all(on_the_cpu.operations[name] == 2 * count for name, count in products.items())
+
+
+def test_heads_that_share_keys_keep_scores_on_the_cpu_where_torch_does_not_fuse_them() -> None:
+    for key_heads, is_fused in ((4, True), (2, fuses_shared_key_heads())):
+        model = llama_of("sdpa", 2, key_heads=key_heads)
+        costs = token_costs(model, find_units(model), 512, "cpu")
+        assert set(costs.scores.values()) == {0 if is_fused else 4 * 512}
+        assert costs.wide_attention is not is_fused
 
 
 def test_activations_of_gpt2_beside_what_autograd_saves() -> None:
@@ -94,7 +132,10 @@ def test_activations_of_gpt2_beside_what_autograd_saves() -> None:
 @pytest.mark.parametrize("make", [llama_of, gpt2_of])
 def test_scores_are_what_eager_attention_keeps_beside_the_rest(make: Any, dtype: torch.dtype) -> None:
     """Within 7 %: what Llama repeats of its keys and values, one to two heads, is not counted."""
-    fused, eager = (estimated_and_counted(make(attention, 2).to(dtype), 512) for attention in ("sdpa", "eager"))
+    options = {"key_heads": 4} if make is llama_of and not fuses_shared_key_heads() else {}
+    fused, eager = (
+        estimated_and_counted(make(attention, 2, **options).to(dtype), 512) for attention in ("sdpa", "eager")
+    )
     scores = 2 * 2 * 4 * 512 * 512  # of two layers, sequences, and four heads
     kept = {(llama_of, 2): 4 + 2, (llama_of, 4): 4, (gpt2_of, 2): 2, (gpt2_of, 4): 4}[make, dtype.itemsize]
     assert eager[0] - fused[0] == kept * scores
@@ -136,6 +177,12 @@ def test_scores_in_a_byte_and_masks_as_they_are() -> None:
     for (wide_softmax, itemsize), count in saved.items():
         costs = dataclasses.replace(scores_alone(wide_softmax=wide_softmax), drops_scores=False)
         assert costs.sent_bytes(256, itemsize, checkpointing=False)["a"] == count * (256 + 4)
+    # All of it in fp32: the scores once, or what dropout drops and what it leaves, and its mask.
+    for drops_scores, (count, mask_bytes) in {False: (1, 0), True: (2, 4)}.items():
+        costs = dataclasses.replace(scores_alone(wide_softmax=True), drops_scores=drops_scores, wide_attention=True)
+        sent = costs.sent_bytes(128, 2, checkpointing=False)["a"]
+        assert sent == count * 128 + 4 * -(-count * 128 // 256) + 128 * mask_bytes
+        assert costs.saved_bytes(1, 2, checkpointing=False)["a"] == 4 * count + mask_bytes
 
 
 def test_dropout_of_scores_keeps_what_it_drops_and_what_it_leaves() -> None:

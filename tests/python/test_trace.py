@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import offload
-from offload import _native, _trace, _trace_file
+from offload import _copy_lanes, _native, _trace, _trace_file
 from offload._trace_records import LANES, WORK_LANES
 from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
 from what_lives import collect
@@ -111,6 +112,29 @@ def test_units_compute_in_order_and_copies_have_their_names() -> None:
     assert {span.name for span in gradients} <= set(order)
     # A unit travels as one storage: the first of its parameters names it.
     assert names(trace, "to_device")["blocks.1.norm.weight"] >= 1
+
+
+@pytest.mark.parametrize("leave_late", [False, True], ids=["at once", "late"])
+def test_gradients_have_the_names_of_their_units(leave_late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older torch refers to a gradient while its hooks run: it leaves with the next one, or at the end of backward."""
+    monkeypatch.setattr(_copy_lanes, "_SMALL_BYTES", 0)  # each is a copy of its own
+    latest: list[Any] = []
+
+    def refer(parameter: torch.Tensor) -> None:
+        latest[:] = [parameter.grad]
+
+    model = make_model()
+    for parameter in model.parameters() if leave_late else ():
+        parameter.register_post_accumulate_grad_hook(refer)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _: latest.clear())
+    with offload.trace() as trace:
+        step(model, optimizer)
+        optimizer.synchronize()
+    gradients = Counter(span.name for span in trace.data.lane("to_host") if span.kind == "gradients")
+    units = Counter(re.sub(r"^(blocks\.\d|[a-z]+)\..*", r"\1", name) for name, _ in model.named_parameters())
+    assert gradients == units
 
 
 @pytest.mark.parametrize(("placement", "added"), [(HOST, 1), (STREAMED, 2)], ids=["host", "streamed"])
