@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ from torch import Tensor, nn
 
 import offload
 from grad_store import HostStore
-from offload import _gradient_lanes, _native
+from offload import _durable_files, _gradient_lanes, _native, _snapshot
 from offload._copy_lanes import CopyLanes
 from offload._host_grad import GradCell
 from offload._residency import Residency
-from training import HOST, RESIDENT, Block, batches, loss_of, make_model
+from training import HOST, RESIDENT, Block, batches, loss_of, make_model, same_bits
 
 STREAMED = {**HOST, "params": "host"}
 
@@ -178,3 +180,34 @@ def test_a_branch_on_a_stream_of_its_own_has_the_same_bits() -> None:
         return losses
 
     assert run(STREAMED) == run(RESIDENT)
+
+
+def test_a_checkpoint_has_what_its_stream_has_not_computed_yet(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads write it, and they have streams of their own."""
+    monkeypatch.setattr(_durable_files, "CHUNK_BYTES", 4096)
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **RESIDENT)
+    loss_of(model, next(batches(1))).backward()
+    side = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.stream(torch.cuda.Stream(device))
+    with side:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda._sleep(50_000_000)
+        optimizer.step()
+        offload.save_checkpoint(tmp_path, model, optimizer, tag="now")
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        loaded = make_model(seed=1)
+        offload.load_checkpoint(tmp_path, loaded)
+        assert all(same_bits(value, expected[name]) for name, value in loaded.state_dict().items())
+
+
+def test_what_is_saved_waits_once_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    stream_of = lambda device: SimpleNamespace(synchronize=lambda: waited.append(device))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_of)
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    of = [Mock(spec=Tensor, device=device) for device in (one, other, one, torch.device("cpu"))]
+    _snapshot._end_compute([*of[:3], _snapshot.Cast(of[0], torch.float32), of[3]])
+    assert sorted(waited, key=str) == [one, other]
