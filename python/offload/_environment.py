@@ -91,8 +91,10 @@ def _of_the_accelerator(facts: Mapping[str, Any]) -> Iterator[Finding]:
             remedy = "look at CUDA_VISIBLE_DEVICES, and whether the driver is new enough for torch's CUDA"
         yield Finding("accelerator", problem, remedy)
     elif facts["kernel_refusal"] is not None:
+        from ._kernels import how_to_install
+
         problem = f"states on the device are updated by separate torch operations: {facts['kernel_refusal']}"
-        yield Finding("kernels", problem, "pip install 'offload[cuda]'")
+        yield Finding("kernels", problem, how_to_install(versions["cuda"]))
     for gpu in facts["gpus"]:
         link = gpu["link"]
         if link is not None and link["width"] < link["max_width"]:

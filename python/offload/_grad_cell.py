@@ -35,6 +35,9 @@ class GradStore(Protocol):
     # name: from which departure of a gradient on. Of a sum of micro-batches it is the last one whose norm is wanted.
     learned: dict[NormKey, dict[str, int]]
 
+    def compute_stream(self) -> int:
+        """The handle of this thread's current stream."""
+
     def to_host(self, tensor: Tensor) -> HostBytes:
         """Starts the copy of a dense tensor's bytes in storage order. The tensor is given away to the store."""
 
@@ -120,8 +123,9 @@ class GradCell:
         self.writer: Any = None  # kept by hold(): the backward pass that last wrote
         self.owner = _DEVICE
         self._copy: Tensor | None = gradient  # the owner, or the copy lent to the operation that runs
-        # What prefetch() asked for: the held bytes, no factors applied, and what to wait for.
-        self._upload: tuple[Tensor, Any] | None = None
+        # What prefetch() asked for: the held bytes, no factors applied, what to wait for, and the compute stream whose
+        # memory they come to.
+        self._upload: tuple[Tensor, Any, int] | None = None
         self._held: HostBytes | None = None
         self._factors: list[Factor] = []
         self._norms: dict[NormKey, Tensor] = {}  # of the value as it is, pending factors included
@@ -133,8 +137,8 @@ class GradCell:
     def prefetch(self) -> None:
         """Starts the upload of the held bytes ahead of their use; materialize() takes it."""
         if self.owner is _HOST and self._upload is None:
-            out = self._empty()
-            self._upload = (out, self.store.start_upload(self._held_bytes(), out))
+            stream, out = self.store.compute_stream(), self._empty()
+            self._upload = (out, self.store.start_upload(self._held_bytes(), out), stream)
 
     def materialize(self) -> Tensor:
         """The gradient as a device tensor, pending factors applied by torch's own operations.
@@ -146,10 +150,11 @@ class GradCell:
             return self._copy
         if self.owner is _ZERO:
             return self._empty().zero_()
-        if self._upload is not None:
-            (copy, upload), self._upload = self._upload, None
+        if self._upload is not None and self._upload[2] == self.store.compute_stream():
+            (copy, upload, _), self._upload = self._upload, None
             self.store.wait_upload(upload)
-        else:
+        else:  # what was sent for on another stream may not be used on this one
+            self._upload = None
             copy = self._empty()
             self.store.to_device(self._held_bytes(), copy)
         for factor in self._factors:

@@ -287,7 +287,8 @@ def _foreach_norm(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     tensors, order, dtype = _padded(args, (None, 2, None))
     if not _is_uniform((tensors,)):
         return NotImplemented
-    return [norm.clone() for norm in _norms(tensors, order, dtype)]
+    # Copies, as the caller may edit them, and all in one operation: on a card each is a launch.
+    return list(torch.stack(_norms(tensors, order, dtype)).unbind())
 
 
 def _norms(tensors: Sequence[Tensor], order: float, dtype: torch.dtype | None) -> list[Tensor]:

@@ -31,6 +31,7 @@ __all__ = [
     "compile_kernel",
     "compile_options",
     "find_kernels",
+    "how_to_install",
     "kernel_source",
     "known_architectures",
 ]
@@ -153,12 +154,28 @@ def find_kernels(device: torch.device, source: Source = "update") -> Found:
     try:
         return Found(Kernels(_cuda_launch(device, source)), None)
     except ImportError as error:
-        refusal = f"{error}: pip install 'offload[cuda]'"
+        refusal = f"{error}: {how_to_install(torch.version.cuda)}"
     except Exception as error:  # the compiler's, the driver's and cuda.core's own: whichever, torch's operations remain
-        refusal = f"{type(error).__name__}: {error}"
+        refusal = f"{type(error).__name__}: {error}" + _other_bindings()
     work = _WORK[source].format(device=device)
     warnings.warn(f"{work} by separate torch operations: {refusal}", stacklevel=2)
     return Found(None, refusal)
+
+
+def how_to_install(of_torch: str | None) -> str:
+    """What brings cuda.core, and bindings of the CUDA that torch is built for, whose packages have the NVRTC."""
+    older = " 'cuda-bindings<13'" if of_torch is not None and of_torch.startswith("12.") else ""
+    return f"pip install 'offload[cuda]'{older}"
+
+
+def _other_bindings() -> str:
+    """What to add to a refusal where the bindings are of another CUDA than torch: they look for that one's NVRTC."""
+    import cuda.bindings
+
+    version, of_torch = cuda.bindings.__version__, torch.version.cuda
+    if of_torch is None or version.partition(".")[0] == of_torch.partition(".")[0]:
+        return ""
+    return f" (cuda-bindings {version} beside a torch for CUDA {of_torch}: {how_to_install(of_torch)})"
 
 
 class _CurrentStream:

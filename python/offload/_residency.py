@@ -78,6 +78,8 @@ class Residency:
         self._answers: Sequence[Away] = ()
         # The compute stream on which it was allocated, and to which its memory goes back.
         self.stream = 0
+        # Those that wait for its upload already.
+        self.users: set[int] = set()
         # Versions of the parameters when device and host were equal: another one means that somebody wrote.
         self._versions: list[int] = []
         # Whether hide() has ended and show() has not begun.
@@ -150,6 +152,11 @@ class Residency:
         if poison:
             with torch._C._DisableFuncTorch():  # a forward within torch.func brings weights too
                 self._flat.fill_(0xFF)  # NaN in every format
+
+    def came_on(self, stream: int) -> None:
+        """It was allocated on that compute stream, and is on its way: none may use it yet."""
+        self.stream = stream
+        self.users.clear()
 
     def used_on(self, stream: Any) -> None:
         """Another stream of torch's than its own computes with it: when it is freed, that work comes first."""

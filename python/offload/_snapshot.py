@@ -46,6 +46,7 @@ class TensorFile:
 
     def __init__(self, values: Mapping[str, Value], metadata: Mapping[str, str]) -> None:
         described = [(name, _dtype_of(value), tuple(_shape_of(value))) for name, value in values.items()]
+        _end_compute(values.values())
         layout = lay_out(described, metadata)
         self.nbytes = layout.nbytes
         header = torch.frombuffer(bytearray(layout.header), dtype=torch.uint8)
@@ -183,6 +184,15 @@ class _Source:
     def let_go(self) -> None:
         self._value = self._bytes = None
         self.is_live = False
+
+
+def _end_compute(values: Iterable[Value]) -> None:
+    """Other threads read them, on other streams: what this one has asked of a device ends first."""
+    parts = [value.value if isinstance(value, Cast) else value for value in values]
+    devices = {part.device for part in parts if isinstance(part, (Tensor, Int8Moment))}
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
 
 
 def copied(value: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class WeightLane:
         engine.require_own_process()
         with _trace.naming(lambda: self.name_of(residency.parameters[0]), "weights"):
             after = self._ready_for(residency, upload)
-            residency.stream = engine.lanes.compute_stream()
+            residency.came_on(engine.lanes.compute_stream())
             engine.transfers.submit_to_device(
                 residency.address,
                 residency.host_address,
@@ -99,11 +99,16 @@ class WeightLane:
         return self._engine.latest_update(residency.parameters)
 
     def wait_weights(self, residency: Residency, upload: Any) -> None:
-        self._engine.transfers.wait_on_stream(self._engine.lanes.compute_stream(), upload)
-
-    def note_use(self, residency: Residency) -> None:
-        if self._engine.lanes.compute_stream() != residency.stream:
+        stream = self._engine.lanes.compute_stream()
+        if stream in residency.users:
+            return
+        self._engine.transfers.wait_on_stream(stream, upload)
+        if stream != residency.stream:
             residency.used_on(torch.cuda.current_stream(self._engine.streaming.device))
+        residency.users.add(stream)
+
+    def abandon_weights(self, residency: Residency, upload: Any) -> None:
+        self._engine.transfers.wait_on_stream(residency.stream, upload)
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
         self._engine.require_own_process()

@@ -63,10 +63,10 @@ class WeightStore(Protocol):
         """
 
     def wait_weights(self, residency: Residency, upload: Any) -> None:
-        """The compute stream waits for what start_weights() started; raises its error."""
+        """The compute stream, whichever it is by now, may use what start_weights() started; raises its error."""
 
-    def note_use(self, residency: Residency) -> None:
-        """The compute stream is about to compute with what is on the device: it may be another one than it came on."""
+    def abandon_weights(self, residency: Residency, upload: Any) -> None:
+        """The stream that their memory goes back to waits for what start_weights() started; raises its error."""
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
         """The updates of these parameters have ended afterwards; raises their error."""
@@ -125,9 +125,9 @@ class WeightWindow:
         for residency in residencies:
             if residency not in self._uploads:
                 continue
-            self._store.note_use(residency)
             upload = self._uploads[residency]
-            if upload is None:
+            if upload is None:  # for the stream that it was made ready on
+                self._store.wait_weights(residency, self.last_upload[residency])
                 continue
             try:
                 self._store.settle_updates(residency.parameters)
@@ -188,4 +188,4 @@ class WeightWindow:
         upload = self.last_upload.get(residency)
         if upload is not None and not upload.done:
             with contextlib.suppress(OffloadError):  # whoever asks for the weights is told
-                self._store.wait_weights(residency, upload)
+                self._store.abandon_weights(residency, upload)

@@ -51,9 +51,14 @@ class HostStore:
         self.to_host_count = 0
         self.to_device_count = 0
         self.prefetch_count = 0
+        self.awaited_count = 0  # of those
         self.widened_count = 0
         self.refuse = False
+        self.stream = 0
         self._lane: list[Bytes] = []
+
+    def compute_stream(self) -> int:
+        return self.stream
 
     def to_host(self, tensor: Tensor) -> Bytes:
         if self.refuse:
@@ -89,6 +94,7 @@ class HostStore:
         return held, out
 
     def wait_upload(self, upload: tuple[Bytes, Tensor]) -> None:
+        self.awaited_count += 1
         self.to_device(*upload)
 
 

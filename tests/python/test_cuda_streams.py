@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import offload
-from offload import _gradient_lanes, _native
+from grad_store import HostStore
+from offload import _durable_files, _gradient_lanes, _native, _snapshot
 from offload._copy_lanes import CopyLanes
+from offload._host_grad import GradCell
 from offload._residency import Residency
-from training import HOST, RESIDENT, Block, batches, loss_of, make_model
+from training import HOST, RESIDENT, Block, batches, loss_of, make_model, same_bits
 
 STREAMED = {**HOST, "params": "host"}
 
@@ -65,6 +70,79 @@ def test_weights_stay_for_every_stream_that_computes_with_them(monkeypatch: pyte
     assert [(name.split(".")[1], stream) for name, stream in used] == [("2", 9), ("3", 0)]
 
 
+class WaitingStreams:
+    """A compute stream for the test to choose, and which of them waited for an upload, which is held until then."""
+
+    def __init__(self, engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = 0
+        self.waits: list[int] = []
+        self._device, self._inner = engine.device, engine.transfers
+        engine.transfers = self
+        monkeypatch.setattr(_gradient_lanes.GradientLanes, "compute_stream", lambda _: self.current)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: self.current)
+        monkeypatch.setattr(Residency, "used_on", lambda *_: None)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def wait_on_stream(self, stream: int, ticket: _native.Ticket) -> None:
+        self.waits.append(stream)
+        self._device.release("to_device")
+        self._inner.wait_on_stream(0, ticket)
+
+
+def streamed_engine() -> Any:
+    model = make_model(depth=1)
+    _, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **STREAMED)
+    return optimizer._engine
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("device")
+def test_every_stream_that_computes_with_weights_waits_for_their_upload(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once: that another one waits says nothing of this one, and they need not be in order with each other."""
+    engine = streamed_engine()
+    window, weights = engine.streaming.window, engine.streaming.residencies[:1]
+    streams = WaitingStreams(engine, monkeypatch)
+    for _ in range(2):
+        streams.waits.clear()
+        engine.device.hold("to_device")
+        window.bring(weights)
+        for streams.current in (9, 0, 9, 7, 0):
+            window.make_ready(weights)
+        assert streams.waits == [9, 0, 7]
+        window.free_all_but(())
+
+
+@pytest.mark.cpu_only
+@pytest.mark.usefixtures("device")
+def test_the_stream_that_memory_goes_back_to_waits_for_an_upload_nobody_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its later work gets that memory, whichever stream is the current one when the weights are given up."""
+    engine = streamed_engine()
+    window, weights = engine.streaming.window, engine.streaming.residencies[:1]
+    streams = WaitingStreams(engine, monkeypatch)
+    engine.device.hold("to_device")
+    streams.current = 5
+    window.bring(weights)
+    streams.current = 9
+    window.free_all_but(())
+    assert streams.waits == [5]
+
+
+@pytest.mark.parametrize("stream", [0, 9])
+def test_a_gradient_that_was_sent_for_is_used_on_the_stream_it_came_on(stream: int) -> None:
+    """On another one it is sent for anew: memory of a stream goes back to that stream, which would not wait."""
+    store = HostStore()
+    cell = GradCell("weight", torch.arange(4.0), store)
+    cell.settle()
+    cell.prefetch()
+    store.stream = stream
+    assert cell.materialize().tolist() == [0.0, 1.0, 2.0, 3.0]
+    cell.prefetch()  # what was sent for is not kept beside it
+    assert (store.prefetch_count, store.to_device_count) == (2, 1)
+    assert store.awaited_count == (stream == 0)
+
+
 class Branches(nn.Module):
     """Four blocks, of which the third computes on a stream of its own on a card, far behind the others."""
 
@@ -102,3 +180,34 @@ def test_a_branch_on_a_stream_of_its_own_has_the_same_bits() -> None:
         return losses
 
     assert run(STREAMED) == run(RESIDENT)
+
+
+def test_a_checkpoint_has_what_its_stream_has_not_computed_yet(
+    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads write it, and they have streams of their own."""
+    monkeypatch.setattr(_durable_files, "CHUNK_BYTES", 4096)
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **RESIDENT)
+    loss_of(model, next(batches(1))).backward()
+    side = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.stream(torch.cuda.Stream(device))
+    with side:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda._sleep(50_000_000)
+        optimizer.step()
+        offload.save_checkpoint(tmp_path, model, optimizer, tag="now")
+        expected = {name: value.clone() for name, value in model.state_dict().items()}
+        loaded = make_model(seed=1)
+        offload.load_checkpoint(tmp_path, loaded)
+        assert all(same_bits(value, expected[name]) for name, value in loaded.state_dict().items())
+
+
+def test_what_is_saved_waits_once_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[torch.device] = []
+    stream_of = lambda device: SimpleNamespace(synchronize=lambda: waited.append(device))  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "current_stream", stream_of)
+    one, other = torch.device("cuda", 0), torch.device("cuda", 1)
+    of = [Mock(spec=Tensor, device=device) for device in (one, other, one, torch.device("cpu"))]
+    _snapshot._end_compute([*of[:3], _snapshot.Cast(of[0], torch.float32), of[3]])
+    assert sorted(waited, key=str) == [one, other]

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grad_store import HostStore, as_the_optimizer_reads, cell_of, same_bits
-from offload import _grad_factors
+from offload import _grad_face, _grad_factors
 from offload._grad_cell import Owner
 from offload._grad_factors import DIVIDE, MULTIPLY, MULTIPLY_RECIPROCAL
 from offload._host_grad import hold
@@ -237,6 +238,30 @@ def test_a_norm_is_learned_and_then_taken_on_the_way_out(order: float) -> None:
         assert same_bits(norm, torch._foreach_norm([values(torch.float32, 78)], order)[0])
         norm.fill_(0)  # the caller's own
     assert store.to_device_count == count
+
+
+class Operations(TorchDispatchMode):
+    """How many run inside."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_norms_that_are_known_cost_no_operation_each() -> None:
+    """On a card each would be a launch."""
+    store = HostStore()
+    gradients = [held(values(torch.float32, count), store) for count in range(5, 45)]
+    expected = torch._foreach_norm(gradients, 2.0)
+    operation = torch.ops.aten._foreach_norm.Scalar
+    with Operations() as operations:  # which would see that one alone, and nothing of what serves it
+        norms = _grad_face._foreach_norm(operation, (gradients, 2.0), {})
+    assert operations.count < 5
+    norms[0].fill_(-1.0)  # the caller's own, each
+    for one, other in zip([*norms[1:], *torch._foreach_norm(gradients, 2.0)], expected[1:] + expected, strict=True):
+        assert same_bits(one, other)
 
 
 def test_of_a_sum_of_micro_batches_the_norms_that_nobody_asks_for_are_not_taken() -> None:

@@ -187,6 +187,33 @@ def test_without_cuda_core(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.kernels is None and "pip install 'offload[cuda]'" in str(found.refusal)
 
 
+@pytest.mark.parametrize(
+    ("of_torch", "bindings", "remedy"),
+    [
+        ("12.4", "13.5.0", "pip install 'offload[cuda]' 'cuda-bindings<13'"),
+        ("13.0", "12.9.4", "pip install 'offload[cuda]'"),
+        ("12.4", "12.9.4", None),
+        ("13.0", "13.5.0", None),
+    ],
+)
+def test_bindings_of_another_cuda_are_told(
+    monkeypatch: pytest.MonkeyPatch, nvrtc: None, of_torch: str, bindings: str, remedy: str | None
+) -> None:
+    """They load the NVRTC of their own CUDA, which torch's packages do not have then."""
+    import cuda.bindings
+
+    def refuse(device: torch.device, source: str) -> None:
+        raise RuntimeError("no libnvrtc.so")
+
+    monkeypatch.setattr(_kernels, "_cuda_launch", refuse)
+    monkeypatch.setattr(torch.version, "cuda", of_torch)
+    monkeypatch.setattr(cuda.bindings, "__version__", bindings)
+    with pytest.warns(UserWarning, match="no libnvrtc.so"):
+        found = found_on_cuda()
+    told = f" (cuda-bindings {bindings} beside a torch for CUDA {of_torch}: {remedy})" if remedy else ""
+    assert found.refusal == f"RuntimeError: no libnvrtc.so{told}"
+
+
 def test_a_compiler_or_a_driver_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(device: torch.device, source: str) -> None:
         raise RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")

@@ -66,15 +66,17 @@ def trained(make: Optimizer, placement: dict[str, str] | None) -> tuple[list[flo
 
 
 @each_optimizer
-def test_what_is_written_is_what_the_next_step_reads(make: Optimizer) -> None:
+def test_what_is_written_is_what_the_next_step_reads(make: Optimizer, device: torch.device) -> None:
     plain = trained(make, None)[0]
-    expected, weights, _ = trained(make, RESIDENT)
-    assert expected == pytest.approx(plain, rel=1e-4)
-    for placement in (HOST, STREAMED):
-        found, others, optimizer = trained(make, placement)
+    expected, *others = (trained(make, placement) for placement in (RESIDENT, HOST, STREAMED))
+    assert expected[0] == pytest.approx(plain, rel=1e-4)
+    if make is OPTIMIZERS["as itself"] and device.type != "cpu":  # on either tier with that one's own rounding
+        expected, *others = others
+        assert expected[0] == pytest.approx(plain, rel=1e-4)
+    for found, weights, optimizer in others:
         assert optimizer.stats().transfers["to_host_bytes"] > 0
-        assert found == expected
-        assert all(same_bits(one, other) for one, other in zip(others, weights, strict=True))
+        assert found == expected[0]
+        assert all(same_bits(one, other) for one, other in zip(weights, expected[1], strict=True))
 
 
 @each_optimizer

@@ -104,9 +104,11 @@ def test_evaluation_between_steps(mode: Any) -> None:
 
 
 def test_the_loop_of_an_unrelated_optimizer() -> None:
+    """By a power of two any device scales exactly, whether it fuses that with the addition or not."""
+
     def run(placement: dict[str, str]) -> Any:
         model = make_model()
-        return train(*offload.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), **placement))
+        return train(*offload.wrap(model, torch.optim.SGD(model.parameters(), lr=0.125, momentum=0.9), **placement))
 
     assert_same_bits(run(ALL), run(RESIDENT))
     with pytest.raises(offload.InvalidArgument, match=r"SGD on the device.*optimizer='host'"):
