@@ -15,7 +15,7 @@ from torch import nn
 import offload
 
 from ._plan_model import decoder_of_depth, described, model_of
-from ._plan_text import pieces
+from ._plan_text import pieces, refusal
 from ._progress import now_at, shown
 from ._table import show
 
@@ -54,7 +54,7 @@ def run_plan(options: argparse.Namespace) -> int:
         show(pieces(result))
     if result["refusal"] is None:
         return 0
-    print(f"offload: {result['refusal']}", file=sys.stderr)
+    print(f"offload: {refusal(result)}", file=sys.stderr)
     return _EXIT_NOTHING_FITS
 
 
