@@ -370,11 +370,24 @@ def test_files_that_are_no_config(
     assert "config.json cannot be read: No such file or directory; give a Hugging Face config.json" in refused(
         capsys, "plan", str(tmp_path)
     )
-    for text, message in (("{", "is no Hugging Face config"), ("[]", "no Hugging Face config"), ("{}", "'model_type'")):
+    no_config = (("{", "is no Hugging Face config"), ("[]", "no JSON object that names a 'model_type'"))
+    for text, message in (*no_config, ("{}", "'model_type'"), ('{"model_type": ["llama"]}', "'model_type'")):
         file.write_text(text)
         assert message in refused(capsys, "plan", str(file))
     file.write_text('{"model_type": "from_the_future"}')
     pytest.importorskip("transformers")
     assert "refuses it" in refused(capsys, "plan", str(file))
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 10}
+    for wrong in (
+        {"hidden_size": -4},
+        {"hidden_size": "big"},
+        {"hidden_size": 4, "num_attention_heads": 0},
+        {"hidden_size": 4_000_000_000},
+        {"model_type": "vit"},
+    ):
+        file.write_text(json.dumps({"model_type": "llama", **sizes, **wrong}))
+        said = refused(capsys, "plan", str(file), "--hardware", "4090")
+        assert re.search(r"config\.json: transformers \S+ refuses it: .+; give the config of a language model", said)
+        assert len(said.splitlines()[-1]) < 600
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "takes transformers, which is not installed; pip install" in refused(capsys, "plan", str(file))

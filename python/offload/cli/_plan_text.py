@@ -56,7 +56,7 @@ def refusal(result: Mapping[str, Any]) -> str:
     if nearest is None:
         return f"it does not fit: {result['refusal']}"
     short = " and ".join(
-        f"{_gib(needed)} of {name} memory, of which {_gib(capacity)} may be used"
+        f"{_gib(needed)} of {name} memory, of which {_gib(capacity) if capacity else 'none'} may be used"
         for name, needed, capacity in _missing(result, nearest)
     )
     return f"it does not fit: it takes at least {short}"
