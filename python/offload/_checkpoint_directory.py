@@ -196,7 +196,7 @@ def open_checkpoint(directory: Path, tag: str | None) -> Manifest:
     except FileNotFoundError:
         found = sorted(found.parent.name for found in directory.glob(f"[!.]*/{MANIFEST}"))
         raise StorageError(f"there is no checkpoint {tag!r} in {directory}; it has {found or 'none'}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path / MANIFEST} is damaged ({error!r}): load another checkpoint") from error
     for name, file in files.items():
         chunks = -(-file.nbytes // file.chunk_bytes) if file.chunk_bytes > 0 else -1

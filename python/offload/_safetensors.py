@@ -101,7 +101,7 @@ def read_header(path: Path) -> tuple[dict[str, str], list[Entry]]:
         document = json.loads(text)
         metadata = document.pop("__metadata__", {})
         entries = [_entry(name, described, 8 + length) for name, described in document.items()]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise StorageError(f"{path} is no safetensors file: its header cannot be read ({error!r})") from error
     for entry in entries:
         if entry.end > file_bytes or entry.end - entry.begin != math.prod(entry.shape) * entry.dtype.itemsize:

@@ -192,7 +192,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         raw = path.read_bytes()
         return json.loads(gzip.decompress(raw) if path.suffix == ".gz" else raw)
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, RecursionError) as error:  # RecursionError: brackets in brackets
         raise InvalidArgument(f"cannot read {path}: {error}") from error
 
 

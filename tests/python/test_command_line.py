@@ -61,6 +61,8 @@ def test_the_nearest_word_is_named(
         (["train", "--steps", "-1"], "'-1' is not a positive whole number"),
         (["train", "--lr", "nan"], "'nan' is not a number from 0 on"),
         (["train", "--lr", "-1"], "'-1' is not a number from 0 on"),
+        (["train", "--seed", str(2**64)], "'18446744073709551616' is not a whole number of 64 bits"),
+        (["train", "--seed", "x"], "'x' is not a whole number of 64 bits"),
     ],
 )
 def test_numbers_say_what_is_legal(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
@@ -77,6 +79,10 @@ def test_numbers_say_what_is_legal(capsys: pytest.CaptureFixture[str], arguments
         ),
         (["train", *TINY, "--batch", "1000000000000"], "of host memory are available: give a smaller --batch"),
         (["train", *TINY, "--optimizer", "disk"], "needs disk_path"),
+        (["train", "--size", "1M", "--layers", "100000"], "--size 1000000: the smallest model of 100000 layers has 5,"),
+        ([*PLAN, "--batch", "65537"], "--batch: 65,537 sequences a step and GPU; give at most 65,536"),
+        ([*PLAN[:-4], "--hardware", "4090", "--tokens", "65537", "--length", "1"], "--tokens: 65,537 sequences"),
+        ([*PLAN, "--interconnect", "nvlink"], "--interconnect nvlink joins several GPUs: give --gpus too"),
         (["memory", *TINY, "--hidden", "7"], "--hidden 7: give a multiple of 64, or an even number below it"),
         ([*PLAN, "--gpu-memory", "0"], "--gpu-memory 0: "),
         ([*PLAN, "--host-memory", "much"], "--host-memory much: "),
@@ -97,6 +103,59 @@ def test_errors_name_the_option_and_what_to_do(
     assert main(arguments) in (1, 2)
     output = capsys.readouterr()
     assert words in output.err and output.out == "" and "Traceback" not in output.err
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [([*PLAN, "--length", "128"], 0), ([*PLAN, "--json"], 0), (["plan", "nowhere"], 2)]
+)
+def test_a_closed_stream_changes_nothing_else(
+    closed: str, arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`offload plan >&-`: Python has None in its place."""
+    monkeypatch.setattr(sys, closed, None)
+    assert main(arguments) == code
+
+
+# What is no file of its kind, and what each command that reads one says of it.
+NO_FILES = {
+    "cut off": b'{"model_type": "llama", ',
+    "a list": b"[1]",
+    "a number": b"3",
+    "not UTF-8": bytes(range(128, 256)),
+    "empty": b"",
+    "brackets": b"[" * 100_000,
+    "other keys": b'{"schema_version": 1, "results": {"pool": 3}, "traceEvents": [1], "offload": {}, "model_type": []}',
+    "an environment": b'{"schema_version": 1, "results": 3, "environment": {}, "zero_optimization": 3}',
+    "a directory": None,
+}
+READERS = (
+    ["plan", "FILE", "--hardware", "4090"],
+    ["config", "check", "FILE"],
+    ["config", "explain", "FILE", "--json"],
+    ["trace", "report", "FILE"],
+    ["trace", "report", "FILE", "--json"],
+    ["bench", "report", "FILE"],
+    ["checkpoint", "show", "FILE"],
+)
+
+
+@pytest.mark.parametrize("name", NO_FILES)
+@pytest.mark.parametrize("command", READERS, ids=" ".join)
+def test_a_file_of_another_kind_is_named_and_nothing_is_shown(
+    name: str, command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = NO_FILES[name]
+    # A name that is base64 as well, which configs may be.
+    Path("adir").mkdir() if content is None else Path("adir").write_bytes(content)
+    code = main([word.replace("FILE", "adir") for word in command])
+    output = capsys.readouterr()
+    if command[0] == "config" and code != 2:  # an object, and a refused one
+        assert name in ("empty", "other keys", "an environment") and "error" in output.out and output.err == ""
+        return
+    assert code == 2 or (command[0] == "checkpoint" and code == 1)
+    assert output.out == "" and re.match(r"offload: (cannot read |\[Errno \d+\] |there is no )?.*adir", output.err)
 
 
 def test_a_missing_package_says_how_to_get_it(

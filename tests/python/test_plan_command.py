@@ -136,10 +136,21 @@ def test_a_new_user_reads_the_answer_first(monkeypatch: pytest.MonkeyPatch, caps
     assert main(NEW_USER) == 0
     output = capsys.readouterr()
     assert output.err == ""
-    first, *lines = output.out.splitlines()
-    assert first.startswith(
-        "It fits: `offload.wrap(model, optim)` takes 97% of the optimizer and gradients off the device,"
-    )
+    first, empty, *lines = output.out.splitlines()
+    assert first == "It fits, with 97% of the optimizer and gradients off the device." and empty == ""
+    for line, (name, words) in zip(
+        lines,
+        [
+            ("write", r"offload\.wrap\(model, optim\)"),
+            ("speed", r"about [\d,]+ tokens/s, a step of 8,192 tokens in \d+\.\d\d s"),
+            ("bound", r"by compute, busy \d+% of the step; compute waits for host update \d\.\d\d s"),
+            ("faster", r"offload\.wrap\(model, optim, optimizer='host', gradients='host', params='host'\)"),
+            ("speed", r"about [\d,]+ tokens/s, a step of 8,192 tokens in \d+\.\d\d s"),
+            ("bound", r"by compute, busy \d+% of the step; compute waits for host update \d\.\d\d s"),
+        ],
+        strict=False,
+    ):
+        assert re.fullmatch(f"{name:<6}  {words}", line)
     text = "\n".join(lines)
     for words in (
         "8.7 billion",
@@ -149,7 +160,6 @@ def test_a_new_user_reads_the_answer_first(monkeypatch: pytest.MonkeyPatch, caps
         "119.2 GiB",
     ):
         assert words in text
-    assert re.search(r"Faster: `offload.wrap\([^`]*\)`, about [\d,]+ tokens/s\.", " ".join(lines))
     assert max(map(len, lines)) <= 120
 
 
@@ -157,11 +167,10 @@ def test_a_new_user_reads_the_answer_first(monkeypatch: pytest.MonkeyPatch, caps
 def test_the_call_has_the_options_that_it_needs(capsys: pytest.CaptureFixture[str]) -> None:
     small = [*SMALL, "--hardware", "4090", *QUICK]
     assert main([*small, "--moments", "int8", "--master", "bf16"]) == 0
-    assert capsys.readouterr().out.startswith(
-        "It fits: `offload.wrap(model, optim, moments='int8', master='bf16')` takes"
-    )
+    written = capsys.readouterr().out.splitlines()[2]
+    assert written == "write  offload.wrap(model, optim, moments='int8', master='bf16')"
     assert main([*small, "--gpu-memory", "8MiB", "--host-memory", "20MiB"]) == 0
-    assert capsys.readouterr().out.startswith("It fits: `offload.wrap(model, optim, disk_path=DIRECTORY)` takes")
+    assert capsys.readouterr().out.splitlines()[2] == "write  offload.wrap(model, optim, disk_path=DIRECTORY)"
 
 
 @pytest.mark.usefixtures("no_search")
@@ -178,11 +187,13 @@ def test_activations_leave_where_nothing_else_fits(capsys: pytest.CaptureFixture
     assert main(deep) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert text.startswith(
-        "It fits with `offload.wrap(model, optim, optimizer='device', gradients='device', params='device', "
-        "activations='checkpoints')`"
+        "It fits, with checkpoints off the device. write offload.wrap(model, optim, optimizer='device', "
+        "gradients='device', params='device', activations='checkpoints') speed"
     )
-    assert "`offload.wrap(model, optim)` leaves no room for activations" in text
-    assert f"#{found['cheapest'] + 1} is the least offloading that fits. Steps" in text
+    assert "note offload.wrap(model, optim) leaves no room for the activations of 262,144 tokens" in text
+    row = found["cheapest"] - len(found["placements"]) // 2 + 1
+    assert f"#{row} with activations that leave is the least offloading that fits. A step is one of 262,144" in text
+    assert re.search(rf" {row} device device device [\d.]+ - - no room [\d.]+ m?s ", text)
 
 
 @pytest.mark.usefixtures("no_search")
@@ -197,9 +208,9 @@ def test_activations_in_a_byte_an_element_leave_everywhere(capsys: pytest.Captur
         assert len(half) == len(whole) and all(0 < 2 * one < 1.1 * two for one, two in zip(half, whole, strict=True))
         assert main([*small, *more, "--activation-format", "int8"]) == 0
         text = capsys.readouterr().out
-        assert text.startswith(
-            f"It fits: `offload.wrap(model, optim, activations='{place}', activation_format='int8')`"
-        )
+        written = f"write  offload.wrap(model, optim, activations='{place}', activation_format='int8')"
+        assert text.splitlines()[2] == written
+        assert f"whose activations leave (`activations='{place}'`)" in text and " stay " not in text
         assert "adamw, activations int8, sequences" in text
 
 
@@ -238,13 +249,37 @@ def test_on_a_terminal_tables_are_drawn(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--params", "70e9", "--hardware", "4090"]) == 2
+    """The answer is of the placement that comes nearest, with what would be enough; with as much it fits."""
+    too_large = ["plan", "--params", "70e9", "--hardware", "4090"]
+    assert main([*too_large, "--json"]) == 2
     output = capsys.readouterr()
-    assert output.out.startswith("It does not fit.")
-    assert "the host budget is too small: 912.71 GiB needed, 115.20 GiB available" in output.err
-    assert main(["plan", "--params", "70e9", "--hardware", "4090", "--json"]) == 2
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(output.out)
     assert found["plan"] is None and found["cheapest"] is None and "912.71 GiB needed" in found["refusal"]
+    needed = min(
+        sum(placed["host"].values()) for placed in found["placements"] if placed["options"]["params"] == "disk"
+    )
+    reason = (
+        f"t does not fit: it takes at least {needed / 2**30:.1f} GiB of host memory, of which 115.2 GiB may be used"
+    )
+    assert output.err.splitlines()[-1] == f"offload: i{reason}"
+    assert main([*too_large]) == 2
+    output = capsys.readouterr()
+    first, _, remedy, here, *_ = output.out.splitlines()
+    assert first == f"I{reason}." and output.err.splitlines()[-1] == f"offload: i{reason}"
+    enough = re.match(r"fits  with --host-memory (\d+)GiB: ", remedy)
+    assert enough is not None and "parameters of Llama's shape fit, with states and weights on disk" in here
+    assert int(enough[1]) - 1 < needed / 0.9 / 2**30 <= int(enough[1])
+    assert main([*too_large, "--host-memory", f"{enough[1]}GiB", "--batch", "1", "--json"]) == 0
+
+
+@pytest.mark.usefixtures("no_search")
+def test_no_placement_leaves_room_for_activations(capsys: pytest.CaptureFixture[str]) -> None:
+    small = [*SMALL, "--hardware", "4090", "--batch", "1", "--length", str(1 << 24)]
+    assert main(small) == 2
+    output = capsys.readouterr()
+    reason = r"t does not fit: one sequence of 16777216 tokens has .* give a shorter length"
+    assert re.match(f"I{reason}\\.\n", output.out) and re.search(f"^offload: i{reason}$", output.err, re.MULTILINE)
+    assert "may be used" not in output.out
 
 
 @pytest.mark.usefixtures("no_search")
@@ -335,11 +370,24 @@ def test_files_that_are_no_config(
     assert "config.json cannot be read: No such file or directory; give a Hugging Face config.json" in refused(
         capsys, "plan", str(tmp_path)
     )
-    for text, message in (("{", "is no Hugging Face config"), ("[]", "no Hugging Face config"), ("{}", "'model_type'")):
+    no_config = (("{", "is no Hugging Face config"), ("[]", "no JSON object that names a 'model_type'"))
+    for text, message in (*no_config, ("{}", "'model_type'"), ('{"model_type": ["llama"]}', "'model_type'")):
         file.write_text(text)
         assert message in refused(capsys, "plan", str(file))
     file.write_text('{"model_type": "from_the_future"}')
     pytest.importorskip("transformers")
     assert "refuses it" in refused(capsys, "plan", str(file))
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 10}
+    for wrong in (
+        {"hidden_size": -4},
+        {"hidden_size": "big"},
+        {"hidden_size": 4, "num_attention_heads": 0},
+        {"hidden_size": 4_000_000_000},
+        {"model_type": "vit"},
+    ):
+        file.write_text(json.dumps({"model_type": "llama", **sizes, **wrong}))
+        said = refused(capsys, "plan", str(file), "--hardware", "4090")
+        assert re.search(r"config\.json: transformers \S+ refuses it: .+; give the config of a language model", said)
+        assert len(said.splitlines()[-1]) < 600
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "takes transformers, which is not installed; pip install" in refused(capsys, "plan", str(file))

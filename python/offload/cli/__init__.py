@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from ._arguments import Parser, amount, count, ending, place_or_share, positive
+from ._arguments import Parser, amount, count, ending, place_or_share, positive, seed
 from ._bench_options import add_bench
 from ._plan_options import add_plan
 
@@ -31,6 +31,9 @@ _EXTRAS = {"transformers": "demo", "matplotlib": "plot"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code. Commands import torch; parsing does not."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as `>&-` does: what would be printed goes nowhere
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  # for as long as the process
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -240,7 +243,7 @@ def _add_training(train: Parser, *, steps: int) -> None:
     train.add_argument("--length", type=positive, default=128, help="tokens a sequence (default 128)")
     train.add_argument("--accumulate", type=positive, default=2, help="micro-batches a step (default 2)")
     train.add_argument("--lr", type=amount, default=1e-3, help="peak learning rate (default 1e-3)")
-    train.add_argument("--seed", type=int, default=0, help="of weights and batches (default 0)")
+    train.add_argument("--seed", type=seed, default=0, help="of weights and batches (default 0)")
 
 
 def _add_config(commands: argparse._SubParsersAction[Parser]) -> None:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "amount", "count", "ending", "place_or_share", "positive"]
+__all__ = ["Parser", "amount", "count", "ending", "place_or_share", "positive", "seed"]
 
 EXIT_USAGE = 2
 
@@ -78,6 +78,17 @@ def amount(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 on")
+    return value
+
+
+def seed(text: str) -> int:
+    """A whole number that torch takes as the seed of a generator."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 2**64
+    if not -(2**63) <= value < 2**64:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 64 bits")
     return value
 
 

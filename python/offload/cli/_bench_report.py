@@ -77,7 +77,7 @@ def read(path: Path) -> dict[str, Any]:
     """The report in a file. Raises `InvalidArgument` naming it."""
     try:
         report = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise offload.InvalidArgument(f"{path}: {error}: give JSON files of offload bench --json") from error
     version = report.get("schema_version") if isinstance(report, dict) else None
     if version not in _SCHEMA_VERSIONS or not {"results", "sections"} & set(report):
@@ -85,7 +85,19 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: schema version {version!r}, with neither results nor sections or not of {_SCHEMA_VERSIONS}: give "
             "JSON files of this release's offload bench --json"
         )
+    if not _is_whole(report):
+        raise offload.InvalidArgument(
+            f"{path}: its environment or its results are not what a bench writes: give JSON files of "
+            "this release's offload bench --json"
+        )
     return dict(report)
+
+
+def _is_whole(report: Mapping[str, Any]) -> bool:
+    try:
+        return isinstance(report["environment"], dict) and all(isinstance(one.result, dict) for one in entries(report))
+    except (AttributeError, KeyError):  # a mapping is another thing, or missing
+        return False
 
 
 def entries(report: Mapping[str, Any]) -> list[Entry]:

@@ -25,7 +25,8 @@ def run_config(arguments: argparse.Namespace) -> int:
         print(json.dumps(_as_json(arguments, settings, report, refusals), indent=2))
         return 1 if refusals and arguments.action == "check" else 0
     if arguments.action == "check":
-        verdict = f"{arguments.file}: {f'refused, {len(refusals)} errors' if refusals else 'accepted'}"
+        errors = f"{len(refusals)} error{'s' if len(refusals) > 1 else ''}"
+        verdict = f"{arguments.file}: {f'refused, {errors}' if refusals else 'accepted'}"
         show([*_labelled("error", refusals), *_labelled("warning", report.deprecations), verdict])
         return 1 if refusals else 0
     keys = [(*cells, text.replace("`", "")) for *cells, text in key_rows(report)]

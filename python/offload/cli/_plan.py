@@ -15,13 +15,14 @@ from torch import nn
 import offload
 
 from ._plan_model import decoder_of_depth, described, model_of
-from ._plan_text import pieces
+from ._plan_text import pieces, refusal
 from ._progress import now_at, shown
 from ._table import show
 
 __all__ = ["run_plan"]
 
 _EXIT_NOTHING_FITS = 2
+_MOST_SEQUENCES = 2**16
 # What the largest model is looked for with, least offloaded first; the first of each pair is its name.
 _LARGEST: dict[str, dict[str, Any]] = {
     "nothing offloaded": {"optimizer": "device", "gradients": "device", "params": "device"},
@@ -54,11 +55,13 @@ def run_plan(options: argparse.Namespace) -> int:
         show(pieces(result))
     if result["refusal"] is None:
         return 0
-    print(f"offload: {result['refusal']}", file=sys.stderr)
+    print(f"offload: {refusal(result)}", file=sys.stderr)
     return _EXIT_NOTHING_FITS
 
 
 def _predicted(options: argparse.Namespace) -> dict[str, Any]:
+    if options.interconnect is not None and options.gpus == 1:
+        raise offload.InvalidArgument(f"--interconnect {options.interconnect} joins several GPUs: give --gpus too")
     now_at("building the model without its weights")
     model = model_of(options)
     hardware = _hardware(options)
@@ -118,13 +121,22 @@ def _hardware(options: argparse.Namespace) -> offload.Hardware:
 def _batches(options: argparse.Namespace) -> list[int]:
     """Sequences a step and card, each number once."""
     if options.tokens is None:
-        return sorted(set(options.batch))
+        return _within_reach(options.batch, "--batch")
     for tokens in options.tokens:
         if tokens % options.length:
             raise offload.InvalidArgument(
                 f"--tokens {tokens} are no whole sequences of {options.length}: give a multiple, or another --length"
             )
-    return sorted({tokens // options.length for tokens in options.tokens})
+    return _within_reach([tokens // options.length for tokens in options.tokens], "--tokens")
+
+
+def _within_reach(batches: list[int], option: str) -> list[int]:
+    """A prediction plays each micro-batch of a step."""
+    if max(batches) > _MOST_SEQUENCES:
+        raise offload.InvalidArgument(
+            f"{option}: {max(batches):,} sequences a step and GPU; give at most {_MOST_SEQUENCES:,}"
+        )
+    return sorted(set(batches))
 
 
 def _as_json(prediction: offload.Prediction) -> dict[str, Any]:

@@ -183,15 +183,18 @@ def _count(layers: int, hidden: int, vocabulary: int) -> int:
 def _from_config(path: Path, dtype: torch.dtype) -> nn.Module:
     file = path / "config.json" if path.is_dir() else path
     try:
-        kind = json.loads(file.read_text()).get("model_type")
+        written = json.loads(file.read_bytes())
     except OSError as error:
         raise offload.InvalidArgument(
             f"{file} cannot be read: {error.strerror}; give a Hugging Face config.json or the directory that has one"
         ) from error
-    except (ValueError, AttributeError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets
         raise offload.InvalidArgument(f"{file} is no Hugging Face config: {error}") from error
-    if kind is None:
-        raise offload.InvalidArgument(f"{file} is no Hugging Face config: it has no 'model_type'")
+    kind = written.get("model_type") if isinstance(written, dict) else None
+    if not isinstance(kind, str):
+        raise offload.InvalidArgument(
+            f"{file} is no Hugging Face config: it is no JSON object that names a 'model_type'"
+        )
     try:
         import transformers
     except ModuleNotFoundError:
@@ -206,8 +209,12 @@ def _from_config(path: Path, dtype: torch.dtype) -> nn.Module:
         build = kind_of_model or transformers.AutoModelForCausalLM.from_config
         with torch.device("meta"):
             model: nn.Module = build(config)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise offload.InvalidArgument(f"{file}: transformers {transformers.__version__} refuses it: {error}") from error
+    except Exception as error:  # whatever transformers, or the model's own code, meets in a config that it trusts
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__  # the rest are lists of all that it has
+        raise offload.InvalidArgument(
+            f"{file}: transformers {transformers.__version__} refuses it: {reason}; give the config of a language "
+            "model that it knows, a function as package.module:function, or --params, --layers and --hidden"
+        ) from error
     return model.to(dtype)
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 from ._table import Piece, Rows, Table, facts
 
-__all__ = ["pieces"]
+__all__ = ["pieces", "refusal"]
 
 # Of a step, what is worth a word.
 _WORTH_SHOWING = 0.005
 _WORTHWHILE = 0.98  # a difference that forecasts are good for
 _LEAST_GIB = 2**30 // 10  # less is shown in MiB
 _KINDS = {"optimizer": "optimizer", "gradients": "gradients", "params": "weights", "activations": "activations"}
+# What becomes of activations, by the option.
+_WAYS = {"device": "stay", "checkpoints": "leave", "host": "leave"}
 _LANES = {
     "compute": "compute",
     "to_host": "copies to the host",
@@ -28,12 +30,18 @@ _LANES = {
 
 def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """The whole report: the verdict, what it is of, and the tables with their remarks."""
-    shown: list[Piece] = [_verdict(result), "", facts(_heading(result))]
+    headline, answer = _verdict(result)
+    shown: list[Piece] = [headline, ""]
+    if answer:
+        shown += [facts(answer), ""]
+    shown.append(facts(_heading(result)))
     rows, remark = _places(result)
-    shown += ["", Table(rows, left=5, title="Where it can be, in GiB", below={7: "disk"}), remark]
+    below = {6: "disk GiB", 5: "host GiB", 3: "weights", 2: "gradients", 4: "device GiB"}
+    shown += ["", Table(rows, left=4, title="Where it can be: GiB, and the time of a step", below=below), remark]
     if result["steps"]:
         rows, remarks = _speeds(result)
-        shown += ["", Table(rows, title="How fast it is", words=1, below={8: "waits for"}), *remarks]
+        below = {9: "waits for", 8: "computes", 3: "parts", 5: "host GiB", 4: "device GiB", 2: "activations"}
+        shown += ["", Table(rows, left=0, title="How fast it is", words=1, below=below), *remarks]
     one = " one GPU" if result["gpus"] > 1 else ""
     title = f"The largest models of Llama's shape that would fit{one}"
     shown += ["", Table(_largest(result), title=title)]
@@ -42,24 +50,80 @@ def pieces(result: Mapping[str, Any]) -> list[Piece]:
     return shown
 
 
-def _verdict(result: Mapping[str, Any]) -> str:
+def refusal(result: Mapping[str, Any]) -> str:
+    """Why it does not fit, in a sentence: of the placement that comes nearest, where memory is what is missing."""
+    nearest = _nearest(result)
+    if nearest is None:
+        return f"it does not fit: {result['refusal']}"
+    short = " and ".join(
+        f"{_gib(needed)} of {name} memory, of which {_gib(capacity) if capacity else 'none'} may be used"
+        for name, needed, capacity in _missing(result, nearest)
+    )
+    return f"it does not fit: it takes at least {short}"
+
+
+def _verdict(result: Mapping[str, Any]) -> tuple[str, list[tuple[str, str]]]:
+    """The first line, and what stands below it: what to write, how fast that is and what bounds it."""
     if result["refusal"] is not None:
-        return "It does not fit."
-    steps, placements = result["steps"], result["placements"]
+        said = refusal(result)
+        return f"{said[0].upper()}{said[1:]}.", _remedy(result)
+    steps, placements, plan = result["steps"], result["placements"], result["plan"]
     fastest = [steps[number] for number in result["fastest"]]
     middle = fastest[len(fastest) // 2]
-    if result["plan"] is None:
-        return f"It fits, with {_off(placements[middle['placement']])} off the device: about {_pace(middle)}."
-    number = next(n for n, placed in enumerate(placements) if _matches(placed, result["plan"]))
-    call = _call(result, placements[number], {})
-    faster = _call(result, placements[middle["placement"]], _given(placements[middle["placement"]]))
+    best = placements[middle["placement"]]
+    if plan is None:
+        answer = [("write", "nothing yet: training in several processes is not supported"), *_pace(middle)]
+        return f"It would fit, with {_off(best)} off the device.", answer
+    number = next(n for n, placed in enumerate(placements) if _matches(placed, plan))
+    call, faster = _call(result, placements[number], {}), _call(result, best, _given(best))
     own = [step for step in steps if step["placement"] == number and step["batch"] == middle["batch"]]
     if not own:
-        return f"It fits with {faster}, about {_pace(middle)}; {call} leaves no room for activations."
-    taken = f"It fits: {call} takes {_off(placements[number])} off the device, about {_pace(own[0])}."
-    if middle["placement"] == number:
-        return taken
-    return f"{taken}\nFaster: {faster}, about {_figures(middle['tokens_per_s'])} tokens/s."
+        note = f"{call} leaves no room for the activations of {middle['tokens']:,} tokens"
+        return f"It fits, with {_off(best)} off the device.", [("write", faster), *_pace(middle), ("note", note)]
+    answer = [("write", call), *_pace(own[0])]
+    if middle["placement"] != number:
+        answer += [("faster", faster), *_pace(middle)]
+    return f"It fits, with {_off(placements[number])} off the device.", answer
+
+
+def _nearest(result: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The placement whose bytes exceed what there is by the smallest factor; None where some fit, or none is known."""
+    if any(placed["refusal"] is None for placed in result["placements"]):
+        return None
+
+    def excess(placed: Mapping[str, Any]) -> float:
+        tiers = ("device", "host")
+        return float(max(sum(placed[tier].values()) / max(1, result[f"{tier}_capacity"]) for tier in tiers))
+
+    return min(result["placements"], key=excess, default=None)
+
+
+def _missing(result: Mapping[str, Any], placed: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Of each memory that is too small for it: its name, what is needed and what may be used."""
+    found = []
+    for tier, name in (("device", "GPU"), ("host", "host")):
+        needed, capacity = sum(placed[tier].values()), result[f"{tier}_capacity"]
+        if needed > capacity:
+            found.append((name, needed, capacity))
+    return found
+
+
+def _remedy(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What would be enough for the placement that comes nearest, if that is memory."""
+    nearest = _nearest(result)
+    if nearest is None:
+        return []
+    enough = []
+    for name, needed, capacity in _missing(result, nearest):
+        whole = result["hardware"]["device_bytes" if name == "GPU" else "host_bytes"]
+        gib = math.ceil(needed * (whole / max(1, capacity)) / 2**30)
+        enough.append(f"--{name.lower()}-memory {gib}GiB")
+    rows = [("fits", f"with {' '.join(enough)}: {_off(nearest)} off the device")]
+    largest = max(result["largest"], key=lambda row: row["parameters"], default=None)
+    if result["gpus"] == 1 and largest is not None and largest["parameters"]:
+        parameters = f"{_count(largest['parameters'])} parameters of Llama's shape"
+        rows.append(("here", f"{parameters} fit, with {largest['kept']}"))
+    return rows
 
 
 def _call(result: Mapping[str, Any], placed: Mapping[str, Any], options: Mapping[str, str]) -> str:
@@ -70,7 +134,7 @@ def _call(result: Mapping[str, Any], placed: Mapping[str, Any], options: Mapping
     words = [f", {name}={value!r}" for name, value in given.items()]
     if "disk" in placed["options"].values():
         words.append(", disk_path=DIRECTORY")
-    return f"`offload.wrap(model, optim{''.join(words)})`"
+    return f"offload.wrap(model, optim{''.join(words)})"
 
 
 def _given(placed: Mapping[str, Any]) -> dict[str, str]:
@@ -86,8 +150,14 @@ def _formats(result: Mapping[str, Any]) -> dict[str, str]:
     return {kind: result[kind] for kind, form in usual.items() if result[kind] != form}
 
 
-def _pace(step: Mapping[str, Any]) -> str:
-    return f"{_figures(step['tokens_per_s'])} tokens/s at {step['tokens']:,} tokens a step"
+def _pace(step: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How fast a step is, and what bounds it: the busiest lane, and what compute waits for."""
+    tokens, seconds = f"{step['tokens']:,} tokens", _seconds(step["seconds"])
+    bound, share = _LANES[step["bound_by"]], step["busy"][step["bound_by"]] / step["seconds"]
+    return [
+        ("speed", f"about {_figures(step['tokens_per_s'])} tokens/s, a step of {tokens} in {seconds}"),
+        ("bound", f"by {bound}, busy {share:.0%} of the step; compute waits for {_waits(step)}"),
+    ]
 
 
 def _heading(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -136,46 +206,76 @@ def _heading(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return lines + [("note", note) for note in result["notes"]]
 
 
+def _rows_of(result: Mapping[str, Any]) -> list[dict[str, int]]:
+    """Placements that differ in what becomes of activations alone, as one: their numbers, by that."""
+    found: dict[tuple[Any, ...], dict[str, int]] = {}
+    for number, placed in enumerate(result["placements"]):
+        tiers = (tuple(placed[tier].items()) for tier in ("device", "host", "disk"))
+        same = (*(placed["options"][kind] for kind in _KINDS if kind != "activations"), *tiers, placed["kept"])
+        found.setdefault(same, {})[placed["options"]["activations"]] = number
+    return list(found.values())
+
+
+def _number(result: Mapping[str, Any], placement: int) -> int:
+    """Of the row that shows this placement."""
+    return next(row for row, found in enumerate(_rows_of(result), 1) if placement in found.values())
+
+
 def _places(result: Mapping[str, Any]) -> tuple[Rows, str]:
-    steps = result["steps"]
+    steps, placements = result["steps"], result["placements"]
     batches = sorted({step["batch"] for step in steps})
     shown = batches[len(batches) // 2] if batches else None
     of_shown = {step["placement"]: step for step in steps if step["batch"] == shown}
-    rows: list[Sequence[str]] = [("#", *_KINDS.values(), "device", "host", "disk", "step")]
-    for number, placed in enumerate(result["placements"]):
-        optimizer, *others = (placed["options"][name] for name in _KINDS)
+    ways = list(dict.fromkeys(placed["options"]["activations"] for placed in placements))
+    heads = [_WAYS[way] for way in ways] if len(ways) > 1 else ["step"] * len(ways)
+    kinds = [name for kind, name in _KINDS.items() if kind != "activations"]
+    rows: list[Sequence[str]] = [("#", *kinds, "device", "host", "disk", *heads)]
+    for row, numbers in enumerate(_rows_of(result), 1):
+        placed = placements[next(iter(numbers.values()))]
+        optimizer, *others = (placed["options"][kind] for kind in _KINDS if kind != "activations")
         if optimizer == "mixed":
             optimizer = f"{1 - placed['kept']:.0%} host"
         tiers = (_in_gib(sum(placed[tier].values())) for tier in ("device", "host", "disk"))
-        step = "no" if placed["refusal"] else "-"
-        if number in of_shown:
-            step = _seconds(of_shown[number]["seconds"])
-        rows.append((str(number + 1), optimizer, *others, *tiers, step))
+        times = []
+        for way in ways:
+            step = of_shown.get(numbers.get(way, -1))
+            times.append("no" if placed["refusal"] else "no room" if step is None else _seconds(step["seconds"]))
+        rows.append((str(row), optimizer, *others, *tiers, *times))
     room = f"{_in_gib(result['device_capacity'])} GiB on the device and {_in_gib(result['host_capacity'])} GiB"
     remarks = f"Without activations: what fits is at most {room} on the host, and leaves the rest to them and others."
     if result["cheapest"] is not None:
-        cheapest = result["placements"][result["cheapest"]]
+        cheapest = placements[result["cheapest"]]
         is_chosen = result["plan"] is not None and _matches(cheapest, result["plan"])
         chosen = " and what `wrap` chooses" if is_chosen else ""
-        remarks += f" #{result['cheapest'] + 1} is the least offloading that fits{chosen}."
+        leaving = cheapest["options"]["activations"] != "device" and len(ways) > 1
+        number = f"#{_number(result, result['cheapest'])}{' with activations that leave' if leaving else ''}"
+        remarks += f" {number} is the least offloading that fits{chosen}."
     if of_shown:
         tokens = f"{next(iter(of_shown.values()))['tokens']:,} tokens"
-        remarks += (
-            f" Steps are of {tokens}; no: it does not fit; -: it does, and so many leave no room for activations."
-        )
+        remarks += f" A step is one of {tokens}"
+        if len(ways) > 1:
+            given = next(way for way in ways if way != "device")
+            remarks += f", whose activations stay on the device or leave it (`activations='{given}'`)"
+        elif ways[0] != "device":
+            remarks += f", whose activations leave (`activations='{ways[0]}'`)"
+        meanings = {"no": "it does not fit", "no room": "it does, and leaves none for so many activations"}
+        said = [f"; {cell}: {meaning}" for cell, meaning in meanings.items() if any(cell in row for row in rows)]
+        remarks += f"{''.join(said)}."
     return rows, remarks
 
 
 def _speeds(result: Mapping[str, Any]) -> tuple[Rows, list[str]]:
-    header = ("#", "tokens", "parts", "device GiB", "host GiB", "step", "tokens/s", "computes", "waits for")
-    rows: list[Sequence[str]] = [header]
+    header = ("tokens", "#", "activations", "parts", "device GiB", "host GiB", "step", "tokens/s", "computes")
+    rows: list[Sequence[str]] = [(*header, "waits for")]
     for number in result["fastest"]:
         step = result["steps"][number]
-        on_host = sum(result["placements"][step["placement"]]["host"].values()) + step["activation_host_bytes"]
+        placed = result["placements"][step["placement"]]
+        on_host = sum(placed["host"].values()) + step["activation_host_bytes"]
         rows.append(
             (
-                str(step["placement"] + 1),
                 f"{step['tokens']:,}",
+                str(_number(result, step["placement"])),
+                _WAYS[placed["options"]["activations"]],
                 str(step["micro_batches"]),
                 _in_gib(step["device_bytes"]),
                 _in_gib(on_host),
@@ -208,7 +308,7 @@ def _ahead(result: Mapping[str, Any]) -> list[str]:
             continue
         ahead = best["ahead"]
         found.append(
-            f"#{best['placement'] + 1} with `speculate='{math.ceil(ahead['backup_bytes'] / 2**30)}GiB'` "
+            f"#{_number(result, best['placement'])} with `speculate='{math.ceil(ahead['backup_bytes'] / 2**30)}GiB'` "
             f"{best['tokens']:,} tokens in {_seconds(ahead['seconds'])}, and in {_seconds(ahead['clipped_seconds'])} "
             "where the norm clips"
         )

@@ -23,6 +23,7 @@ from ._table import format_bytes
 __all__ = ["Run", "build_model", "learning_rate_share", "train"]
 
 _HEAD_SIZE = 64
+_MOST_TIMES = 10  # as many parameters as were asked for: such a model is another one
 _WARMUP_SHARE = 0.1
 _FLOOR_SHARE = 0.1  # the cosine ends at this share of the peak learning rate
 _CLIP_NORM = 1.0
@@ -63,6 +64,11 @@ def build_model(options: argparse.Namespace) -> nn.Module:
     if hidden % (2 * heads):  # the two halves of a head are turned against each other
         raise offload.InvalidArgument(f"--hidden {hidden}: give a multiple of {_HEAD_SIZE}, or an even number below it")
     parameters = _count(hidden, options.layers)  # made on the host, in fp32
+    if options.hidden is None and parameters > _MOST_TIMES * options.size:
+        raise offload.InvalidArgument(
+            f"--size {options.size}: the smallest model of {options.layers} layers has {parameters:,} parameters; give "
+            "a larger --size, or fewer --layers"
+        )
     _check_room(f"the weights of {parameters:,} parameters", 4 * parameters, "--size, or --hidden and --layers")
     config = LlamaConfig(
         vocab_size=VOCABULARY,

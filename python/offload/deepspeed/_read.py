@@ -35,6 +35,8 @@ def read(config: Mapping[str, Any] | str | PathLike[str]) -> Mapping[str, Any]:
         return parse(path.read_text(encoding="utf-8-sig"), str(path))
     except UnicodeDecodeError as error:
         raise InvalidArgument(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except IsADirectoryError:
+        raise InvalidArgument(f"{path}: is a directory: give the path of a JSON file") from None
     except OSError as error:
         text = _from_base64(config) if isinstance(config, str) else None
         if text is None:
@@ -59,6 +61,8 @@ def parse(text: str, name: str) -> Mapping[str, Any]:
         found = json.loads(text, object_pairs_hook=without_duplicates)
     except json.JSONDecodeError as error:
         found = _parse_hjson(text, name, error, without_duplicates)
+    except RecursionError:
+        raise InvalidArgument(f"{name}: holds brackets in brackets without end: a DeepSpeed config is flat") from None
     if not isinstance(found, dict):
         raise InvalidArgument(f"{name}: holds a {type(found).__name__}: a DeepSpeed config is an object, {{...}}")
     return found
@@ -75,7 +79,7 @@ def _parse_hjson(text: str, name: str, json_error: json.JSONDecodeError, pairs_h
         ) from None
     try:
         return hjson.loads(text, object_pairs_hook=pairs_hook)
-    except hjson.HjsonDecodeError as error:
+    except (hjson.HjsonDecodeError, RecursionError) as error:
         raise InvalidArgument(f"{name}: neither JSON ({json_error}) nor Hjson ({error})") from None
 
 
