@@ -25,11 +25,19 @@ _HEAD, _QUERIES_A_KEY, _FEED_FORWARD = 128, 4, 3.5
 _VOCABULARY = 128_256
 
 
-class _Matrix(nn.Linear):
-    """Of the meta device, where drawing weights takes time and gives none."""
+class _Undrawn:
+    """Of the meta device: drawing weights gives none there and takes time, torch imports its compiler for normal ones."""
 
     def reset_parameters(self) -> None:
         pass
+
+
+class _Matrix(_Undrawn, nn.Linear):
+    pass
+
+
+class _Embedding(_Undrawn, nn.Embedding):
+    pass
 
 
 def model_of(options: argparse.Namespace) -> nn.Module:
@@ -128,9 +136,9 @@ def _built(shape: ModelShape, title: str, dtype: torch.dtype) -> nn.Module:
         return parts
 
     model = nn.Module()
-    model.embedding = nn.Embedding(shape.vocabulary, hidden, **place)
+    model.embedding = _Embedding(shape.vocabulary, hidden, **place)
     if is_gpt2:
-        model.positions = nn.Embedding(shape.positions, hidden, **place)
+        model.positions = _Embedding(shape.positions, hidden, **place)
     model.layers = nn.ModuleList(block() for _ in range(shape.layers))
     model.norm = norm()
     model.head = matrix(hidden, shape.vocabulary, bias=False)
