@@ -238,8 +238,12 @@ class ParameterState:
         return self.master
 
     def tensors(self) -> list[Tensor]:
-        """What an update changes, on the tier of the state, and in memory."""
-        parts = (self.remainder, self.master, self.working_weight() if self._weight_home is None else None)
+        """What an update changes, on the tier of the state, and in memory.
+
+        Not a streamed weight that is updated on the device: who reads it does so on the host, where it is written back.
+        """
+        is_away = self._weight_home is not None or (self.streamed and not self.has_host_weight())
+        parts = (self.remainder, self.master, None if is_away else self.working_weight())
         return [part for part in parts if part is not None]
 
     def master_value(self) -> Tensor:

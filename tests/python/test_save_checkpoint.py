@@ -20,7 +20,12 @@ from training import HOST, RESIDENT, TinyLM, make_model
 pytestmark = pytest.mark.usefixtures("device")
 
 STREAMED = {**HOST, "params": "host"}
-PLACEMENTS = {"host": HOST, "resident": RESIDENT, "streamed": STREAMED}
+PLACEMENTS = {
+    "host": HOST,
+    "resident": RESIDENT,
+    "streamed": STREAMED,
+    "streamed, updated on the device": {**RESIDENT, "params": "host"},
+}
 
 
 def wrapped(
