@@ -26,7 +26,7 @@ _VOCABULARY = 128_256
 
 
 class _Undrawn:
-    """Of the meta device: drawing weights gives none there and takes time, torch imports its compiler for normal ones."""
+    """Of the meta device: to draw weights gives none there and takes seconds, as torch imports its compiler for it."""
 
     def reset_parameters(self) -> None:
         pass
