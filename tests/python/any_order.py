@@ -228,14 +228,14 @@ def save(side: Side) -> None:
 
 
 def load(side: Side, what: str) -> None:
-    assert side.saved is not None
+    weights, states = copy.deepcopy(side.saved)  # torch trains on in the very tensors of states that were loaded
     side.graphs.clear()
     if what in ("model", "both"):
-        side.model.load_state_dict(side.saved[0])
+        side.model.load_state_dict(weights)
     if what in ("optimizer", "both", "reversed"):
-        side.optimizer.load_state_dict(side.saved[1])
+        side.optimizer.load_state_dict(states)
     if what == "reversed":
-        side.model.load_state_dict(side.saved[0])
+        side.model.load_state_dict(weights)
 
 
 def save_files(side: Side, directory: str, in_background: bool) -> None:
