@@ -24,6 +24,7 @@ import io
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -222,13 +223,17 @@ def _watch(
             handles.append(optimizer.register_step_pre_hook(lambda *_: before_change()))
             handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: before_change()))
 
+    # Weakly: the save that ran last is known until the next one, and must not keep a model that was dropped.
+    asked = weakref.WeakSet(optimizer for optimizer in optimizers if isinstance(optimizer, OffloadOptimizer))
+    guarding = weakref.ref(guard)
+
     def end() -> None:
         for handle in handles:
             handle.remove()
-        for optimizer in optimizers:
-            if isinstance(optimizer, OffloadOptimizer):
-                optimizer.watch_states(None, None)
-        guard.end()
+        for optimizer in asked:
+            optimizer.watch_states(None, None)
+        if (still := guarding()) is not None:
+            still.end()
 
     return end
 

@@ -284,6 +284,7 @@ class AnyOrder(RuleBasedStateMachine):
             side.number = number
             side.model.load_state_dict(weights)
             side.optimizer.load_state_dict(states)
+        offload.unwrap(self.own.model, self.own.optimizer)
         self.plain, self.own = self.pairs[number] = pair
         self.both(any_order.states)
 
@@ -318,6 +319,7 @@ class AnyOrder(RuleBasedStateMachine):
         for pair in self.pairs:
             self.plain, self.own = pair
             self.look_at_all()
+            offload.unwrap(self.own.model, self.own.optimizer)
 
 
 # So many programs anew in each run, instead of the few that are the same in all of them.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -315,3 +317,25 @@ def test_a_relative_directory_is_that_of_the_call(
     save.wait()
     assert offload.describe_checkpoint(tmp_path / "runs")["tag"] == "one"
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("placement", [*PLACEMENTS, "plain"])
+def test_a_save_that_nobody_waits_for_keeps_no_model(placement: str, tmp_path: Path) -> None:
+    """Dropped while the writer is at work, or later: the model is gone when it has ended."""
+    if placement == "plain":
+        model: Any = make_model(torch.bfloat16)
+        optimizer: Any = torch.optim.AdamW(model.parameters())
+    else:
+        model, optimizer = wrapped(torch.bfloat16, PLACEMENTS[placement])
+    steps(model, optimizer)
+    save = offload.save_checkpoint(tmp_path, model, optimizer, tag="a", async_save=True)
+    steps(model, optimizer, seed=4)
+    watched = [weakref.ref(kept) for kept in (model, optimizer, getattr(optimizer, "_engine", model))]
+    writer = save._thread
+    assert writer is not None and _saving._running is save
+    del model, optimizer
+    writer.join()
+    gc.collect()
+    assert [kept() for kept in watched] == [None] * 3
+    save.wait()
+    offload.describe_checkpoint(tmp_path)
