@@ -325,7 +325,9 @@ class Streaming:
         storages = {residency.storage_key for residency in self.residencies}
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor.detach().clone() if tensor.untyped_storage()._cdata in storages else tensor
+            # Never itself: an output that its own node keeps is a cycle that nobody collects.
+            saved = tensor.detach()
+            return saved.clone() if tensor.untyped_storage()._cdata in storages else saved
 
         with torch.autograd.graph.saved_tensors_hooks(copy, lambda saved: saved):
             yield

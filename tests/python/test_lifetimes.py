@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import signal
@@ -60,6 +61,31 @@ def test_model_and_optimizer_die_in_any_order(order: tuple[str, str], gradients:
     gc.collect()
     assert [reference for reference in watched if reference() is not None] == []
     assert lanes() == before
+
+
+class Mark:
+    """In the metadata of a node of autograd: it lives as long as that."""
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside full_params", "outside"])
+@pytest.mark.parametrize("activations", ["device", "host", "checkpoints"])
+def test_a_graph_without_a_backward_ends_with_its_loss(activations: str, inside: bool) -> None:
+    """Also where nodes save what they made, as a softmax does."""
+    model = make_model()
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    model, optimizer = offload.wrap(model, optimizer, **HOST | {"params": "host", "activations": activations})
+    with offload.full_params(model) if inside else contextlib.nullcontext():
+        loss = loss_of(model, next(batches(1)))
+    marks, nodes = [], [loss.grad_fn]
+    for node in nodes:
+        if node is not None and "mark" not in node.metadata:
+            node.metadata["mark"] = mark = Mark()
+            marks.append(weakref.ref(mark))
+            nodes += [following for following, _ in node.next_functions]
+    assert len(marks) > 20
+    del loss, node, nodes, mark
+    gc.collect()
+    assert [mark for mark in marks if mark() is not None] == []
 
 
 def test_the_optimizer_works_on_without_its_model() -> None:
