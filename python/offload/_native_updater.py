@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
 
 from . import _checkpoint
@@ -42,6 +43,8 @@ class NativeUpdater:
         self._kind = self.state_kind_of(original)
         self._decoupled = type(original) is torch.optim.AdamW
         self._groups: dict[int, Mapping[str, Any]] = {}  # of each parameter at the last step, where updates run ahead
+        # What `_hyper_now` has read of each: marks that tell whether it still is so, their values, and the result.
+        self._read: dict[int, tuple[list[Any], list[Any], Hyper]] = {}
         for group in original.param_groups:
             self.check_group(group)
         for parameter, saved in self._originals():
@@ -84,8 +87,19 @@ class NativeUpdater:
         return AdamWHyper.of_group(group, decoupled=self._decoupled)
 
     def _hyper_now(self, parameter: Parameter) -> Hyper | None:
+        """A rate may be a tensor, and to read one waits for its device: that happens once for a value.
+
+        A write that no version shows costs the updates ahead: the step reads all anew, and compares.
+        """
         group = self._groups.get(id(parameter))
-        return None if group is None else self._hyper_of(group)
+        if group is None:
+            return None
+        values = [group[key] for key in self._kind.hyperparameters if key != "betas"] + list(group.get("betas", ()))
+        marks = [(id(value), value._version) if isinstance(value, Tensor) else value for value in values]
+        known = self._read.get(id(group))
+        if known is None or known[0] != marks:
+            known = self._read[id(group)] = marks, values, self._hyper_of(group)
+        return known[2]
 
     def check_group(self, group: Mapping[str, Any]) -> None:
         self._hyper_of(group)
@@ -106,6 +120,8 @@ class NativeUpdater:
             self._groups = {id(parameter): group for group in groups for parameter in group["params"]}
         for group in groups:
             hyper = self._hyper_of(group)
+            if id(group) in self._read and self._read[id(group)][2] != hyper:
+                del self._read[id(group)]
             gradients = reading_metadata(lambda: [p.grad for p in group["params"]])  # noqa: B023  # called now
             pairs = zip(group["params"], gradients, strict=True)
             updates += [Update(parameter, hyper) for parameter, grad in pairs if grad is not None]

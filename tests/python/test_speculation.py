@@ -339,6 +339,44 @@ def test_hyperparameters_that_are_set_after_backward() -> None:
     assert counts(optimizer) == (4 * parameters, 0)  # steps 1, 2, 4 and 6
 
 
+class CountedRate(Tensor):
+    """A learning rate that counts how often it is read: on a card each time waits for it."""
+
+    reads = 0
+
+    def __float__(self) -> float:
+        CountedRate.reads += 1
+        return float(self.as_subclass(Tensor))
+
+
+def test_a_rate_that_is_a_tensor_is_read_once_for_a_value() -> None:
+    """It is written in place, replaced, and in step 5 written where no version shows it."""
+
+    def make(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=torch.tensor(1e-2, device="cpu").as_subclass(CountedRate))
+
+    def change(moment: str, step: int, model: nn.Module, optimizer: Any) -> None:
+        group = optimizer.param_groups[0]
+        reads[moment, step] = CountedRate.reads
+        CountedRate.reads = 0
+        if moment != "end":
+            return
+        if step == 2:
+            group["lr"].mul_(0.5)
+        if step == 3:
+            group["lr"] = torch.tensor(3e-3, device="cpu").as_subclass(CountedRate)
+        if step == 4:
+            group["lr"].data.mul_(0.5)
+
+    reads: dict[tuple[str, int], int] = {}
+    optimizer = compare(change, make=make, steps=8)
+    parameters = len(optimizer.param_groups[0]["params"])
+    assert parameters > 1
+    assert [reads["backward", step] for step in range(1, 8)] == [1, 0, 1, 1, 0, 0, 1]
+    assert all(reads["end", step] == 1 for step in range(8))
+    assert counts(optimizer) == (5 * parameters, parameters)  # step 5 had the wrong one, and 6 sits out
+
+
 def test_grad_scaler_with_an_overflow() -> None:
     def run(placement: dict[str, Any]) -> tuple[list[Tensor], Any]:
         model = make_model()
