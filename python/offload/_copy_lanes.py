@@ -171,10 +171,20 @@ class CopyLanes:
         self._wait_for_room(max(room, _RING_BYTES))
         return copy.ticket
 
-    def wait_upload(self, ticket: _native.Ticket) -> None:
-        """The compute stream waits until what start_upload() returned has ended."""
+    def wait_upload(self, ticket: _native.Ticket, lock: contextlib.AbstractContextManager[Any] | None = None) -> None:
+        """The compute stream waits until what start_upload() returned has ended.
+
+        lock: that of who uses the lanes from several threads, which this one does not have: the wait is outside of it.
+        """
         stream = self.compute_stream()
         self._transfers.wait_on_stream(stream, ticket)
+        if lock is None:
+            self._let_go(ticket, stream)
+        else:
+            with lock:
+                self._let_go(ticket, stream)
+
+    def _let_go(self, ticket: _native.Ticket, stream: int) -> None:
         # What follows on that stream comes after the copy, so that nothing has to keep the tensor any more; and a sum
         # of gradients that came back to be added to could not leave again while something does.
         for position, copy in enumerate(self._ring):

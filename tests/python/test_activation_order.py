@@ -71,7 +71,7 @@ class Lanes:
         on_its_way = min(self.left_bytes, self.room)
         self.peak_bytes = max(self.peak_bytes, self.engine.device_bytes()[0]["activations"] + more + on_its_way)
 
-    def wait_upload(self, ticket: int) -> None:
+    def wait_upload(self, ticket: int, lock: Any) -> None:
         self.look(ticket)  # unpacked next; the engine does not count any more what is read for the last time
 
     def reserve(self, nbytes: int) -> None: ...

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -210,6 +211,38 @@ def test_backward_in_another_thread(device: torch.device) -> None:
     assert same_bits(x.grad, expected.grad)
 
 
+def test_copies_on_their_way_are_counted_by_one_thread_at_a_time(device: torch.device) -> None:
+    """One thread may be in a backward while another one saves: the ring has no lock of its own."""
+
+    class Ring(deque[Any]):
+        def append(self, copy: Any) -> None:
+            changes.append(lock._is_owned())
+            super().append(copy)
+
+        def popleft(self) -> Any:
+            changes.append(lock._is_owned())
+            return super().popleft()
+
+        def __iter__(self) -> Iterator[Any]:
+            looks.append(lock._is_owned())
+            return super().__iter__()
+
+        def __delitem__(self, position: Any) -> None:
+            changes.append(lock._is_owned())
+            super().__delitem__(position)
+
+    region = region_of(device)
+    lock: Any = region._activations._lock
+    lanes: Any = region._activations._lanes
+    changes: list[bool] = []
+    looks: list[bool] = []
+    lanes._ring = Ring(lanes._ring)
+    x = torch.linspace(0, 1, 512).requires_grad_()
+    small(region, x).backward()
+    assert len(changes) > 4 and all(changes)
+    assert looks and all(looks)
+
+
 def test_hooks_of_the_user_inside_keep_their_tensors(device: torch.device) -> None:
     packed: list[Tensor] = []
     x = torch.linspace(0, 1, 512).requires_grad_()
@@ -289,10 +322,10 @@ def test_what_comes_next_is_on_its_way_before_backward_asks(device: torch.device
         start(saved, stream)
         begun.append(saved.copy.ticket)
 
-    def waiting(ticket: Any) -> None:
+    def waiting(ticket: Any, lock: Any) -> None:
         if begun[-1] is ticket:
             late.append(len(begun))  # nothing was asked for after it: it was not prefetched
-        wait(ticket)
+        wait(ticket, lock)
 
     activations._start_return, activations._lanes.wait_upload = starting, waiting
     for _ in range(3):
