@@ -156,7 +156,7 @@ class Streaming:
         self._order = self._training if torch.is_grad_enabled() else self._evaluation
         self._order.begin()
         self._close_all()
-        self._copies = None
+        self._forget_copies()
         self._forward_runs = True
         self._backward = None
         for unit in self._pinned:
@@ -287,6 +287,7 @@ class Streaming:
                 "optim.step() inside `offload.full_params`: the weights on the device would miss the step; leave the "
                 "context first"
             )
+        self._forget_copies()
         self.empty()
 
     def rest(self) -> None:
@@ -303,6 +304,8 @@ class Streaming:
         """Inside the context these parameters (None: all) are on the device, for reading and writing."""
         wanted = self.residencies if parameters is None else self._those_of(parameters)
         self._holds += 1
+        if self._copies is not None:
+            self._copies.clear()  # of what may be written to now
         try:
             self.window.bring(wanted)
             self.window.make_ready(wanted)
@@ -336,6 +339,7 @@ class Streaming:
         """Brings these parameters; what is written to them goes to the host at the next touch, step or state_dict()."""
         wanted = self._those_of(parameters)
         if wanted:
+            self._forget_copies()
             self._free_all_but(wanted)
             self.window.bring(wanted)
             self.window.make_ready(wanted)
@@ -373,6 +377,10 @@ class Streaming:
     def end_copies(self, module: int) -> None:
         if self._copied == module:
             self._copies = None
+
+    def _forget_copies(self) -> None:
+        """Values change: a state_dict() whose copies are still there has ended by an error, which no hook tells."""
+        self._copies = None
 
     @contextlib.contextmanager
     def lending(self) -> Iterator[None]:

@@ -259,6 +259,44 @@ def test_full_params_takes_writes_back(placement: dict[str, str], dtype: torch.d
 
 
 @STREAMED
+def test_what_a_failed_state_dict_has_copied_is_not_saved_later(placement: dict[str, str]) -> None:
+    """No hook tells that it has ended, so its copies are there until values change."""
+    model, optimizer = streamed(make_model(), placement)
+    block: Any = model.get_submodule("blocks.0")
+
+    def fail(*_: Any) -> None:
+        raise LookupError
+
+    def end_of_state_dict() -> None:
+        handle = model.get_submodule("head").register_state_dict_post_hook(fail)
+        with pytest.raises(LookupError):
+            model.state_dict()
+        handle.remove()
+
+    def saved() -> torch.Tensor:
+        return block.state_dict()["up.weight"].clone()
+
+    loss_of(model, next(batches(1))).backward()
+    before = saved()
+    end_of_state_dict()
+    optimizer.step()
+    after = saved()
+    assert not same_bits(after, before) and same_bits(after, values(model)["blocks.0.up.weight"])
+    end_of_state_dict()
+    with offload.full_params(model):
+        block.up.weight.data.mul_(2)
+    assert same_bits(saved(), after * 2)
+    end_of_state_dict()
+    model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()})
+    end_of_state_dict()
+    block.load_state_dict({name: value * 2 for name, value in block.state_dict().items()})
+    assert same_bits(saved(), after * 8)
+    optimizer.step()
+    with pytest.raises(offload.StateError, match="is on the host or on disk"):
+        block.up.weight.sum()
+
+
+@STREAMED
 @DTYPES
 def test_values_of_a_wrapped_model(placement: dict[str, str], dtype: torch.dtype) -> None:
     model, optimizer = streamed(make_model(dtype, tied=True), placement)
