@@ -139,10 +139,11 @@ class ModelRegion:
         self._entered = threading.local()
 
     def enter(self) -> None:
-        if in_torch_func():  # it takes no hooks on what it saves: that stays
-            return
         model = self._model()
         assert model is not None
+        if in_torch_func():  # it takes no hooks on what it saves: that stays
+            self._casts.refuse_wrapped_by_torch_func(model.parameters())
+            return
         depth = self._depth()
         if depth:
             outer = _running_forwards(model) - 1  # the model may call itself

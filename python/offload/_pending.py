@@ -10,11 +10,14 @@ while copies of the model are made with its value (`Away`).
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import graph
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
@@ -64,6 +67,8 @@ _CASTS = {
     Tensor.bfloat16: torch.bfloat16,
 }  # fmt: skip
 _MOVES = frozenset((Tensor.to, Tensor.cpu, Tensor.cuda, *_CASTS))
+# Their `inputs` are places in the graph: nobody reads a value there.
+_GRADIENT_CALLS = frozenset((torch.autograd.grad, torch.autograd.backward))
 _HOST_COPY_OF = "_offload_host_copy_of"  # on what `parameter.cpu()` gives of a streamed one: that, and its version
 
 T = TypeVar("T")
@@ -87,7 +92,7 @@ class PendingParameter(Parameter):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA_CALLS:
+        if func in _METADATA_CALLS and not (func == Tensor.size and _becomes_a_gradient(sys._getframe(1))):
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)  # see reading_metadata()
         if func in _MOVES:
             asked = _asked_place(func, *args, **kwargs)
@@ -96,6 +101,13 @@ class PendingParameter(Parameter):
             away = _away(args[0])
             if asked is not None and away is not None and _goes_to_the_host(args[0], *asked):
                 return _marked(away.on_host(), args[0])
+        if func in _GRADIENT_CALLS:
+            inputs = _inputs_of(func, args, kwargs)
+            if any(isinstance(asked, PendingParameter) for asked in inputs):
+                return _by_edges(func, inputs, args, kwargs)
+        if func == Tensor.view_as and sys._getframe(1).f_code.co_filename == graph.__file__:
+            # So torch comes to the node of a leaf, for its gradient's edge and for hooks of several gradients.
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
         if func == _SET_DATA and (args[0] is args[1] or _is_marked(args[1], args[0])):  # what module.to() does then
             return None
         stand_ins = {}
@@ -178,6 +190,42 @@ def make_current(parameter: Parameter) -> Parameter:
 def _away(parameter: Parameter) -> Away | None:
     resolve = parameter.__dict__.get(_RESOLVE)
     return resolve if hasattr(resolve, "copy") else None
+
+
+def _becomes_a_gradient(caller: FrameType) -> bool:
+    """Whether torch asks for the size of what backward begins with: it reads the values after that without asking."""
+    return caller.f_code is torch.autograd._make_grads.__code__
+
+
+def _inputs_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """The `inputs` of a call of torch.autograd.grad or backward, as these pass it on."""
+    inputs = args[1] if func is torch.autograd.grad and len(args) > 1 else kwargs.get("inputs")
+    return inputs if isinstance(inputs, tuple) else ()
+
+
+def _by_edges(func: Any, inputs: tuple[Any, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The call, with the edges to pending parameters in the place of these: their gradients need no value of theirs,
+    and what backward needs of others comes as in any backward."""
+    edges = tuple(_edge_of(asked) if isinstance(asked, PendingParameter) else asked for asked in inputs)
+    if func is torch.autograd.backward:
+        return func(*args, **{**kwargs, "inputs": edges})
+    # torch makes no zeros for an edge.
+    zeros = kwargs.get("materialize_grads", False)
+    if zeros:
+        kwargs = {**kwargs, "materialize_grads": False, "allow_unused": True}
+    found = func(args[0], edges, *args[2:], **kwargs)
+    if not zeros:
+        return found
+    tracked = bool(kwargs.get("create_graph"))
+    return tuple(
+        torch.zeros_like(asked, requires_grad=tracked) if gradient is None else gradient
+        for asked, gradient in zip(inputs, found, strict=True)
+    )
+
+
+def _edge_of(parameter: Parameter) -> Any:
+    # Torch refuses what needs no gradient, in words that depend on the call.
+    return graph.get_gradient_edge(parameter) if parameter.requires_grad else torch.empty(0)
 
 
 # The place that a move asks for; None where there is none, or more is asked for.

@@ -207,11 +207,11 @@ class Streaming:
             torch.set_autocast_cache_enabled(self._caches_casts)
 
     def touch_in_backward(self, unit: int) -> None:
-        """Backward is about to run nodes of `unit`."""
-        if torch.is_grad_enabled():
+        """Backward is about to run nodes of `unit`. Inside `present()` what they save of weights is kept."""
+        if torch.is_grad_enabled() and not self._holds:
             raise StateError(
-                "backward(create_graph=True) is not supported with params='host': the graph of a gradient would use "
-                "weights that are not on the device; wrap with params='device' for double backward"
+                "create_graph=True over weights that come and go: the graph of a gradient would use weights that are "
+                "not on the device; take it inside `with offload.full_params(model):`, or wrap with params='device'"
             )
         self._touch(unit, in_backward=True)
 
@@ -220,8 +220,8 @@ class Streaming:
         if any(id(parameter) in self._residency_of for parameter in parameters):
             raise StateError(
                 "torch.func (grad, vjp, vmap and their kin) over weights that come and go: its backward would use "
-                "weights that are not on the device; give it weights by torch.func.functional_call, or wrap with "
-                "params='device'"
+                "weights that are not on the device; give it copies by torch.func.functional_call, made inside "
+                "`with offload.full_params(model):`, or wrap with params='device'"
             )
 
     def pin(self, unit: int) -> None:
@@ -407,6 +407,10 @@ class Streaming:
         """Somebody reads a parameter that is not there; returns what stands for it, None when it is there now."""
         if self._copies is not None:
             return self.copy_of(parameter)
+        if not self._forward_runs and torch._C._current_graph_task_id() != -1:  # in a hook of the user's
+            self._watch_end_of_backward()
+            self.bring(parameter)
+            return None
         if not self._forward_runs:
             raise StateError(
                 f"{self._store.name_of(parameter)} is on the host or on disk (params=): read and write weights inside "

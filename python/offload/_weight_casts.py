@@ -9,6 +9,7 @@ shows it, so the cast of a frozen weight, which has no history, is saved as any 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
 from ._activations import Activations
+from ._pending import PendingParameter
 from ._saved_ranges import KeptTensor, check_version, is_plain, version_witness
 from ._streaming import Streaming
 
@@ -45,6 +47,12 @@ class WeightCasts:
         expected = not self._is_known or streaming.saw_autocast or torch.is_autocast_enabled(streaming.device.type)
         self._is_known |= torch.is_grad_enabled()
         return expected
+
+    def refuse_wrapped_by_torch_func(self, parameters: Iterable[Tensor]) -> None:
+        """Raises `StateError` where torch.func was given streamed weights themselves, which are away."""
+        streaming = self._streaming()
+        if streaming is not None and streaming.residencies:
+            streaming.refuse_torch_func([p for p in map(_unwrapped, parameters) if isinstance(p, PendingParameter)])
 
     @_disable_dynamo  # compiled code calls it between its graphs
     def pack(self, tensor: Tensor) -> Any:
@@ -100,6 +108,14 @@ class SavedCast:
             streaming.bring(self._weight)
         cast = self._weight.detach().to(self._dtype, copy=True)
         return cast.as_strided(self._shape, self._stride, self._offset)
+
+
+def _unwrapped(parameter: Tensor) -> Tensor | None:
+    """What torch.func has wrapped, whose memory it reads without asking the class; None of what it has not."""
+    value, functorch = parameter, torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        value = functorch.get_unwrapped(value)
+    return None if value is parameter else value
 
 
 def _is_whole_cast(base: Tensor, weight: Parameter) -> bool:
