@@ -58,9 +58,9 @@ class ForwardHook(ModuleHook):
 
 
 class Hooks:
-    """All hooks of one wrapped model; `remove()` leaves none."""
+    """All hooks of one wrapped model, from `register()` on; `remove()` leaves none, whatever has interrupted that."""
 
-    def __init__(self, model: nn.Module, units: Sequence[Unit], engine: Engine) -> None:
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
         self._engine = engine
         # For traces. Weakly: a unit may be the model, which must be free to die.
         self.model = weakref.ref(model)
@@ -69,6 +69,9 @@ class Hooks:
         self._handles: list[RemovableHandle | WideGradient] = []
         self._watched: set[int] = set()
         self._widened: set[int] = set()
+
+    def register(self, model: nn.Module, units: Sequence[Unit]) -> None:
+        engine = self._engine
         if engine.streaming.residencies:
             self._give_and_take_values(model)
         for module in model.modules():
@@ -178,13 +181,13 @@ _TOUCHES = "offload.touches"
 
 def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
     """After its forward: backward touches `unit` before it runs the nodes that made its outputs."""
-    weakly = weakref.ref(engine)  # graphs must not keep the engine
+    weakly, number = weakref.ref(engine), unit.number  # graphs must not keep the engine, nor a unit's states
     modules = list(module.modules())
 
     def touch(_: Any) -> None:
         engine = weakly()
         if engine is not None:
-            engine.streaming.touch_in_backward(unit.number)
+            engine.streaming.touch_in_backward(number)
 
     def watch(output: Any) -> None:
         engine.leave(unit)

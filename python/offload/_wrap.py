@@ -105,8 +105,9 @@ def wrap(
     ]
     updaters = [kind(optimizer, engine) for optimizer, kind in kinds]
     move = ResidentMove(model, device, engine.streaming)
-    hooks = Hooks(model, units, engine)
+    hooks = Hooks(model, engine)
     try:
+        hooks.register(model, units)
         wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
         move.commit()
         engine.settle_in(trained)

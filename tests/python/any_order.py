@@ -91,11 +91,11 @@ def clip(side: Side, norm: float | None, kind: float) -> Any:
 
 
 def backward_of_some(side: Side, which: int, index: int) -> None:
-    """`inputs=` alone get gradients. Autograd asks for those of a streamed weight inside `full_params` alone."""
+    """`inputs=` alone get gradients."""
     chosen = [p for p in side.parameters[index % 5 :: 5] if p.requires_grad]
     loss = side.graphs.pop(which)
     if chosen:
-        with side.full():
+        with side.full() if index % 2 else contextlib.nullcontext():
             loss.backward(inputs=chosen)
 
 
@@ -104,7 +104,7 @@ def derivative(side: Side, which: int, index: int) -> Any:
     loss = side.graphs.pop(which)
     if not chosen:
         return None
-    with side.full():
+    with side.full() if index % 2 else contextlib.nullcontext():
         return [g if g is None else g.clone() for g in torch.autograd.grad(loss, chosen, allow_unused=True)]
 
 

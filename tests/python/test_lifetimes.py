@@ -88,6 +88,46 @@ def test_a_graph_without_a_backward_ends_with_its_loss(activations: str, inside:
     assert [mark for mark in marks if mark() is not None] == []
 
 
+def test_a_graph_keeps_no_optimizer_states() -> None:
+    """Its nodes know which unit backward touches, and nothing else of it."""
+    model, optimizer = stepped(params="host")
+    loss = loss_of(model, next(batches(1)))
+    states = [weakref.ref(state) for state in optimizer._engine.states.values()]
+    assert states
+    del model, optimizer
+    collect()
+    assert all(state() is None for state in states)
+    assert loss.grad_fn is not None
+
+
+def hooks_of(model: nn.Module) -> list[Any]:
+    kinds = [name for name in vars(nn.Module()) if name.endswith("_hooks") and not name.startswith("_non")]
+    return [hook for module in model.modules() for kind in kinds for hook in vars(module)[kind].values()]
+
+
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_state_dict_pre_hook"])
+def test_a_wrap_that_ends_among_its_hooks_leaves_none(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def register(module: nn.Module, *arguments: Any, **options: Any) -> Any:
+        calls.append(kind)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return original(module, *arguments, **options)
+
+    calls: list[str] = []
+    original = getattr(nn.Module, kind)
+    model = make_model()
+    plain = torch.optim.AdamW(model.parameters())
+    monkeypatch.setattr(nn.Module, kind, register)
+    with pytest.raises(KeyboardInterrupt):
+        offload.wrap(model, plain, **HOST, params="host")
+    monkeypatch.undo()
+    assert hooks_of(model) == []
+    model, optimizer = offload.wrap(model, plain, **HOST, params="host")
+    assert hooks_of(model)
+    offload.unwrap(model, optimizer)
+    assert hooks_of(model) == []
+
+
 def test_the_optimizer_works_on_without_its_model() -> None:
     """Its parameters are what it needs; the values are those of the model that was kept."""
     results = []
