@@ -69,6 +69,8 @@ class Residency:
             self._stretches.append((self.nbytes, stretch, stretch[0].device))
             self.nbytes += math.ceil((max(_span(p)[2] for p in stretch) - first) / _ALIGNMENT) * _ALIGNMENT
         self._begins = [self._offsets[id(parameter)] for parameter in self.parameters]
+        # As they were made: `parameter.data = ...` may give one another layout, for which there is no room.
+        self._layouts = {id(p): (p.dtype, p.shape, p.stride()) for p in self.parameters}
         self.is_placed = False
         self._buffer: Any = None
         self._begin: int | None = None
@@ -110,9 +112,10 @@ class Residency:
 
     def on_host(self, parameter: Parameter) -> Tensor:
         """The host bytes of a parameter, as a tensor like it."""
-        dtype, offset = parameter.dtype, (self._begin or 0) + self._offsets[id(parameter)]
-        flat = torch.frombuffer(self._buffer, dtype=dtype, count=parameter.numel(), offset=offset)
-        return flat.as_strided(parameter.shape, parameter.stride())
+        dtype, shape, strides = self._layouts[id(parameter)]
+        offset = (self._begin or 0) + self._offsets[id(parameter)]
+        flat = torch.frombuffer(self._buffer, dtype=dtype, count=math.prod(shape), offset=offset)
+        return flat.as_strided(shape, strides)
 
     def owns(self, parameter: Parameter) -> bool:
         """Whether the parameter still is a view of the flat storage (`parameter.data = ...` gives it another)."""
@@ -184,6 +187,10 @@ class Residency:
         """Device and host have the same values now."""
         self._versions = [parameter._version for parameter in self.parameters]
 
+    def mark_different(self) -> None:
+        """Each may have another value than the host."""
+        self._versions = [-1] * len(self.parameters)
+
     def written(self) -> list[Parameter]:
         """The parameters that were written, or were given other storage, since mark_equal()."""
         start = self.address
@@ -191,24 +198,24 @@ class Residency:
         return [p for p, version, begin in known if p._version != version or p.data_ptr() != start + begin]
 
     def take_home(self, parameter: Parameter, name: str) -> None:
-        """Copies a parameter that was given other storage to its place; `StateError` if it has another layout there."""
+        """Copies a parameter that was given other storage to its place; `StateError` where it does not fit there."""
         if self.owns(parameter):
             return
-        home = self._view(parameter)
-        if (parameter.dtype, parameter.stride(), parameter.device) != (home.dtype, home.stride(), home.device):
+        dtype, shape, _ = self._layouts[id(parameter)]
+        if (parameter.dtype, parameter.shape, parameter.device) != (dtype, shape, self._storage.device):
             raise StateError(
-                f"{name}: became {parameter.dtype} on {parameter.device} after wrap; call offload.unwrap before "
-                "model.to(), .half() and the like, and wrap again"
+                f"{name}: became {parameter.dtype} of shape {tuple(parameter.shape)} on {parameter.device} after wrap; "
+                "call offload.unwrap before model.to(), .half() and the like, and wrap again"
             )
+        home = self._view(parameter)
         home.copy_(parameter.detach())
         parameter.data = home
         torch.autograd.graph.increment_version(parameter)  # a write like any other
 
     def _view(self, parameter: Parameter) -> Tensor:
-        dtype = self.on_host(parameter).dtype
-        offset = self._offsets[id(parameter)] // dtype.itemsize
+        dtype, shape, strides = self._layouts[id(parameter)]
         view = torch.empty(0, dtype=dtype, device=self._storage.device)
-        return view.set_(self._storage, offset, parameter.shape, parameter.stride())
+        return view.set_(self._storage, self._offsets[id(parameter)] // dtype.itemsize, shape, strides)
 
     # --- the end --------------------------------------------------------------------------------------------
 
@@ -219,13 +226,13 @@ class Residency:
         """
         copies = {}
         for begin, stretch, origin in self._stretches:
-            ends = [self._offsets[id(p)] + p.numel() * p.element_size() for p in stretch]
+            values = {id(parameter): self.on_host(parameter) for parameter in stretch}
+            ends = [self._offsets[key] + value.nbytes for key, value in values.items()]
             memory = _bytes(max(ends) - begin, origin if where_made else self._storage.device)
-            for parameter in stretch:
-                offset = (self._offsets[id(parameter)] - begin) // parameter.element_size()
-                copy = torch.empty(0, dtype=parameter.dtype, device=memory.device)
-                copy.set_(memory.untyped_storage(), offset, parameter.shape, parameter.stride())
-                copies[id(parameter)] = copy.copy_(self.on_host(parameter))
+            for key, value in values.items():
+                copy = torch.empty(0, dtype=value.dtype, device=memory.device)
+                offset = (self._offsets[key] - begin) // value.itemsize
+                copies[key] = copy.set_(memory.untyped_storage(), offset, value.shape, value.stride()).copy_(value)
         return [copies[id(parameter)] for parameter in self.parameters]
 
     def leave(self, copies: Sequence[Tensor]) -> None:

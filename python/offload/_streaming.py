@@ -312,12 +312,13 @@ class Streaming:
             yield
         finally:
             self._holds -= 1
-            for residency in wanted:
-                if self.window.is_ready(residency):
-                    # All parameters: writes through `.data` show in no version.
-                    self.window.write_back(residency, residency.parameters)
-            if not self._holds:
-                self.empty()
+            with contextlib.ExitStack() as ends:  # all of it, whatever one of them raises
+                if not self._holds:
+                    ends.callback(self.empty)
+                for residency in wanted:
+                    if self.window.is_ready(residency):
+                        # All parameters: writes through `.data` show in no version.
+                        ends.callback(self.window.write_back, residency, residency.parameters)
 
     @contextlib.contextmanager
     def saving_copies(self) -> Iterator[None]:

@@ -163,6 +163,7 @@ class WeightWindow:
         if self.before_write_back is not None:
             self.before_write_back()
         self._store.hold(residency, for_writing=True)
+        residency.mark_different()  # what an error leaves undone is done by whoever comes next
         with torch.no_grad():
             for parameter in parameters:
                 residency.take_home(parameter, self._store.name_of(parameter))

@@ -259,6 +259,26 @@ def test_full_params_takes_writes_back(placement: dict[str, str], dtype: torch.d
 
 
 @STREAMED
+@pytest.mark.parametrize("changed", [torch.Tensor.double, torch.Tensor.half, lambda value: value[:2].clone()])
+def test_one_weight_that_cannot_go_home_keeps_no_other_from_it(placement: dict[str, str], changed: Any) -> None:
+    """Writes through `.data` show at the end of full_params alone."""
+    model, _ = streamed(make_model(), placement)
+    before = values(model)
+    bad = model.get_parameter("blocks.1.up.weight")
+    with pytest.raises(offload.StateError, match=r"blocks\.1\.up\.weight: became"), offload.full_params(model):
+        for p in model.parameters():
+            if p is bad:
+                p.data = changed(p.data)
+            else:
+                p.data.mul_(2)
+    bad.data = before["blocks.1.up.weight"].t().contiguous().t() * 2  # in other strides than its own
+    loss_of(model, next(batches(1)))
+    assert bad.is_contiguous()
+    assert all(same_bits(value, before[name] * 2) for name, value in values(model).items())
+    loss_of(model, next(batches(1))).backward()
+
+
+@STREAMED
 def test_what_a_failed_state_dict_has_copied_is_not_saved_later(placement: dict[str, str]) -> None:
     """No hook tells that it has ended, so its copies are there until values change."""
     model, optimizer = streamed(make_model(), placement)
