@@ -140,8 +140,8 @@ class Hooks:
         self._handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
 
     def widen_gradient(self, parameter: Parameter) -> None:
-        """From now on gradients of a 16-bit `parameter` add up in fp32. Idempotent."""
-        if id(parameter) not in self._widened and parameter.dtype != torch.float32:
+        """From now on gradients of a 16-bit `parameter` add up in fp32. Idempotent; frozen ones may be of any dtype."""
+        if id(parameter) not in self._widened and parameter.dtype in (torch.bfloat16, torch.float16):
             self._widened.add(id(parameter))
             self._handles.append(WideGradient(parameter))
 

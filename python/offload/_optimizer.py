@@ -117,7 +117,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._joined = True
         self._dumps = False
         self._before_change: Callable[[], None] | None = None
-        super().__init__(original.param_groups, dict(original.defaults))
+        # Of copies: torch adds to groups what defaults have gained since, as they do in a load.
+        super().__init__([dict(group) for group in original.param_groups], dict(original.defaults))
         self.param_groups = original.param_groups
         for name in _HOOKS:  # the user's, whichever of the two they are registered on
             setattr(self, name, getattr(original, name))
@@ -147,7 +148,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         engine = self._engine
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.requires_grad and engine.config.grad_dtype is not None:
+                if engine.config.grad_dtype is not None:  # one that is frozen may be trained later
                     self._hooks.widen_gradient(parameter)
                 if parameter.requires_grad and engine.plan.gradient_leaves(engine.name_of(parameter)):
                     self._hooks.watch_gradient(parameter)

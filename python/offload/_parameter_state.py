@@ -95,7 +95,7 @@ class ParameterState:
     `allocate(dtype, tag)` gives a tensor with the parameter's shape and strides, on the tier of the state. `value` has
     the parameter's values: itself, or the host bytes of a streamed one, which are its working weight on the host.
     store: where master and moments go, None: to that tier. The update of such a state runs on the host all the same.
-    weight_home: of a working weight that is on disk.
+    weight_home: of a working weight that is on disk, or is the master of a state on the device and comes and goes.
     """
 
     # Whether the master may be split: only the native update reads and writes one.
@@ -212,7 +212,7 @@ class ParameterState:
 
     def _weight_copy(self) -> Tensor | None:
         """The host's working weight where it is one beside the master, or the upper half of it."""
-        if self._weight_home is not None and self.parameter.dtype != torch.float32:
+        if self.on_host and self._weight_home is not None and self.parameter.dtype != torch.float32:
             return self._weight_home.present()
         return self._host_weight
 
@@ -262,6 +262,8 @@ class ParameterState:
                 return SplitMaster(upper, self.remainder)
             low = StoredValue.reader_of(self.remainder)
             return StoredValue(low, self.parameter.shape, self.parameter.stride(), upper)
+        if self._weight_home is not None and not self.on_host:
+            return self._weight_home.present()
         return self.master if self.master is not None else self.working_weight()
 
     def _upper_half(self) -> Tensor | StoredWeight:

@@ -141,12 +141,15 @@ class StateHomes:
             form = {"moments": self._config.moments, "rounding_seed": self._config.rounding_seed}
         if self._plan.params == "disk" and streamed and on_host:
             form["weight_home"] = _WeightOnDisk(self._streaming, parameter)
+        master_format = self._master_format(parameter, kind)
+        if streamed and not on_host and master_format == "bf16":
+            form["weight_home"] = _WeightAway(self._streaming, parameter)
         return kind(
             name,
             parameter,
             value,
             on_host=on_host,
-            master_format=self._master_format(parameter, kind),
+            master_format=master_format,
             streamed=streamed,
             allocate=allocate,
             store=self._store_of(parameter),
@@ -196,6 +199,13 @@ class _WeightOnDisk:
 
     def stored(self) -> StoredWeight:
         return self._streaming.stored_weight(self._parameter)
+
+
+class _WeightAway(_WeightOnDisk):
+    """Of a state on the device: the master is the weight, which comes and goes."""
+
+    def present(self) -> Tensor:
+        return self._streaming.present_value(self._parameter)
 
 
 def _in_blocks(sizes: Iterable[int]) -> int:

@@ -245,16 +245,19 @@ class TorchUpdater:
 
     @torch.no_grad()
     def _take_state(self, parameter: Parameter, saved: SavedState | None) -> None:
-        if id(parameter) in self._masters:
-            self._twin.state.pop(self._masters[id(parameter)], None)
-            self.engine.states[id(parameter)].step = 0
+        if saved:
+            self.adopt(parameter)
+        elif id(parameter) not in self._masters:
+            return
+        self._twin.state.pop(self._masters[id(parameter)], None)
+        state = self.engine.states[id(parameter)]
+        state.step = 1 if saved else 0
+        if saved and saved.get("master") is not None:
+            state.set_master(saved["master"])
+        else:
+            state.seed_master()
         if not saved:
             return
-        self.adopt(parameter)
-        state = self.engine.states[id(parameter)]
-        state.step = 1
-        if saved.get("master") is not None:
-            state.set_master(saved["master"])
         widen = parameter.dtype != torch.float32 and "master" not in saved
         master = self._masters[id(parameter)]
         values = {key: value for key, value in saved.items() if key != "master"}

@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 
 import offload
+from any_order_looks import LOOKS, difference, gradients, logged, settled, states
 from plain_pair import VOCABULARY, Model
-from training import batches, same_bits
+from training import batches
+
+__all__ = ["LOOKS", "difference", "logged", "states"]
 
 
 class Side:
@@ -36,7 +39,23 @@ class Side:
         self.files: Any = None
         self.held: Tensor | None = None
         self.number = 0
+        self.handles: list[Any] = []  # of the user's hooks
+        self.log: list[Tensor] = []  # what they saw
+        self.grad_dtype: torch.dtype | None = None
+        self.fixed: dict[str, Any] = {}  # of every placement of this side
         self.parameters = list(model.parameters())
+
+    def set_grad_dtype(self, dtype: torch.dtype | None) -> None:
+        """Of a plain pair, as the option of that name has it."""
+        self.grad_dtype = dtype
+        for p in (p for group in self.optimizer.param_groups for p in group["params"]):
+            gradient, p.grad = p.grad, None
+            p.grad_dtype = dtype or p.dtype
+            p.grad = None if gradient is None else gradient.to(p.grad_dtype)
+
+    @property
+    def tag(self) -> str:
+        return f"pair{self.number}{'fixed' if self.fixed else ''}"
 
     def full(self) -> Any:
         return offload.full_params(self.model) if self.wrapped else contextlib.nullcontext()
@@ -232,6 +251,8 @@ def load(side: Side, what: str) -> None:
     side.graphs.clear()
     if what in ("model", "both"):
         side.model.load_state_dict(weights)
+    if what == "assigned":  # which copies, into a wrapped model
+        side.model.load_state_dict(weights, assign=side.wrapped)
     if what in ("optimizer", "both", "reversed"):
         side.optimizer.load_state_dict(states)
     if what == "reversed":
@@ -239,20 +260,18 @@ def load(side: Side, what: str) -> None:
 
 
 def save_files(side: Side, directory: str, in_background: bool) -> None:
-    """A directory on the wrapped side, written while training goes on; a deep copy on the other."""
+    """A directory on a wrapped side, written while training goes on; a deep copy on the other."""
     if not side.wrapped:
         side.files = copy.deepcopy((side.model.state_dict(), side.optimizer.state_dict()))
         return
-    side.files = offload.save_checkpoint(
-        directory, side.model, side.optimizer, tag=f"pair{side.number}", async_save=in_background
-    )
+    side.files = offload.save_checkpoint(directory, side.model, side.optimizer, tag=side.tag, async_save=in_background)
 
 
 def load_files(side: Side, directory: str) -> None:
     side.graphs.clear()
     if side.wrapped:
         side.files.wait()
-        offload.load_checkpoint(directory, side.model, side.optimizer, tag=f"pair{side.number}")
+        offload.load_checkpoint(directory, side.model, side.optimizer, tag=side.tag)
     else:
         side.optimizer.load_state_dict(copy.deepcopy(side.files[1]))
         side.model.load_state_dict(side.files[0])
@@ -267,21 +286,27 @@ def edit_state(side: Side, index: int, how: str) -> Any:
     entries = side.optimizer.state.get(p)  # torch makes an empty one of what is asked for
     if not entries:
         return "no state"
-    key = next(key for key, value in entries.items() if isinstance(value, Tensor) and value.shape == p.shape)
+    key = next((key for key in _moments(entries) if entries[key].shape == p.shape), None)
+    if key is None:
+        return "none of its shape"
     if how == "assign":
         entries[key] = torch.full(p.shape, 1e-3)
     elif how == "pop":
         side.optimizer.state.pop(p)
+        if hasattr(side.optimizer, "begin"):
+            side.optimizer.begin([p])
     elif how == "scaled":
         entries[key] = entries[key] * 0.5
     elif how == "step" and "step" in entries:
         entries["step"] = torch.tensor(3.0)
-    return copy.deepcopy(dict(side.optimizer.state[p])) if p in side.optimizer.state else {}
+    return settled(copy.deepcopy(dict(side.optimizer.state[p]))) if p in side.optimizer.state else {}
 
 
 def add_group(side: Side) -> None:
     late = list(side.model.blocks[2].parameters())
     side.optimizer.add_param_group({"params": late, "lr": 5e-3})
+    if side.grad_dtype is not None:
+        side.set_grad_dtype(side.grad_dtype)
 
 
 def toggle(side: Side, index: int) -> None:
@@ -318,74 +343,26 @@ def again(side: Side, placement: dict[str, Any]) -> Any:
         for p, state in plain.state.items():
             if p.dtype != torch.float32:
                 state.pop("master", None)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    if key in state:
-                        state[key] = state[key].to(p.dtype)
+                for key in _moments(state):
+                    state[key] = state[key].to(p.dtype)
+        for p in [p for p, state in plain.state.items() if not state]:
+            del plain.state[p]
+        if side.grad_dtype is not None:
+            side.set_grad_dtype(None)
     seen = [copy.deepcopy(plain.state_dict()["state"]), [p.detach().clone() for p in side.parameters], gradients(side)]
     if side.wrapped:
-        side.model, side.optimizer = offload.wrap(side.model, plain, **placement)
+        side.model, side.optimizer = offload.wrap(side.model, plain, **(placement | side.fixed))
     else:
+        if placement.get("grad_dtype"):
+            side.set_grad_dtype(torch.float32)
         for p, state in plain.state.items():
             if p.dtype != torch.float32:
                 state["master"] = p.detach().float()
-                for key in ("exp_avg", "exp_avg_sq"):
+                for key in _moments(state):
                     state[key] = state[key].float()
     return seen
 
 
-# --- what is seen -------------------------------------------------------------------------------------------
-
-
-def gradients(side: Side) -> Any:
-    return [None if p.grad is None else p.grad.detach().clone() for p in side.parameters]
-
-
-def norms(side: Side) -> Any:
-    return [None if p.grad is None else p.grad.norm() for p in side.parameters]
-
-
-def weights(side: Side) -> Any:
-    return {name: value.clone() for name, value in side.model.state_dict().items()}
-
-
-def weights_read(side: Side) -> Any:
-    with side.full():
-        return [p.detach().clone() for p in side.parameters]
-
-
-def states(side: Side) -> Any:
-    return copy.deepcopy(side.optimizer.state_dict())
-
-
-def live_states(side: Side) -> Any:
-    known = side.optimizer.state
-    return [copy.deepcopy(dict(known[p])) if p in known else None for p in side.parameters]
-
-
-def held(side: Side) -> Any:
-    """A reference to a gradient, whatever became of it since."""
-    return None if side.held is None else side.held.detach().clone()
-
-
-LOOKS = {look.__name__: look for look in (gradients, norms, weights, weights_read, states, live_states, held)}
-
-
-def difference(one: Any, other: Any, where: str = "") -> str | None:
-    """Where two nested values differ, to the bit; None where they do not."""
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return f"{where}: {one.dtype} {tuple(one.shape)} and {other.dtype} {tuple(other.shape)}"
-        if one.is_floating_point() and not same_bits(one.detach().contiguous(), other.detach().contiguous()):
-            return f"{where}: {one} and {other}"
-        return None if torch.equal(one, other) or one.is_floating_point() else f"{where}: {one} and {other}"
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        if set(one) != set(other):
-            return f"{where}: keys {set(one) ^ set(other)}"
-        pairs: Any = ((f"{where}.{key}", one[key], other[key]) for key in one)
-    elif isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
-        if len(one) != len(other):
-            return f"{where}: {len(one)} and {len(other)}"
-        pairs = ((f"{where}[{i}]", a, b) for i, (a, b) in enumerate(zip(one, other, strict=True)))
-    else:
-        return None if type(one) is type(other) and one == other else f"{where}: {one!r} and {other!r}"
-    return next((found for where, a, b in pairs if (found := difference(a, b, where)) is not None), None)
+def _moments(state: Mapping[str, Any]) -> list[str]:
+    """Not counters and factors, which have no dimensions."""
+    return [key for key, value in state.items() if key != "master" and isinstance(value, Tensor) and value.dim() > 0]

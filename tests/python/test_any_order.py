@@ -16,8 +16,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 import any_order
 import offload
 from any_order import LOOKS, Side
+from any_order_hooks import HookRules
 from offload import _activations
-from plain_pair import AS_ITSELF, OPTIMIZERS, Block, Fault, Model
+from plain_optimizers import AS_ITSELF, OPTIMIZERS, plain_optimizer
+from plain_pair import Block, Fault, Model
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
 
@@ -50,6 +52,8 @@ def placements(draw: Any, dtype: str, optimizer: str) -> dict[str, Any]:
         }
     if chosen["params"] != "device":
         chosen["prefetch"] = one(None, 1, 3)
+    if dtype != "fp32" and hasattr(torch.Tensor, "grad_dtype"):
+        chosen["grad_dtype"] = one(None, None, "fp32")
     if dtype == "bf16" and optimizer not in AS_ITSELF:
         chosen["master"] = one("auto", "split", "fp32")
     if one(True, False):
@@ -70,13 +74,14 @@ def attempt(action: Any, *args: Any, **options: Any) -> tuple[Any, Exception | N
         return None, error
 
 
-class AnyOrder(RuleBasedStateMachine):
+class AnyOrder(HookRules, RuleBasedStateMachine):
     """Each rule is an action of `any_order`. A watchful machine looks at everything after each, others when told to.
 
     disk_path, directory: where states and weights on disk, and checkpoints, are.
     """
 
     disk_path = directory = ""
+    kinds_of_optimizers = tuple(OPTIMIZERS)
 
     @initialize(data=st.data(), dtype=st.sampled_from(["fp32", "bf16", "bf16", "fp16"]))
     def begin(self, data: Any, dtype: str) -> None:
@@ -87,8 +92,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.make_pair(data)
 
     def make_pair(self, data: Any) -> None:
-        kinds = [k for k in OPTIMIZERS if self.dtype == "fp32" or k not in AS_ITSELF]
-        self.kind = data.draw(st.sampled_from(kinds), label="optimizer")
+        self.kind = data.draw(st.sampled_from(self.kinds_of_optimizers), label="optimizer")
         self.kinds.append(self.kind)
         torch.manual_seed(len(self.pairs))
         model = Model(data.draw(st.booleans(), label="tied")).to(DTYPES[self.dtype])
@@ -99,11 +103,13 @@ class AnyOrder(RuleBasedStateMachine):
 
     # A plain and a wrapped pair, and whether the last block joins the optimizer later.
     def sides(self, model: Model, other: Model, left_out: bool, data: Any) -> tuple[Side, Side]:
-        plain, wrapped, options = OPTIMIZERS[self.kind]
-        first = self.first_parameters(model, left_out)
-        side = Side(model, plain(first, **options), wrapped=False)
+        side = Side(model, plain_optimizer(self.kind, self.first_parameters(model, left_out)), wrapped=False)
+        wrapped, options = OPTIMIZERS[self.kind]
+        placement = self.placement(data)
+        if placement.get("grad_dtype"):
+            side.set_grad_dtype(torch.float32)
         optimizer: Any = wrapped(self.first_parameters(other, left_out), **options)
-        other, optimizer = offload.wrap(other, optimizer, **self.placement(data))
+        other, optimizer = offload.wrap(other, optimizer, **placement)
         return side, Side(other, optimizer, wrapped=True)
 
     def placement(self, data: Any) -> dict[str, Any]:
@@ -228,8 +234,8 @@ class AnyOrder(RuleBasedStateMachine):
     def edit_state(self, index: int, how: str) -> None:
         self.both(any_order.edit_state, index, how)
 
-    @rule(skipped=st.sampled_from([None, 0, 1, 2]), checkpointed=st.booleans())
-    def change_model(self, skipped: int | None, checkpointed: bool) -> None:
+    @rule(skipped=st.sampled_from([None, 0, 1, 2]), checkpointed=st.sampled_from([None, "yes", "reentrant"]))
+    def change_model(self, skipped: int | None, checkpointed: str | None) -> None:
         for side in (self.plain, self.own):
             side.model.skipped, side.model.checkpointed = skipped, checkpointed
 
@@ -240,7 +246,7 @@ class AnyOrder(RuleBasedStateMachine):
         self.both(any_order.save)
 
     @precondition(lambda self: self.plain.saved is not None)
-    @rule(what=st.sampled_from(["model", "optimizer", "both", "reversed"]))
+    @rule(what=st.sampled_from(["model", "optimizer", "both", "reversed", "assigned"]))
     def load(self, what: str) -> None:
         self.both(any_order.load, what)
 
@@ -304,7 +310,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule()
     def step_inside(self) -> None:
         """Refused where weights are streamed, with nothing changed."""
-        if self.own.optimizer.plan.params == "device":
+        if self.own.optimizer.plan.params == "device" or self.own.optimizer._optimizer_step_pre_hooks:
             return
         with self.own.full(), pytest.raises(offload.StateError, match="leave the context"):
             self.own.optimizer.step()
@@ -326,16 +332,16 @@ class AnyOrder(RuleBasedStateMachine):
 RANDOM_PROGRAMS = int(os.environ.get("OFFLOAD_ANY_ORDER", "0"))
 
 
-def test_any_order_gives_the_bits_of_a_plain_pair(
-    monkeypatch: pytest.MonkeyPatch, disk_calls: Any, disk_path: str, tmp_path: Path
+def run_programs(
+    machine: type[AnyOrder], monkeypatch: pytest.MonkeyPatch, disk_path: str, tmp_path: Path, programs: int
 ) -> None:
     monkeypatch.setattr(_activations, "MIN_BYTES", 1)  # the model is small
-    monkeypatch.setattr(AnyOrder, "disk_path", disk_path)
-    monkeypatch.setattr(AnyOrder, "directory", tmp_path / "checkpoints")
+    monkeypatch.setattr(machine, "disk_path", disk_path)
+    monkeypatch.setattr(machine, "directory", tmp_path / "checkpoints")
     run_state_machine_as_test(
-        AnyOrder,
+        machine,
         settings=settings(
-            max_examples=RANDOM_PROGRAMS or 12,
+            max_examples=RANDOM_PROGRAMS or programs,
             stateful_step_count=30,
             derandomize=not RANDOM_PROGRAMS,
             database=None,
@@ -345,3 +351,9 @@ def test_any_order_gives_the_bits_of_a_plain_pair(
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_any_order_gives_the_bits_of_a_plain_pair(
+    monkeypatch: pytest.MonkeyPatch, disk_calls: Any, disk_path: str, tmp_path: Path
+) -> None:
+    run_programs(AnyOrder, monkeypatch, disk_path, tmp_path, programs=16)

@@ -342,6 +342,31 @@ def test_states_move_between_formats(saved_master: str, master: str, tmp_path: P
 
 
 @usefixtures
+@pytest.mark.parametrize("placement", [{"optimizer": "device"}, {"optimizer": 0.5}], ids=str)
+def test_states_of_weights_that_are_away_are_read_and_saved(placement: dict[str, Any], tmp_path: Path) -> None:
+    """A state on the device has its master where the weight is, and that comes and goes."""
+    first = wrapped_run(make_model(torch.bfloat16, depth=1), {**STREAMED, **placement}, steps=3)
+    saved = copy.deepcopy(first.optimizer.state_dict())
+    for (name, p), state in zip(first.model.named_parameters(), saved["state"].values(), strict=True):
+        for master in (state["master"], first.optimizer.state[p]["master"]):
+            assert same_bits(master, first.weights[name]), name
+    saving = offload.save_checkpoint(tmp_path, first.model, first.optimizer, tag="a", async_save=True)
+    runs = [train(first.model, first.optimizer, steps=2)]
+    saving.wait()
+    for by_checkpoint in (False, True):
+        model = make_model(torch.bfloat16, seed=9, depth=1)
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), master="bf16", **RESIDENT)
+        if by_checkpoint:
+            offload.load_checkpoint(tmp_path, model, optimizer)
+        else:
+            model.load_state_dict(first.weights)
+            optimizer.load_state_dict(saved)
+        runs.append(train(model, optimizer, steps=2))
+    for run in runs[1:]:
+        assert_same_bits(run, runs[0])
+
+
+@usefixtures
 def test_an_exported_checkpoint_has_the_weights(tmp_path: Path) -> None:
     run = wrapped_run(make_model(torch.bfloat16, depth=1), HOST, steps=2)
     offload.save_checkpoint(tmp_path / "saved", run.model, run.optimizer, tag="a")

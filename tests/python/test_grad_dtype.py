@@ -166,6 +166,31 @@ def test_gradients_that_are_there_are_widened_and_fp32_weights_left_alone() -> N
 
 
 @needs_grad_dtype
+@pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
+def test_what_was_frozen_at_wrap_is_widened_too(placement: dict[str, Any]) -> None:
+    model = make_model(torch.bfloat16)
+    model.blocks[1].requires_grad_(False)
+    plain = copy.deepcopy(model).requires_grad_(True)
+    data = list(batches(COUNT))
+    model, _ = wrap(model, placement)
+    model.requires_grad_(True)
+    for tokens in data:
+        loss_of(model, tokens).backward()
+    for parameter, wide in zip(model.parameters(), wide_sums(plain, data), strict=True):
+        assert parameter.grad.dtype == torch.float32 and same_bits(parameter.grad + 0.0, wide)
+
+
+@needs_grad_dtype
+def test_a_frozen_weight_of_a_quantized_dtype_is_left_alone() -> None:
+    model = make_model(torch.bfloat16)
+    model.codes = nn.Parameter(torch.zeros(4, dtype=torch.uint8), requires_grad=False)
+    _, optimizer = wrap(model, RESIDENT)
+    assert any(p is model.codes for group in optimizer.param_groups for p in group["params"])
+    loss_of(model, next(batches(1))).backward()
+    optimizer.step()
+
+
+@needs_grad_dtype
 def test_a_refused_wrap_leaves_them_narrow() -> None:
     model = make_model(torch.bfloat16)
     with pytest.raises(offload.OutOfHostMemory):

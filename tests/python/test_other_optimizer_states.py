@@ -201,6 +201,55 @@ def test_state_dicts_that_cannot_be_loaded_change_nothing() -> None:
     assert_states_equal(optimizer.state_dict(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("placement", [HOST, RESIDENT, HOST | {"params": "host"}], ids=["host", "device", "streamed"])
+@pytest.mark.parametrize("how", ["deleted", "not loaded", "loaded without masters"])
+def test_a_state_without_a_master_starts_from_the_weight(
+    how: str, placement: dict[str, str], dtype: torch.dtype
+) -> None:
+    """As a pair that is wrapped then, and as native optimizers: low bits of the old master are forgotten."""
+    model: nn.Module = make_model(dtype, depth=1)
+    optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    model, optimizer = offload.wrap(model, optimizer, **placement)
+    steps(model, optimizer, batches(3))
+    other: nn.Module = make_model(dtype, seed=3, depth=1)
+    other.load_state_dict(model.state_dict())
+    fresh: Any = torch.optim.SGD(other.parameters(), lr=0.05, momentum=0.9)
+    saved = copy.deepcopy(optimizer.state_dict())
+    if how == "deleted":
+        for parameter in model.parameters():
+            del optimizer.state[parameter]
+    else:
+        saved["state"] = {
+            index: {"momentum_buffer": state["momentum_buffer"].to(dtype)}
+            for index, state in saved["state"].items()
+            if how != "not loaded"
+        }
+        optimizer.load_state_dict(saved)
+        fresh.load_state_dict(saved)
+    other, fresh = offload.wrap(other, fresh, **placement)
+    for each, its_own in ((model, optimizer), (other, fresh)):
+        steps(each, its_own, batches(2))
+    for one, two in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert same_bits(one, two)
+    assert_states_equal(optimizer.state_dict()["state"], fresh.state_dict()["state"])
+
+
+@PLACEMENTS
+def test_groups_have_no_more_keys_after_a_load_and_another_wrap(placement: dict[str, str]) -> None:
+    """A load brings defaults up to date; plain torch leaves the groups that are there alone."""
+    model: nn.Module = make_model(depth=1)
+    optimizer: Any = torch.optim.Adafactor(model.parameters(), lr=1e-2)
+    keys = set(optimizer.param_groups[0])
+    for _ in range(2):
+        model, optimizer = offload.wrap(model, optimizer, **placement)
+        steps(model, optimizer, batches(1))
+        assert set(optimizer.param_groups[0]) == keys
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        model, optimizer = offload.unwrap(model, optimizer)
+    assert set(optimizer.param_groups[0]) == keys
+
+
 @pytest.mark.cpu_only  # the reference computes on the device, whatever the tier
 @PLACEMENTS
 def test_add_param_group(placement: dict[str, str]) -> None:
