@@ -342,10 +342,10 @@ def test_peers_train_the_same_or_say_why_not(tmp_path: Path, monkeypatch: pytest
 
 def test_a_peer_that_the_host_cannot_hold_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bench_peers.offload, "environment", lambda: {"host": {"available_bytes": 2**30}})
-    with pytest.raises(offload.OutOfHostMemory, match=r"2\.0 GiB of host memory; 1\.0 GiB"):
+    with pytest.raises(offload.OutOfHostMemory, match=r"2\.00 GiB of host memory; 1\.00 GiB"):
         _bench_peers._require_host_bytes(2 * 2**30, None)
     _bench_peers._require_host_bytes(2 * 2**30, "3GiB")  # of memory that grows as it is used
-    with pytest.raises(offload.OutOfHostMemory, match=r"4\.0 GiB of host memory; 3\.0 GiB"):
+    with pytest.raises(offload.OutOfHostMemory, match=r"4\.00 GiB of host memory; 3\.00 GiB"):
         _bench_peers._require_host_bytes(4 * 2**30, "3GiB")
 
 
