@@ -161,7 +161,7 @@ def _activations(unit: Unit) -> Iterator[tuple[nn.Module, Tensor]]:
 
 
 def _kept_by_norm(norm: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
-    width: int = norm.weight.numel()  # type: ignore[operator, union-attr]
+    width: int = norm.weight.numel()  # type: ignore[operator]
     return _kept_by(norm, width, dtype) or (_NORM_KEEPS * width, width)
 
 
