@@ -173,8 +173,9 @@ def _kept_by(module: nn.Module, width: int, dtype: torch.dtype, *, with_input: b
     """
     if next(module.children(), None) or next(module.buffers(), None) is not None or module._forward_hooks:
         return None
-    parameters = {
-        name: torch.ones_like(p, device="cpu", requires_grad=p.requires_grad) for name, p in module.named_parameters()
+    parameters = {  # made by shape: `ones_like` of a meta tensor makes torch import its compiler, for seconds
+        name: torch.ones(p.shape, dtype=p.dtype, device="cpu", requires_grad=p.requires_grad)
+        for name, p in module.named_parameters()
     }
     given = torch.ones(1, 1, width, dtype=dtype, device="cpu", requires_grad=True)
     kept: dict[int, Tensor] = {}
