@@ -256,6 +256,7 @@ void bind_pipeline(py::module_& module) {
              result["job_count"] = stats.job_count;
              result["update_ns"] = stats.update_ns;
              result["blocked_ns"] = stats.blocked_ns;
+             result["exposed_ns"] = stats.exposed_ns;
              result["kept_count"] = stats.kept_count;
              result["discarded_count"] = stats.discarded_count;
              result["disk_read_bytes"] = stats.window.read_bytes;

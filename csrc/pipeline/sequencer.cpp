@@ -123,10 +123,15 @@ void Sequencer::set_held(bool held) {
 
 SequencerStats Sequencer::stats() const noexcept {
   return {.job_count = job_count_,
-          .update_ns = update_ns_,
+          .update_ns = static_cast<uint64_t>(update_ns_until(monotonic_now_ns())),
           .kept_count = kept_count_,
           .discarded_count = discarded_count_,
           .window = window_ ? window_->stats() : WindowStats()};
+}
+
+int64_t Sequencer::update_ns_until(int64_t now_ns) const noexcept {
+  const int64_t clock = update_clock_;
+  return clock % 2 == 0 ? clock / 2 : (clock - 1) / 2 + now_ns;
 }
 
 // Under mutex_.
@@ -367,10 +372,17 @@ void Sequencer::update_from_disk(const QueuedJob& queued, const UpdateSpan& span
   }
 }
 
+Sequencer::Updating::Updating(Sequencer& owner, int64_t now_ns) : owner_(owner) {
+  owner_.update_clock_ = owner_.update_clock_ - 2 * now_ns + 1;
+}
+
+Sequencer::Updating::~Updating() { owner_.update_clock_ = 2 * owner_.update_ns_until(monotonic_now_ns()); }
+
 void Sequencer::update_span(const UpdateSpan& span, const QueuedJob& queued,
                             const std::vector<Factor>& factors) {
   const StepJob& job = queued.job;
   const int64_t start_ns = monotonic_now_ns();
+  const Updating updating(*this, start_ns);
   if (span.count <= kInlineElements) {
     update_states(span, job.scalars, factors.data(), factors.size(), job.flush_denormals, active_isa());
   } else {
@@ -378,7 +390,6 @@ void Sequencer::update_span(const UpdateSpan& span, const QueuedJob& queued,
                            job.flush_denormals, active_isa());
   }
   const int64_t end_ns = monotonic_now_ns();
-  update_ns_.fetch_add(static_cast<uint64_t>(end_ns - start_ns), std::memory_order_relaxed);
   if (trace_is_on()) {
     const ParameterSlot& slot = queued.slot->parameter;
     record_trace(TraceLane::kHostUpdate, start_ns, end_ns, span.count * (slot.weight_bytes / slot.span.count),

@@ -64,6 +64,8 @@ class Sequencer {
   // What every later job fails with; null while none failed.
   std::exception_ptr error() const { return first_error_->any(); }
   SequencerStats stats() const noexcept;
+  // Of SequencerStats::update_ns, with what has passed by `now_ns` of an update that runs.
+  int64_t update_ns_until(int64_t now_ns) const noexcept;
 
  private:
   struct Slot {
@@ -84,6 +86,18 @@ class Sequencer {
     bool backwards = false;
     Task task = Task::kUpdate;
     void* backup = nullptr;
+  };
+
+  // Counts as updating while it lives.
+  class Updating {
+   public:
+    Updating(Sequencer& owner, int64_t now_ns);
+    ~Updating();
+    Updating(const Updating&) = delete;
+    Updating& operator=(const Updating&) = delete;
+
+   private:
+    Sequencer& owner_;
   };
 
   Slot& slot_of(int64_t number);
@@ -112,7 +126,9 @@ class Sequencer {
   const std::shared_ptr<FirstError> first_error_ = std::make_shared<FirstError>();
 
   std::atomic<uint64_t> job_count_{0};
-  std::atomic<uint64_t> update_ns_{0};
+  // Twice the nanoseconds of the updates that ended. While one runs: twice those less when it began, and 1
+  // more. One number, so that whoever reads it sees either.
+  std::atomic<int64_t> update_clock_{0};
   std::atomic<uint64_t> kept_count_{0};
   std::atomic<uint64_t> discarded_count_{0};
 

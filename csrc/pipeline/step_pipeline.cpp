@@ -111,6 +111,7 @@ bool StepPipeline::wait(const std::vector<Ticket>& tickets, int64_t timeout_ns) 
   const auto pending = [](const Ticket& ticket) { return !ticket.done(); };
   if (std::any_of(tickets.begin(), tickets.end(), pending)) {
     const int64_t start_ns = monotonic_now_ns();
+    const int64_t updated_before_ns = sequencer_->update_ns_until(start_ns);
     bool ended = true;
     for (const Ticket& ticket : tickets) {
       const int64_t waited_ns = monotonic_now_ns() - start_ns;
@@ -119,6 +120,9 @@ bool StepPipeline::wait(const std::vector<Ticket>& tickets, int64_t timeout_ns) 
     }
     const int64_t end_ns = monotonic_now_ns();
     blocked_ns_.fetch_add(static_cast<uint64_t>(end_ns - start_ns));
+    // An update that began after `start_ns` was read may be a little ahead of it, or behind `end_ns`.
+    const int64_t updated_ns = sequencer_->update_ns_until(end_ns) - updated_before_ns;
+    exposed_ns_.fetch_add(static_cast<uint64_t>(std::clamp<int64_t>(updated_ns, 0, end_ns - start_ns)));
     if (trace_is_on()) {
       record_trace(TraceLane::kWait, start_ns, end_ns, 0, {.name = trace_label().name});
     }
@@ -128,7 +132,7 @@ bool StepPipeline::wait(const std::vector<Ticket>& tickets, int64_t timeout_ns) 
   return true;
 }
 
-StepStats StepPipeline::stats() const noexcept { return {sequencer_->stats(), blocked_ns_}; }
+StepStats StepPipeline::stats() const noexcept { return {sequencer_->stats(), blocked_ns_, exposed_ns_}; }
 
 void StepPipeline::hold() {
   owner_.require_owner("this StepPipeline");

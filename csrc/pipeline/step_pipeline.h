@@ -29,6 +29,7 @@ constexpr size_t kDefaultChunkElements = size_t{4} << 20;
 
 struct StepStats : SequencerStats {
   uint64_t blocked_ns = 0;  // callers of wait() were blocked
+  uint64_t exposed_ns = 0;  // and an update ran meanwhile
 };
 
 class StepPipeline {
@@ -63,8 +64,9 @@ class StepPipeline {
   // The slot's states on disk were written by somebody else: what the window still has of them is not used.
   void states_written(int64_t slot);
 
-  // Blocks the host until the tickets ended; counts the time as blocked. Throws with the slot's name.
-  // A negative timeout waits for ever; returns false when the timeout passed first.
+  // Blocks the host until the tickets ended; counts the time as blocked, and as exposed while an update ran.
+  // Throws with the slot's name. A negative timeout waits for ever; returns false when the timeout passed
+  // first.
   bool wait(const std::vector<Ticket>& tickets, int64_t timeout_ns = -1);
 
   StepStats stats() const noexcept;
@@ -79,6 +81,7 @@ class StepPipeline {
   const size_t chunk_elements_;
   const std::shared_ptr<StateWindow> window_;  // the sequencer's: slots are checked against its frames
   std::atomic<uint64_t> blocked_ns_{0};
+  std::atomic<uint64_t> exposed_ns_{0};
   std::unique_ptr<Sequencer> sequencer_;
 };
 

@@ -99,6 +99,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         pageable_reason=pin_refusal or None,
         update_s=pipeline["update_ns"] / 1e9 + engine.torch_update_s,
         blocked_s=pipeline["blocked_ns"] / 1e9 + engine.torch_update_s,
+        exposed_s=pipeline["exposed_ns"] / 1e9 + engine.torch_update_s,
         fallbacks=tuple(fallbacks),
         peak_weight_bytes=peak_weight_bytes,
         activations=activations,

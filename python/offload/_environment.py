@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _native
+from ._config import format_size
 from ._disk import probe_disk
 from ._probe import probe_device, probe_host
 
@@ -119,7 +120,8 @@ def _of_the_host(facts: Mapping[str, Any]) -> Iterator[Finding]:
     if limit is not None and limit < host["total_bytes"]:
         yield Finding(
             "host memory",
-            f"this container or service may use {_gib(limit)} of the machine's {_gib(host['total_bytes'])}",
+            f"this container or service may use {format_size(limit)} of the machine's "
+            f"{format_size(host['total_bytes'])}",
             "`docker run --memory`, a pod's memory limit, or `MemoryMax=` of a systemd unit",
         )
     quota = host["cpu_quota"]
@@ -256,7 +258,3 @@ def _measured_copies(device: torch.device) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
         rates[f"{way}_gb_per_s"] = _COPY_BYTES / min(seconds) / 1e9
     return {"bytes": _COPY_BYTES, **rates, "pin_refusal": pool.stats()["pin_refusal"] or None}
-
-
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"

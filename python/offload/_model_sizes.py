@@ -20,7 +20,7 @@ from ._units import Unit
 
 __all__ = ["parameter_sizes", "token_costs"]
 
-# In 16-bit elements: its input in fp32, and what it scales.
+# In 16-bit elements: its input in fp32, and what it scales. Of norms that cannot be asked.
 _NORM_KEEPS = 3
 # How configs call the probability that a score of attention is dropped.
 _SCORE_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -77,6 +77,7 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int, device_kin
     wide: dict[str, int] = {}
     reached: set[str] = set()
     is_trained = False  # anything before; those of the root may be used anywhere
+    dtype = max(model.parameters(), key=Tensor.numel).dtype
     head: Tensor | None = None
     head_unit = ""
     for unit in units:
@@ -87,8 +88,9 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int, device_kin
         multiplied.update(map(id, matrices))
         # Two embeddings are no blocks.
         is_block = bool(matrices) and not unit.is_root and classes[type(unit.modules[0])] > 1
-        wide[unit.name] = _normed(unit)
-        saved[unit.name], operations[unit.name] = _NORM_KEEPS * wide[unit.name], attention if is_block else 0.0
+        kept = [_kept_by_norm(norm, dtype) for norm in _norms(unit)]
+        saved[unit.name], wide[unit.name] = sum(count for count, _ in kept), sum(fp32 for _, fp32 in kept)
+        operations[unit.name] = attention if is_block else 0.0
         for matrix in matrices:
             is_expert = "experts" in names[id(matrix)].split(".")
             share = active if is_expert else 1.0
@@ -96,6 +98,12 @@ def token_costs(model: nn.Module, units: Sequence[Unit], length: int, device_kin
             rows = matrix.shape[-2] if count > 1 else matrix.shape[0]
             saved[unit.name] += round(share * (count * rows + matrix.numel() // rows))
             operations[unit.name] -= 2.0 * (1.0 - share) * matrix.numel()
+        for activation, matrix in _activations(unit):
+            is_expert = "experts" in names[id(matrix)].split(".")
+            count = matrix.shape[0] if is_expert and matrix.dim() == 3 else 1
+            kept_elements, fp32 = _kept_by(activation, max(matrix.shape[-2:]), dtype, with_input=False) or (0, 0)
+            saved[unit.name] += round((active if is_expert else 1.0) * count * kept_elements)
+            wide[unit.name] += round((active if is_expert else 1.0) * count * fp32)
         if is_block:
             inputs[unit.name] = _width(config, matrices)
             wide_softmax = _has_wide_softmax(type(unit.modules[0]))
@@ -132,15 +140,62 @@ def _matrices(unit: Unit) -> Iterator[Tensor]:
                 yield parameter
 
 
-def _normed(unit: Unit) -> int:
-    """Elements that the unit's norms scale: those of weights that are vectors, in modules without a matrix."""
+def _norms(unit: Unit) -> Iterator[nn.Module]:
+    """The unit's modules that scale: those with a weight that is a vector, and no matrix."""
     own = {id(parameter) for _, parameter in unit.parameters}
-    scales = (dict(module.named_parameters(recurse=False)) for module in unit.modules[0].modules())
-    return sum(
-        scale["weight"].numel()
-        for scale in scales
-        if "weight" in scale and id(scale["weight"]) in own and all(p.dim() == 1 for p in scale.values())
-    )
+    for module in unit.modules[0].modules():
+        scale = dict(module.named_parameters(recurse=False))
+        if "weight" in scale and id(scale["weight"]) in own and all(p.dim() == 1 for p in scale.values()):
+            yield module
+
+
+def _activations(unit: Unit) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The unit's modules that may be activations, each with the widest matrix beside it, whose output it is given."""
+    own = {id(parameter) for _, parameter in unit.parameters}
+    for parent in unit.modules[0].modules():
+        beside = [p for module in (parent, *parent.children()) for p in module.parameters(recurse=False)]
+        matrices = [p for p in beside if id(p) in own and p.dim() >= 2]
+        for module in parent.children() if matrices else ():
+            if not isinstance(module, nn.modules.dropout._DropoutNd) and next(module.parameters(), None) is None:
+                yield module, max(matrices, key=lambda matrix: max(matrix.shape[-2:]))
+
+
+def _kept_by_norm(norm: nn.Module, dtype: torch.dtype) -> tuple[int, int]:
+    width: int = norm.weight.numel()  # type: ignore[operator]
+    return _kept_by(norm, width, dtype) or (_NORM_KEEPS * width, width)
+
+
+def _kept_by(module: nn.Module, width: int, dtype: torch.dtype, *, with_input: bool = True) -> tuple[int, int] | None:
+    """What such a module keeps of one vector for its backward: elements of `dtype`, and of these those in fp32, which
+    count twice where `dtype` has 16 bits. Its output is what comes next keeps, and a number a row counts nothing.
+
+    It is asked: it computes with a vector. None where that tells nothing: it wants something else, or would remember.
+    """
+    if next(module.children(), None) or next(module.buffers(), None) is not None or module._forward_hooks:
+        return None
+    parameters = {  # made by shape: `ones_like` of a meta tensor makes torch import its compiler, for seconds
+        name: torch.ones(p.shape, dtype=p.dtype, device="cpu", requires_grad=p.requires_grad)
+        for name, p in module.named_parameters()
+    }
+    given = torch.ones(1, 1, width, dtype=dtype, device="cpu", requires_grad=True)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = torch.func.functional_call(module, parameters, (given,))
+        if result.shape != given.shape:
+            return None
+    except Exception:  # whatever a module raises that takes no vector
+        return None
+    for other in (result, *parameters.values(), *(() if with_input else (given,))):
+        kept.pop(other.untyped_storage().data_ptr(), None)
+    long = [tensor for tensor in kept.values() if tensor.numel() >= width]
+    wide = sum(tensor.numel() for tensor in long if tensor.element_size() > dtype.itemsize)
+    return sum(tensor.nbytes for tensor in long) // dtype.itemsize, wide
 
 
 def _attention_operations(config: Any, length: int, makes_scores: bool) -> float:

@@ -455,8 +455,9 @@ class StepPipeline:
         """Somebody else wrote the slot's states on disk: what the window has of them is read anew."""
     def wait(self, tickets: Sequence[Ticket]) -> None: ...
     def stats(self) -> dict[str, int]:
-        """job_count, update_ns, blocked_ns; of updates ahead kept_count, discarded_count; of states on disk
-        disk_read_bytes, disk_kept_bytes (in the window still), disk_written_bytes, disk_wait_ns.
+        """job_count, update_ns, blocked_ns, exposed_ns (blocked while an update ran); of updates ahead kept_count,
+        discarded_count; of states on disk disk_read_bytes, disk_kept_bytes (in the window still), disk_written_bytes,
+        disk_wait_ns.
         """
     def hold(self) -> None:
         """The sequencer starts no further job until release(): for tests."""

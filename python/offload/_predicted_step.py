@@ -94,7 +94,9 @@ class Job:
         """
         room = self.hardware.device_bytes - device_bytes
         held = functools.cache(lambda count: self._held(plan, config, count))
-        micro_batches = next((n for n in range(1, batch + 1) if held(-(-batch // n)).device_bytes <= room), None)
+        stay = functools.cache(lambda count: self._stay_bytes(plan, count))  # most numbers of parts fail by it already
+        counts = ((n, -(-batch // n)) for n in range(1, batch + 1))
+        micro_batches = next((n for n, c in counts if stay(c) <= room and held(c).device_bytes <= room), None)
         if micro_batches is None:
             return None
         activations = held(-(-batch // micro_batches))
@@ -175,6 +177,14 @@ class Job:
         order = activation_order(saved, config.activation_keep, plan.activation_host_bytes, sent=sent)
         all_of_it = self.costs.activation_bytes(tokens, self.itemsize, checkpointing=self.checkpointing)
         return dataclasses.replace(order, device_bytes=all_of_it - sum(saved) + order.device_bytes)
+
+    def _stay_bytes(self, plan: Plan, count: int) -> int:
+        """Of the activations of `count` sequences, what is on the device whatever leaves it."""
+        tokens = count * self.length
+        whole = self.costs.activation_bytes(tokens, self.itemsize, checkpointing=self.checkpointing)
+        if plan.activations == "device":
+            return whole
+        return whole - sum(self.costs.saved_bytes(tokens, self.itemsize, checkpointing=self.checkpointing).values())
 
     def _network_seconds(self, plan: Plan, micro_batches: int) -> float:
         """See [Note: data-parallel sharding]."""

@@ -2,7 +2,8 @@
 
 [Note: the simulated pipeline] Every lane works off what it is given in the order in which it is given, and the program
 that gives it is the same in every step: so when each piece ends follows from the ends of those before it, in one pass
-over the program and without a queue of events. Compute is a lane too; where it waits, the chain of what it waits for
+over the program and without a queue of events. Micro-batches that would only repeat those before them are passed
+over. Compute is a lane too; where it waits, the chain of what it waits for
 says which lane kept it. A step is measured from the end of its first forward to that of the next one's: by then every
 update has ended, since each unit's forward waits for its own.
 """
@@ -12,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ._activation_order import ActivationOrder, activation_order
-from ._simulated_lanes import BEGIN, Compute, Lane, Piece, Ring, latest
+from ._simulated_lanes import BEGIN, Compute, Lane, Piece, Repeats, Ring, latest
 from ._step_work import LANES, Machine, UnitWork, backups_of
 
 __all__ = ["Settings", "Simulated", "simulate", "window_schedule"]
@@ -25,6 +26,8 @@ __all__ = ["Settings", "Simulated", "simulate", "window_schedule"]
 _FIRST_STEPS, _MEASURED_STEPS = 2, 2
 # Bytes in memory that copying a byte there reads and writes.
 _COPY = 2
+# Micro-batches that are played one by one: to look for what repeats pays beyond them.
+_FEW = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,17 +125,31 @@ class _Pipeline:
 
     def run(self, lane: str, nbytes: float, *after: Piece) -> Piece:
         """`nbytes` at the rate of the lane; no bytes take no time, and no rate."""
-        return self.lanes[lane].run(self.machine.seconds(lane, nbytes), *after)
+        return self.lanes[lane].run(self.machine.seconds(lane, nbytes), *after) if nbytes else latest(after)
 
     def step(self, *, backwards: bool) -> _Mark:
         """One step; the mark of its first forward's end."""
         mark = self._forward()
         self._backward(first=True)
-        for _ in range(self.settings.micro_batches - 1):
+        left = self.settings.micro_batches - 1
+        repeats = Repeats(self) if left > _FEW else None
+        while left:
             self._forward()
             self._backward(first=False)
+            left -= 1
+            if repeats is not None:
+                left -= repeats.passed_over(left)
         self._update(backwards)
         return mark
+
+    def map_pieces(self, of: Callable[[Piece], Piece]) -> None:
+        """Of those that a micro-batch leaves to the next; to what has been updated it does nothing."""
+        for lane in self.lanes.values():
+            lane.last = of(lane.last)
+        self.landed = [[of(piece) for piece in parts] for parts in self.landed]
+        self.gradient_ring.map_pieces(of)
+        self.weights.map_pieces(of)
+        self.activations.map_pieces(of)
 
     def _forward(self) -> _Mark:
         for number, unit in enumerate(self.units):
@@ -286,6 +303,10 @@ class _WeightWindow:
         """A micro-batch ended."""
         self._touches = iter(self._schedule)
 
+    def map_pieces(self, of: Callable[[Piece], Piece]) -> None:
+        self._arrivals = {number: of(piece) for number, piece in self._arrivals.items()}
+        self._uploads = deque(map(of, self._uploads), maxlen=self._uploads.maxlen)
+
     def send_first(self) -> None:
         """The step is submitted: what the next forward begins with comes behind its updates."""
         for sent in self._schedule[0] if self._schedule else ():
@@ -392,3 +413,7 @@ class _ActivationWindow:
         if number in self._arrivals:
             self._pipeline.compute.wait(self._arrivals.pop(number))
             self._pipeline.compute.run(self._converting[number])
+
+    def map_pieces(self, of: Callable[[Piece], Piece]) -> None:
+        """Backward has brought back all that forward had sent."""
+        self._ring.map_pieces(of)

@@ -30,9 +30,9 @@ class Stats:
     pool: the host pool's counters; *_bytes are bytes, the rest counts.
     transfers: bytes and copies by direction (to_host, to_device).
     isa: the instruction set of the host update. pinned: host memory is page-locked; when it is not,
-    pageable_reason says why. update_s: seconds the host update ran; blocked_s: seconds of these that
-    the training thread waited for. fallbacks: every slower path taken, one sentence each. peak_weight_bytes: the most
-    that weights took on the device at once.
+    pageable_reason says why. update_s: seconds the host update ran; exposed_s: of these, seconds that the training
+    thread was blocked; blocked_s: all that it was blocked for, uploads and late gradients included. fallbacks: every
+    slower path taken, one sentence each. peak_weight_bytes: the most that weights took on the device at once.
     activations: of the latest forward, bytes that could leave, that left (offloaded_bytes), what these were on their
     way (sent_bytes: fewer with an activation_format), and that the host budget kept on the device.
     resident_weights: with `params="host"`, what does not come and go with its unit, and why: always on the device, or
@@ -58,6 +58,7 @@ class Stats:
     pageable_reason: str | None
     update_s: float
     blocked_s: float
+    exposed_s: float
     fallbacks: tuple[str, ...] = ()
     peak_weight_bytes: int = 0
     activations: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -74,7 +75,7 @@ class Stats:
         """The share of the host update that ran behind other work, 0 to 1; None before any update."""
         if self.update_s <= 0:
             return None
-        return min(1.0, max(0.0, 1 - self.blocked_s / self.update_s))
+        return min(1.0, max(0.0, 1 - self.exposed_s / self.update_s))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, ready for JSON; `hidden_share` included."""
@@ -100,7 +101,7 @@ class Stats:
         rows += [(f"transfers {name}", _counter(name, value)) for name, value in self.transfers.items()]
         rows += [(f"disk {name}", _counter(name, value)) for name, value in self.disk.items()]
         rows += [(f"speculation {name}", _counter(name, value)) for name, value in self.speculation.items()]
-        rows.append(("host update", f"{self.update_s:.3f} s, {self.blocked_s:.3f} s waited for, {hidden}"))
+        rows.append(("host update", f"{self.update_s:.3f} s, {hidden}; blocked for {self.blocked_s:.3f} s in all"))
         rows.append(("instruction set", self.isa))
         rows += [("fallback", text) for text in self.fallbacks]
         return "\n".join(f"{name:<28}{value}" for name, value in rows)

@@ -1,12 +1,14 @@
 """What one token costs in a model: what its forward saves for backward, and operations. Pure functions.
 
-[Note: what activations take] An estimate, by shapes alone. Each weight matrix keeps its input and its output, in the
-weights' dtype, and each norm its input in fp32 and what it scales. For a Llama that is 5 to 10 % more than what
-autograd saves. Attention that makes a matrix of its scores ("eager") keeps that too: as softmax gives it, in fp32 or in
-the weights' dtype; from fp32, also as values are multiplied by it; with dropout, what that drops and what it leaves.
-Where torch has no fused attention for a model on the CPU it keeps them, and masks, too, all in fp32.
-Other dropout, which keeps masks, comes on top. With checkpointing each block keeps its input alone, and the largest
-one, as it is recomputed, all. Logits take 10 bytes each: in 16 bits, in fp32, and what the loss keeps of them in fp32.
+[Note: what activations take] An estimate, by shapes. Each weight matrix keeps its input and its output, in the
+weights' dtype. Norms and activation functions are asked: what autograd saves as each computes with one vector counts,
+but for an activation's input, which is a matrix's output. For a Llama that is 1 to 6 % more than what autograd saves,
+for GPT-2, whose gelu is written out, 5 to 7 %. Attention that makes a matrix of its scores ("eager") keeps that too:
+as softmax gives it, in fp32 or in the weights' dtype; from fp32, also as values are multiplied by it; with dropout,
+what that drops and what it leaves. Where torch has no fused attention for a model on the CPU it keeps them, and masks,
+too, all in fp32. Other dropout, which keeps masks, comes on top. With checkpointing each block keeps its input alone,
+and the largest one, as it is recomputed, all. Logits take 10 bytes each: in 16 bits, in fp32, and what the loss keeps
+of them in fp32.
 
 [Note: what is rounded] With `activation_format`, of all that is counted here, what gradients flow through: a byte an
 element, whatever its dtype, and a scale for every 256 (`may_be_rounded` decides it in a run). Masks of dropout are

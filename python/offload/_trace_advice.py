@@ -12,7 +12,7 @@ from ._config import format_size
 if TYPE_CHECKING:
     from ._trace_report import TraceReport
 
-__all__ = ["Advice", "advise"]
+__all__ = ["Advice", "advise", "duration"]
 
 _LEAST_SHARE = 0.02  # of a step: less is within what steps differ by
 _BUSY = 0.85  # of a step: a lane that works so much is the limit itself
@@ -56,7 +56,7 @@ def _for_host_update(report: TraceReport, model: Mapping[str, Any]) -> Iterator[
     busy, waited = report.lanes["host_update"].busy_s, report.exposed_s["host_update"]
     native = report.lanes["host_update"].nbytes > 0  # another class runs as itself, where its states are
     share = math.floor((1 - waited / busy) / _SHARE_STEP) * _SHARE_STEP if busy else 0.0
-    figures = f"the host update takes {_ms(busy)} a step and {_ms(waited)} of it are waited for"
+    figures = f"the host update takes {duration(busy)} a step and {duration(waited)} of it are waited for"
     if model.get("optimizer") == "host" and share > 0 and native:
         on_device = (1 - share) * _STATE_BYTES * model.get("trainable_count", 0)
         yield Advice(
@@ -72,7 +72,7 @@ def _for_host_update(report: TraceReport, model: Mapping[str, Any]) -> Iterator[
             'moments="bf16"',
             saves,
             f"{figures}; bf16 moments (lossy) take {traffic - _BF16_MOMENTS_SAVE} of the {traffic} bytes of memory "
-            f"traffic a parameter, at most {_ms(saves)} less",
+            f"traffic a parameter, at most {duration(saves)} less",
         )
 
 
@@ -80,12 +80,13 @@ def _for_disk(report: TraceReport, model: Mapping[str, Any]) -> Advice:
     waited = sum(report.exposed_s.get(lane, 0.0) for lane in ("disk_read", "disk_write"))
     busy = max(report.lanes[lane].busy_s for lane in ("disk_read", "disk_write") if lane in report.lanes)
     paths = model.get("disk_path_count", 1)
-    figures = f"the disk is busy for {_ms(busy)} of {_ms(report.step_s)} a step, and {_ms(waited)} are waited for"
+    share = f"{duration(busy)} of {duration(report.step_s)}"
+    figures = f"the disk is busy for {share} a step, and {duration(waited)} are waited for"
     saves = min(waited, busy / (paths + 1))
     return Advice(
         f"a disk_path of {paths + 1} drives",
         saves,
-        f"{figures}; one more of the same speed takes {_ms(busy / (paths + 1))} off (or keep the "
+        f"{figures}; one more of the same speed takes {duration(busy / (paths + 1))} off (or keep the "
         f"{format_size(model['disk_bytes'])} on the host, which takes all of it off)",
     )
 
@@ -93,7 +94,7 @@ def _for_disk(report: TraceReport, model: Mapping[str, Any]) -> Advice:
 def _for_to_host(report: TraceReport, model: Mapping[str, Any]) -> Iterator[Advice]:
     use, waited = report.lanes["to_host"], report.exposed_s["to_host"]
     leaving = use.kinds.get("activations", 0)
-    figures = f"copies to the host take {_ms(use.busy_s)} a step and {_ms(waited)} of it are waited for"
+    figures = f"copies to the host take {duration(use.busy_s)} a step and {duration(waited)} of it are waited for"
     if leaving > use.nbytes / 2 and use.busy_s:
         keeps = max(0.0, 1 - waited / use.busy_s)
         yield Advice(
@@ -107,14 +108,14 @@ def _for_to_host(report: TraceReport, model: Mapping[str, Any]) -> Iterator[Advi
             "one micro-batch a step (or fewer, larger ones)",
             saves,
             f"{figures}; gradients leave in each of {report.micro_batches:g} micro-batches and need to once, "
-            f"{_ms(saves)} less",
+            f"{duration(saves)} less",
         )
 
 
 def _for_to_device(report: TraceReport, model: Mapping[str, Any]) -> Advice:
     use, waited = report.lanes["to_device"], report.exposed_s["to_device"]
     share = use.busy_s / report.step_s
-    figures = f"copies to the device take {_ms(use.busy_s)} a step and {_ms(waited)} of it are waited for"
+    figures = f"copies to the device take {duration(use.busy_s)} a step and {duration(waited)} of it are waited for"
     if share < _BUSY:
         ahead = model.get("prefetch", 1)
         return Advice(
@@ -126,9 +127,11 @@ def _for_to_device(report: TraceReport, model: Mapping[str, Any]) -> Advice:
     return Advice(
         f"{factor:.1f} times the tokens in a micro-batch",
         waited,
-        f"{figures}: the link works for {share:.0%} of the step, and {_ms(report.compute_s)} of compute hide no more",
+        f"{figures}: the link works for {share:.0%} of the step, and {duration(report.compute_s)} of compute hide no "
+        "more",
     )
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.2f} ms"
+def duration(seconds: float) -> str:
+    """In milliseconds; from ten seconds on in those."""
+    return f"{seconds * 1e3:,.2f} ms" if seconds < 10 else f"{seconds:,.2f} s"

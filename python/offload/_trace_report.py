@@ -16,7 +16,7 @@ from typing import Any
 
 from ._config import format_size
 from ._intervals import Intervals, intersect, subtract, total, union
-from ._trace_advice import Advice, advise
+from ._trace_advice import Advice, advise, duration
 from ._trace_records import WORK_LANES, ClockSample, Span, TraceData
 
 __all__ = ["CAUSES", "ClockReport", "LaneUse", "TraceReport", "analyse"]
@@ -108,12 +108,12 @@ class TraceReport:
             return "No step ended inside the trace: call optim.step() inside it"
         exposed = self.exposed_total_s
         share = exposed / self.step_s
-        waited = f"{_ms(exposed)} of {_ms(self.step_s)} a step ({share:.1%}) are waited for"
+        waited = f"{duration(exposed)} of {duration(self.step_s)} a step ({share:.1%}) are waited for"
         if share < _HIDDEN:
             text = f"Everything is hidden: {waited}"
         else:
             cause = max(self.exposed_s, key=self.exposed_s.__getitem__)
-            text = f"{waited}, {_ms(self.exposed_s[cause])} of them for: {CAUSES[cause]}"
+            text = f"{waited}, {duration(self.exposed_s[cause])} of them for: {CAUSES[cause]}"
         if self.other_s > max(_MUCH * self.step_s, exposed):
             text += f"; {self.other_s / self.step_s:.0%} is neither compute nor waiting: data, loss, clipping, logging"
         return text
@@ -147,14 +147,14 @@ class TraceReport:
         rows += [(f"  exposed: {CAUSES[cause]}", seconds) for cause, seconds in self.exposed_s.items()]
         rows.append(("  other (data, loss, step() itself)", self.other_s))
         heading = f"{self.steps} steps of {self.micro_batches:g} micro-batches, a step on average:"
-        return [(heading, "", ""), *((name, _ms(value), f"{value / self.step_s:.1%}") for name, value in rows)]
+        return [(heading, "", ""), *((name, duration(value), f"{value / self.step_s:.1%}") for name, value in rows)]
 
     def _lanes(self) -> list[tuple[str, ...]]:
         rows: list[tuple[str, ...]] = [("lane", "busy", "hidden", "exposed", "bytes", "rate")]
         for lane, use in self.lanes.items():
             # Of an update the weights are counted, a part of what it reads and writes.
             rate = "" if lane == "host_update" else f"{use.bytes_per_s / 1e9:.2f} GB/s"
-            times = (_ms(use.busy_s), _ms(use.hidden_s), _ms(use.exposed_s))
+            times = (duration(use.busy_s), duration(use.hidden_s), duration(use.exposed_s))
             rows.append((lane, *times, format_size(use.nbytes), rate))
         return rows
 
@@ -293,7 +293,3 @@ def _table(rows: Sequence[tuple[str, ...]]) -> str:
         aligned = [cell.rjust(width) for cell, width in zip(cells, others, strict=True)]
         lines.append((name.ljust(first) + "".join(aligned)).rstrip())
     return "\n".join(lines)
-
-
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:,.2f} ms"

@@ -139,6 +139,21 @@ void updates_go_on_while_the_lane_is_held() {
   CHECK_EQ(f.pipeline->stats().blocked_ns, blocked_ns);  // nothing was pending: nothing is counted
 }
 
+void waiting_for_an_upload_exposes_no_update() {
+  Fixture f(100);
+  Parameter a(250), resident(50);
+  f.device->hold(Direction::kToDevice);
+  const Ticket ticket = f.submit(f.pipeline->add_slot(a.slot("a")), a);
+  f.submit(f.pipeline->add_slot(resident.slot("resident", false)), resident)
+      .wait();  // both updates have ended
+  CHECK(!f.pipeline->wait({ticket}, 1'000'000));
+  CHECK(f.pipeline->stats().blocked_ns >= 1'000'000u);
+  CHECK_EQ(f.pipeline->stats().exposed_ns, 0u);
+  CHECK(f.pipeline->stats().update_ns > 0u);
+  f.device->release(Direction::kToDevice);
+  CHECK(f.pipeline->wait({ticket}));
+}
+
 void jobs_of_one_slot_run_in_order() {
   Fixture f;
   Parameter parameter(500), expected(500);
@@ -392,6 +407,7 @@ int main() {
   using namespace offload;
   chunks_give_the_bits_of_one_update();
   updates_go_on_while_the_lane_is_held();
+  waiting_for_an_upload_exposes_no_update();
   jobs_of_one_slot_run_in_order();
   an_update_waits_for_the_slots_last_upload();
   factors_are_read_when_the_job_runs();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import subprocess
@@ -85,7 +86,10 @@ def accelerator_setting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("accelerator_setting")
-def test_engine_reports_a_ratio_a_block(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_engine_reports_a_ratio_a_block(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     path = tmp_path / "engine.json"
     assert main(["bench", "engine", "--quick", "--device", "cpu", "--json", str(path)]) == 0
     result = bench_results(path)["engine"]
@@ -106,6 +110,7 @@ def test_engine_reports_a_ratio_a_block(tmp_path: Path, capsys: pytest.CaptureFi
     assert len(set(result["rows"][0]["last_loss"].values())) == 1
     shown = capsys.readouterr().err
     assert "the engine adds" in shown and "overhead in CPU time, bfloat16, clipped" in shown
+    assert not [record for record in caplog.records if record.name == "offload.deepspeed"], "it would be on stdout"
 
 
 @pytest.mark.usefixtures("accelerator_setting")
@@ -342,10 +347,10 @@ def test_peers_train_the_same_or_say_why_not(tmp_path: Path, monkeypatch: pytest
 
 def test_a_peer_that_the_host_cannot_hold_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_bench_peers.offload, "environment", lambda: {"host": {"available_bytes": 2**30}})
-    with pytest.raises(offload.OutOfHostMemory, match=r"2\.0 GiB of host memory; 1\.0 GiB"):
+    with pytest.raises(offload.OutOfHostMemory, match=r"2\.00 GiB of host memory; 1\.00 GiB"):
         _bench_peers._require_host_bytes(2 * 2**30, None)
     _bench_peers._require_host_bytes(2 * 2**30, "3GiB")  # of memory that grows as it is used
-    with pytest.raises(offload.OutOfHostMemory, match=r"4\.0 GiB of host memory; 3\.0 GiB"):
+    with pytest.raises(offload.OutOfHostMemory, match=r"4\.00 GiB of host memory; 3\.00 GiB"):
         _bench_peers._require_host_bytes(4 * 2**30, "3GiB")
 
 

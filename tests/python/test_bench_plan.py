@@ -30,7 +30,9 @@ def test_the_grid_is_large_enough() -> None:
 def test_predictions_are_written_first_and_measured_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     predicted = _run(tmp_path / "predictions.json", "--predict-only")
-    assert all(row["predicted_s"] >= row["bound_s"] > 0 and "step_s" not in row for row in predicted["rows"])
+    # Ends of long sums beside the sum of one step: rates that are measured decide how they are rounded.
+    assert all(row["predicted_s"] >= row["bound_s"] * (1 - 1e-9) > 0 for row in predicted["rows"])
+    assert all("step_s" not in row for row in predicted["rows"])
     measured = _run(tmp_path / "measured.json", "--predictions", str(tmp_path / "predictions.json"))
     assert measured["rates"] == predicted["rates"]
     for before, after in zip(predicted["rows"], measured["rows"], strict=True):

@@ -103,7 +103,7 @@ def test_train_with_states_and_weights_on_disk(tmp_path: Path, capsys: pytest.Ca
     assert report["check"]["nothing_offloaded"]["ok"] and "equal bit for bit" in output.err
     memory, disk = report["host_memory"], report["stats"]["disk"]
     assert memory["obtained_bytes"] <= memory["budget_bytes"] == 5 << 20 < sum(report["bytes"]["disk"].values())
-    assert re.search(r"host memory +\S+ MiB used at most, \S+ MiB obtained: within the budget of 5.0 MiB", output.err)
+    assert re.search(r"host memory +\S+ MiB used at most, \S+ MiB obtained: within the budget of 5.00 MiB", output.err)
     assert report["bytes"]["host"]["cache"] < report["bytes"]["disk"]["working"]
     assert disk["weights_read_bytes"] > 3 * report["bytes"]["disk"]["working"] and list(tmp_path.iterdir()) == []
 

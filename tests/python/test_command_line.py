@@ -14,8 +14,10 @@ import pytest
 import torch
 
 import offload
+from offload._config import format_size
 from offload.cli import _parser, main
 from offload.cli._arguments import Parser
+from offload.cli._table import format_bytes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = str(ROOT / "examples" / "deepspeed_cifar.json")
@@ -276,3 +278,9 @@ def test_config_check_says_in_json_why_it_refuses(tmp_path: Path, capsys: pytest
     assert main(["config", "explain", str(file), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert {row["key"]: row["class"] for row in found["keys"]}["train_batch_size"] == "honoured"
+
+
+def test_sizes_are_written_as_the_library_writes_them() -> None:
+    for size in (0, 1, 1023, 1024, 5_000_000, 2**30 - 1, 3 * 2**30, 7 * 2**40, 2**52):
+        assert format_bytes(size) == format_size(size)
+    assert format_bytes(24 << 30) == "24.00 GiB" and format_bytes(40 << 20) == "40.00 MiB"

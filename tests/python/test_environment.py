@@ -63,7 +63,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str, str]] = {
     "pageable": (lambda f: f["copies"].update(pin_refusal="memlock"), "memlock", "ulimit -l unlimited"),
     "cgroup memory": (
         lambda f: f["host"].update(cgroup_limit_bytes=8 << 30),
-        "8.0 GiB of the machine's 64",
+        "8.00 GiB of the machine's 64.00 GiB",
         "--memory",
     ),
     "cgroup CPUs": (lambda f: f["host"].update(cpu_quota=2.5), "2.5 of 16 CPUs", "--cpus"),

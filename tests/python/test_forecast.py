@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import offload
-from offload import Machine, UnitWork, forecast
+from offload import Machine, UnitWork, _simulator, forecast
 from offload._activation_order import activation_order
+from offload._forecast import StepForecast
 from offload._simulator import window_schedule
 from offload._touch_order import TouchOrder
 
@@ -323,6 +324,50 @@ def test_lanes_without_bytes_need_no_rate(case: Any) -> None:
         if any(getattr(unit, field) is not None and getattr(unit, field) != 0 for unit in units):
             unused.pop(rate, None)
     assert forecast(units, dataclasses.replace(machine, **unused), **options) == step
+
+
+def played_one_by_one(units: Sequence[UnitWork], machine: Machine, options: dict[str, Any]) -> StepForecast:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_simulator, "_FEW", 1 << 30)
+        return forecast(units, machine, **options)
+
+
+@settings(max_examples=60, deadline=None)
+@given(forecasts(), st.integers(34, 90))
+def test_micro_batches_that_repeat_are_passed_over(case: Any, micro_batches: int) -> None:
+    """With the seconds of playing each, but for rounding."""
+    units, machine, options = case
+    options |= {"micro_batches": micro_batches}
+    step, each = forecast(units, machine, **options), played_one_by_one(units, machine, options)
+    assert step.seconds == pytest.approx(each.seconds)
+    assert step.busy == pytest.approx(each.busy)
+    assert step.exposed == pytest.approx(each.exposed, abs=1e-6 * each.seconds)
+
+
+def test_a_disk_that_writes_for_many_micro_batches_is_waited_for_as_if_each_was_played() -> None:
+    """States of 600 s on disk behind micro-batches of 1 s: at 300 they hide nothing of it, at 3,000 all."""
+    unit = dataclasses.replace(
+        UNIT, forward_seconds=0.5, backward_seconds=0.5, disk_read_bytes=600, disk_write_bytes=600
+    )
+    for micro_batches in (300, 3000):
+        options = {"micro_batches": micro_batches}
+        step, each = forecast([unit, unit], ONE, **options), played_one_by_one([unit, unit], ONE, options)
+        assert step.seconds == pytest.approx(each.seconds) and step.busy == pytest.approx(each.busy)
+        assert step.exposed == pytest.approx(each.exposed, abs=1e-6 * each.seconds)
+
+
+def test_a_step_of_very_many_micro_batches_is_not_played_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    played = 0
+    forward = _simulator._Pipeline._forward
+
+    def counted(pipeline: Any) -> Any:
+        nonlocal played
+        played += 1
+        return forward(pipeline)
+
+    monkeypatch.setattr(_simulator._Pipeline, "_forward", counted)
+    step = forecast([streamed(activation_bytes=3)] * 4, ONE, micro_batches=65_536)
+    assert step.seconds >= 65_536 and played < 200
 
 
 @given(st.integers(1, 12), st.integers(1, 5))

@@ -157,7 +157,7 @@ def test_a_new_user_reads_the_answer_first(monkeypatch: pytest.MonkeyPatch, caps
         "the rule of thumb of 40 GB a billion",
         "* assumed: --mfu",
         "host update",
-        "119.2 GiB",
+        "needs     119.2",
     ):
         assert words in text
     assert max(map(len, lines)) <= 120
@@ -259,7 +259,7 @@ def test_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
         sum(placed["host"].values()) for placed in found["placements"] if placed["options"]["params"] == "disk"
     )
     reason = (
-        f"t does not fit: it takes at least {needed / 2**30:.1f} GiB of host memory, of which 115.2 GiB may be used"
+        f"t does not fit: it takes at least {needed / 2**30:.2f} GiB of host memory, of which 115.20 GiB may be used"
     )
     assert output.err.splitlines()[-1] == f"offload: i{reason}"
     assert main([*too_large]) == 2

@@ -12,6 +12,7 @@ from torch import nn
 import offload
 from offload import Hardware, InvalidArgument
 from offload._model_sizes import token_costs
+from offload._predicted_step import Job
 from offload._units import find_units
 from offload.cli._plan_model import decoder, decoder_of_depth
 
@@ -204,6 +205,21 @@ def test_a_step_takes_as_many_micro_batches_as_memory_asks_for(llama: nn.Module)
     assert one.busy["to_host"] == pytest.approx(2 * LLAMA_3_8B / hardware.to_host)
     assert one.busy["host_update"] == pytest.approx(30 * LLAMA_3_8B / hardware.host_bandwidth)
     assert one.seconds >= max(one.busy.values()) and one.bound_by == "host_update"
+
+
+def test_parts_that_cannot_fit_are_not_looked_at_closely(llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a step of 65,536 sequences those of which what never leaves is too much already."""
+    looked: list[int] = []
+    held = Job._held
+
+    def counted(job: Job, plan: Any, config: Any, count: int) -> Any:
+        looked.append(count)
+        return held(job, plan, config, count)
+
+    monkeypatch.setattr(Job, "_held", counted)
+    found = offload.predict(llama, "h200", batches=[65_536], length=64, params="host")
+    assert {step.placement for step in found.steps} and max(looked) < 65_536
+    assert len(looked) < 20 * len(found.placements)
 
 
 def test_fp32_computes_at_its_own_rate_and_a_few_wide_parameters_do_not_make_a_model_fp32() -> None:

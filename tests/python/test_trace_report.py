@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from offload import TraceReport
 from offload._intervals import Intervals, intersect, subtract, total, union
+from offload._trace_advice import duration
 from offload._trace_file import to_json
 from offload._trace_records import ClockSample, MemorySample, Span, TraceData
 from offload._trace_report import analyse
@@ -245,3 +246,7 @@ def test_a_report_is_plain_data() -> None:
     values = json.loads(json.dumps(found.to_dict()))
     assert values["advice"]["setting"] == "optimizer=0.75" and values["verdict"] == found.verdict
     assert set(dataclasses.asdict(found)) <= set(values)
+
+
+def test_long_times_are_in_seconds() -> None:
+    assert [duration(seconds) for seconds in (0.0015, 9.5, 19.0054)] == ["1.50 ms", "9,500.00 ms", "19.01 s"]

@@ -7,6 +7,8 @@ whose time is Python's own.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -200,8 +202,21 @@ def _engine(model: nn.Module, loss_of: LossOf, dtype: str, clip_norm: float) -> 
         "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}},
         "bf16": {"enabled": dtype == "bfloat16"},
     }
-    engine, *_ = offload.initialize(model=model, config=config)
+    with _unlogged():
+        engine, *_ = offload.initialize(model=model, config=config)
     return Side(lambda batch: loss_of(engine, batch), engine.backward, engine.step, engine.destroy)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without the door's log, which goes to stdout: results are there."""
+    log = logging.getLogger("offload.deepspeed")
+    level = log.level
+    log.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _case(row: Mapping[str, Any]) -> str:

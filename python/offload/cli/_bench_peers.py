@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import offload
 
 from ._bench_run import LEARNING_RATE, Size, Training
+from ._table import format_bytes
 
 __all__ = ["PEERS", "Unavailable", "leaving_the_group"]
 
@@ -48,7 +49,7 @@ def _require_host_bytes(size_bytes: int, host_budget: int | str | None) -> None:
     available = offload.environment()["host"]["available_bytes"] if given is None else given
     if size_bytes > available:
         raise offload.OutOfHostMemory(
-            f"needs about {size_bytes / 2**30:.1f} GiB of host memory; {available / 2**30:.1f} GiB are available"
+            f"needs about {format_bytes(size_bytes)} of host memory; {format_bytes(available)} are available"
         )
 
 

@@ -150,7 +150,7 @@ class Offloaded(Training):
     def counters(self) -> Mapping[str, float]:
         stats = self._wrapped.stats()
         moved = {lane: stats.transfers[f"{lane}_bytes"] for lane in ("to_host", "to_device")}
-        return {"update_s": stats.update_s, "blocked_s": stats.blocked_s, **moved}
+        return {"update_s": stats.update_s, "exposed_s": stats.exposed_s, **moved}
 
     def facts(self) -> dict[str, Any]:
         return {"places": self.places, "stats": self._wrapped.stats().to_dict()}
@@ -184,7 +184,7 @@ class _Steps:
         if "to_host" in self.counted:
             row["moved_bytes"] = {lane: self.counted[lane] / len(self.seconds) for lane in ("to_host", "to_device")}
         if self.counted.get("update_s", 0) > 0:
-            row["hidden_share"] = min(1.0, max(0.0, 1 - self.counted["blocked_s"] / self.counted["update_s"]))
+            row["hidden_share"] = min(1.0, max(0.0, 1 - self.counted["exposed_s"] / self.counted["update_s"]))
         return row
 
 

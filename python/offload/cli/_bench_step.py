@@ -124,7 +124,7 @@ def _overlap(quick: bool, device: torch.device) -> dict[str, Any]:
         before = optimizer.stats()
         steps += [timed(update=True) for _ in range(3)]
         after = optimizer.stats()
-        hidden.append(1 - (after.blocked_s - before.blocked_s) / (after.update_s - before.update_s))
+        hidden.append(1 - (after.exposed_s - before.exposed_s) / (after.update_s - before.update_s))
         optimizer.synchronize()
     offload.unwrap(model, optimizer)
     compute, step, update = summary(computes), summary(steps), summary(updates)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,6 +39,23 @@ class _Matrix(_Undrawn, nn.Linear):
 
 class _Embedding(_Undrawn, nn.Embedding):
     pass
+
+
+class _Norm(nn.RMSNorm):
+    """As those models have it: written out, it keeps its input in fp32 and what it scales."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        scaled: torch.Tensor = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+        return self.weight * scaled.to(x.dtype)
+
+
+class _Gelu(nn.Module):
+    """GPT-2's, which Hugging Face writes out: it keeps three times what it is given, beside that."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
+        return 0.5 * x * (1.0 + torch.tanh(inner))
 
 
 def model_of(options: argparse.Namespace) -> nn.Module:
@@ -114,7 +132,7 @@ def _built(shape: ModelShape, title: str, dtype: torch.dtype) -> nn.Module:
         return _Matrix(columns, rows, bias=bias, **place)
 
     def norm(width: int = hidden) -> nn.Module:
-        return nn.LayerNorm(width, **place) if is_gpt2 else nn.RMSNorm(width, **place)
+        return nn.LayerNorm(width, **place) if is_gpt2 else _Norm(width, **place)
 
     def attention() -> list[nn.Module]:
         if is_gpt2:
@@ -124,7 +142,7 @@ def _built(shape: ModelShape, title: str, dtype: torch.dtype) -> nn.Module:
 
     def feed_forward() -> list[nn.Module]:
         ways_in = [matrix(hidden, shape.intermediate) for _ in range(1 if is_gpt2 else 2)]
-        return [*ways_in, matrix(shape.intermediate, hidden)]
+        return [*ways_in, *(_Gelu() for _ in range(is_gpt2)), matrix(shape.intermediate, hidden)]
 
     def block() -> nn.Sequential:
         parts = nn.Sequential(*(norm() for _ in range(shape.norms_per_layer)), *attention())

@@ -13,8 +13,9 @@ Says whether a model can be trained on a machine, where its weights, gradients a
 step takes and what bounds it, and which is the largest model that fits. No weight is allocated or downloaded.
 
 Bytes and the choice are those of offload.wrap. Activations are estimated from shapes: each weight matrix keeps its
-input and its output of every token, each norm its input in fp32 and its result, attention its scores if the model's
-config says eager; with checkpointing a block keeps its input, and one block at a time all; logits take 10 bytes each.
+input and its output of every token, norms and activation functions what autograd saves of one vector, attention its
+scores if the model's config says eager; with checkpointing a block keeps its input, and one block at a time all; logits
+take 10 bytes each.
 Each placement is shown with activations that stay and with activations that leave. What --activation-format rounds of
 them is by the same estimate what gradients flow through; of checkpoints it is known to the byte. Times are those of a
 model of the pipeline, fed with the hardware's rates: where these are assumed the report says so, and options set them.

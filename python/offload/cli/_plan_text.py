@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._table import Piece, Rows, Table, facts
+from ._table import Piece, Rows, Table, facts, format_bytes
 
 __all__ = ["pieces", "refusal"]
 
 # Of a step, what is worth a word.
 _WORTH_SHOWING = 0.005
 _WORTHWHILE = 0.98  # a difference that forecasts are good for
-_LEAST_GIB = 2**30 // 10  # less is shown in MiB
+_LEAST_GIB = 2**30 // 10  # less has two figures
 _KINDS = {"optimizer": "optimizer", "gradients": "gradients", "params": "weights", "activations": "activations"}
 # What becomes of activations, by the option.
 _WAYS = {"device": "stay", "checkpoints": "leave", "host": "leave"}
@@ -56,7 +56,8 @@ def refusal(result: Mapping[str, Any]) -> str:
     if nearest is None:
         return f"it does not fit: {result['refusal']}"
     short = " and ".join(
-        f"{_gib(needed)} of {name} memory, of which {_gib(capacity) if capacity else 'none'} may be used"
+        f"{format_bytes(needed)} of {name} memory, of which {format_bytes(capacity) if capacity else 'none'} may be "
+        "used"
         for name, needed, capacity in _missing(result, nearest)
     )
     return f"it does not fit: it takes at least {short}"
@@ -177,13 +178,13 @@ def _heading(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ),
         (
             "device",
-            f"{several}{hardware['name']}: {_gib(hardware['device_bytes'])}, "
+            f"{several}{hardware['name']}: {format_bytes(hardware['device_bytes'])}, "
             f"{peak / 1e12:.3g} TFLOP/s, of which {hardware['mfu']:.0%}{star['mfu']} reached",
         ),
         ("link", f"{_rate(hardware['to_host'])} to the host, {_rate(hardware['to_device'])} to the device"),
         (
             "host",
-            f"{_gib(hardware['host_bytes'])}{star['host_bytes']}{a_gpu}, updates at "
+            f"{format_bytes(hardware['host_bytes'])}{star['host_bytes']}{a_gpu}, updates at "
             f"{_rate(hardware['host_bandwidth'])}{star['host_bandwidth']}",
         ),
         (
@@ -198,9 +199,9 @@ def _heading(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines += [
         (
             "needs",
-            f"{_gib(result['resident_bytes'])} for weights, gradients and optimizer states, {each:.3g} bytes a "
-            f"parameter, and about {_gib(result['sequence_bytes'])} for the activations of each sequence (the rule of "
-            f"thumb of 40 GB a billion parameters: {_gib(result['rule_of_thumb_bytes'])})",
+            f"{format_bytes(result['resident_bytes'])} for weights, gradients and optimizer states, {each:.3g} bytes "
+            f"a parameter, and about {format_bytes(result['sequence_bytes'])} for the activations of each sequence "
+            f"(the rule of thumb of 40 GB a billion parameters: {format_bytes(result['rule_of_thumb_bytes'])})",
         ),
     ]
     return lines + [("note", note) for note in result["notes"]]
@@ -352,12 +353,6 @@ def _in_gib(nbytes: float) -> str:
     """Without the unit."""
     gib = nbytes / 2**30
     return "-" if not nbytes else f"{gib:,.1f}" if nbytes >= _LEAST_GIB else f"{gib:.2g}"
-
-
-def _gib(nbytes: float) -> str:
-    if not nbytes:
-        return "-"
-    return f"{nbytes / 2**30:,.1f} GiB" if nbytes >= _LEAST_GIB else f"{nbytes / 2**20:,.2f} MiB"
 
 
 def _rate(bytes_per_s: float) -> str:

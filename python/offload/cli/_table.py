@@ -185,8 +185,12 @@ def console_on(file: TextIO) -> Console | None:
 
 
 def format_bytes(size_bytes: int) -> str:
-    """MiB with one decimal: the sizes of a table stay comparable."""
-    return f"{size_bytes / 2**20:,.1f} MiB"
+    """In the unit that suits the size, as the library's own reports have it: `"1.50 GiB"`."""
+    value, units = float(size_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
+        value /= 1024
+        units.pop(0)
+    return f"{size_bytes} B" if units[0] == "B" else f"{value:.2f} {units[0]}"
 
 
 def _print_styled(console: Console, line: str, style: str) -> None:

@@ -132,12 +132,11 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
 
 def _pieces(report: dict[str, Any]) -> list[Piece]:
     sizes, stats = report["bytes"], report["stats"]
-    unused = {tier for tier, key in (("disk", "disk"), ("unified", "unified_bytes")) if not stats[key]}
-    sizes = {tier: kinds for tier, kinds in sizes.items() if tier not in unused}
     tiers = [tier.replace("_without_offload", ", nothing offloaded") for tier in sizes]
     rows: list[tuple[str, ...]] = [("bytes", *tiers)]
-    rows += [(kind, *(format_bytes(sizes[tier][kind]) for tier in sizes)) for kind in _KINDS]
-    rows.append(("total", *(format_bytes(sum(sizes[tier].values())) for tier in sizes)))
+    kinds = [kind for kind in _KINDS if any(sizes[tier][kind] for tier in sizes)]
+    rows += [(kind, *(_cell(sizes[tier][kind]) for tier in sizes)) for kind in kinds]
+    rows.append(("total", *(_cell(sum(sizes[tier].values())) for tier in sizes)))
     hidden = "no update yet" if report["hidden_share"] is None else f"{report['hidden_share']:.1%}"
     lines = [
         ("run", f"{report['parameters']:,} parameters, {report['dtype']}, on {report['device']}"),
@@ -168,6 +167,10 @@ def _pieces(report: dict[str, Any]) -> list[Piece]:
             lines.append(("weights on disk", f"{read} read, {kept} found in the cache, not read"))
     lines += [(f"check: {name.replace('_', ' ')}", _verdict(name, entry)) for name, entry in _checks(report)]
     return [facts(lines), "", Table(rows)]
+
+
+def _cell(nbytes: int) -> str:
+    return format_bytes(nbytes) if nbytes else "-"
 
 
 def _checks(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
