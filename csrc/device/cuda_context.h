@@ -26,17 +26,20 @@ class CudaEvent;
 // cannot see, as waiting for an event and registering memory, and the capture is lost.
 class OutsideCaptures {
  public:
-  explicit OutsideCaptures(const CudaDriver& driver) noexcept : driver_(driver) { exchange(); }
-  ~OutsideCaptures() { exchange(); }
+  explicit OutsideCaptures(const CudaDriver& driver) noexcept : driver_(driver), is_exempt_(exchange()) {}
+  ~OutsideCaptures() {
+    if (is_exempt_) static_cast<void>(exchange());
+  }
   OutsideCaptures(const OutsideCaptures&) = delete;
   OutsideCaptures& operator=(const OutsideCaptures&) = delete;
 
  private:
   // Refused only where nothing works.
-  void exchange() noexcept { static_cast<void>(driver_.ThreadExchangeStreamCaptureMode(&other_mode_)); }
+  bool exchange() noexcept { return driver_.ThreadExchangeStreamCaptureMode(&other_mode_) == 0; }
 
   const CudaDriver& driver_;
   int other_mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED; within the scope: what the thread had
+  const bool is_exempt_;
 };
 
 class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContext> {
