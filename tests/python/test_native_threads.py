@@ -5,12 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from pathlib import Path
 
 from driver_double import DriverDouble
 
 from offload import _native
 
+HANG_S = 60.0
 FAULTS = {signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGABRT, signal.SIGTRAP}
 
 
@@ -18,7 +20,11 @@ def blocked_signals() -> dict[str, list[int]]:
     """The masks of all threads of the core, by name."""
     found: dict[str, list[int]] = {}
     for task in Path("/proc/self/task").iterdir():
-        fields = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines() if ":\t" in line)
+        try:
+            status = (task / "status").read_text()
+        except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+            continue
+        fields = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         if fields["Name"].startswith("offload-"):
             found.setdefault(fields["Name"], []).append(int(fields["SigBlk"], 16))
     return found
@@ -43,11 +49,13 @@ def test_signals_are_left_to_the_applications_threads(driver_double: DriverDoubl
     assert pipeline.discard([slot]).wait()
     owners.append(pipeline)
     assert _native.parallel_sum_for_test(10_000)
-    threads = blocked_signals()
     names = {"offload-disk", "offload-to_host", "offload-step"}
     if _native.shared_thread_count() > 1:
         names.add("offload-worker")
-    assert names <= threads.keys()
+    deadline = time.monotonic() + HANG_S
+    while not names <= (threads := blocked_signals()).keys():  # a thread names itself when it first runs
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert len(threads["offload-to_host"]) >= 3  # pageable memory: an issuer and an ender on the double
     asynchronous = set(signal.valid_signals()) - FAULTS - {signal.SIGKILL, signal.SIGSTOP}
     for name, masks in threads.items():
