@@ -5,7 +5,9 @@
 //             object with threads refuses calls there and leaks its state instead of joining.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace offload {
 
@@ -20,6 +22,26 @@ class ForkGuard {
 
  private:
   uint64_t generation_;
+};
+
+// A T, with a ForkGuard `owner`, for each process that asks: a forked child makes its own, for the parent's
+// threads may hold locks of theirs for ever. Neither is ever freed: who uses it may outlive static
+// destruction. Without a lock of its own, for the same reason.
+template <typename T>
+class OnePerProcess {
+ public:
+  T& get() {
+    T* seen = current_.load(std::memory_order_acquire);
+    while (seen == nullptr || seen->owner.forked()) {
+      auto made = std::make_unique<T>();
+      if (current_.compare_exchange_strong(seen, made.get(), std::memory_order_acq_rel))
+        return *made.release();
+    }
+    return *seen;
+  }
+
+ private:
+  std::atomic<T*> current_{nullptr};
 };
 
 }  // namespace offload

@@ -1,8 +1,5 @@
 #include "base/worker_pool.h"
 
-#include <pthread.h>
-#include <signal.h>
-
 #include <algorithm>
 #include <atomic>
 #include <charconv>
@@ -13,7 +10,6 @@
 #include <exception>
 #include <mutex>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -21,6 +17,7 @@
 #include "base/cpu_count.h"
 #include "base/error.h"
 #include "base/fork_guard.h"
+#include "base/thread.h"
 
 namespace offload {
 namespace {
@@ -47,24 +44,6 @@ bool spin_until(const Condition& condition) noexcept {
   }
   return condition();
 }
-
-// Workers leave asynchronous signals to the application's threads: Python wants them on the main one.
-// Faults stay deliverable, so that crash reporters work.
-class AsyncSignalsBlocked {
- public:
-  AsyncSignalsBlocked() noexcept {
-    sigset_t blocked;
-    sigfillset(&blocked);
-    for (int fault : {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT, SIGTRAP}) sigdelset(&blocked, fault);
-    pthread_sigmask(SIG_SETMASK, &blocked, &previous_);
-  }
-  ~AsyncSignalsBlocked() { pthread_sigmask(SIG_SETMASK, &previous_, nullptr); }
-  AsyncSignalsBlocked(const AsyncSignalsBlocked&) = delete;
-  AsyncSignalsBlocked& operator=(const AsyncSignalsBlocked&) = delete;
-
- private:
-  sigset_t previous_;
-};
 
 // The threads of one pool in one process, and the loop that they run.
 //
@@ -110,7 +89,7 @@ class Crew {
       stopping_.store(true, std::memory_order_relaxed);
     }
     gate_opened_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
+    for (std::jthread& worker : workers_) worker.join();
     workers_.clear();
     stopping_.store(false, std::memory_order_relaxed);
     started_ = false;
@@ -123,11 +102,11 @@ class Crew {
 
   void start() {
     started_ = true;
-    AsyncSignalsBlocked blocked;
     workers_.reserve(worker_count_);
     try {
-      while (workers_.size() < worker_count_) workers_.emplace_back([this] { serve(); });
-    } catch (const std::system_error&) {
+      while (workers_.size() < worker_count_)
+        workers_.push_back(start_thread("offload-worker", [this](std::stop_token) { serve(); }));
+    } catch (const Error&) {
       // The system refuses more threads: the loop is complete with those that started, the caller at least.
     }
   }
@@ -175,7 +154,7 @@ class Crew {
   std::mutex loop_mutex_;  // held by the caller for its whole loop
   // guarded by loop_mutex_
   bool started_ = false;
-  std::vector<std::thread> workers_;
+  std::vector<std::jthread> workers_;
   // written by the caller while the gate is closed and empty, read by those inside
   const std::function<void(size_t)>* body_ = nullptr;
   size_t count_ = 0;
@@ -216,7 +195,6 @@ class LoopOnStack {
 };
 
 void Crew::serve() noexcept {
-  pthread_setname_np(pthread_self(), "offload-worker");
   LoopOnStack frame(this);
   uint64_t last_loop = 0;
   for (;;) {

@@ -13,7 +13,7 @@ namespace {
 py::dict facts_dict(const CudaDevice& device) {
   CudaFacts facts;
   {
-    py::gil_scoped_release release;
+    GilReleased released;
     facts = device.facts();
   }
   py::dict result;
@@ -38,7 +38,7 @@ py::dict facts_dict(const CudaDevice& device) {
 void bind_cuda(py::module_& module) {
   py::class_<CudaDevice, Device, std::shared_ptr<CudaDevice>>(module, "CudaDevice")
       .def(py::init([](int index, const std::string& driver_path) {
-             py::gil_scoped_release release;  // the first use of a device takes a second
+             GilReleased released;  // the first use of a device takes a second
              CudaDeviceOptions options;
              options.index = index;
              options.driver_path = driver_path;

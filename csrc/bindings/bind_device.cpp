@@ -45,15 +45,16 @@ Direction direction_of(const std::string& lane) {
 template <Direction direction>
 py::object submit(TransferQueue& self, uintptr_t destination, uintptr_t source, size_t bytes,
                   uintptr_t compute_stream, const Ticket* after, Ticket* ticket, HostBuffer* buffer) {
+  // A copy of the handle: submit() of another thread may change what Python's object holds.
+  const Ticket waited_for = after != nullptr ? *after : Ticket();
   Ticket submitted;
   {
     TraceLabel label = trace_label();
     if (buffer != nullptr) label.kind = traced_kind(buffer->tag());
     const TraceLabelled traced(label);
     GilReleased released;
-    submitted =
-        self.submit(direction, reinterpret_cast<void*>(destination), reinterpret_cast<const void*>(source),
-                    bytes, compute_stream, after != nullptr ? *after : Ticket());
+    submitted = self.submit(direction, reinterpret_cast<void*>(destination),
+                            reinterpret_cast<const void*>(source), bytes, compute_stream, waited_for);
   }
   if (ticket != nullptr) *ticket = submitted;
   if (buffer != nullptr) buffer->release_after(submitted);
@@ -117,19 +118,29 @@ void bind_base(py::module_& module) {
                                       limit_ns);
           },
           py::arg("timeout_s") = py::none())
-      .def("complete", &Ticket::complete, py::call_guard<GilReleased>())
+      // Copies of the handles: submit() of another thread may change what Python's objects hold.
+      .def("complete",
+           [](const Ticket& self) {
+             const Ticket ticket = self;
+             GilReleased released;
+             ticket.complete();
+           })
       .def(
           "end_with",
           [](const Ticket& self, const Ticket& other) {
-            other.on_end([self](const std::exception_ptr& error) { self.fail(error); });
+            const Ticket ticket = self, followed = other;
+            GilReleased released;
+            followed.on_end([ticket](const std::exception_ptr& error) { ticket.fail(error); });
           },
-          py::arg("other"), py::call_guard<GilReleased>())
+          py::arg("other"))
       .def(
           "fail",
           [](const Ticket& self, const std::string& message) {
-            self.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, message)));
+            const Ticket ticket = self;
+            GilReleased released;
+            ticket.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, message)));
           },
-          py::arg("message"), py::call_guard<GilReleased>());
+          py::arg("message"));
 
   py::class_<ManualClock, std::shared_ptr<ManualClock>>(module, "ManualClock")
       .def(py::init<>())

@@ -20,10 +20,7 @@ namespace {
 
 // A buffer may be the last owner of the pool's pages, and unmapping them is slow.
 struct DeleteWithoutGil {
-  void operator()(HostBuffer* buffer) const {
-    GilReleased released;
-    delete buffer;
-  }
+  void operator()(HostBuffer* buffer) const { delete_without_gil(buffer); }
 };
 using HostBufferHolder = std::unique_ptr<HostBuffer, DeleteWithoutGil>;
 

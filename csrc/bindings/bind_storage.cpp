@@ -133,10 +133,11 @@ void bind_storage(py::module_& module) {
       .def(
           "submit_write_after",
           [](BlockFile& self, const Ticket& after, uint64_t offset, uintptr_t source, uint64_t nbytes) {
-            return self.submit_write_after(after, offset, reinterpret_cast<const void*>(source), nbytes);
+            const Ticket waited_for = after;  // TransferQueue::submit may change what Python's object holds
+            GilReleased released;
+            return self.submit_write_after(waited_for, offset, reinterpret_cast<const void*>(source), nbytes);
           },
-          py::arg("after"), py::arg("offset"), py::arg("source"), py::arg("nbytes"),
-          py::call_guard<GilReleased>())
+          py::arg("after"), py::arg("offset"), py::arg("source"), py::arg("nbytes"))
       .def_property_readonly("block_bytes", &BlockFile::block_bytes)
       .def("facts", [](const BlockFile& self) {
         std::vector<DiskPathFacts> all;

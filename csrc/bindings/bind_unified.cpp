@@ -77,16 +77,9 @@ struct Export {
   std::shared_ptr<UnifiedBlock> block;
 };
 
-// torch calls it where the last tensor dies: on any thread, with the GIL or without it, also at exit. The end
-// of a block waits for the device.
+// torch calls it where the last tensor dies. The end of a block waits for the device.
 void delete_export(dlpack::ManagedTensor* managed) {
-  auto* exported = static_cast<Export*>(managed->owner);
-  if (Py_IsInitialized() != 0 && PyGILState_Check() != 0) {
-    GilReleased released;
-    delete exported;
-  } else {
-    delete exported;
-  }
+  delete_without_gil(static_cast<Export*>(managed->owner));
 }
 
 // A capsule that nobody took still owns its tensor.
@@ -125,7 +118,11 @@ py::capsule capsule_of(const std::shared_ptr<UnifiedBlock>& block, const std::st
 }
 
 py::dict placement_dict(const UnifiedBlock& block, uintptr_t address, size_t bytes) {
-  const Placement placement = block.placement(address, bytes);
+  Placement placement;
+  {
+    GilReleased released;
+    placement = block.placement(address, bytes);
+  }
   py::dict result;
   result["preferred_location"] = side_object(placement.hints.preferred_location);
   result["accessed_by_host"] = placement.hints.accessed_by_host;

@@ -55,18 +55,23 @@ bool wait_interruptibly(Wait wait, int64_t timeout_ns = -1) {
   }
 }
 
+// Deletes what blocks as it ends: without the GIL, which need not be held here. The last owner may itself be
+// destroyed without it, as a TransferQueue by its pipeline, and a tensor dies on any thread, also when the
+// interpreter is gone: then every thread is said to hold the GIL, and none has a state.
+template <typename T>
+void delete_without_gil(T* object) {
+  if (PyGILState_Check() != 0 && pybind11::detail::get_thread_state_unchecked() != nullptr) {
+    GilReleased released;
+    delete object;
+  } else {
+    delete object;
+  }
+}
+
 // A T for a std::shared_ptr holder whose destructor runs without the GIL: it joins threads.
 template <typename T, typename... Args>
 std::shared_ptr<T> make_joining(Args&&... args) {
-  return std::shared_ptr<T>(new T(std::forward<Args>(args)...), [](T* object) {
-    // Not held when the last owner is itself destroyed without the GIL, as a TransferQueue by its pipeline.
-    if (PyGILState_Check() != 0) {
-      GilReleased released;
-      delete object;
-    } else {
-      delete object;
-    }
-  });
+  return std::shared_ptr<T>(new T(std::forward<Args>(args)...), &delete_without_gil<T>);
 }
 
 }  // namespace offload::bindings

@@ -1,4 +1,5 @@
-// The primary context of one CUDA device, as torch uses it, and the events that live in it.
+// The primary context of one CUDA device, as torch uses it, and the events that live in it; and a scope for
+// what must not touch a capture.
 //
 // Ownership: retains the context and owns every event; held by devices, streams and events, and given back
 //            with the last of them. Leaked in a forked child, where the driver no longer works.
@@ -19,6 +20,27 @@
 namespace offload {
 
 class CudaEvent;
+
+// The calls that this thread makes within the scope are part of no CUDA graph. While any thread of the
+// process captures one in torch's own mode, the driver otherwise refuses every other thread what the capture
+// cannot see, as waiting for an event and registering memory, and the capture is lost.
+class OutsideCaptures {
+ public:
+  explicit OutsideCaptures(const CudaDriver& driver) noexcept : driver_(driver), is_exempt_(exchange()) {}
+  ~OutsideCaptures() {
+    if (is_exempt_) static_cast<void>(exchange());
+  }
+  OutsideCaptures(const OutsideCaptures&) = delete;
+  OutsideCaptures& operator=(const OutsideCaptures&) = delete;
+
+ private:
+  // Refused only where nothing works.
+  bool exchange() noexcept { return driver_.ThreadExchangeStreamCaptureMode(&other_mode_) == 0; }
+
+  const CudaDriver& driver_;
+  int other_mode_ = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED; within the scope: what the thread had
+  const bool is_exempt_;
+};
 
 class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContext> {
  public:

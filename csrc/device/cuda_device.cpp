@@ -25,8 +25,7 @@ constexpr CudaResult kAlreadyRegistered = 712;  // CUDA_ERROR_HOST_MEMORY_ALREAD
 constexpr const char* kPinRemedy =
     "Copies of this memory are pageable, which is slower. Raise the limit on locked memory (`ulimit -l "
     "unlimited`, `docker run --ulimit memlock=-1`, LimitMEMLOCK=infinity in a service); WSL pins about half "
-    "of "
-    "its memory at most, so raise `memory` in .wslconfig; or lower host_budget";
+    "of its memory at most, so raise `memory` in .wslconfig; or lower host_budget";
 constexpr const char* kAlreadyPinnedRemedy =
     "Another library has registered these pages; leave them to it, or unregister them there";
 
@@ -127,6 +126,7 @@ void CudaDevice::pin(void* address, size_t bytes) {
                                         "are pageable, which is slower");
   }
   CudaPrimaryContext::Current current(*context_);
+  const OutsideCaptures exempt(driver_);
   if (const CudaResult code = driver_.MemHostRegister(address, bytes, kPortable); code != 0) {
     throw driver_.error(code, what, code == kAlreadyRegistered ? kAlreadyPinnedRemedy : kPinRemedy);
   }
@@ -138,6 +138,7 @@ void CudaDevice::unpin(void* address, size_t) noexcept {
   pinned_.remove(reinterpret_cast<uintptr_t>(address));
   try {
     CudaPrimaryContext::Current current(*context_);
+    const OutsideCaptures exempt(driver_);
     driver_.check(driver_.MemHostUnregister(address), "cuMemHostUnregister");
   } catch (const Error&) {
     // The context is lost or the process exiting, and the registration gone with it.

@@ -5,7 +5,7 @@
 //          destructors leak.
 // Stream order: see cuda_stream.h, [Note: who issues a copy].
 // Units: bytes. `index` counts the devices that the driver shows, as torch's does (CUDA_VISIBLE_DEVICES,
-// MIG).
+//        MIG).
 #pragma once
 
 #include <atomic>

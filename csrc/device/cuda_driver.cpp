@@ -17,12 +17,10 @@ constexpr const char* kPathVariable = "OFFLOAD_CUDA_DRIVER";
 
 constexpr const char* kInstallRemedy =
     "Install the NVIDIA driver; start a container with `--gpus all` (NVIDIA Container Toolkit); without a "
-    "GPU, "
-    "use the device 'cpu'";
+    "GPU, use the device 'cpu'";
 constexpr const char* kLostRemedy =
     "The context of this device is lost, no CUDA call of this process works any more: restart the process "
-    "and "
-    "go on from a checkpoint; compute-sanitizer, or `dmesg | grep Xid`, tells whose access or which part "
+    "and go on from a checkpoint; compute-sanitizer, or `dmesg | grep Xid`, tells whose access or which part "
     "failed";
 
 constexpr CudaResult kDeinitialized = 4;  // CUDA_ERROR_DEINITIALIZED

@@ -1,7 +1,5 @@
 #include "device/cuda_stream.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -11,6 +9,7 @@
 
 #include "base/clock.h"
 #include "base/error.h"
+#include "base/thread.h"
 #include "base/trace_ring.h"
 
 namespace offload {
@@ -18,7 +17,6 @@ namespace {
 
 constexpr unsigned kNonBlocking = 0x1;  // CU_STREAM_NON_BLOCKING: torch computes on the legacy stream
 constexpr int kInStreamOrder = 0x1;     // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-constexpr int kRelaxed = 2;             // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr unsigned kOverlap = 0x1;      // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 
 // One thing that a copy starts after: a position of a compute stream, or else a ticket.
@@ -49,15 +47,6 @@ struct Copy {
            (direction == Direction::kToHost ? "to_host" : "to_device");
   }
 };
-
-// While any thread of the process captures a CUDA graph, the driver refuses others that block in it, and the
-// capture is lost. Nothing that the threads of a stream do can be part of one, so they are exempt.
-void begin_thread(const CudaDriver& driver, const std::string& name) {
-  // The kernel takes names of up to 15 characters.
-  pthread_setname_np(pthread_self(), ("offload-" + name).substr(0, 15).c_str());
-  int mode = kRelaxed;
-  static_cast<void>(driver.ThreadExchangeStreamCaptureMode(&mode));  // refused only where nothing works
-}
 
 }  // namespace
 
@@ -154,10 +143,11 @@ Ticket CudaStream::Worker::submit(Copy copy) {
   copy.ticket = ticket;
   {
     std::lock_guard lock(mutex_);
+    copy.waits = std::exchange(waits_, {});  // those of a copy that is refused here are nobody else's
     const auto open = [&](const Wait& wait) { return gate(wait, copy).done(); };
-    const bool now = copy.pinned && deferred_.empty() && std::all_of(waits_.begin(), waits_.end(), open);
+    const bool now =
+        copy.pinned && deferred_.empty() && std::all_of(copy.waits.begin(), copy.waits.end(), open);
     start_threads(!now);
-    copy.waits = std::exchange(waits_, {});
     if (now) {
       issue(copy);
       in_flight_.push_back(std::move(copy));
@@ -171,14 +161,17 @@ Ticket CudaStream::Worker::submit(Copy copy) {
 
 void CudaStream::Worker::start_threads(bool needs_issuer) {
   auto self = shared_from_this();
-  if (!ender_.joinable()) ender_ = std::jthread([self](std::stop_token stop) { self->run_ender(stop); });
+  if (!ender_.joinable()) {
+    ender_ = start_thread("offload-" + name_, [self](std::stop_token stop) { self->run_ender(stop); });
+  }
   if (needs_issuer && !issuer_.joinable()) {
-    issuer_ = std::jthread([self](std::stop_token stop) { self->run_issuer(stop); });
+    issuer_ =
+        start_thread("offload-" + name_ + "-is", [self](std::stop_token stop) { self->run_issuer(stop); });
   }
 }
 
 void CudaStream::Worker::run_issuer(std::stop_token stop) {
-  begin_thread(driver_, name_ + "-is");
+  const OutsideCaptures exempt(driver_);
   std::unique_lock lock(mutex_);
   while (changed_.wait(lock, stop, [&] { return !deferred_.empty(); })) {
     // It stays in the queue until it is issued, so that no later copy overtakes it.
@@ -195,7 +188,7 @@ void CudaStream::Worker::run_issuer(std::stop_token stop) {
 }
 
 void CudaStream::Worker::run_ender(std::stop_token stop) {
-  begin_thread(driver_, name_);
+  const OutsideCaptures exempt(driver_);
   std::unique_lock lock(mutex_);
   while (changed_.wait(lock, stop, [&] { return !in_flight_.empty(); })) {
     Copy& copy = in_flight_.front();

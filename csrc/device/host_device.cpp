@@ -1,7 +1,5 @@
 #include "device/host_device.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -15,6 +13,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/thread.h"
 #include "base/trace_ring.h"
 
 namespace offload {
@@ -45,6 +44,9 @@ struct HostLink {
 };
 
 namespace {
+
+// When copies end at a rate of next to nothing: what is added to it still fits 63 bits.
+constexpr int64_t kNeverNs = INT64_MAX / 2;
 
 using Links = std::array<std::shared_ptr<HostLink>, 2>;
 
@@ -97,19 +99,22 @@ class StreamWorker {
   void submit(Copy copy) {
     {
       std::lock_guard lock(mutex_);
-      copy.after = std::exchange(waits_, {});
+      copy.after = std::exchange(waits_, {});  // those of a copy that is refused here are nobody else's
+      if (!thread_.joinable()) {
+        thread_ = start_thread("offload-" + name_, [this](std::stop_token stop) { run(stop); });
+      }
+      link_of(copy).pending_count.fetch_add(1, std::memory_order_relaxed);
       queue_.push_back(std::move(copy));
-      if (!thread_.joinable()) thread_ = std::jthread([this](std::stop_token stop) { run(stop); });
     }
     submitted_.notify_one();
   }
 
  private:
   void run(std::stop_token stop) {
-    // The kernel takes names of up to 15 characters.
-    pthread_setname_np(pthread_self(), ("offload-" + name_).substr(0, 15).c_str());
     while (std::optional<Copy> copy = next(stop)) run_copy(*copy, stop);
   }
+
+  HostLink& link_of(const Copy& copy) const { return *links_[static_cast<size_t>(copy.direction)]; }
 
   // Null once the stop is requested and the queue is empty.
   std::optional<Copy> next(std::stop_token stop) {
@@ -121,7 +126,7 @@ class StreamWorker {
   }
 
   void run_copy(const Copy& copy, std::stop_token stop) {
-    HostLink& link = *links_[static_cast<size_t>(copy.direction)];
+    HostLink& link = link_of(copy);
     std::exception_ptr error = wait_causes(copy.after, stop);
     const std::optional<Occupation> paced = occupy(link, copy, error != nullptr, stop);
     if (!error && copy.failing_nth > 0) {
@@ -175,7 +180,8 @@ class StreamWorker {
     // this thread gets here.
     const int64_t start_ns = std::max({copy.submitted_ns, link.released_ns, link.free_ns, earliest_ns_});
     const double duration_ns = std::ceil(static_cast<double>(copy.total_bytes()) / link.bytes_per_s * 1e9);
-    link.free_ns = start_ns + static_cast<int64_t>(duration_ns);
+    const bool ends = duration_ns < static_cast<double>(kNeverNs - start_ns);
+    link.free_ns = ends ? start_ns + static_cast<int64_t>(duration_ns) : kNeverNs;
     return Occupation{start_ns, link.free_ns};
   }
 
@@ -248,7 +254,6 @@ Ticket HostDevice::submit_copies(Stream& stream, Direction direction, std::span<
     std::lock_guard lock(target.mutex);
     if (consume_fault(target.copies_until_failure)) copy.failing_nth = target.armed_nth;
   }
-  target.pending_count.fetch_add(1, std::memory_order_relaxed);
   Ticket ticket = copy.ticket;
   static_cast<HostStream&>(stream).worker().submit(std::move(copy));
   return ticket;

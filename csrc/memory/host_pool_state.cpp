@@ -217,11 +217,11 @@ void HostPoolState::install(std::unique_ptr<HostPages> pages) {
     counters_.pin_refused = true;
     counters_.pin_refusal = pages->pin_refusal();
   }
-  for (size_t offset = 0; offset < pages->size_bytes(); offset += pages->chunk_bytes()) {
-    blocks_.add_region(pages->address() + offset,
-                       std::min(pages->chunk_bytes(), pages->size_bytes() - offset));
+  slabs_.push_back(std::move(pages));  // first: nothing is handed out of pages that nobody owns
+  const HostPages& slab = *slabs_.back();
+  for (size_t offset = 0; offset < slab.size_bytes(); offset += slab.chunk_bytes()) {
+    blocks_.add_region(slab.address() + offset, std::min(slab.chunk_bytes(), slab.size_bytes() - offset));
   }
-  slabs_.push_back(std::move(pages));
 }
 
 bool HostPoolState::is_free(const HostPages& slab) const {

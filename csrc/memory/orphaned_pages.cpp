@@ -20,24 +20,19 @@ struct Orphans {
   std::vector<Orphan> waiting;  // guarded by mutex
 };
 
-Orphans& orphans() {
-  // Leaked on purpose: buffers may die after static destructors ran, and the process takes the pages anyway.
-  static auto* const instance = new Orphans;
-  return *instance;
-}
+OnePerProcess<Orphans> orphans;
 
 }  // namespace
 
 void adopt_orphans(std::vector<std::unique_ptr<HostPages>> pages, std::vector<Ticket> tickets) {
-  Orphans& all = orphans();
+  Orphans& all = orphans.get();
   std::lock_guard lock(all.mutex);
   all.waiting.push_back({std::move(pages), std::move(tickets)});
 }
 
 void sweep_orphans() noexcept {
-  Orphans& all = orphans();
-  if (all.owner.forked()) return;  // the pages are the parent's, and its thread may have held the lock
-  std::vector<Orphan> ended;       // freed after the lock is gone: unmapping is slow
+  Orphans& all = orphans.get();
+  std::vector<Orphan> ended;  // freed after the lock is gone: unmapping is slow
   std::lock_guard lock(all.mutex);
   auto still_used = [](const Orphan& orphan) {
     return std::any_of(orphan.tickets.begin(), orphan.tickets.end(),

@@ -2,7 +2,8 @@
 //
 // Ownership: takes the pages over and frees them at the first sweep after their tickets ended. Unmapping at
 //            once would pull memory from under a copy; waiting could hang on a stream that never runs.
-// Threads: may be called from any thread; the pages are freed on the thread that sweeps.
+// Threads: may be called from any thread; the pages are freed on the thread that sweeps. A forked child keeps
+//          its own: those of its parent are not in it.
 #pragma once
 
 #include <memory>

@@ -5,8 +5,7 @@
 //          update_states_parallel cuts a span into blocks for a WorkerPool.
 // Units: element counts.
 // Invariants: the bits do not depend on the ISA, on the thread count or on where a span is cut (with int8
-// moments at
-//             multiples of kMomentBlock).
+//             moments at multiples of kMomentBlock).
 #pragma once
 
 #include <cstddef>

@@ -48,8 +48,8 @@ struct UpdateSpan {
   float* exp_avg_sq_scales = nullptr;
   // Which random bits the small formats are rounded with: [Note: stochastic rounding].
   uint32_t rounding_seed = 0;
-  size_t first_element =
-      0;  // the index of the first element in its parameter; int8: a multiple of kMomentBlock
+  // The index of the first element in its parameter; int8: a multiple of kMomentBlock.
+  size_t first_element = 0;
 };
 
 // [Note: one step] What every sequence below begins and ends with, every operation rounded to fp32, none
@@ -73,11 +73,10 @@ struct UpdateSpan {
 // [Note: small moments] The step computes with fp32 moments and only then rounds what it keeps.
 //   bf16   both moments, rounded stochastically
 //   int8   levels of a block's scale, finer towards zero (the mu-law of telephony). A level L of M mantissa
-//   bits has
-//          the code (bits(L + 2^M) - bits(2^M)) >> (23 - M); code 0 is zero. The first moment is a sign and 7
-//          bits with M = 4, of the second the square root has 8 bits with M = 5. A block's scale is its
-//          largest magnitude over the level of the largest code, cut to 16 significant bits: so every value
-//          of a block is exact in fp32, and encoding what was decoded gives it again.
+//          bits has the code (bits(L + 2^M) - bits(2^M)) >> (23 - M); code 0 is zero. The first moment is a
+//          sign and 7 bits with M = 4, of the second the square root has 8 bits with M = 5. A block's scale
+//          is its largest magnitude over the level of the largest code, cut to 16 significant bits: so every
+//          value of a block is exact in fp32, and encoding what was decoded gives it again.
 // A block with something that is not finite decodes to NaN, one of next to nothing (below kLeastFirst,
 // kLeastRoot of moment_formats.inl) to zero.
 

@@ -1,13 +1,12 @@
 #include "pipeline/sequencer.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <string>
 #include <utility>
 
 #include "base/clock.h"
 #include "base/error.h"
+#include "base/thread.h"
 #include "base/trace_ring.h"
 #include "base/worker_pool.h"
 
@@ -54,17 +53,18 @@ std::vector<Ticket> Sequencer::submit(std::vector<StepJob> jobs, bool backwards)
   tickets.reserve(jobs.size());
   {
     std::lock_guard lock(mutex_);
+    if (!jobs.empty()) require_thread();
     for (StepJob& job : jobs) {
       Slot& slot = slot_of(job.slot);
       Ticket previous = std::exchange(slot.last_job, Ticket::pending());
       tickets.push_back(slot.last_job);
       expect_chunks(job.slot, slot, backwards);
-      enqueue({.slot = &slot,
-               .job = std::move(job),
-               .number = next_number_++,
-               .ticket = slot.last_job,
-               .previous = std::move(previous),
-               .backwards = backwards});
+      queue_.push_back({.slot = &slot,
+                        .job = std::move(job),
+                        .number = next_number_++,
+                        .ticket = slot.last_job,
+                        .previous = std::move(previous),
+                        .backwards = backwards});
     }
   }
   changed_.notify_one();
@@ -76,13 +76,14 @@ Ticket Sequencer::speculate(StepJob job, void* backup) {
   {
     std::lock_guard lock(mutex_);
     Slot& slot = slot_of(job.slot);
-    enqueue({.slot = &slot,
-             .job = std::move(job),
-             .number = next_number_,
-             .ticket = ticket,
-             .previous = slot.last_job,
-             .task = Task::kUpdateAhead,
-             .backup = backup});
+    require_thread();
+    queue_.push_back({.slot = &slot,
+                      .job = std::move(job),
+                      .number = next_number_,
+                      .ticket = ticket,
+                      .previous = slot.last_job,
+                      .task = Task::kUpdateAhead,
+                      .backup = backup});
   }
   changed_.notify_one();
   return ticket;
@@ -92,16 +93,17 @@ Ticket Sequencer::discard(const std::vector<int64_t>& slots) {
   Ticket last;
   {
     std::lock_guard lock(mutex_);
+    if (!slots.empty()) require_thread();
     for (const int64_t number : slots) {
       Slot& slot = slot_of(number);
       forget_what_has_not_begun(slot);
       last = Ticket::pending();
-      enqueue({.slot = &slot,
-               .job = {},
-               .number = next_number_,
-               .ticket = last,
-               .previous = {},
-               .task = Task::kDiscard});
+      queue_.push_back({.slot = &slot,
+                        .job = {},
+                        .number = next_number_,
+                        .ticket = last,
+                        .previous = {},
+                        .task = Task::kDiscard});
     }
   }
   changed_.notify_one();
@@ -159,10 +161,10 @@ void Sequencer::expect_chunks(int64_t number, const Slot& slot, bool backwards) 
   }
 }
 
-// Under mutex_.
-void Sequencer::enqueue(QueuedJob queued) {
-  queue_.push_back(std::move(queued));
-  if (!thread_.joinable()) thread_ = std::jthread([this](std::stop_token stop) { run(stop); });
+// Under mutex_, and before anything is queued: where there is no thread, the caller takes its memory back.
+void Sequencer::require_thread() {
+  if (thread_.joinable()) return;
+  thread_ = start_thread("offload-step", [this](std::stop_token stop) { run(stop); });
 }
 
 // Under mutex_. Updates ahead of the slot that nobody takes up.
@@ -177,7 +179,6 @@ void Sequencer::forget_what_has_not_begun(const Slot& slot) {
 // --- the thread's side -----------------------------------------------------------------------------------
 
 void Sequencer::run(std::stop_token stop) {
-  pthread_setname_np(pthread_self(), "offload-step");
   while (std::optional<QueuedJob> queued = next(stop)) {
     switch (queued->task) {
       case Task::kUpdate: run_job(*queued, stop); break;

@@ -1,6 +1,5 @@
 // The thread of a step pipeline, and what it shares with the callers: gradient landed, states read ->
-// optimizer
-// -> to_device, to disk. The only file that knows both sides.
+// optimizer -> to_device, to disk. The only file that knows both sides.
 //
 // Ownership: owns the thread; shares queue and window. Spans of a slot are borrowed until the slot's last
 //            ticket ended.
@@ -8,8 +7,7 @@
 //          update on the shared WorkerPool, and hands every finished chunk to the to_device lane. A slot's
 //          next update waits for its last upload, which still reads the weight.
 // Invariants: slots and jobs were checked by StepPipeline, and the process is the one that made it. After a
-// job
-//             failed every later job fails with the same error.
+//             job failed every later job fails with the same error.
 #pragma once
 
 #include <atomic>
@@ -102,7 +100,7 @@ class Sequencer {
 
   Slot& slot_of(int64_t number);
   void expect_chunks(int64_t number, const Slot& slot, bool backwards);
-  void enqueue(QueuedJob queued);
+  void require_thread();
   void forget_what_has_not_begun(const Slot& slot);
 
   // the thread's

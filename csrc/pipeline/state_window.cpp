@@ -18,7 +18,8 @@ Ticket failed(std::exception_ptr error) {
 }
 
 HostBuffer acquire_frames(HostPool& pool, size_t frame_bytes, size_t frame_count) {
-  if (frame_bytes == 0 || frame_bytes % kDiskAlignment != 0 || frame_count == 0) {
+  if (frame_bytes == 0 || frame_bytes % kDiskAlignment != 0 || frame_count == 0 ||
+      frame_count > SIZE_MAX / frame_bytes) {
     throw Error(ErrorKind::kInvalidArgument,
                 "a window of " + std::to_string(frame_count) + " frames of " + std::to_string(frame_bytes) +
                     " bytes: give one frame or more, of a multiple of " + std::to_string(kDiskAlignment));

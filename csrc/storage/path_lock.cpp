@@ -4,7 +4,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cerrno>
 #include <map>
 #include <mutex>
@@ -103,16 +102,10 @@ struct PathLock::Registry {
   std::map<std::pair<dev_t, ino_t>, Entry> entries;  // guarded by mutex; entries keep their addresses
 };
 
-// Leaked on purpose: users may outlive static destruction. A forked child has a registry of its own, for it
-// has none of its parent's locks, and the mutex may have been held at the fork.
+// A forked child has none of its parent's locks.
 PathLock::Registry& PathLock::registry() {
-  static std::atomic<Registry*> current{nullptr};
-  Registry* seen = current.load();
-  while (seen == nullptr || seen->owner.forked()) {
-    auto made = std::make_unique<Registry>();
-    if (current.compare_exchange_strong(seen, made.get())) return *made.release();
-  }
-  return *seen;
+  static OnePerProcess<Registry> registries;
+  return registries.get();
 }
 
 PathLock::PathLock(const std::shared_ptr<SystemCalls>& calls, const std::string& directory)

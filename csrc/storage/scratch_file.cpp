@@ -113,7 +113,9 @@ void ScratchFile::reserve(uint64_t bytes) {
   int result = calls_->file_system(file_, &facts);
   // Compared first: fallocate may take all that is left, from everybody, before it finds that it is too
   // little.
-  const uint64_t free_bytes = static_cast<uint64_t>(facts.f_bavail) * static_cast<uint64_t>(facts.f_bsize);
+  // Blocks are counted in fragments, which f_bsize, the best transfer of a network file system, may exceed.
+  const auto fragment_bytes = static_cast<uint64_t>(facts.f_frsize != 0 ? facts.f_frsize : facts.f_bsize);
+  const uint64_t free_bytes = static_cast<uint64_t>(facts.f_bavail) * fragment_bytes;
   if (result == 0 && free_bytes < more_bytes) result = -ENOSPC;
   if (result == 0) {
     do {

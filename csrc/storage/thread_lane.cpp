@@ -1,8 +1,7 @@
-#include <pthread.h>
-
 #include <thread>
 #include <utility>
 
+#include "base/thread.h"
 #include "storage/disk_lane.h"
 
 namespace offload {
@@ -13,7 +12,8 @@ class ThreadLane final : public DiskLane {
   ThreadLane(std::shared_ptr<SystemCalls> calls, const ScratchFile& file, size_t thread_count)
       : DiskLane(std::move(calls), file) {
     try {
-      for (size_t i = 0; i < thread_count; ++i) threads_.emplace_back([this] { run(); });
+      for (size_t i = 0; i < thread_count; ++i)
+        threads_.push_back(start_thread("offload-disk", [this](std::stop_token) { run(); }));
     } catch (...) {
       queue_.close();  // else those that started would wait for ever, and be waited for
       throw;
@@ -27,7 +27,6 @@ class ThreadLane final : public DiskLane {
 
  private:
   void run() {
-    pthread_setname_np(pthread_self(), "offload-disk");
     while (std::optional<BlockOperation> operation = queue_.start()) {
       if (begin(*operation) == Progress::kEnded) continue;
       while (advance(*operation, transfer(*operation)) == Progress::kMore) {

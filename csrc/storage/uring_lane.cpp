@@ -1,10 +1,9 @@
-#include <pthread.h>
-
 #include <cerrno>
 #include <chrono>
 #include <thread>
 #include <utility>
 
+#include "base/thread.h"
 #include "storage/disk_lane.h"
 #include "storage/uring.h"
 
@@ -13,13 +12,16 @@ namespace {
 
 // How long to leave the ring alone when the kernel refuses to wait for it: what is in flight ends anyway.
 constexpr std::chrono::milliseconds kPauseAfterRefusal{1};
+// "The application should wait for some completions and try again" (io_uring_enter(2), of EAGAIN): as often,
+// one after the other, before the kernel's shortage is an error. A second or more.
+constexpr int kMostRefusals = 1000;
 
 class UringLane final : public DiskLane {
  public:
   UringLane(std::shared_ptr<SystemCalls> calls, const ScratchFile& file, size_t depth)
       : DiskLane(calls, file), ring_(std::move(calls), static_cast<unsigned>(depth)), slots_(depth) {
     for (size_t slot = 0; slot < depth; ++slot) free_slots_.push_back(slot);
-    owner_ = std::jthread([this] { run(); });
+    owner_ = start_thread("offload-disk", [this](std::stop_token) { run(); });
   }
 
   ~UringLane() override {
@@ -31,7 +33,6 @@ class UringLane final : public DiskLane {
   // An operation that comes while the owner waits for a completion starts with that completion: at most one
   // block's time later, and while the ring is idle at once.
   void run() {
-    pthread_setname_np(pthread_self(), "offload-disk");
     for (;;) {
       while (!free_slots_.empty()) {
         const bool is_idle = free_slots_.size() == slots_.size();
@@ -62,7 +63,12 @@ class UringLane final : public DiskLane {
 
   void submit_and_wait() {
     const int result = ring_.enter();
+    if (result == 0) refusals_ = 0;
     if (result == 0 || result == -EINTR) return;
+    if ((result == -EAGAIN || result == -EBUSY) && ++refusals_ <= kMostRefusals) {
+      std::this_thread::sleep_for(kPauseAfterRefusal);
+      return;
+    }
     // The kernel has not seen what it did not take, so this may fail; the rest must be waited for.
     while (const std::optional<uint64_t> slot = ring_.take_back()) {
       fail(slots_[*slot], -result, "io_uring_enter for " + file_.path());
@@ -90,6 +96,7 @@ class UringLane final : public DiskLane {
   Uring ring_;
   std::vector<BlockOperation> slots_;
   std::vector<size_t> free_slots_;
+  int refusals_ = 0;  // of the kernel, in a row
 
   std::jthread owner_;
 };

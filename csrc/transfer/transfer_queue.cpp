@@ -34,6 +34,12 @@ Ticket TransferQueue::submit_after(Direction direction, std::span<const CopySpan
   return submit_locked(target, direction, copies, after);
 }
 
+TransferQueue::Lane& TransferQueue::lane(Direction direction) {
+  owner_.require_owner(
+      "this TransferQueue");  // before the lock, which a thread of the parent may hold for good
+  return direction == Direction::kToHost ? to_host_ : to_device_;
+}
+
 Stream& TransferQueue::stream_of(Lane& target) {
   if (target.stream) return *target.stream;
   throw Error(ErrorKind::kState, "the transfer queue has ended: its copies were given up, with the engine");

@@ -1,7 +1,7 @@
 // Two ordered lanes between device and host memory.
 //
 // Ownership: owns one persistent stream per direction; shares the device.
-// Threads: every member may be called from any thread.
+// Threads: every member may be called from any thread. In a forked child submissions throw kState.
 // Stream order: submissions of one direction run in their order; the two lanes are independent. Each
 //               starts after what the named compute stream had been given at the call.
 // Units: bytes. Callers keep source and destination alive until the ticket ended.
@@ -66,7 +66,7 @@ class TransferQueue {
   static Stream& stream_of(Lane& target);
   Ticket submit_locked(Lane& target, Direction direction, std::span<const CopySpan> copies,
                        const Ticket& after);
-  Lane& lane(Direction direction) noexcept { return direction == Direction::kToHost ? to_host_ : to_device_; }
+  Lane& lane(Direction direction);  // throws kState in a forked child
 
   const ForkGuard owner_;
   std::shared_ptr<Device> device_;  // before the lanes: their streams die first

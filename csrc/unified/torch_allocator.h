@@ -5,8 +5,7 @@
 //            end.
 // Threads: any.
 // Invariants: neither function throws. Null means no memory: torch frees what it caches, tries once more and
-// raises
-//             its own OutOfMemoryError; last_refusal() has the reason.
+//             raises its own OutOfMemoryError; last_refusal() has the reason.
 #pragma once
 
 #include <sys/types.h>

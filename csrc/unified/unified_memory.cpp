@@ -160,6 +160,7 @@ UnifiedBlock::UnifiedBlock(int index, CudaOrdinal ordinal, const CudaMemoryFacts
   }
   const CudaDriver& driver = context_->driver();
   CudaPrimaryContext::Current current(*context_);
+  const OutsideCaptures exempt(driver);
   CudaAddress address = 0;
   if (const CudaResult code = driver.MemAllocManaged(&address, bytes_, kAttachGlobal); code != 0) {
     throw driver.error(code, "allocating " + bytes_text(bytes_) + " of managed memory");

@@ -1,13 +1,11 @@
 // Memory that host and device read at one address: managed by the driver, or the system's own.
 //
 // Ownership: a block gives its memory back with its last owner, once all work of the device has ended; it
-// keeps
-//            the context, and a forked child leaks it.
+//            keeps the context, and a forked child leaks it.
 // Threads: every member may be called from any thread.
 // Stream order: a prefetch and a discard are work of the stream they are given; the rest is done by the call.
 // Units: bytes; ranges are absolute addresses and lie inside the block. Hints and prefetches are of whole
-// pages,
-//        those that a range only touches too; a discard is of the pages that lie inside.
+//        pages, those that a range only touches too; a discard is of the pages that lie inside.
 // Invariants: live managed memory fits what the device has free when a block is made, see require_room().
 #pragma once
 

@@ -208,6 +208,49 @@ void a_ring_that_can_no_longer_be_entered_hangs_nothing() {
   CHECK_EQ(use(file, offset, 'b', ENOMEM), 0u);
 }
 
+// "Wait for some completions and try again" (io_uring_enter(2)).
+void a_ring_that_is_short_of_something_is_entered_again() {
+  const std::vector<DiskDirectory> directories(1);
+  const auto calls = honest_calls();
+  BlockFile file(options_of(directories, DiskBackend::kUring, calls));
+  const uint64_t offset = file.allocate(kBlocks * kBlock);
+  for (const int code : {EAGAIN, EBUSY}) {
+    for (const size_t nth : {1, 2}) {  // nothing is in flight, or something is
+      const size_t before = calls->call_count(SystemCall::kUringEnter);
+      calls->fail(SystemCall::kUringEnter, nth, code, 10);
+      CHECK_EQ(use(file, offset, 'a', code), 0u);
+      CHECK(calls->call_count(SystemCall::kUringEnter) > before + 10);
+    }
+  }
+  calls->fail(SystemCall::kUringEnter, 1, EAGAIN, SIZE_MAX);  // no end of it
+  CHECK(use(file, offset, 'b', EAGAIN) >= kBlocks);
+  calls->fail(SystemCall::kUringEnter, 0, 0);
+  CHECK_EQ(use(file, offset, 'c', 0), 0u);
+}
+
+// As over a network: the best transfer is larger than the fragments that blocks are counted in.
+class FewFragments final : public SystemCalls {
+ public:
+  int file_system(int file, struct statfs* facts) override {
+    const int result = SystemCalls::file_system(file, facts);
+    facts->f_type = test::kExt4;
+    facts->f_bsize = 1 << 20;
+    facts->f_frsize = kBlock;
+    facts->f_bavail = 3;
+    return result;
+  }
+};
+
+void free_space_is_counted_in_fragments() {
+  const DiskDirectory directory;
+  BlockFile file({.directories = {directory.path},
+                  .block_bytes = kBlock,
+                  .backend = DiskBackend::kThreads,
+                  .calls = std::make_shared<FewFragments>()});
+  CHECK_THROWS(ErrorKind::kStorage, "(ENOSPC). Free space", file.allocate(4 * kBlock));
+  CHECK_EQ(file.allocate(3 * kBlock), 0u);
+}
+
 void check_sizes(size_t bytes) {
   for (const std::string& path : test::open_scratch_files()) {
     struct stat facts{};
@@ -297,9 +340,12 @@ int main() {
     if (backend == DiskBackend::kAuto) continue;
     interrupted_and_short_transfers_go_on(backend);
     a_drive_that_is_gone_fails_everything_and_hangs_nothing(backend);
-    if (backend == DiskBackend::kUring) a_ring_that_can_no_longer_be_entered_hangs_nothing();
+    if (backend != DiskBackend::kUring) continue;
+    a_ring_that_can_no_longer_be_entered_hangs_nothing();
+    a_ring_that_is_short_of_something_is_entered_again();
   }
   a_full_disk_is_found_before_anything_is_written();
+  free_space_is_counted_in_fragments();
   a_file_system_without_reservations_is_shown();
   fallbacks_say_why();
   paths_that_cannot_be_used_are_named();

@@ -1,6 +1,7 @@
 #include "device/host_device.h"
 
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "check.h"
@@ -86,6 +87,17 @@ void bandwidth_follows_the_clock() {
   third.wait();
 }
 
+void a_rate_of_next_to_nothing_ends_no_copy() {
+  Fixture f(1e-12);  // 8 bytes take more nanoseconds than 63 bits count
+  const Ticket first = f.copy(0, 8);
+  const Ticket second = f.copy(8, 8);
+  while (f.clock->deadlines_ns().empty() && !first.done()) std::this_thread::yield();
+  CHECK_EQ(f.clock->deadlines_ns().size(), 1u);
+  for (const int64_t deadline_ns : f.clock->deadlines_ns()) CHECK(deadline_ns > int64_t{1} << 61);
+  f.stream.reset();
+  CHECK(second.done());
+}
+
 void hold_time_does_not_count_as_transfer_time() {
   Fixture f(1e9);
   f.device.hold(kLane);
@@ -149,6 +161,7 @@ int main() {
   held_copies_run_after_release_and_in_order();
   nth_copy_fails_alone();
   bandwidth_follows_the_clock();
+  a_rate_of_next_to_nothing_ends_no_copy();
   hold_time_does_not_count_as_transfer_time();
   destruction_ends_held_and_delayed_copies();
   pins_are_counted_and_fail_on_request();

@@ -272,6 +272,33 @@ void test_forked_child_leaves_the_pages_alone() {
   std::memset(buffer.address(), 7, 100);
 }
 
+void test_forked_child_has_orphans_of_its_own() {
+  {
+    const HostPool pool(nullptr, {});
+  }  // the parent has looked for some
+  const pid_t child = fork();
+  if (child == 0) {
+    const Ticket copy = Ticket::pending();
+    uintptr_t address = 0;
+    {
+      HostPool pool(nullptr, {.slab_bytes = page()});
+      HostBuffer buffer = pool.acquire(100, Tag::kGradients);
+      address = address_of(buffer);
+      buffer.release_after(copy);
+    }
+    CHECK(is_mapped(address));
+    copy.complete();
+    {
+      const HostPool sweeping(nullptr, {});
+    }
+    CHECK(!is_mapped(address));
+    _exit(result());
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK_EQ(status, 0);
+}
+
 // Each thread stamps its blocks and finds the stamp again: an overlap, or a reuse before the ticket, shows.
 void test_threads() {
   constexpr int kThreads = 4;
@@ -337,6 +364,7 @@ int main() {
   test_buffers_outlive_the_pool();
   test_pages_outlive_the_pool_while_a_copy_runs();
   test_forked_child_leaves_the_pages_alone();
+  test_forked_child_has_orphans_of_its_own();
   test_threads();
   return result();
 }

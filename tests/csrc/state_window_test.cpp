@@ -210,6 +210,8 @@ void frames_are_checked() {
   CHECK_THROWS(ErrorKind::kInvalidArgument, "of 4097 bytes",
                StateWindow(fixture.file, fixture.pool, 4097, 1));
   CHECK_THROWS(ErrorKind::kInvalidArgument, "0 frames", StateWindow(fixture.file, fixture.pool, 4096, 0));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "16 frames",  // of 2^64 bytes together
+               StateWindow(fixture.file, fixture.pool, size_t{1} << 60, 16));
   Parameter parameter(9000);
   UpdateSpan span{};
   span.count = 9000;

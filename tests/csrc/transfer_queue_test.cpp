@@ -1,5 +1,8 @@
 #include "transfer/transfer_queue.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -154,6 +157,48 @@ void an_end_finishes_the_lanes_for_good() {
   CHECK_EQ(queue.stats().to_device_count, 1u);
 }
 
+// A device that takes submissions for as long as it is told to.
+class SlowDevice final : public Device {
+ public:
+  const char* kind() const noexcept override { return "slow"; }
+  std::unique_ptr<Stream> create_stream(const std::string&) override { return std::make_unique<Stream>(); }
+  Ticket submit_copies(Stream&, Direction, std::span<const CopySpan>) override {
+    entered.complete();
+    leaves.wait();
+    return Ticket();
+  }
+  bool sends_batches() const noexcept override { return true; }
+  void wait_ticket(Stream&, const Ticket&) override {}
+  void wait_compute(Stream&, uintptr_t) override {}
+  bool compute_wait(uintptr_t, const Ticket& ticket, int64_t) override { return ticket.wait(); }
+  void pin(void*, size_t) override {}
+  void unpin(void*, size_t) noexcept override {}
+
+  const Ticket entered = Ticket::pending(), leaves = Ticket::pending();
+};
+
+// The fork falls into a submission of another thread: in the child the lane stays locked for ever.
+void a_child_forked_during_a_submission_is_refused_at_once() {
+  auto device = std::make_shared<SlowDevice>();
+  TransferQueue queue(device);
+  int value = 5, copy = 0;
+  const auto submit = [&] { queue.submit(Direction::kToHost, &copy, &value, sizeof(int), 0); };
+  std::thread submitting(submit);
+  device->entered.wait();
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    CHECK_THROWS(ErrorKind::kState, "parent process", submit());
+    CHECK_THROWS(ErrorKind::kState, "parent process", queue.wait_compute(Direction::kToHost, 0));
+    _exit(test::result());
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK_EQ(status, 0);
+  device->leaves.complete();
+  submitting.join();
+}
+
 }  // namespace
 }  // namespace offload
 
@@ -168,5 +213,6 @@ int main() {
   a_copy_and_its_waits_are_one_unit();
   destruction_finishes_the_lanes();
   an_end_finishes_the_lanes_for_good();
+  a_child_forked_during_a_submission_is_refused_at_once();
   return test::result();
 }

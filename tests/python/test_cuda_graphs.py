@@ -57,6 +57,20 @@ def test_copies_end_while_another_model_is_captured(device: torch.device, driver
         assert torch.equal(torch.frombuffer(buffer, dtype=torch.int32)[:1024], source.cpu())
 
 
+def test_a_pool_grows_and_goes_while_another_model_is_captured(driver_double: DriverDouble) -> None:
+    """Registering memory is refused during a capture, too, in all threads that are not exempt from it."""
+    native = _native.CudaDevice(driver_path=driver_double.path)
+    driver_double.set_capturing(True)
+    pool = _native.HostPool(native, budget_bytes=1 << 20, slab_bytes=1 << 20, pin=True)
+    buffer = pool.acquire(4096, "staging")
+    assert not pool.stats()["pin_refused"]
+    assert native.pinned_bytes == pool.stats()["pinned_bytes"] == 1 << 20
+    del buffer, pool
+    assert driver_double.live("registrations") == 0
+    driver_double.set_capturing(False)
+    assert driver_double.misuses() == (0, "")
+
+
 @pytest.mark.parametrize("option", ["params", "activations"])
 def test_capture_into_a_cuda_graph_is_refused(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch says during a capture, on any machine; afterwards training goes on."""
