@@ -118,8 +118,10 @@ REQUIRE_GPU ?= 1
 # whole files, whose fixtures may be dear.
 GPU_TEST_WORKERS ?= $(shell n=$$(($(JOBS) / 2)); echo $$((n > 8 ? 8 : n < 1 ? 1 : n)))
 GPU_SITE := $(abspath build/gpu-site)
+# Packages that somebody has brought along stay where they are.
+GPU_PATH := $(GPU_SITE)$(if $(PYTHONPATH),:$(PYTHONPATH))
 GPU_TESTS ?= tests
-on_gpu = PYTHONPATH=$(GPU_SITE) OFFLOAD_POISON=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
+on_gpu = PYTHONPATH=$(GPU_PATH) OFFLOAD_POISON=1 OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=0 \
   $(if $(filter 0,$(REQUIRE_GPU)),,OFFLOAD_REQUIRE_GPU=1)
 
 gpu-build:
@@ -149,7 +151,7 @@ gpu-sanitize: gpu-build
 
 # The tests and every bench into one JSON; FLAGS="--quick --sections train,peers". Call again until it says that all is done.
 gpu-acceptance: gpu-build
-	PYTHONPATH=$(GPU_SITE) $(PYTHON) benches/gpu_acceptance.py --device $(if $(filter 0,$(REQUIRE_GPU)),cpu,cuda) $(FLAGS)
+	PYTHONPATH=$(GPU_PATH) $(PYTHON) benches/gpu_acceptance.py --device $(if $(filter 0,$(REQUIRE_GPU)),cpu,cuda) $(FLAGS)
 
 $(VENV)/.base:
 	$(PYTHON) -m venv $(VENV)
