@@ -170,7 +170,7 @@ class CopySchedule:
             for job, need, gate, ticket in zip(gated, needs, gates, tickets, strict=True):
                 before = lane if job[0] in uploaded else deque()
                 self._queues[id(pipeline), "updates"].append(_Gated(gate, ticket, ticket, need, before))
-            # None goes on here: of weights on disk one may need what is chained to another's end, which the caller does.
+            # None goes on here: of weights on disk one may need what the caller chains to another's end.
             return tickets
 
         return call
