@@ -37,6 +37,11 @@ BY_HAND = ("load", "load_files", "again", "write_weight", "swap", "edit_state", 
 NEVER = 1 << 40
 TOLD = ("asked for by fail_copy", os.strerror(errno.EIO))
 
+# As OFFLOAD_ANY_ORDER of test_any_order.py. Operations fail in these programs alone: when a failure is told depends on
+# threads, and with it what can follow, which hypothesis takes for a flaky program where it tries one again.
+RANDOM_PROGRAMS = int(os.environ.get("OFFLOAD_ANY_ORDER", "0"))
+FAULT_RATES = [0.0, 0.05, 0.3] if RANDOM_PROGRAMS else [0.0]
+
 
 class AnyOrderOfCopies(AnyOrder):
     """Each program has a `CopySchedule`, or links that are slow; then operations fail, which is told.
@@ -56,7 +61,7 @@ class AnyOrderOfCopies(AnyOrder):
         self.schedule: CopySchedule | None = None
         self.armed = self.recovered = False  # armed: from the first fault on, anything may fail
         self.faults = random.Random(data.draw(SEEDS, label="faults"))
-        self.fault_rate = data.draw(st.sampled_from([0.0, 0.05, 0.3]), label="of actions")
+        self.fault_rate = data.draw(st.sampled_from(FAULT_RATES), label="of actions")
         ring = data.draw(st.sampled_from([_copy_lanes._RING_BYTES, 2 << 10, 0]), label="ring bytes")
         self.patches.setattr(_copy_lanes, "_RING_BYTES", ring)
         progress = data.draw(st.one_of(PROGRESS, PROGRESS, st.none()), label="progress")
@@ -226,10 +231,6 @@ class AnyOrderOfCopies(AnyOrder):
                 if self.schedule is not None:
                     self.schedule.finish()
                 self.patches.undo()
-
-
-# As OFFLOAD_ANY_ORDER of test_any_order.py.
-RANDOM_PROGRAMS = int(os.environ.get("OFFLOAD_ANY_ORDER", "0"))
 
 
 def test_any_order_of_copies_gives_the_bits_of_a_plain_pair(
