@@ -3,6 +3,9 @@
 Computing on the CPU is synchronous, so all that can race with it are copies and updates, and what matters of each is
 where in the program it runs, between its submission and the first wait for it. Each is submitted behind a gate, which
 opens because somebody waits for what is behind it, or, by chance, at any call into the lanes.
+
+What is behind a gate is never waited for but through here: not by whoever wants memory of the pool, and not by an
+update whose weight goes into a lane of gated copies. Those of several engines have nothing to do with each other.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import random
-from collections import deque
-from dataclasses import dataclass
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -27,12 +30,14 @@ class _Gated:
     """A copy or an update, and what it waits for beside its gate.
 
     ticket: who asks for this work asks for this object. end: ends with it; a copy's `ticket` may become a later one's.
+    before: copies that its upload goes behind, in the order of the lane.
     """
 
     gate: _native.Ticket
     ticket: _native.Ticket
     end: _native.Ticket
     after: list[_Gated | _native.Ticket]
+    before: deque[_Gated] = field(default_factory=deque)
 
 
 class CopySchedule:
@@ -44,18 +49,22 @@ class CopySchedule:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, seed: int, progress: float) -> None:
         self._random = random.Random(seed)
-        self._progress = progress
-        self._updates: deque[_Gated] = deque()
-        self._lanes: dict[str, deque[_Gated]] = {"to_host": deque(), "to_device": deque()}
-        self._queues = [*self._lanes.values(), self._updates]
+        self.progress = progress
+        # By transfer queue and lane, and by pipeline; ids of those that have ended may come again, with nothing left.
+        self._queues: defaultdict[tuple[int, str], deque[_Gated]] = defaultdict(deque)
+        # By pipeline: the lane that its uploads go into, and the slots that have one.
+        self._uploads: dict[int, tuple[deque[_Gated], set[int]]] = {}
         # Reads and writes of weights on disk, and what begins them: they run by themselves then.
         self._chained: dict[int, tuple[Any, list[_Gated | _native.Ticket]]] = {}
         self.awaited_count = 0
         self.early_count = 0
-        for lane in self._lanes:
+        for lane in ("to_host", "to_device"):
             monkeypatch.setattr(_native.TransferQueue, f"submit_{lane}", self._submitting(lane))
         monkeypatch.setattr(_native.TransferQueue, "submit_all_to_host", self._submitting_all())
         monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
+        monkeypatch.setattr(_native.HostPool, "acquire", self._acquiring())
+        monkeypatch.setattr(_native.StepPipeline, "__init__", self._opening())
+        monkeypatch.setattr(_native.StepPipeline, "add_slot", self._adding())
         monkeypatch.setattr(_native.StepPipeline, "submit", self._updating())
         monkeypatch.setattr(_native.StepPipeline, "speculate", self._speculating())
         monkeypatch.setattr(_native.StepPipeline, "discard", self._discarding())
@@ -73,9 +82,8 @@ class CopySchedule:
 
     def finish(self) -> None:
         """Lets everything go."""
-        for queue in self._queues:
-            while queue:
-                self._open(queue)
+        while self._open_any():
+            pass
 
     # --- what stands in for the native methods --------------------------------------------------------------
 
@@ -90,7 +98,7 @@ class CopySchedule:
             submit(queue, 0, 0, 0, 0, gate)  # no bytes: what follows in the lane waits behind it
             ticket: _native.Ticket = submit(queue, destination, source, nbytes, stream, after, *given)
             end = submit(queue, 0, 0, 0, 0)
-            self._lanes[lane].append(_Gated(gate, ticket, end, needs))
+            self._queues[id(queue), lane].append(_Gated(gate, ticket, end, needs))
             self._go_on()
             return ticket
 
@@ -118,6 +126,38 @@ class CopySchedule:
 
         return call
 
+    def _acquiring(self) -> Any:
+        acquire = _native.HostPool.acquire
+
+        def call(pool: Any, nbytes: int, tag: Any, alignment: int = 1) -> _native.HostBuffer:
+            while (stats := pool.stats())["waiting_bytes"] and stats["mapped_bytes"] + nbytes > stats["budget_bytes"]:
+                if not self._open_any():
+                    break
+                self.awaited_count += 1
+            return acquire(pool, nbytes, tag, alignment)
+
+        return call
+
+    def _opening(self) -> Any:
+        open_pipeline = _native.StepPipeline.__init__
+
+        def call(pipeline: Any, transfers: Any, **options: Any) -> None:
+            open_pipeline(pipeline, transfers, **options)
+            self._uploads[id(pipeline)] = self._queues[id(transfers), "to_device"], set()
+
+        return call
+
+    def _adding(self) -> Any:
+        add_slot = _native.StepPipeline.add_slot
+
+        def call(pipeline: Any, **slot: Any) -> int:
+            number: int = add_slot(pipeline, **slot)
+            if slot["device_weight"]:
+                self._uploads[id(pipeline)][1].add(number)
+            return number
+
+        return call
+
     def _updating(self) -> Any:
         submit = _native.StepPipeline.submit
 
@@ -126,9 +166,11 @@ class CopySchedule:
             needs = [self._needs_of(job[3]) for job in jobs]
             gated = [(*job[:3], [*job[3], gate], *job[4:]) for job, gate in zip(jobs, gates, strict=True)]
             tickets: list[_native.Ticket] = submit(pipeline, gated, stream, **options)
-            for need, gate, ticket in zip(needs, gates, tickets, strict=True):
-                self._updates.append(_Gated(gate, ticket, ticket, need))
-            self._go_on()
+            lane, uploaded = self._uploads[id(pipeline)]
+            for job, need, gate, ticket in zip(gated, needs, gates, tickets, strict=True):
+                before = lane if job[0] in uploaded else deque()
+                self._queues[id(pipeline), "updates"].append(_Gated(gate, ticket, ticket, need, before))
+            # None goes on here: of weights on disk one may need what the caller chains to another's end.
             return tickets
 
         return call
@@ -139,7 +181,7 @@ class CopySchedule:
         def call(pipeline: Any, job: Any, backup: int) -> _native.Ticket:
             gate, need = _native.Ticket.pending(), self._needs_of(job[3])
             ticket: _native.Ticket = speculate(pipeline, (*job[:3], [*job[3], gate], *job[4:]), backup)
-            self._updates.append(_Gated(gate, ticket, ticket, need))
+            self._queues[id(pipeline), "updates"].append(_Gated(gate, ticket, ticket, need))
             self._go_on()
             return ticket
 
@@ -150,7 +192,8 @@ class CopySchedule:
 
         def call(pipeline: Any, slots: Any) -> _native.Ticket:
             ticket: _native.Ticket = discard(pipeline, slots)
-            self._updates.append(_Gated(_native.Ticket.pending(), ticket, ticket, []))  # in its place in the order
+            in_order = _Gated(_native.Ticket.pending(), ticket, ticket, [])
+            self._queues[id(pipeline), "updates"].append(in_order)
             self._go_on()
             return ticket
 
@@ -190,11 +233,15 @@ class CopySchedule:
     # --- gates ----------------------------------------------------------------------------------------------
 
     def _go_on(self) -> None:
-        while self._random.random() < self._progress:
-            queue = self._random.choice(self._queues)
-            if queue:
-                self._open(queue)
-                self.early_count += 1
+        while self._random.random() < self.progress and self._open_any():
+            self.early_count += 1
+
+    def _open_any(self) -> bool:
+        """Lets the next of any queue go; False where there is none."""
+        waiting = [queue for queue in self._queues.values() if queue]
+        if waiting:
+            self._open(self._random.choice(waiting))
+        return bool(waiting)
 
     def _reach(self, ticket: _native.Ticket) -> None:
         """Lets go what `ticket` needs, and no more."""
@@ -202,7 +249,7 @@ class CopySchedule:
 
     def _release(self, needs: list[_Gated | _native.Ticket]) -> None:
         for need in needs:
-            for queue in self._queues:
+            for queue in tuple(self._queues.values()):
                 while need in queue:
                     self._open(queue)
                     self.awaited_count += 1
@@ -212,15 +259,22 @@ class CopySchedule:
         """What they are the tickets of now, else themselves: a copy's ticket may become a later one's."""
         needs: list[_Gated | _native.Ticket] = []
         for ticket in tickets:
-            works = [work for queue in self._queues for work in queue if work.ticket is ticket]
+            works = [work for queue in tuple(self._queues.values()) for work in tuple(queue) if work.ticket is ticket]
             needs += works or [ticket]
         return needs
 
     def _open(self, queue: deque[_Gated]) -> None:
-        """Lets the next of `queue` go, after what it needs, and waits until it has run."""
-        work = queue[0]
+        """Lets the next of `queue` go, after what it needs, and waits until it has run.
+
+        It leaves the queue first: threads that write a checkpoint wait, too, and each lets go what it waits for.
+        """
+        try:
+            work = queue.popleft()
+        except IndexError:  # another thread has let it go
+            return
         self._release(self._random.sample(work.after, len(work.after)))
-        queue.popleft()
+        while work.before:
+            self._open(work.before)
         work.gate.complete()
         with contextlib.suppress(offload.OffloadError):  # whoever asks for it is told
             _wait(work.end)
