@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 HANG_S = 100
 
 _SERVER = f"""
-import faulthandler, gc, json, os, sys
+import faulthandler, gc, json, os, sys, types
 import torch, torch._dynamo, offload, offload._wrap
+gc.collect()  # what froze as garbage would keep what it refers to, a copy of sys.modules for one
 gc.freeze()  # what is imported never goes: collections need not look at it
 program = None
 while program is None and (line := sys.stdin.readline()):
@@ -37,7 +38,8 @@ if program is not None:
     os.dup2(os.open(program["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.argv[1:] = program["arguments"]
     faulthandler.dump_traceback_later({HANG_S}, exit=True)
-    exec(program["code"])
+    sys.modules["__main__"] = types.ModuleType("__main__")  # one that is not frozen, and ends as that of a program does
+    exec(program["code"], vars(sys.modules["__main__"]))
 """
 
 
