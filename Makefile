@@ -11,7 +11,7 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo torch || echo tor
 NVRTC := 'cuda-core>=1.0' 'cuda-bindings>=12.9' 'nvidia-cuda-nvrtc>=12.9' 'nvidia-cuda-runtime>=13'
 SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc kernels python -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.py' -o -name '*.pyi')
 
-.PHONY: demo test compat ecosystem lint sanitize test-aarch64 soak bench install gpu-build gpu-test gpu-sanitize \
+.PHONY: demo test compat ecosystem lint sanitize test-aarch64 test-card soak bench install gpu-build gpu-test gpu-sanitize \
         gpu-acceptance clean
 .DELETE_ON_ERROR:
 
@@ -68,7 +68,7 @@ lint: $(VENV)/.tools
 	$(VENV)/bin/ruff check python tests examples benches
 	$(VENV)/bin/ruff format --check python tests examples benches
 	$(VENV)/bin/mypy
-	find csrc kernels tests/csrc tests/driver_double tests/host_kernels -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
+	find csrc kernels tests/csrc tests/driver_double tests/host_kernels tests/torch_double -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m pytest -q -p no:cacheprovider tests/layout
 
 # The native tests under AddressSanitizer + UndefinedBehaviorSanitizer, then under ThreadSanitizer.
@@ -80,6 +80,12 @@ sanitize: $(VENV)/.tools
 	  cmake --build $$build -j $(JOBS) && \
 	  TSAN_OPTIONS=suppressions=$(abspath tests/csrc/tsan.supp) ctest --test-dir $$build --output-on-failure || exit 1; \
 	done
+
+# The tests of a card where there is none, on a device of torch in host memory: its extension takes a minute to compile, all
+# of them 15 on two cores. CARD_TESTS= takes files and folders.
+CARD_TESTS ?= tests/python
+test-card: $(VENV)/.installed
+	OFFLOAD_POISON=1 OMP_NUM_THREADS=1 $(PY) tests/torch_double -q -n $(TEST_WORKERS) --dist worksteal $(CARD_TESTS)
 
 # What has a body or an instruction of its own on aarch64, cross-compiled and run by qemu, as a CPU without SVE and with
 # SVE of each width that has a body.

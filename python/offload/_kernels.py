@@ -178,29 +178,19 @@ def _other_bindings() -> str:
     return f" (cuda-bindings {version} beside a torch for CUDA {of_torch}: {how_to_install(of_torch)})"
 
 
-class _CurrentStream:
-    """torch's current stream of `device`, as cuda.core asks for a stream that is not its own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, torch.cuda.current_stream(self._device).cuda_stream  # 0: the version of the protocol
-
-
 def _cuda_launch(device: torch.device, source: Source) -> Launch:
-    from cuda.core import Device, LaunchConfig, ObjectCode, launch
+    from cuda.core import Device, LaunchConfig, ObjectCode, Stream, launch
 
     index = torch.cuda.current_device() if device.index is None else device.index
     major, minor = torch.cuda.get_device_capability(device)
     with torch.cuda.device(device):
         loaded = ObjectCode.from_cubin(_cubin(source, f"sm_{major}{minor}"))
         kernels = {name: loaded.get_kernel(name) for name in _KERNELS[source]}
-    stream = _CurrentStream(device)
 
     def launch_on_current_stream(name: str, grid: int, block: int, arguments: Sequence[Any]) -> None:
         with torch.cuda.device(device):
             Device(index).set_current()  # a thread in which torch has run nothing yet has no context
+            stream = Stream.from_handle(torch.cuda.current_stream(device).cuda_stream)
             launch(stream, LaunchConfig(grid=grid, block=block), kernels[name], *arguments)
 
     return launch_on_current_stream

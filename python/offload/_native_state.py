@@ -150,12 +150,14 @@ class NativeState(ParameterState):
         gradient: there, with the parameter's strides; grad_scale multiplies it in fp32.
         """
         words = RandomWords(self.rounding_seed, scalars["step"])
+        # A weight that is its own master is the parameter itself, which is there now, and not what the host has of it.
+        own = self.working_weight() if self.master_format == "bf16" else self.master_value()
         if self.kernels is not None:
             weight = None if self.master is None else self.working_weight()
-            arrays = (self.master_value(), weight, self.native_moments(), gradient)
+            arrays = (own, weight, self.native_moments(), gradient)
             self.kernels.update_(self.kernel, *arrays, scalars, grad_scale, words.key)
             return
-        master = self.master_value().to(torch.float32)  # itself, but for a bf16 weight that is its own
+        master = own.to(torch.float32)  # itself, but for a bf16 weight
         moments = [moment.value() for moment in self.moments.values()]
         type(self).torch_step(master, *moments, scaled(gradient, grad_scale), scalars)
         for kept, value in zip(self.moments.values(), moments, strict=True):

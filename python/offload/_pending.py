@@ -92,7 +92,7 @@ class PendingParameter(Parameter):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA_CALLS and not (func == Tensor.size and _becomes_a_gradient(sys._getframe(1))):
+        if func in _METADATA_CALLS and not (func == Tensor.size and _becomes_a_gradient(_caller())):
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)  # see reading_metadata()
         if func in _MOVES:
             asked = _asked_place(func, *args, **kwargs)
@@ -105,7 +105,7 @@ class PendingParameter(Parameter):
             inputs = _inputs_of(func, args, kwargs)
             if any(isinstance(asked, PendingParameter) for asked in inputs):
                 return _by_edges(func, inputs, args, kwargs)
-        if func == Tensor.view_as and sys._getframe(1).f_code.co_filename == graph.__file__:
+        if func == Tensor.view_as and _caller().f_code.co_filename == graph.__file__:
             # So torch comes to the node of a leaf, for its gradient's edge and for hooks of several gradients.
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
         if func == _SET_DATA and (args[0] is args[1] or _is_marked(args[1], args[0])):  # what module.to() does then
@@ -190,6 +190,14 @@ def make_current(parameter: Parameter) -> Parameter:
 def _away(parameter: Parameter) -> Away | None:
     resolve = parameter.__dict__.get(_RESOLVE)
     return resolve if hasattr(resolve, "copy") else None
+
+
+def _caller() -> FrameType:
+    """Who called the torch function that is asked about, behind the modes that were asked before (a default device)."""
+    frame = sys._getframe(2)
+    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
 
 
 def _becomes_a_gradient(caller: FrameType) -> bool:

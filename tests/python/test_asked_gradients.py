@@ -528,21 +528,29 @@ def test_the_second_backward_may_come_after_full_params() -> None:
     assert_equal(outcome(outlived, STREAMED), outcome(outlived, None), "params")
 
 
+def test_under_a_default_device(device: torch.device) -> None:
+    """It is asked of every call before a weight is: who called is behind it."""
+    for case in (edges, several_gradients_hooked, a_weight_to_begin_with):
+        with torch.device(device):
+            assert_equal(outcome(case, STREAMED), outcome(case, None), case.__name__)
+
+
 # --- what is read without asking ----------------------------------------------------------------------------
+
+
+def a_weight_to_begin_with(side: Side) -> list[Tensor]:
+    x = values(WIDTH).requires_grad_()
+    with side.full():
+        (x * 2).backward(side.parameters["norm.weight"])
+        assert x.grad is not None
+        return [x.grad, *torch.autograd.grad(x * 3, x, grad_outputs=side.parameters["norm.bias"])]
 
 
 def test_a_weight_as_the_gradient_that_backward_begins_with() -> None:
     """Torch asks for its size, and then reads it."""
 
-    def call(side: Side) -> list[Tensor]:
-        x = values(WIDTH).requires_grad_()
-        with side.full():
-            (x * 2).backward(side.parameters["norm.weight"])
-            assert x.grad is not None
-            return [x.grad, *torch.autograd.grad(x * 3, x, grad_outputs=side.parameters["norm.bias"])]
-
     for name, placement in PLACEMENTS.items():
-        assert_equal(outcome(call, placement), outcome(call, None), name)
+        assert_equal(outcome(a_weight_to_begin_with, placement), outcome(a_weight_to_begin_with, None), name)
     streamed = Side(STREAMED)
     x = values(WIDTH).requires_grad_()
     with pytest.raises(offload.StateError, match=r"norm\.weight is on the host or on disk"):

@@ -113,7 +113,8 @@ def test_files_as_hugging_face_reads_them(tmp_path: Path) -> None:
     for dtype in ("bf16", "torch.bfloat16", torch.bfloat16):
         convert_zero_checkpoint_to_state_dict(tmp_path / "saved", tmp_path / "half", dtype, max_shard_size=None)
         half = torch.load(tmp_path / "half/pytorch_model.bin", weights_only=True)
-        assert_equal(half, {name: value.to("cpu") for name, value in model.state_dict().items()})
+        # As masters round: at an exact tie the weight beside a split master is the other neighbour.
+        assert_equal(half, {name: value.bfloat16() for name, value in expected.items()})
 
 
 def test_what_is_refused_writes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""The tests of a card where there is none: `python tests/torch_double [arguments of pytest]`.
+
+offload takes CUDA devices alone, and no other device of torch may have that name. So a copy of the package and its
+tests, in which `cuda` reads `card`, runs on the device of card.cpp; the native core's CUDA device runs over the driver
+double, and kernels/*.cu run as C++. docs/reliability.md says what that proves.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+
+_TESTS = Path(__file__).resolve().parents[1]
+_ROOT = _TESTS.parent
+_BUILD = _ROOT / "build" / "torch-double"
+
+sys.path.insert(0, str(_TESTS))
+
+from driver_double import compile_double  # noqa: E402  # beside this folder
+from host_kernels import compile_for_host  # noqa: E402
+
+# Names of torch's, and the device's in strings.
+_CUDA = re.compile(r"""(?<=\btorch\.)cuda\b|(?<=\bTensor\.)cuda\b|(?<=["'])cuda(?=["':])|(?<=\.)cuda(?=\(\))""")
+
+
+def _copy_renamed(build: Path) -> Path:
+    """The repository in `build`, as far as tests read it."""
+    tree = build / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    unneeded = shutil.ignore_patterns("build", ".*", "results", "__pycache__", "*.so")
+    shutil.copytree(_ROOT, tree, ignore=unneeded)
+    for folder in ("python", "tests", "examples"):
+        for path in (tree / folder).rglob("*.py"):
+            path.write_text(_CUDA.sub("card", path.read_text()))
+    return tree
+
+
+def main() -> None:
+    import offload._native
+
+    _BUILD.mkdir(parents=True, exist_ok=True)
+    tree = _copy_renamed(_BUILD)
+    shutil.copy(offload._native.__file__, tree / "python" / "offload")
+    extension = _BUILD / "extension"
+    extension.mkdir(exist_ok=True)
+    environment = {
+        **os.environ,
+        "OFFLOAD_CUDA_DRIVER": str(compile_double(_BUILD)),
+        "LD_LIBRARY_PATH": str(compile_for_host(_BUILD).parent),
+        "TORCH_DOUBLE_BUILD": str(extension),
+        "PYTHONPATH": os.pathsep.join(map(str, (tree / "python", tree / "tests"))),
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),  # of ninja
+    }
+    arguments = sys.argv[1:] or ["tests/python"]
+    command = [sys.executable, "-m", "pytest", "-p", "torch_double.card", "-p", "no:cacheprovider", *arguments]
+    os.chdir(tree)
+    os.execve(sys.executable, command, environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,407 @@
+// A device of torch that is not the CPU and lives in host memory: what of a
+// card does not need a card.
+//
+// It takes torch's place for devices from outside (PrivateUse1). Its tensors
+// have an allocator and storages of their own, and autograd runs their backward
+// in a thread of its own, as it does for CUDA. Every operator computes with the
+// CPU's kernels over the same memory, at once: there is one stream, which is
+// always idle.
+
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/autocast_mode.h>
+#include <ATen/detail/PrivateUse1HooksInterface.h>
+#include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/extension.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using c10::Device;
+using c10::DeviceIndex;
+using c10::Storage;
+using c10::Stream;
+
+constexpr c10::DeviceType kCard = c10::DeviceType::PrivateUse1;
+constexpr size_t kAlignment = 256;
+
+// --- memory
+// ------------------------------------------------------------------------------------------------
+
+std::atomic<size_t> allocated_bytes{0};
+std::atomic<size_t> peak_bytes{0};
+
+// In front of every allocation.
+struct Header {
+  size_t bytes;
+};
+
+// What is freed is written over: who goes on reading it sees another value.
+void free_memory(void* memory) {
+  if (memory == nullptr) return;
+  char* begin = static_cast<char*>(memory) - kAlignment;
+  const size_t bytes = reinterpret_cast<Header*>(begin)->bytes;
+  std::memset(memory, 0xEE, bytes);
+  allocated_bytes -= bytes;
+  std::free(begin);
+}
+
+class CardAllocator final : public c10::Allocator {
+ public:
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = nullptr;
+    if (bytes > 0) {
+      void* begin = nullptr;
+      TORCH_CHECK(posix_memalign(&begin, kAlignment, bytes + kAlignment) == 0, "no memory for ", bytes,
+                  " bytes");
+      static_cast<Header*>(begin)->bytes = bytes;
+      memory = static_cast<char*>(begin) + kAlignment;
+      std::memset(memory, 0xFF, bytes);  // NaN in every format
+      const size_t now = allocated_bytes += bytes;
+      size_t peak = peak_bytes;
+      while (now > peak && !peak_bytes.compare_exchange_weak(peak, now)) {
+      }
+    }
+    return {memory, memory, &free_memory, Device(kCard, 0)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free_memory; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+
+CardAllocator allocator;
+REGISTER_ALLOCATOR(kCard, &allocator);
+
+// --- the device
+// --------------------------------------------------------------------------------------------
+
+struct CardGuard final : c10::impl::DeviceGuardImplInterface {
+  c10::DeviceType type() const override { return kCard; }
+  Device exchangeDevice(Device) const override { return Device(kCard, 0); }
+  Device getDevice() const override { return Device(kCard, 0); }
+  void setDevice(Device) const override {}
+  void uncheckedSetDevice(Device) const noexcept override {}
+  Stream getStream(Device) const override { return Stream(Stream::DEFAULT, Device(kCard, 0)); }
+  Stream getDefaultStream(Device) const override { return Stream(Stream::DEFAULT, Device(kCard, 0)); }
+  Stream getNewStream(Device, int) const override { return Stream(Stream::DEFAULT, Device(kCard, 0)); }
+  Stream exchangeStream(Stream) const override { return Stream(Stream::DEFAULT, Device(kCard, 0)); }
+  DeviceIndex deviceCount() const noexcept override { return 1; }
+  void record(void**, const Stream&, DeviceIndex, c10::EventFlag) const override {}
+  void block(void*, const Stream&) const override {}
+  bool queryEvent(void*) const override { return true; }
+  void destroyEvent(void*, DeviceIndex) const noexcept override {}
+  bool queryStream(const Stream&) const override { return true; }
+  void synchronizeStream(const Stream&) const override {}
+  void synchronizeEvent(void*) const override {}
+  void synchronizeDevice(DeviceIndex) const override {}
+  void recordDataPtrOnStream(const c10::DataPtr&, const Stream&) const override {}
+};
+
+C10_REGISTER_GUARD_IMPL(PrivateUse1, CardGuard);
+
+void resize_storage(const Storage& storage, size_t bytes) {
+  auto* impl = storage.unsafeGetStorageImpl();
+  c10::DataPtr memory = allocator.allocate(bytes);
+  if (const size_t kept = std::min(bytes, impl->nbytes()); kept > 0) {
+    std::memcpy(memory.get(), impl->data(), kept);
+  }
+  impl->set_data_ptr_noswap(std::move(memory));
+  impl->set_nbytes(bytes);
+}
+
+struct CardHooks final : at::PrivateUse1HooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return true; }
+  bool hasPrimaryContext(DeviceIndex) const override { return true; }
+  DeviceIndex deviceCount() const override { return 1; }
+  DeviceIndex getCurrentDevice() const override { return 0; }
+  const at::Generator& getDefaultGenerator(DeviceIndex) const override {
+    return at::detail::getDefaultCPUGenerator();
+  }
+  at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  at::Device getDeviceFromPtr(void*) const override { return Device(kCard, 0); }
+  void resizePrivateUse1Bytes(const Storage& storage, size_t bytes) const override {
+    resize_storage(storage, bytes);
+  }
+};
+
+[[maybe_unused]] const bool has_hooks = [] {
+  static CardHooks hooks;
+  at::RegisterPrivateUse1HooksInterface(&hooks);
+  return true;
+}();
+
+// --- operators
+// ---------------------------------------------------------------------------------------------
+
+Storage cpu_storage_over(const Storage& card) {
+  return Storage(Storage::use_byte_size_t(), card.nbytes(),
+                 c10::DataPtr(card.mutable_data(), Device(c10::kCPU)), nullptr, false);
+}
+
+at::Tensor tensor_over(const Storage& storage, c10::DispatchKeySet keys, const at::Tensor& like) {
+  // As a view, which takes its keys as they are, also in inference mode.
+  auto tensor =
+      at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, Storage(storage), keys, like.dtype());
+  auto* impl = tensor.unsafeGetTensorImpl();
+  impl->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
+  if (like.unsafeGetTensorImpl()->is_wrapped_number()) impl->set_wrapped_number(true);
+  return tensor;
+}
+
+at::Tensor new_on_card(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::ScalarType dtype) {
+  const auto type = c10::scalarTypeToTypeMeta(dtype);
+  const size_t bytes = at::detail::computeStorageNbytes(sizes, strides, type.itemsize());
+  Storage storage(Storage::use_byte_size_t(), bytes, allocator.allocate(bytes), &allocator, true);
+  auto tensor = at::detail::make_tensor<c10::TensorImpl>(
+      std::move(storage), c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), type);
+  tensor.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides);
+  return tensor;
+}
+
+// The arguments of one call as tensors of the CPU over the same memory, and its
+// results as tensors of the card.
+class OverCpu {
+ public:
+  at::Tensor argument(const at::Tensor& card, bool is_written = false) {
+    if (!card.defined() || card.device().type() != kCard) return card;
+    TORCH_CHECK(card.layout() == c10::kStrided, "this device has dense tensors only, got ", card.layout());
+    at::Tensor cpu;
+    if (is_written && card.numel() == 0) {  // an `out=` that the operator gives its size
+      cpu = at::empty(card.sizes(), card.options().device(c10::kCPU));
+    } else {
+      cpu = tensor_over(cpu_storage_of(card), c10::DispatchKeySet(c10::DispatchKey::CPU), card);
+    }
+    tensors_.emplace_back(cpu, card);
+    return cpu;
+  }
+
+  // What operators in place have done to sizes.
+  void take_sizes() {
+    for (const auto& [cpu, card] : tensors_) {
+      if (card_storage_of(cpu) == nullptr) {
+        if (cpu.numel() > 0) card.resize_(cpu.sizes()).copy_(cpu);
+      } else if (cpu.sizes() != card.sizes() || cpu.strides() != card.strides()) {
+        card.unsafeGetTensorImpl()->set_sizes_and_strides(cpu.sizes(), cpu.strides(), cpu.storage_offset());
+      }
+    }
+  }
+
+  at::Tensor result(const at::Tensor& cpu) {
+    if (!cpu.defined() || cpu.device().type() != c10::kCPU) return cpu;
+    for (const auto& [argument, card] : tensors_) {
+      if (argument.unsafeGetTensorImpl() == cpu.unsafeGetTensorImpl()) return card;
+    }
+    if (const at::Tensor* base = card_storage_of(cpu))
+      return tensor_over(base->storage(), base->key_set(), cpu);
+    at::Tensor card = new_on_card(cpu.sizes(), cpu.strides(), cpu.scalar_type());
+    tensor_over(cpu_storage_over(card.storage()), c10::DispatchKeySet(c10::DispatchKey::CPU), card)
+        .copy_(cpu);
+    if (cpu.unsafeGetTensorImpl()->is_wrapped_number()) card.unsafeGetTensorImpl()->set_wrapped_number(true);
+    return card;
+  }
+
+ private:
+  const Storage& cpu_storage_of(const at::Tensor& card) {
+    for (const auto& [cpu, known] : storages_) {
+      if (known.unsafeGetStorageImpl() == card.storage().unsafeGetStorageImpl()) return cpu;
+    }
+    return storages_.emplace_back(cpu_storage_over(card.storage()), card.storage()).first;
+  }
+
+  // The argument whose memory this tensor of the CPU is over; null where it has
+  // memory of its own.
+  const at::Tensor* card_storage_of(const at::Tensor& cpu) const {
+    if (!cpu.has_storage()) return nullptr;
+    for (const auto& [argument, card] : tensors_) {
+      const auto* storage = argument.storage().unsafeGetStorageImpl();
+      const bool is_over = std::any_of(storages_.begin(), storages_.end(), [&](const auto& pair) {
+        return pair.first.unsafeGetStorageImpl() == storage;
+      });
+      if (is_over && storage == cpu.storage().unsafeGetStorageImpl()) return &card;
+    }
+    return nullptr;
+  }
+
+  std::vector<std::pair<at::Tensor, at::Tensor>> tensors_;  // of the CPU, of the card
+  std::vector<std::pair<Storage, Storage>> storages_;
+};
+
+void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  OverCpu over;
+  const auto& arguments = op.schema().arguments();
+  const size_t begin = stack->size() - arguments.size();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    c10::IValue& value = (*stack)[begin + i];
+    const bool is_written = arguments[i].alias_info() != nullptr && arguments[i].alias_info()->isWrite();
+    if (value.isTensor()) {
+      value = over.argument(value.toTensor(), is_written);
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> tensors;
+      for (const at::Tensor& tensor : value.toTensorVector())
+        tensors.push_back(over.argument(tensor, is_written));
+      value = std::move(tensors);
+    } else if (value.isOptionalTensorList()) {
+      c10::List<std::optional<at::Tensor>> tensors;
+      for (const auto& tensor : value.toOptionalTensorVector()) {
+        tensors.push_back(tensor ? std::optional(over.argument(*tensor)) : std::nullopt);
+      }
+      value = std::move(tensors);
+    } else if (value.isDevice() && value.toDevice().type() == kCard) {
+      value = Device(c10::kCPU);
+    }
+  }
+  op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
+  over.take_sizes();
+  const size_t first = stack->size() - op.schema().returns().size();
+  for (size_t i = first; i < stack->size(); ++i) {
+    c10::IValue& value = (*stack)[i];
+    if (value.isTensor()) {
+      value = over.result(value.toTensor());
+    } else if (value.isTensorList()) {
+      c10::List<at::Tensor> tensors;
+      for (const at::Tensor& tensor : value.toTensorVector()) tensors.push_back(over.result(tensor));
+      value = std::move(tensors);
+    }
+  }
+}
+
+c10::ScalarType or_default(std::optional<c10::ScalarType> dtype) {
+  return dtype.value_or(c10::typeMetaToScalarType(c10::get_default_dtype()));
+}
+
+std::vector<int64_t> strides_of(c10::IntArrayRef sizes, std::optional<c10::MemoryFormat> format = {}) {
+  return at::empty(sizes, at::TensorOptions().device(c10::kMeta), format).strides().vec();
+}
+
+at::Tensor empty_strided(c10::IntArrayRef sizes, c10::IntArrayRef strides,
+                         std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
+                         std::optional<Device>, std::optional<bool>) {
+  return new_on_card(sizes, strides, or_default(dtype));
+}
+
+at::Tensor empty(c10::IntArrayRef sizes, std::optional<c10::ScalarType> dtype, std::optional<c10::Layout>,
+                 std::optional<Device>, std::optional<bool>, std::optional<c10::MemoryFormat> format) {
+  return new_on_card(sizes, strides_of(sizes, format), or_default(dtype));
+}
+
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
+  OverCpu over;
+  over.argument(to).copy_(over.argument(from));
+  return to;
+}
+
+at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
+  return copy_from(from, to.resize_(from.sizes()), false);
+}
+
+at::Tensor& set_storage(at::Tensor& self, at::Storage storage, int64_t offset, c10::IntArrayRef sizes,
+                        c10::IntArrayRef strides) {
+  self.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
+  self.unsafeGetTensorImpl()->set_sizes_and_strides(
+      sizes, strides.size() == sizes.size() ? strides.vec() : strides_of(sizes), offset);
+  return self;
+}
+
+at::Tensor& set_whole_storage(at::Tensor& self, at::Storage storage) {
+  const int64_t count = static_cast<int64_t>(storage.nbytes() / self.dtype().itemsize());
+  return set_storage(self, std::move(storage), 0, {count}, {1});
+}
+
+at::Tensor& set_tensor(at::Tensor& self, const at::Tensor& other) {
+  return set_storage(self, other.storage(), other.storage_offset(), other.sizes(), other.strides());
+}
+
+at::Tensor& set_nothing(at::Tensor& self) {
+  return set_storage(self, new_on_card({0}, {1}, self.scalar_type()).storage(), 0, {0}, {1});
+}
+
+const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef sizes, std::optional<c10::MemoryFormat>) {
+  const auto strides = strides_of(sizes);
+  const size_t bytes =
+      at::detail::computeStorageNbytes(sizes, strides, self.dtype().itemsize(), self.storage_offset());
+  if (bytes > self.storage().nbytes()) resize_storage(self.storage(), bytes);
+  self.unsafeGetTensorImpl()->set_sizes_and_strides(sizes, strides, self.storage_offset());
+  return self;
+}
+
+void record_stream(at::Tensor&, at::Stream) {}
+
+using Ints = c10::SymIntArrayRef;
+
+// torch asks devices from outside for these two, and for no others of their
+// kind.
+at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight,
+                       const std::optional<at::Tensor>& bias, Ints stride, Ints padding, Ints dilation,
+                       bool transposed, Ints output_padding, c10::SymInt groups) {
+  OverCpu over;
+  const std::optional<at::Tensor> of_cpu = bias ? std::optional(over.argument(*bias)) : std::nullopt;
+  return over.result(at::convolution_symint(over.argument(input), over.argument(weight), of_cpu, stride,
+                                            padding, dilation, transposed, output_padding, groups));
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
+    const at::Tensor& gradient, const at::Tensor& input, const at::Tensor& weight, Ints stride, Ints padding,
+    Ints dilation, bool transposed, Ints output_padding, c10::SymInt groups, std::array<bool, 3> mask) {
+  OverCpu over;
+  const c10::SymInt channels = gradient.sym_size(1);
+  const at::OptionalSymIntArrayRef bias_sizes =
+      mask[2] ? at::OptionalSymIntArrayRef(Ints(&channels, 1)) : std::nullopt;
+  auto [of_input, of_weight, of_bias] = at::convolution_backward_symint(
+      over.argument(gradient), over.argument(input), over.argument(weight), bias_sizes, stride, padding,
+      dilation, transposed, output_padding, groups, mask);
+  return {over.result(of_input), over.result(of_weight), over.result(of_bias)};
+}
+
+TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFromBoxedFunction<&run_on_cpu>());
+}
+
+TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
+  library.impl("empty.memory_format", empty);
+  library.impl("empty_strided", empty_strided);
+  library.impl("_copy_from", copy_from);
+  library.impl("_copy_from_and_resize", copy_from_and_resize);
+  library.impl("set_.source_Storage_storage_offset", set_storage);
+  library.impl("set_.source_Storage", set_whole_storage);
+  library.impl("set_.source_Tensor", set_tensor);
+  library.impl("set_", set_nothing);
+  library.impl("resize_", resize);
+  library.impl("record_stream", record_stream);
+  library.impl("convolution_overrideable", convolution);
+  library.impl("convolution_backward_overrideable", convolution_backward);
+}
+
+}  // namespace
+
+// torch's macros name what they need without its namespace.
+namespace at::autocast {
+
+#define LOWER_PRECISION(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, lower_precision_fp)
+#define FP32(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32)
+#define FP32_SET_OPT_DTYPE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, fp32_set_opt_dtype)
+#define PROMOTE(...) KERNEL_PRIVATEUSEONE(__VA_ARGS__, promote)
+
+TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, library) {
+  library.fallback(torch::CppFunction::makeFallthrough());
+}
+
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+  AT_FORALL_LOWER_PRECISION_FP(LOWER_PRECISION)
+  AT_FORALL_FP32(FP32)
+  AT_FORALL_FP32_SET_OPT_DTYPE(FP32_SET_OPT_DTYPE)
+  AT_FORALL_PROMOTE(PROMOTE)
+}
+
+}  // namespace at::autocast
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.def("allocated_bytes", [] { return allocated_bytes.load(); });
+  module.def("peak_bytes", [] { return peak_bytes.load(); });
+  module.def("reset_peak_bytes", [] { peak_bytes = allocated_bytes.load(); });
+}
