@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from programs import HANG_S
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import offload
 from offload._activation_region import ActivationRegion
-from programs import HANG_S
 from training import TinyLM, batches, loss_of, same_bits
 
 Model = tuple[nn.Module, Callable[[nn.Module, int], Tensor]]

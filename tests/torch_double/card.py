@@ -24,7 +24,7 @@ _BEYOND_IT = (
     # streams beside the default one, graphs, memory pools
     *("_stream_saved", "_current_stream", "_its_stream_has", "_stream_of_its_tensor", "test_g_uploads", "test_h_our"),
     *("_is_captured", "_pool_takes"),
-    # operators: LSTM cells, torch.histc of integers, sparse and conjugated tensors, outputs without elements, torch.func
+    # LSTM cells, torch.histc of integers, sparse and conjugated tensors, outputs without elements, torch.func
     *("lstm", "recurrent", "mixtral", "sparse", "_no_update_can_use", "conjugated", "card-empty", "jacobians"),
     *("card-forward_",),
     # unified memory, which DLPack gives to CUDA alone
