@@ -81,8 +81,8 @@ sanitize: $(VENV)/.tools
 	  TSAN_OPTIONS=suppressions=$(abspath tests/csrc/tsan.supp) ctest --test-dir $$build --output-on-failure || exit 1; \
 	done
 
-# The tests of a card where there is none, on a device of torch in host memory: its extension takes a minute to compile, all
-# of them 15 on two cores. CARD_TESTS= takes files and folders.
+# The tests of a card where there is none, on a device of torch in host memory: its extension takes a minute to compile,
+# all of them six on two cores. CARD_TESTS= takes files and folders.
 CARD_TESTS ?= tests/python
 test-card: $(VENV)/.installed
 	OFFLOAD_POISON=1 OMP_NUM_THREADS=1 $(PY) tests/torch_double -q -n $(TEST_WORKERS) --dist worksteal $(CARD_TESTS)
