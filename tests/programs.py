@@ -39,12 +39,13 @@ if program is not None:
     sys.argv[1:] = program["arguments"]
     faulthandler.dump_traceback_later({HANG_S}, exit=True)
     sys.modules["__main__"] = types.ModuleType("__main__")  # one that is not frozen, and ends as that of a program does
+    exec("import gc, json, os, sys", vars(sys.modules["__main__"]))
     exec(program["code"], vars(sys.modules["__main__"]))
 """
 
 
 class Program(NamedTuple):
-    """Python code that finds `arguments` in `sys.argv[1:]`."""
+    """Python code that finds `arguments` in `sys.argv[1:]`, and gc, json, os and sys imported."""
 
     code: str
     arguments: Sequence[str] = ()

@@ -30,7 +30,8 @@ class Side:
         self.optimizer = optimizer
         self.wrapped = wrapped
         self.schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+        self.device_type = next(model.parameters()).device.type
+        self.scaler = torch.amp.GradScaler(self.device_type, init_scale=8.0, growth_interval=2)
         self.scaler.scale(torch.zeros(()))  # as a first loss does
         self.graphs: list[Tensor] = []
         self.casts: list[Tensor] = []
@@ -67,7 +68,7 @@ class Side:
 def loss_of(side: Side, seed: int, autocast: bool = False) -> Tensor:
     tokens = next(batches(1, seed=seed, vocabulary=VOCABULARY, size=2, length=4))
     torch.manual_seed(seed)  # of dropout
-    with torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext():
+    with torch.autocast(side.device_type, torch.bfloat16) if autocast else contextlib.nullcontext():
         logits = side.model(tokens[:, :-1])
         return nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 

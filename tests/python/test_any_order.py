@@ -21,7 +21,7 @@ from offload import _activations
 from plain_optimizers import AS_ITSELF, OPTIMIZERS, plain_optimizer
 from plain_pair import Block, Fault, Model
 
-pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.usefixtures("device")
 
 SEEDS = st.integers(0, 5)
 INDICES = st.integers(0, 15)
@@ -92,7 +92,10 @@ class AnyOrder(HookRules, RuleBasedStateMachine):
         self.make_pair(data)
 
     def make_pair(self, data: Any) -> None:
-        self.kind = data.draw(st.sampled_from(self.kinds_of_optimizers), label="optimizer")
+        kinds = self.kinds_of_optimizers
+        if torch.get_default_device().type != "cpu":  # there others run other code than on the host, with other bits
+            kinds = tuple(kind for kind in kinds if kind not in AS_ITSELF)
+        self.kind = data.draw(st.sampled_from(kinds), label="optimizer")
         self.kinds.append(self.kind)
         torch.manual_seed(len(self.pairs))
         model = Model(data.draw(st.booleans(), label="tied")).to(DTYPES[self.dtype])

@@ -17,7 +17,7 @@ from plain_optimizers import OPTIMIZERS
 from plain_pair import Model
 from test_any_order import AnyOrder, run_programs
 
-pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
+pytestmark = pytest.mark.usefixtures("device")
 
 SYNCHRONOUS = {"optimizer": "device", "gradients": "device", "params": "device", "activations": "device", "lazy": False}
 ROUNDED = ("AdamW", "AdamW up", "Adam", "Lion")

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule, run_state_machine_as_test
 
 import any_order
+import any_order_looks
 import offload
 from any_order import LOOKS, Side
 from copy_schedule import CopySchedule
@@ -138,14 +139,16 @@ class AnyOrderOfCopies(AnyOrder):
 
     def went_on(self, action: Any, *args: Any, **options: Any) -> bool:
         """As `AnyOrder.both`; False where the wrapped pair told of a fault, and both have begun anew since."""
-        before = [copy.deepcopy(any_order.weights_read(self.plain)), any_order.states(self.plain)]
+        before = [copy.deepcopy(any_order_looks.weights_read(self.plain)), any_order_looks.states(self.plain)]
         expected, error = attempt(action, self.plain, *args, **options)
         try:
             found, other = attempt(action, self.own, *args, **options)
         except offload.OffloadError as failure:  # of a disk
             found, other = None, failure
         if self.tells_of_fault(other):
-            self.recover(before, [any_order.weights_read(self.plain), any_order.states(self.plain)], action.__name__)
+            self.recover(
+                before, [any_order_looks.weights_read(self.plain), any_order_looks.states(self.plain)], action.__name__
+            )
             return False
         if kind_of(error) != kind_of(other):
             raise AssertionError(f"{error!r} and {other!r}") from other or error
@@ -196,7 +199,7 @@ class AnyOrderOfCopies(AnyOrder):
         """The wrapped pair's weights and states; None where they are refused for good."""
         for _ in range(4):  # each failed read of a disk is told once
             with contextlib.suppress(offload.DeviceError, offload.StorageError, offload.StateError):
-                return [any_order.weights_read(self.own), any_order.states(self.own)]
+                return [any_order_looks.weights_read(self.own), any_order_looks.states(self.own)]
             if self.own.optimizer._engine.has_failed:
                 with pytest.raises(offload.StateError, match="an earlier update failed"):
                     any_order.loss_of(self.own, 0)
