@@ -7,17 +7,19 @@ import torch
 
 import offload
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def build() -> tuple[torch.nn.Module, offload.OffloadOptimizer]:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64))
     optim = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    return offload.wrap(model, optim, optimizer="host", gradients="host")
+    return offload.wrap(model, optim, optimizer="host", gradients="host", device=device)
 
 
 def train(model: torch.nn.Module, optim: offload.OffloadOptimizer, steps: range) -> float:
     for step in steps:
-        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(16, 64, generator=torch.Generator().manual_seed(step)).to(device)
         loss = (model(x) - x).square().mean()
         loss.backward()
         optim.step()

@@ -124,6 +124,7 @@ struct CardHooks final : at::PrivateUse1HooksInterface {
     return at::detail::getDefaultCPUGenerator();
   }
   at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
+  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
   at::Device getDeviceFromPtr(void*) const override { return Device(kCard, 0); }
   void resizePrivateUse1Bytes(const Storage& storage, size_t bytes) const override {
     resize_storage(storage, bytes);

@@ -105,6 +105,7 @@ def _module(native: Any) -> types.ModuleType:
     module.memory_allocated = module.memory_reserved = lambda *_: native.allocated_bytes()
     module.max_memory_allocated = module.max_memory_reserved = lambda *_: native.peak_bytes()
     module.reset_peak_memory_stats = lambda *_: native.reset_peak_bytes()
+    module._sleep = lambda cycles: time.sleep(cycles / 1e9)
     module.Stream, module.Event = Stream, Event
     return module
 
