@@ -97,7 +97,7 @@ def test_memory_that_cannot_be_pinned_is_told(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(_engine, "open_device", refusing)
     model = make_model()
     with pytest.warns(UserWarning, match="pageable host memory.*fail_pin") as warned:
-        model, optimizer = offload.wrap(model, adamw(model, lr=1e-2), pin=True, **HOST)
+        model, optimizer = offload.wrap(model, adamw(model, lr=1e-2), pin=True, device="cpu", **HOST)
     assert [one.filename for one in warned if one.category is UserWarning] == [__file__]
     assert not optimizer.stats().pinned and "fail_pin" in str(optimizer.stats().pageable_reason)
     refused_run = train(model, optimizer)

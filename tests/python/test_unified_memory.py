@@ -93,6 +93,7 @@ def test_what_is_no_cuda_device() -> None:
 def test_env_shows_the_class(
     double: DriverDouble, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(_environment, "probe_device", lambda: _probe.probe_device("cpu"))
     assert offload.environment()["memory"] is None
     device = _probe.DeviceFacts("cuda:0", "cuda", 8 << 30, 6 << 30)
     copies = {"bytes": 1, "to_host_gb_per_s": 25.0, "to_device_gb_per_s": 24.0, "pin_refusal": None}
