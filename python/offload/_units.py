@@ -62,9 +62,10 @@ def find_units(model: nn.Module, choice: UnitChoice | None = None) -> list[Unit]
         if id(module) in seen:
             return
         seen.add(id(module))
+        if not _holds_parameters(module):
+            return
         if id(module) in block_ids or (id(module) not in ancestor_ids and _has_forward(module)):
-            if _holds_parameters(module):
-                tops.append((name, module))
+            tops.append((name, module))
             return
         between.extend(module.parameters(recurse=False))
         for child_name, child in module.named_children():
@@ -111,7 +112,7 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def _chosen(model: nn.Module, choice: UnitChoice) -> list[nn.Module]:
     able = [
-        (name, module) for name, module in model.named_modules() if _has_forward(module) and _holds_parameters(module)
+        (name, module) for name, module in model.named_modules() if _holds_parameters(module) and _has_forward(module)
     ]
     if callable(choice):
         chosen = {id(module) for _, module in able if choice(module)}

@@ -10,7 +10,7 @@ from torch import nn
 
 import offload
 from offload import _engine, _native, _wrap
-from training import HOST, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
+from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
 
 
 def untouched(model: nn.Module) -> None:
@@ -140,6 +140,39 @@ def test_models_that_cannot_be_wrapped() -> None:
     refused(offload.InvalidArgument, "complex64", complex_model, adamw(complex_model))
     double = nn.Linear(2, 2).double()
     refused(offload.InvalidArgument, "float64", double, adamw(double))
+
+
+@pytest.mark.parametrize("made", ["scripted", "traced"])
+def test_script_modules_with_parameters(made: str) -> None:
+    part = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    compiled = torch.jit.script(part) if made == "scripted" else torch.jit.trace(part, torch.zeros(1, 4))
+    refused(offload.InvalidArgument, "the model is a torch.jit.ScriptModule", compiled, adamw(compiled))
+    model = nn.Sequential(nn.Linear(4, 4), compiled)
+    with pytest.raises(offload.InvalidArgument, match=r"^1 is a torch.jit.ScriptModule .*; wrap the module"):
+        offload.wrap(model, adamw(model), **HOST)
+    assert not model._forward_pre_hooks and not model[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("placement", [HOST, {**HOST, "params": "host"}, {**HOST, "activations": "host"}])
+def test_script_modules_without_parameters(placement: dict[str, Any]) -> None:
+    """As the activations of some models are: they are trained, saved and loaded through like any other."""
+
+    def run(**options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        gate = torch.jit.script(nn.Sequential(nn.SiLU(), nn.BatchNorm1d(8, affine=False)))
+        model = nn.Sequential(nn.Linear(8, 8), gate, nn.Linear(8, 8), nn.Sequential(gate, nn.Linear(8, 4)))
+        model, optimizer = offload.wrap(model, adamw(model, lr=1e-2), **options)
+        for _ in range(4):
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.load_state_dict(model.state_dict(), assign=True)
+        model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+        return [value.clone() for value in model.state_dict().values()]
+
+    for one, other in zip(run(**placement), run(**RESIDENT), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_sparse_gradients_name_the_parameter() -> None:
