@@ -251,9 +251,9 @@ def _check_model(model: nn.Module) -> None:
             )
         if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
             raise InvalidArgument(
-                f"{name or 'the model'} is a torch.jit.ScriptModule with parameters: its code reads them without asking "
-                "whether their update has ended; wrap the module that it was made from, or keep it outside of the model "
-                "given to wrap. Without parameters it is legal"
+                f"{name or 'the model'} is a torch.jit.ScriptModule with parameters: its code reads them without "
+                "asking whether their update has ended; wrap the module that it was made from, or keep it outside of "
+                "the model given to wrap. Without parameters it is legal"
             )
     if next(model.parameters(), None) is None:
         raise InvalidArgument(f"this {type(model).__name__} has no parameters: there is nothing to offload")
