@@ -220,7 +220,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if isinstance(scale, Tensor) and scale.numel() != 1:
             raise InvalidArgument(f"grad_scale has the shape {tuple(scale.shape)}: give a number, or one element")
         if not isinstance(scale, Tensor) or scale.device != self._engine.lanes.device:
-            return float(scale)
+            try:
+                return float(scale)
+            except (TypeError, ValueError) as error:
+                raise InvalidArgument(f"grad_scale={scale!r}: give a number, or a tensor of one element") from error
         return scale.detach().reshape(()).to(torch.float32, copy=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._errors import InvalidArgument
 
-__all__ = ["ROOT_NAME", "Unit", "UnitChoice", "find_units", "is_dense"]
+__all__ = ["ROOT_NAME", "Unit", "UnitChoice", "check_module", "find_units", "is_dense"]
 
 # Module classes and qualified names, or a predicate over modules.
 UnitChoice = Sequence[type | str] | Callable[[nn.Module], bool]
@@ -38,6 +38,12 @@ class Unit:
     modules: tuple[nn.Module, ...]
     parameters: tuple[tuple[str, nn.Parameter], ...]
     is_root: bool
+
+
+def check_module(model: object) -> None:
+    """Raises `InvalidArgument` for what is no module, such as arguments in another order."""
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(f"model is a {type(model).__name__}: give a torch.nn.Module")
 
 
 def find_units(model: nn.Module, choice: UnitChoice | None = None) -> list[Unit]:

@@ -175,6 +175,53 @@ def test_script_modules_without_parameters(placement: dict[str, Any]) -> None:
         assert torch.equal(one, other)
 
 
+def test_tensors_that_cannot_be_trained_or_have_no_shape() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(offload.InvalidArgument, match="0.weight has no shape yet.*one forward"):
+        offload.wrap(lazy, adamw(lazy), **HOST)
+    with torch.inference_mode():
+        model = make_model()
+    for placement in (HOST, {**HOST, "params": "host"}):
+        refused(offload.InvalidArgument, "made inside torch.inference_mode", model, adamw(model), **placement)
+        refused(offload.InvalidArgument, "made inside torch.inference_mode", model, None, params="host")
+
+
+@pytest.mark.parametrize("given", [torch.optim.AdamW, 3, "a scheduler"])
+def test_what_is_no_optimizer(given: Any) -> None:
+    model = make_model()
+    if given == "a scheduler":
+        given = torch.optim.lr_scheduler.StepLR(adamw(model), 1)
+    refused(offload.InvalidArgument, "^optim=.*: give a torch.optim.Optimizer, a list of them, or None", model, given)
+
+
+@pytest.mark.parametrize("placement", [HOST, {**HOST, "params": "host"}])
+def test_full_params_takes_the_models_parameters_alone(placement: dict[str, Any]) -> None:
+    model = make_model()
+    model, optimizer = offload.wrap(model, adamw(model), **placement)
+    for given, message in (
+        (["head.weight"], r"parameter 0 given to full_params, a str, is none of this TinyLM's"),
+        ([model.head.weight, nn.Parameter(torch.ones(3))], r"parameter 1 .*, of shape \(3,\), is none"),
+    ):
+        with pytest.raises(offload.InvalidArgument, match=message), offload.full_params(model, given):  # type: ignore[arg-type]
+            pass
+    with pytest.raises(offload.InvalidArgument, match="model is a str"), offload.full_params("model"):  # type: ignore[arg-type]
+        pass
+    with offload.full_params(model, model.head.weight):
+        model.head.weight.detach().add_(0)
+    loss_of(model, next(batches(1))).backward()
+    with pytest.raises(offload.InvalidArgument, match="grad_scale='half': give a number"):
+        optimizer.step(grad_scale="half")
+    optimizer.step()
+
+
+def test_predictions_are_of_modules_on_hardware() -> None:
+    for ask in (offload.estimate, offload.predict):
+        with pytest.raises(offload.InvalidArgument, match="model is a NoneType"):
+            ask(None)
+        with pytest.raises(offload.InvalidArgument, match="hardware=3: give the name of a preset"):
+            ask(make_model(), hardware=3)
+
+
 def test_sparse_gradients_name_the_parameter() -> None:
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
     model, optimizer = offload.wrap(model, adamw(model), **HOST)
