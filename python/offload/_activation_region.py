@@ -202,10 +202,15 @@ def _device(device: str | torch.device | None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidArgument(f"device={device!r} is no device that torch knows: {error}") from error
     if place.type not in ("cpu", "cuda"):
         raise InvalidArgument(f"device={device!r}: legal are 'cpu' and 'cuda' devices")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise InvalidArgument(
+            f"device={device!r}: there is no such device here: torch sees {torch.cuda.device_count()} CUDA devices; "
+            "'cpu' is legal everywhere"
+        )
     if place.type == "cuda" and place.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return place

@@ -156,6 +156,8 @@ def latest_tag(directory: Path) -> str | None:
         text = (directory / LATEST).read_text().strip()
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise StorageError(f"{directory} is a file: name a directory that offload.save_checkpoint wrote") from error
     except UnicodeDecodeError as error:
         raise StorageError(
             f"{directory / LATEST} holds no tag ({error}): write the name of a checkpoint there"
@@ -193,7 +195,7 @@ def open_checkpoint(directory: Path, tag: str | None) -> Manifest:
             name: WrittenFile(int(file["nbytes"]), int(file["chunk_bytes"]), tuple(map(int, file["crc32"])))
             for name, file in document["files"].items()
         }
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         found = sorted(found.parent.name for found in directory.glob(f"[!.]*/{MANIFEST}"))
         raise StorageError(f"there is no checkpoint {tag!r} in {directory}; it has {found or 'none'}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

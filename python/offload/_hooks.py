@@ -74,7 +74,7 @@ class Hooks:
         engine = self._engine
         if engine.streaming.residencies:
             self._give_and_take_values(model)
-        for module in model.modules():
+        for module in _with_parameters(model):
             hook = ModuleHook(_keep_parameters(module, engine))
             self._handles.append(module.register_load_state_dict_post_hook(hook))  # type: ignore[no-untyped-call]
         # Prepended one after another, so the model's own hook, registered last, runs before its unit's.
@@ -113,7 +113,7 @@ class Hooks:
     def _give_and_take_values(self, model: nn.Module) -> None:
         """state_dict() has copies of streamed weights, and load_state_dict() finds them on the device."""
         streaming = self._engine.streaming
-        for module in model.modules():
+        for module in _with_parameters(model):
             parameters = [p for p in module._parameters.values() if p is not None]
             before = ModuleHook(functools.partial(streaming.open_for_writing, parameters))
             self._handles.append(module.register_load_state_dict_pre_hook(before))  # type: ignore[no-untyped-call]
@@ -152,6 +152,12 @@ class Hooks:
         self._handles.clear()
         self._watched.clear()
         self._widened.clear()
+
+
+def _with_parameters(model: nn.Module) -> Iterator[nn.Module]:
+    """Those that hold parameters, in them or in their parts: no others have anything to give, and a ScriptModule among
+    these takes no hooks."""
+    return (module for module in model.modules() if next(module.parameters(), None) is not None)
 
 
 def _keep_parameters(module: nn.Module, engine: Engine) -> Callable[[], None]:

@@ -26,6 +26,7 @@ from ._saving import (
     model_values,
     parameter_names,
 )
+from ._units import check_module
 from ._wrap import as_list
 
 __all__ = ["Checkpoint", "load_checkpoint"]
@@ -102,8 +103,9 @@ def load_checkpoint(
         InvalidArgument: names, shapes or groups are not those of the model and the optimizers.
         In both cases nothing was changed.
     """
-    contents = read_checkpoint(directory, tag)
+    check_module(model)
     optimizers = as_list(optim)
+    contents = read_checkpoint(directory, tag)
     weights = model_state_dict(contents)
     _check_model(model, weights, contents.excluded, strict=strict)
     states = _optimizer_state_dicts(contents, model, optimizers) if optimizers else []

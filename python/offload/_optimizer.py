@@ -21,6 +21,7 @@ from ._errors import InvalidArgument, StateError
 from ._grad_factors import GradScale
 from ._hooks import Hooks
 from ._host_grad import total_norm
+from ._interrupts import Uninterrupted
 from ._live_states import LiveStates
 from ._memory import MemorySummary, summarize
 from ._parameter_state import ParameterState
@@ -117,6 +118,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._joined = True
         self._dumps = False
         self._before_change: Callable[[], None] | None = None
+        # Their gradients are to leave: torch watches none of a parameter that needs no gradient yet.
+        self._frozen: list[Parameter] = []
         # Of copies: torch adds to groups what defaults have gained since, as they do in a load.
         super().__init__([dict(group) for group in original.param_groups], dict(original.defaults))
         self.param_groups = original.param_groups
@@ -150,8 +153,21 @@ class OffloadOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if engine.config.grad_dtype is not None:  # one that is frozen may be trained later
                     self._hooks.widen_gradient(parameter)
-                if parameter.requires_grad and engine.plan.gradient_leaves(engine.name_of(parameter)):
+                if not engine.plan.gradient_leaves(engine.name_of(parameter)):
+                    continue
+                if parameter.requires_grad:
                     self._hooks.watch_gradient(parameter)
+                else:
+                    self._frozen.append(parameter)
+
+    def _watch_thawed(self) -> None:
+        """Those that are trained now, whose first gradients stayed on the device until this step."""
+        thawed = reading_metadata(lambda: [p for p in self._frozen if p.requires_grad])
+        if thawed:
+            with Uninterrupted():
+                for parameter in thawed:
+                    self._hooks.watch_gradient(parameter)
+                self._frozen = reading_metadata(lambda: [p for p in self._frozen if not p.requires_grad])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; the states of the new parameters are made at once, within the host budget."""
@@ -167,6 +183,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        self._frozen.clear()
         self._watch()
 
     # --- the step -------------------------------------------------------------------------------------------
@@ -192,6 +209,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if not self._updater.announces_updates:
             self._announce_change()
         self._updater.step(self.param_groups, scale)
+        if self._frozen:
+            self._watch_thawed()
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
         return loss
@@ -201,7 +220,10 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if isinstance(scale, Tensor) and scale.numel() != 1:
             raise InvalidArgument(f"grad_scale has the shape {tuple(scale.shape)}: give a number, or one element")
         if not isinstance(scale, Tensor) or scale.device != self._engine.lanes.device:
-            return float(scale)
+            try:
+                return float(scale)
+            except (TypeError, ValueError) as error:
+                raise InvalidArgument(f"grad_scale={scale!r}: give a number, or a tensor of one element") from error
         return scale.detach().reshape(()).to(torch.float32, copy=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:

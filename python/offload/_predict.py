@@ -20,7 +20,7 @@ from ._plan import Plan, make_plan
 from ._prediction import Prediction, make_prediction, plan_on
 from ._probe import probe_device, probe_host
 from ._rates import measure_rates
-from ._units import Unit, find_units
+from ._units import Unit, check_module, find_units
 
 __all__ = ["estimate", "measure_hardware", "predict"]
 
@@ -58,6 +58,8 @@ def estimate(
 
     Raises `InvalidArgument`, and `OutOfHostMemory` where the hardware's host is too small.
     """
+    check_module(model)
+    hardware = _known(hardware)
     if hardware is None:
         options |= {"device_budget": _UNLIMITED, "host_budget": _UNLIMITED}
     settings = Config.resolve(config, options)
@@ -66,7 +68,7 @@ def estimate(
         name = str(dtype).removeprefix("torch.")
         sizes = [dataclasses.replace(size, itemsize=dtype.itemsize, dtype_name=name) for size in sizes]
     if hardware is not None:
-        return plan_on(sizes, settings, Hardware.preset(hardware) if isinstance(hardware, str) else hardware)
+        return plan_on(sizes, settings, hardware)
     return make_plan(
         sizes,
         settings,
@@ -109,6 +111,8 @@ def predict(
 
     Returns a `Prediction`, whose `refusal` says so where nothing fits. Raises `InvalidArgument`.
     """
+    check_module(model)
+    hardware = _known(hardware)
     settings = Config.resolve(config, options)
     if optimizer_class not in _STATES:
         raise InvalidArgument(f"optimizer_class={optimizer_class!r}: legal are {', '.join(map(repr, _STATES))}")
@@ -118,8 +122,6 @@ def predict(
         raise InvalidArgument(f"this {type(model).__name__} has no parameters: there is nothing to predict")
     if hardware is None:
         hardware = measure_hardware()
-    elif isinstance(hardware, str):
-        hardware = Hardware.preset(hardware)
     return make_prediction(
         sizes,
         token_costs(model, units, length, hardware.kind),
@@ -131,6 +133,15 @@ def predict(
         gpus=gpus,
         interconnect=interconnect,
     )
+
+
+def _known(hardware: Hardware | str | None) -> Hardware | None:
+    """The hardware, looked up where it is the name of a preset."""
+    if isinstance(hardware, str):
+        return Hardware.preset(hardware)
+    if hardware is not None and not isinstance(hardware, Hardware):
+        raise InvalidArgument(f"hardware={hardware!r}: give the name of a preset, an offload.Hardware, or None")
+    return hardware
 
 
 def measure_hardware() -> Hardware:

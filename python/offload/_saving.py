@@ -43,6 +43,7 @@ from ._optimizer import OffloadOptimizer
 from ._probe import probe_host
 from ._snapshot import CopyBeforeChange, TensorFile, Value, copied, shared_names
 from ._stored_values import LentWeight, SplitMaster, StoredValue
+from ._units import check_module
 from ._wrap import as_list, engine_of
 
 __all__ = ["CheckpointSave", "finish_saves", "save_checkpoint"]
@@ -162,6 +163,9 @@ def save_checkpoint(
     check_tag(tag)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise InvalidArgument(f"keep={keep!r}: give the number of checkpoints to leave, 1 or more, or None for all")
+    check_module(model)
+    if client_state is not None and not isinstance(client_state, Mapping):
+        raise InvalidArgument(f"client_state={client_state!r}: give a dict, or None")
     finish_saves()
     optimizers = as_list(optim)
     state_bytes, optimizer_file, model_file = _contents(

@@ -51,7 +51,8 @@ class Streaming:
         self._parents: list[set[int]] = [set() for _ in units]
         self._open: list[int] = []
         self.saw_autocast = False
-        self._caches_casts = True  # of autocast, before the outermost open unit
+        # How many units were open when the cache of autocast was turned off; None: it is as the user has it.
+        self._uncached_since: int | None = None
         self._pinned: set[int] = set()
         self._training, self._evaluation = TouchOrder(), TouchOrder()
         self._order = self._training
@@ -177,12 +178,10 @@ class Streaming:
             return
         self._parents[unit].update(other for other in self._open if other != unit)
         self._touch(unit, in_backward=in_backward)
-        if not self._open:
-            self._caches_casts = torch.is_autocast_cache_enabled()
         self._open.append(unit)
-        # The cache would hold the 16-bit cast of every weight until the end of the autocast context.
-        torch.set_autocast_cache_enabled(False)
-        self.saw_autocast = self.saw_autocast or torch.is_autocast_enabled(self.device.type)
+        if torch.is_autocast_enabled(self.device.type):
+            self.saw_autocast = True
+            self._turn_the_cache_off()
 
     def exit(self, unit: int, *, in_backward: bool) -> None:
         """The forward of `unit` ended, or raised. Who reads its weights from now on is seen, and pins it.
@@ -191,8 +190,7 @@ class Streaming:
         """
         if unit in self._open:
             self._open.remove(unit)
-            if not self._open:
-                torch.set_autocast_cache_enabled(self._caches_casts)
+            self._turn_the_cache_on()
         if in_backward or self._holds:
             return
         used = {residency for other in (*self._open, *self._pinned) for residency in self._needs[other]}
@@ -202,9 +200,25 @@ class Streaming:
 
     def _close_all(self) -> None:
         """Those left open are of a forward that Ctrl-C ended."""
-        if self._open:
-            self._open.clear()
-            torch.set_autocast_cache_enabled(self._caches_casts)
+        self._open.clear()
+        if torch.is_autocast_enabled(self.device.type):
+            self._turn_the_cache_on()
+        self._uncached_since = None  # or the context of autocast that was left has turned it on
+
+    def _turn_the_cache_off(self) -> None:
+        """The cache would hold the 16-bit cast of every weight until the end of the autocast context.
+
+        Only while autocast is on: no hook is called after Ctrl-C, and the end of that context then turns it on again.
+        """
+        if self._uncached_since is None and torch.is_autocast_cache_enabled():
+            self._uncached_since = len(self._open)
+            torch.set_autocast_cache_enabled(False)
+
+    def _turn_the_cache_on(self) -> None:
+        """Where the unit in which it was turned off has ended."""
+        if self._uncached_since is not None and len(self._open) < self._uncached_since:
+            self._uncached_since = None
+            torch.set_autocast_cache_enabled(True)
 
     def touch_in_backward(self, unit: int) -> None:
         """Backward is about to run nodes of `unit`. Inside `present()` what they save of weights is kept."""

@@ -132,6 +132,8 @@ class trace:
 def _check_writable(name: str, path: _StrPath | None) -> None:
     if path is None:
         return
+    if not isinstance(path, (str, os.PathLike)):
+        raise InvalidArgument(f"{name}={path!r}: give the path of a file, or None")
     folder = Path(path).absolute().parent
     if not folder.is_dir() or not os.access(folder, os.W_OK) or Path(path).is_dir():
         raise InvalidArgument(f"{name}={os.fspath(path)!r}: give a file in a folder that exists and can be written to")

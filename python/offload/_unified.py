@@ -229,7 +229,7 @@ def index_of(device: str | torch.device | int | None) -> int:
         return device
     try:
         named = torch.device("cuda" if device is None else device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise InvalidArgument(f"device {device!r} is not a torch device: {error}") from error
     if named.type != "cuda":
         raise InvalidArgument(f"device {device!r} shares no memory with the host; give 'cuda' or 'cuda:N'")
@@ -254,6 +254,8 @@ def _tensor(
 
 def _range_of(tensor: torch.Tensor) -> tuple[_native.UnifiedBlock, int, int]:
     """The block that holds the tensor, the address of its first byte, and its bytes with those between elements."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidArgument(f"{tensor!r} is no tensor: give one that lies in unified memory")
     if tensor.numel() == 0 or tensor.layout is not torch.strided or tensor.device.type not in ("cpu", "cuda"):
         raise InvalidArgument(
             f"a tensor of {tensor.numel()} elements, layout {tensor.layout}, on {tensor.device} has no unified memory; "

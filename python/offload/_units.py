@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._errors import InvalidArgument
 
-__all__ = ["ROOT_NAME", "Unit", "UnitChoice", "find_units", "is_dense"]
+__all__ = ["ROOT_NAME", "Unit", "UnitChoice", "check_module", "find_units", "is_dense"]
 
 # Module classes and qualified names, or a predicate over modules.
 UnitChoice = Sequence[type | str] | Callable[[nn.Module], bool]
@@ -40,6 +40,12 @@ class Unit:
     is_root: bool
 
 
+def check_module(model: object) -> None:
+    """Raises `InvalidArgument` for what is no module, such as arguments in another order."""
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(f"model is a {type(model).__name__}: give a torch.nn.Module")
+
+
 def find_units(model: nn.Module, choice: UnitChoice | None = None) -> list[Unit]:
     """The units of `model` in registration order, the root unit first where there is one.
 
@@ -62,9 +68,10 @@ def find_units(model: nn.Module, choice: UnitChoice | None = None) -> list[Unit]
         if id(module) in seen:
             return
         seen.add(id(module))
+        if not _holds_parameters(module):
+            return
         if id(module) in block_ids or (id(module) not in ancestor_ids and _has_forward(module)):
-            if _holds_parameters(module):
-                tops.append((name, module))
+            tops.append((name, module))
             return
         between.extend(module.parameters(recurse=False))
         for child_name, child in module.named_children():
@@ -111,7 +118,7 @@ def _blocks(model: nn.Module) -> Iterator[nn.Module]:
 
 def _chosen(model: nn.Module, choice: UnitChoice) -> list[nn.Module]:
     able = [
-        (name, module) for name, module in model.named_modules() if _has_forward(module) and _holds_parameters(module)
+        (name, module) for name, module in model.named_modules() if _holds_parameters(module) and _has_forward(module)
     ]
     if callable(choice):
         chosen = {id(module) for _, module in able if choice(module)}

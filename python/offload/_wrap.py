@@ -32,7 +32,7 @@ from ._resident_move import ResidentMove
 from ._torch_updater import TorchUpdater, check_torch_optimizer
 from ._unified import classify
 from ._unified_plan import MemoryKind, advised_against
-from ._units import Unit, find_units
+from ._units import Unit, check_module, find_units
 
 _Optim = TypeVar("_Optim", bound=torch.optim.Optimizer)
 
@@ -147,9 +147,12 @@ def unwrap(
     """
     engine, hooks, known = _parts_of(model)
     wrapped = as_list(optim)
-    if {id(one) for one in wrapped} != {id(one) for one in known}:
+    if sorted(map(id, wrapped)) != sorted(map(id, known)):
+        given = ", ".join(type(one).__name__ for one in wrapped) or "no optimizer"
         raise InvalidArgument(
-            f"unwrap was given {len(wrapped)} optimizers: pass all {len(known)} that offload.wrap returned"
+            f"unwrap was given {given}: pass all {len(known)} that offload.wrap returned with this model, each once"
+            if known
+            else f"unwrap was given {given}: this model was wrapped without an optimizer, pass None"
         )
     held = [(p, p.grad.cell) for p in model.parameters() if isinstance(p.grad, HostGrad)]
     lossy = engine.has_failed
@@ -183,14 +186,26 @@ def unwrap(
 
 
 @contextmanager
-def full_params(model: nn.Module, parameters: Iterable[nn.Parameter] | None = None) -> Iterator[nn.Module]:
+def full_params(
+    model: nn.Module, parameters: nn.Parameter | Iterable[nn.Parameter] | None = None
+) -> Iterator[nn.Module]:
     """Inside the context every parameter of the wrapped `model` is present and current, for reading and writing.
 
-    parameters: only these, and those that travel with them; None means all. In-place writes re-seed the optimizer's
-    masters at the next step. With `params="host"` or `"disk"` the weights are on the device until the context ends:
-    copy what is to outlive it, as autograd does with weights that it saves inside.
+    parameters: only these, and those that travel with them; None means all. Others than the model's raise
+    `InvalidArgument`. In-place writes re-seed the optimizer's masters at the next step. With `params="host"` or
+    `"disk"` the weights are on the device until the context ends: copy what is to outlive it, as autograd does with
+    weights that it saves inside.
     """
     engine, *_ = _parts_of(model)
+    if parameters is not None:
+        parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
+        known = set(map(id, model.parameters()))
+        for number, parameter in enumerate(parameters):
+            if id(parameter) not in known and parameter not in engine.streaming:
+                raise InvalidArgument(
+                    f"parameter {number} given to full_params, {_described(parameter)}, is none of this "
+                    f"{type(model).__name__}'s: give parameters of the wrapped model, or None for all"
+                )
     engine.synchronize()
     with engine.streaming.present(parameters), engine.streaming.saving_copies():
         yield model
@@ -198,7 +213,7 @@ def full_params(model: nn.Module, parameters: Iterable[nn.Parameter] | None = No
 
 def engine_of(model: nn.Module) -> Engine | None:
     """The engine of a wrapped model; None for any other module."""
-    entry = _wrapped.get(model)
+    entry = _wrapped.get(model) if isinstance(model, nn.Module) else None
     return None if entry is None else entry[0]
 
 
@@ -206,7 +221,11 @@ def as_list(optim: _Optim | Sequence[_Optim] | None) -> list[_Optim]:
     """One optimizer, several or none, as a list."""
     if optim is None:
         return []
-    return [optim] if isinstance(optim, torch.optim.Optimizer) else list(optim)
+    if isinstance(optim, torch.optim.Optimizer):
+        return [optim]
+    if not isinstance(optim, Iterable):
+        raise InvalidArgument(f"optim={optim!r}: give a torch.optim.Optimizer, a list of them, or None")
+    return list(optim)
 
 
 def _given_as(optim: Any, results: tuple[_Optim, ...]) -> Any:
@@ -216,7 +235,12 @@ def _given_as(optim: Any, results: tuple[_Optim, ...]) -> Any:
     return results[0] if isinstance(optim, torch.optim.Optimizer) else results
 
 
+def _described(given: Any) -> str:
+    return f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+
+
 def _parts_of(model: nn.Module) -> _Parts:
+    check_module(model)
     entry = _wrapped.get(model)
     if entry is None:
         raise StateError(f"this {type(model).__name__} is not wrapped: pass the model that offload.wrap returned")
@@ -236,8 +260,7 @@ def _check_process() -> None:
 
 
 def _check_model(model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise InvalidArgument(f"model is a {type(model).__name__}: give a torch.nn.Module")
+    check_module(model)
     if model in _wrapped:
         raise StateError("this model is wrapped already: call offload.unwrap(model, optim) first")
     for name, module in model.named_modules():
@@ -249,11 +272,24 @@ def _check_model(model: nn.Module) -> None:
                 f"{name or 'the model'} is a {kind.__name__}: data parallelism is not supported yet; "
                 "wrap the plain module"
             )
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise InvalidArgument(
+                f"{name or 'the model'} is a torch.jit.ScriptModule with parameters: its code reads them without "
+                "asking whether their update has ended; wrap the module that it was made from, or keep it outside of "
+                "the model given to wrap. Without parameters it is legal"
+            )
     if next(model.parameters(), None) is None:
         raise InvalidArgument(f"this {type(model).__name__} has no parameters: there is nothing to offload")
     for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise InvalidArgument(f"{name} has no shape yet, as a Lazy module makes it: run one forward before wrap")
         if parameter.is_meta:
             raise InvalidArgument(f"{name} is on the meta device: materialise and initialise the model first")
+        if parameter.is_inference():
+            raise InvalidArgument(
+                f"{name} was made inside torch.inference_mode(), where nothing can be trained or written to later: "
+                "make the model outside of it"
+            )
 
 
 def _check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:

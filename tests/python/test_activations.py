@@ -419,6 +419,8 @@ def test_the_device_holds_about_what_is_kept(device: torch.device, monkeypatch: 
         ({"min_bytes": -1}, "min_bytes: size -1"),
         ({"device": "meta"}, "legal are 'cpu' and 'cuda'"),
         ({"device": "gpu"}, "no device that torch knows"),
+        ({"device": nn.Linear(2, 2)}, "no device that torch knows"),
+        ({"device": "cuda:77"}, "no such device here"),
     ],
 )
 def test_bad_arguments_are_named(options: dict[str, Any], words: str) -> None:

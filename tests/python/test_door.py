@@ -10,7 +10,7 @@ from torch import nn
 
 import offload
 from offload import _engine, _native, _wrap
-from training import HOST, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
+from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
 
 
 def untouched(model: nn.Module) -> None:
@@ -140,6 +140,86 @@ def test_models_that_cannot_be_wrapped() -> None:
     refused(offload.InvalidArgument, "complex64", complex_model, adamw(complex_model))
     double = nn.Linear(2, 2).double()
     refused(offload.InvalidArgument, "float64", double, adamw(double))
+
+
+@pytest.mark.parametrize("made", ["scripted", "traced"])
+def test_script_modules_with_parameters(made: str) -> None:
+    part = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    compiled = torch.jit.script(part) if made == "scripted" else torch.jit.trace(part, torch.zeros(1, 4))
+    refused(offload.InvalidArgument, "the model is a torch.jit.ScriptModule", compiled, adamw(compiled))
+    model = nn.Sequential(nn.Linear(4, 4), compiled)
+    with pytest.raises(offload.InvalidArgument, match=r"^1 is a torch.jit.ScriptModule .*; wrap the module"):
+        offload.wrap(model, adamw(model), **HOST)
+    assert not model._forward_pre_hooks and not model[0]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("placement", [HOST, {**HOST, "params": "host"}, {**HOST, "activations": "host"}])
+def test_script_modules_without_parameters(placement: dict[str, Any]) -> None:
+    """As the activations of some models are: they are trained, saved and loaded through like any other."""
+
+    def run(**options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        gate = torch.jit.script(nn.Sequential(nn.SiLU(), nn.BatchNorm1d(8, affine=False)))
+        model = nn.Sequential(nn.Linear(8, 8), gate, nn.Linear(8, 8), nn.Sequential(gate, nn.Linear(8, 4)))
+        model, optimizer = offload.wrap(model, adamw(model, lr=1e-2), **options)
+        for _ in range(4):
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        model.load_state_dict(model.state_dict(), assign=True)
+        model(torch.randn(16, 8)).square().mean().backward()
+        optimizer.step()
+        return [value.clone() for value in model.state_dict().values()]
+
+    for one, other in zip(run(**placement), run(**RESIDENT), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tensors_that_cannot_be_trained_or_have_no_shape() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 4))
+    with pytest.raises(offload.InvalidArgument, match="0.weight has no shape yet.*one forward"):
+        offload.wrap(lazy, adamw(lazy), **HOST)
+    with torch.inference_mode():
+        model = make_model()
+    for placement in (HOST, {**HOST, "params": "host"}):
+        refused(offload.InvalidArgument, "made inside torch.inference_mode", model, adamw(model), **placement)
+        refused(offload.InvalidArgument, "made inside torch.inference_mode", model, None, params="host")
+
+
+@pytest.mark.parametrize("given", [torch.optim.AdamW, 3, "a scheduler"])
+def test_what_is_no_optimizer(given: Any) -> None:
+    model = make_model()
+    if given == "a scheduler":
+        given = torch.optim.lr_scheduler.StepLR(adamw(model), 1)
+    refused(offload.InvalidArgument, "^optim=.*: give a torch.optim.Optimizer, a list of them, or None", model, given)
+
+
+@pytest.mark.parametrize("placement", [HOST, {**HOST, "params": "host"}])
+def test_full_params_takes_the_models_parameters_alone(placement: dict[str, Any]) -> None:
+    model = make_model()
+    model, optimizer = offload.wrap(model, adamw(model), **placement)
+    for given, message in (
+        (["head.weight"], r"parameter 0 given to full_params, a str, is none of this TinyLM's"),
+        ([model.head.weight, nn.Parameter(torch.ones(3))], r"parameter 1 .*, of shape \(3,\), is none"),
+    ):
+        with pytest.raises(offload.InvalidArgument, match=message), offload.full_params(model, given):  # type: ignore[arg-type]
+            pass
+    with pytest.raises(offload.InvalidArgument, match="model is a str"), offload.full_params("model"):  # type: ignore[arg-type]
+        pass
+    with offload.full_params(model, model.head.weight):
+        model.head.weight.detach().add_(0)
+    loss_of(model, next(batches(1))).backward()
+    with pytest.raises(offload.InvalidArgument, match="grad_scale='half': give a number"):
+        optimizer.step(grad_scale="half")
+    optimizer.step()
+
+
+def test_predictions_are_of_modules_on_hardware() -> None:
+    for ask in (offload.estimate, offload.predict):
+        with pytest.raises(offload.InvalidArgument, match="model is a NoneType"):
+            ask(None)
+        with pytest.raises(offload.InvalidArgument, match="hardware=3: give the name of a preset"):
+            ask(make_model(), hardware=3)
 
 
 def test_sparse_gradients_name_the_parameter() -> None:

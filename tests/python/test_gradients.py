@@ -168,6 +168,31 @@ def test_user_hooks_before_and_after_ours() -> None:
         assert same_bits(one, other)
 
 
+@pytest.mark.parametrize("placement", [HOST, {**HOST, "params": "host"}])
+def test_gradients_of_parameters_that_are_trained_later_leave_too(placement: dict[str, str]) -> None:
+    """Torch takes no hook of a gradient that is not asked for: from the first step with it on."""
+
+    def run(placement: dict[str, str]) -> tuple[list[list[bool]], list[torch.Tensor]]:
+        model = make_model()
+        model.blocks[1].requires_grad_(False)
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        left = []
+        for number, tokens in enumerate(batches(5)):
+            if number == 1:
+                model.blocks[1].requires_grad_(True)
+            loss_of(model, tokens).backward()
+            left.append([isinstance(p.grad, HostGrad) for p in model.blocks[1].parameters()])
+            optimizer.step()
+            optimizer.zero_grad()
+        return left, [value.clone() for value in model.state_dict().values()]
+
+    left, weights = run(placement)
+    assert [any(some) for some in left[:2]] == [False, False]
+    assert [all(every) for every in left[2:]] == [True, True, True]
+    for one, other in zip(weights, run(RESIDENT)[1], strict=True):
+        assert same_bits(one, other)
+
+
 def test_gradients_that_are_not_the_optimizers_stay_plain() -> None:
     model = make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.blocks.parameters(), lr=1e-2), **HOST)

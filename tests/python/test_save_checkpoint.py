@@ -205,6 +205,11 @@ def test_refusals_of_a_load_change_nothing(tmp_path: Path) -> None:
         offload.load_checkpoint(tmp_path, other, tag="none")
     with pytest.raises(offload.StorageError, match="no file 'latest'"):
         offload.load_checkpoint(tmp_path / "nothing", other)
+    for tag in (None, "one"):
+        with pytest.raises(offload.StorageError, match=r"latest is a file: name|no checkpoint 'one' in .*latest"):
+            offload.load_checkpoint(tmp_path / "latest", other, tag=tag)
+    with pytest.raises(offload.InvalidArgument, match="model is a SGD: give a torch.nn.Module"):
+        offload.load_checkpoint(tmp_path, torch.optim.SGD(other.parameters()), other)
     offload.save_checkpoint(tmp_path, nn.Linear(4, 4), tag="two")
     with pytest.raises(offload.InvalidArgument, match=r"weight has shape \(4, 4\) in the checkpoint, not \(4, 5\)"):
         offload.load_checkpoint(tmp_path, wider)
@@ -245,6 +250,9 @@ def test_refusals_of_a_save_write_nothing(tmp_path: Path) -> None:
         ("tag='latest'", model, {"tag": "latest"}),
         ("tag=''", model, {"tag": ""}),
         ("keep=0", model, {"keep": 0}),
+        ("client_state='one': give a dict", model, {"client_state": "one"}),
+        ("model is a NoneType: give a torch.nn.Module", None, {}),
+        ("optim=3: give a torch.optim.Optimizer", model, {"optim": 3}),
         ("weight has dtype torch.complex64", complex_model, {}),
     ]:
         with pytest.raises(offload.InvalidArgument, match=message):

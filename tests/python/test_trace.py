@@ -260,6 +260,8 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything(tmp_path: Path
     for options in ({"path": tmp_path}, {"path": tmp_path / "no" / "trace.json"}, {"html": tmp_path / "no" / "page"}):
         with pytest.raises(offload.InvalidArgument, match="folder that exists"):
             offload.trace(**options)
+    with pytest.raises(offload.InvalidArgument, match="html=3: give the path of a file"):
+        offload.trace(html=3)  # type: ignore[arg-type]
 
 
 def test_one_trace_at_a_time() -> None:

@@ -187,6 +187,8 @@ def test_tensors_elsewhere_are_refused(side: Side, device: torch.device) -> None
     for call in (unified.advise, unified.placement, unified.discard):
         with pytest.raises(InvalidArgument, match=r"does not lie in unified memory.*offload.unified.empty"):
             call(plain)
+        with pytest.raises(InvalidArgument, match="3 is no tensor"):
+            call(3)  # type: ignore[operator]
     for tensor in (torch.empty(0, device=device), torch.zeros(2, device="meta"), plain.to_sparse()):
         with pytest.raises(InvalidArgument, match="has no unified memory"):
             unified.prefetch(tensor, "host")

@@ -223,6 +223,15 @@ def test_twice_or_with_the_wrong_optimizer_is_refused() -> None:
     other, other_optimizer = offload.wrap(other, torch.optim.AdamW(other.parameters()), **HOST)
     with pytest.raises(offload.InvalidArgument, match="pass all 1"):
         offload.unwrap(model, other_optimizer)
+    for given, message in (
+        ([optimizer, optimizer], "given OffloadOptimizer, OffloadOptimizer: pass all 1"),
+        (None, "given no optimizer: pass all 1"),
+        (3, "optim=3: give a torch.optim.Optimizer"),
+    ):
+        with pytest.raises(offload.InvalidArgument, match=message):
+            offload.unwrap(model, given)
+    with pytest.raises(offload.InvalidArgument, match="model is a OffloadOptimizer: give a torch.nn.Module"):
+        offload.unwrap(optimizer, model)
     one_step(model, optimizer)
     offload.unwrap(model, optimizer)
     with pytest.raises(offload.StateError, match="not wrapped"):

@@ -285,6 +285,37 @@ def test_the_cache_is_what_it_was_after_a_forward(cache: bool, kind: type[BaseEx
     assert inside == [False]
 
 
+@pytest.mark.parametrize("kind", [Fault, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["nowhere", "around", "in the model's forward", "in a unit's forward"])
+def test_what_ends_a_forward_leaves_the_cache_on(where: str, kind: type[BaseException]) -> None:
+    """No hook is called after Ctrl-C. A context of autocast that were made then would keep the cache off for good."""
+
+    def inside(model: nn.Module) -> Any:
+        forward = model.forward
+
+        def cast(*arguments: Any) -> Any:
+            with autocast():
+                return forward(*arguments)
+
+        model.forward = cast  # as accelerate does
+
+    def fail(*_: Any) -> None:
+        raise kind
+
+    model, _ = streamed(make_model())
+    if where.startswith("in"):
+        inside(model if "model" in where else model.blocks[1])
+    handle = model.blocks[1].up.register_forward_pre_hook(fail)
+    with pytest.raises(kind), autocast() if where == "around" else contextlib.nullcontext():
+        loss_of(model, next(batches(1)))
+    assert torch.is_autocast_cache_enabled()
+    handle.remove()
+    with autocast():
+        loss_of(model, next(batches(1)))
+        assert torch.is_autocast_cache_enabled()
+    assert torch.is_autocast_cache_enabled()
+
+
 # --- bytes --------------------------------------------------------------------------------------------------
 
 
