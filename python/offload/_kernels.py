@@ -14,7 +14,7 @@ import hashlib
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -34,6 +34,7 @@ __all__ = [
     "how_to_install",
     "kernel_source",
     "known_architectures",
+    "locale_of_thread_kept",
 ]
 
 # (kernel, blocks, threads a block, arguments): an int is an address or a 64-bit number, others are ctypes scalars.
@@ -230,7 +231,20 @@ def compile_kernel(name: str, arch: str) -> bytes:
             f"torch, or one for a newer CUDA, brings a newer one"
         )
     program = Program(kernel_source(name), "c++", compile_options(arch))
-    return bytes(program.compile("cubin").code)
+    with locale_of_thread_kept():
+        return bytes(program.compile("cubin").code)
+
+
+@contextlib.contextmanager
+def locale_of_thread_kept() -> Iterator[None]:
+    """NVRTC before CUDA 12.6.2 leaves its thread in the C locale, where Python takes every text file for ASCII."""
+    libc = ctypes.CDLL(None)
+    libc.uselocale.argtypes, libc.uselocale.restype = [ctypes.c_void_p], ctypes.c_void_p
+    before = libc.uselocale(None)
+    try:
+        yield
+    finally:
+        libc.uselocale(before)
 
 
 def known_architectures() -> list[str]:

@@ -44,7 +44,7 @@ def run_with(trainer: Trainer, tokens: Tensor, on_call: Callable[[str, str], Non
         code = frame.f_code
         quiet = code.co_name in QUIET_FUNCTIONS or code.co_filename.endswith(QUIET_FILES)
         if code.co_filename.startswith(PACKAGE) and not quiet:
-            on_call(str(running), f"{code.co_filename}:{code.co_qualname}")
+            on_call(str(running), f"{code.co_filename}:{code.co_firstlineno}: {code.co_name}")
 
     try:
         for phase, run in trainer.phases(tokens):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import locale
 import os
 import re
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,15 @@ import torch
 
 import offload
 from offload import DeviceError, _kernels
-from offload._kernels import Found, compile_kernel, compile_options, find_kernels, kernel_source, known_architectures
+from offload._kernels import (
+    Found,
+    compile_kernel,
+    compile_options,
+    find_kernels,
+    kernel_source,
+    known_architectures,
+    locale_of_thread_kept,
+)
 
 SOURCES = sorted((Path(__file__).resolve().parents[2] / "kernels").glob("*.cu"))
 # And the first NVRTC that knows them.
@@ -80,11 +91,47 @@ def ptx_of(name: str, arch: str) -> str:
 
     options = compile_options(arch).as_bytes("nvrtc")
     program = checked(*nvrtc.nvrtcCreateProgram(kernel_source(name).encode(), b"kernel.cu", 0, [], []))
-    checked(*nvrtc.nvrtcCompileProgram(program, len(options), options))
+    with locale_of_thread_kept():
+        checked(*nvrtc.nvrtcCompileProgram(program, len(options), options))
     text = b" " * checked(*nvrtc.nvrtcGetPTXSize(program))
     checked(*nvrtc.nvrtcGetPTX(program, text))  # writes into it
     checked(*nvrtc.nvrtcDestroyProgram(program))
     return text.decode()
+
+
+def test_the_locale_of_the_thread_stays(nvrtc: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise what a program reads after its first engine is ASCII to it: NVRTC of CUDA 12.4 leaves the C locale."""
+    import cuda.core
+
+    libc = ctypes.CDLL(None)
+    libc.newlocale.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p]
+    libc.uselocale.argtypes = libc.freelocale.argtypes = [ctypes.c_void_p]
+    libc.newlocale.restype = libc.uselocale.restype = ctypes.c_void_p
+    of_compiler = libc.newlocale(1 << locale.LC_CTYPE, b"C", None)
+    before = libc.uselocale(None)
+    seen = []
+
+    class Program:
+        def __init__(self, *arguments: object) -> None: ...
+
+        def compile(self, form: str) -> SimpleNamespace:
+            libc.uselocale(of_compiler)
+            seen.append(libc.uselocale(None))
+            if len(seen) == 2:
+                raise RuntimeError("an error of the compiler")
+            return SimpleNamespace(code=b"binary")
+
+    monkeypatch.setattr(cuda.core, "Program", Program)
+    try:
+        assert compile_kernel("update", "sm_90") == b"binary"
+        assert libc.uselocale(None) == before
+        with pytest.raises(RuntimeError, match="an error of the compiler"):
+            compile_kernel("update", "sm_90")
+        assert libc.uselocale(None) == before
+    finally:
+        libc.uselocale(before)
+        libc.freelocale(of_compiler)
+    assert seen == [of_compiler] * 2 and of_compiler != before
 
 
 # --- the cache ----------------------------------------------------------------------------------------------
@@ -219,6 +266,7 @@ def test_a_compiler_or_a_driver_that_refuses(monkeypatch: pytest.MonkeyPatch) ->
         raise RuntimeError("CUDA_ERROR_UNSUPPORTED_PTX_VERSION")
 
     monkeypatch.setattr(_kernels, "_cuda_launch", refuse)
+    monkeypatch.setattr(torch.version, "cuda", None)  # or the bindings here may be of another
     with pytest.warns(UserWarning, match="CUDA_ERROR_UNSUPPORTED_PTX_VERSION"):
         found = found_on_cuda()
     assert found == Found(None, "RuntimeError: CUDA_ERROR_UNSUPPORTED_PTX_VERSION")

@@ -81,7 +81,7 @@ def test_it_renders(tmp_path: Path) -> None:
     done = subprocess.run(
         [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()],
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=100,
     )
     assert done.returncode == 0, done.stderr[-2000:]
