@@ -66,7 +66,8 @@ size_t double_misuses();
 const char* double_first_misuse();
 
 // A late double does as little as a card may have done: a copy starts when the host has given nothing to any
-// stream for 200 us, so that it probably waits for it, or for 50 ms; or when the compute stream waits for it.
+// stream for a millisecond, so that it probably waits for it, or for 50 ms; or when the compute stream waits
+// for it.
 void double_set_late(int late);
 
 // Whether accesses are watched for races from now on (order.h); what was seen so far is forgotten. Copies are

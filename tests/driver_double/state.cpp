@@ -14,7 +14,7 @@ constexpr int kRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
 
 // A late copy starts when the host has given nothing to any stream for so long, or when it has waited so
 // long.
-constexpr std::chrono::microseconds kQuiet{200};
+constexpr std::chrono::microseconds kQuiet{1000};
 constexpr std::chrono::milliseconds kLatest{50};
 
 // What a capture does not see, and may be invalidated by: cuda.h names allocation alone, and

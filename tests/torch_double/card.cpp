@@ -278,7 +278,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t first = stack->size() - op.schema().returns().size();
   for (size_t i = first; i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
-    waits |= !value.isTensor() && !value.isTensorList() && !value.isNone();  // the host has the value
+    waits |= i == first && !value.isTensor() && !value.isTensorList();  // the host has the value
     if (value.isTensor()) {
       value = over.result(value.toTensor());
     } else if (value.isTensorList()) {

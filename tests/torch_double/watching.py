@@ -10,7 +10,7 @@ import pytest
 import torch
 from driver_double import DriverDouble
 
-from offload import _native
+from offload import _copy_lanes, _native
 from offload._copy_lanes import CopyLanes, LandedBytes, open_lanes
 
 
@@ -79,3 +79,11 @@ def test_what_leaves_is_not_freed(lanes: CopyLanes, double: DriverDouble) -> Non
     lanes.send(values, "activations", 0)
     values.untyped_storage().resize_(0)
     assert "memory that nobody refers to on compute frees 4096 bytes" in races(double)
+
+
+def test_memory_that_the_ring_gives_up_is_behind_its_copy(lanes: CopyLanes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_copy_lanes, "_RING_BYTES", 4096)
+    sent = [lanes.send(torch.full((1024,), float(number)), "gradients", 0) for number in range(8)]
+    for number, landed in enumerate(sent):
+        landed.ticket.wait()
+        assert torch.frombuffer(landed.buffer, dtype=torch.float32)[:1024].unique().tolist() == [number]
