@@ -27,9 +27,10 @@ class DriverDouble:
     def __init__(self, path: Path) -> None:
         self.path = str(path)
         self._library = ctypes.CDLL(self.path)
-        for name in ("double_calls", "double_live", "double_misuses"):
+        for name in ("double_calls", "double_live", "double_misuses", "double_races", "double_compute_position"):
             getattr(self._library, name).restype = ctypes.c_size_t
-        self._library.double_first_misuse.restype = ctypes.c_char_p
+        for name in ("double_first_misuse", "double_race_texts"):
+            getattr(self._library, name).restype = ctypes.c_char_p
 
     def reset(self) -> None:
         self._library.double_reset()
@@ -91,6 +92,29 @@ class DriverDouble:
     def misuses(self) -> tuple[int, str]:
         """How many, and the first in words."""
         return self._library.double_misuses(), self._library.double_first_misuse().decode()
+
+    def set_late(self, late: bool) -> None:
+        self._library.double_set_late(int(late))
+
+    def watch(self, on: bool) -> None:
+        self._library.double_watch(int(on))
+
+    def races(self) -> tuple[int, str]:
+        """How many since watch(), and the first ones in words."""
+        return self._library.double_races(), self._library.double_race_texts().decode()
+
+    def compute_position(self) -> int:
+        return self._library.double_compute_position()
+
+    def host_waits(self, position: int) -> None:
+        self._library.double_host_waits(ctypes.c_size_t(position))
+
+    def host_waits_for_compute(self) -> None:
+        self._library.double_host_waits_for_compute()
+
+    def synchronize(self) -> None:
+        """The host waits for every stream."""
+        self._library.double_synchronize()
 
     @staticmethod
     def _known(value: int, name: str) -> int:

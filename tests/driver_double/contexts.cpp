@@ -44,7 +44,8 @@ Operation copy_operation(Direction direction, void* destination, const void* sou
                    .bytes = bytes,
                    .staged = {},
                    .registration = nullptr,
-                   .failure = 0};
+                   .failure = 0,
+                   .queued_at = std::chrono::steady_clock::now()};
 }
 
 // Whether a copy of the batch writes what another one of it reads or writes.
@@ -66,6 +67,19 @@ bool overlap(const std::vector<Operation>& batch) {
   return false;
 }
 
+// What a copy does with memory as part of `stream`. Pageable memory of the host is left to the call, which
+// reads the source itself or does not return before the copy has ended; where it does not, who uses it is not
+// seen.
+void note_copy(uintptr_t stream, const Operation& copy) {
+  const auto destination = reinterpret_cast<uintptr_t>(copy.destination);
+  const auto source = reinterpret_cast<uintptr_t>(copy.source);
+  const bool of_host = copy.registration != nullptr;
+  std::vector<Span> spans;
+  if (of_host || copy.direction == kToDevice) spans.push_back({destination, copy.bytes, Use::kWrite});
+  if (of_host || copy.direction == kToHost) spans.push_back({source, copy.bytes, Use::kRead});
+  state().order.operate(stream, copy.direction == kToHost ? "a copy to_host" : "a copy to_device", spans);
+}
+
 // The end of what the stream has been given so far.
 std::shared_ptr<Completion> mark_end(Stream& stream) {
   auto end = std::make_shared<Completion>();
@@ -83,18 +97,26 @@ int copy(const char* entry, Direction direction, void* destination, const void* 
   const std::shared_ptr<Completion> completion = copy.completion;
   if (const int code = check_copy(copy); code != kSuccess) return code;
   arm_copy(copy);
+  const auto handle = reinterpret_cast<uintptr_t>(stream_handle);
   if (!stream) {
+    note_copy(handle, copy);
     run_copy(call.lock(), copy);
     return state().lost;
   }
   const bool waits = bytes > 0 && !copy.registration && !reads_pageable();
   const std::shared_ptr<Completion> before = waits && direction == kToDevice ? mark_end(*stream) : completion;
+  const Position position = state().order.position(handle);
+  note_copy(handle, copy);
+  const Position end = state().order.position(handle);
   stream->queue.push_back(std::move(copy));
-  state().changed.notify_all();
+  note_work();
   // "For transfers between device memory and pageable host memory, the function might be synchronous with
   // respect to host. [...] The driver may synchronize with the stream" (API synchronization behavior). It is
   // where pageable memory goes through the driver's own; a source has been read by then.
-  return waits ? wait_done(call.lock(), before) : kSuccess;
+  if (!waits) return kSuccess;
+  const int code = wait_done(call.lock(), before);
+  state().order.host_waits(direction == kToDevice ? position : end);
+  return code;
 }
 
 }  // namespace
@@ -192,6 +214,7 @@ int cuMemHostRegister_v2(void* address, size_t bytes, unsigned flags) {
       return kAlreadyRegistered;
     }
   }
+  all.order.forget(begin, bytes);
   all.registrations.emplace(begin, std::make_shared<Registration>(Registration{.bytes = bytes}));
   return kSuccess;
 }
@@ -206,6 +229,7 @@ int cuMemHostUnregister(void* address) {
     return kNotRegistered;
   }
   if (found->second->copies > 0) all.misuse("unregistering memory that a queued copy uses");
+  all.order.forget(found->first, found->second->bytes);
   all.registrations.erase(found);
   return all.lost;
 }
@@ -242,7 +266,11 @@ int cuStreamWaitEvent(void* stream_handle, void* event_handle, unsigned flags) {
   }
   const Event* event = event_of("cuStreamWaitEvent", event_handle);
   if (event == nullptr) return kInvalidHandle;
-  if (!event->latest || event->latest->done) return kSuccess;
+  if (!event->latest) return kSuccess;
+  state().order.wait(reinterpret_cast<uintptr_t>(stream_handle), event->position);
+  if (event->latest->done) return kSuccess;
+  if (!stream) event->latest->wanted = true;
+  note_work();
   if (!stream) return wait_done(call.lock(), std::shared_ptr<Completion>(event->latest));
   stream->queue.push_back(Operation{.kind = Operation::kWait, .completion = event->latest});
   state().changed.notify_all();
@@ -274,8 +302,9 @@ int cuEventRecord(void* event_handle, void* stream_handle) {
   }
   event->latest =
       std::make_shared<Completion>(Completion{.done = !stream, .done_at = std::chrono::steady_clock::now()});
+  event->position = state().order.position(reinterpret_cast<uintptr_t>(stream_handle));
   if (stream) stream->queue.push_back(Operation{.kind = Operation::kRecord, .completion = event->latest});
-  state().changed.notify_all();
+  note_work();
   return kSuccess;
 }
 
@@ -284,7 +313,9 @@ int cuEventQuery(void* handle) {
   if (call.refused()) return call.code();
   const Event* event = event_of("cuEventQuery", handle);
   if (event == nullptr) return kInvalidHandle;
-  return !event->latest || event->latest->done ? kSuccess : kNotReady;
+  if (event->latest && !event->latest->done) return kNotReady;
+  state().order.host_waits(event->position);
+  return kSuccess;
 }
 
 int cuEventSynchronize(void* handle) {
@@ -293,7 +324,10 @@ int cuEventSynchronize(void* handle) {
   const Event* event = event_of("cuEventSynchronize", handle);
   if (event == nullptr) return kInvalidHandle;
   if (!event->latest) return kSuccess;
-  return wait_done(call.lock(), std::shared_ptr<Completion>(event->latest));
+  const Position position = event->position;
+  const int code = wait_done(call.lock(), std::shared_ptr<Completion>(event->latest));
+  state().order.host_waits(position);
+  return code;
 }
 
 int cuEventElapsedTime(float* milliseconds, void* begin_handle, void* end_handle) {
@@ -367,9 +401,10 @@ int cuMemcpyBatchAsync(unsigned long long* destinations, unsigned long long* sou
   if (overlap(batch)) all.misuse("copies of a batch that share bytes");
   for (auto operation = batch.rbegin(); operation != batch.rend(); ++operation) {
     arm_copy(*operation);
+    note_copy(reinterpret_cast<uintptr_t>(stream_handle), *operation);
     stream->queue.push_back(std::move(*operation));
   }
-  all.changed.notify_all();
+  note_work();
   return kSuccess;
 }
 

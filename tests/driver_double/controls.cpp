@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 #include <string>
@@ -25,6 +27,9 @@ int set_held(const char* direction, bool held) {
   state().changed.notify_all();
   return 1;
 }
+
+// A forked child has neither streams nor, perhaps, the mutex.
+bool is_watched() { return state().ordered_by == getpid(); }
 
 }  // namespace
 
@@ -135,6 +140,66 @@ size_t double_live(const char* what) {
   if (wanted == "pending_copies") return all.lanes[kToHost].pending + all.lanes[kToDevice].pending;
   if (wanted == "pushed_contexts") return pushed().size();
   return SIZE_MAX;
+}
+
+void double_set_late(int late) {
+  const auto lock = locked();
+  state().late = late != 0;
+}
+
+void double_watch(int on) {
+  const auto lock = locked();
+  state().ordered_by = on != 0 ? getpid() : 0;
+  state().order.set_on(on != 0);
+  state().positions.clear();
+}
+
+void double_compute(const char* what, const double_span* spans, size_t count) {
+  if (!is_watched()) return;
+  std::vector<Span> used;
+  for (size_t i = 0; i < count; ++i)
+    used.push_back({spans[i].begin, spans[i].bytes, static_cast<Use>(spans[i].use)});
+  auto lock = locked();
+  state().active_at = std::chrono::steady_clock::now();
+  const size_t known = state().order.race_count();
+  state().order.operate(Order::kCompute, what, used);
+  if (state().order.race_count() > known) settle(lock);
+}
+
+size_t double_compute_position() {
+  if (!is_watched()) return 0;
+  const auto lock = locked();
+  state().positions.push_back(state().order.position(Order::kCompute));
+  return state().positions.size();
+}
+
+void double_host_waits(size_t position) {
+  if (!is_watched()) return;
+  const auto lock = locked();
+  const std::vector<Position>& known = state().positions;
+  if (position > 0 && position <= known.size()) state().order.host_waits(known[position - 1]);
+}
+
+void double_host_waits_for_compute() {
+  if (!is_watched()) return;
+  const auto lock = locked();
+  state().order.host_waits(Order::kCompute);
+}
+
+void double_synchronize() {
+  if (!is_watched()) return;
+  auto lock = locked();
+  drain(lock);
+}
+
+size_t double_races() {
+  const auto lock = locked();
+  return state().order.race_count();
+}
+
+const char* double_race_texts() {
+  const auto lock = locked();
+  return state().order.races().c_str();
 }
 
 size_t double_misuses() {

@@ -64,4 +64,25 @@ size_t double_live(const char* what);
 // bytes, a call during a capture that the capture does not see.
 size_t double_misuses();
 const char* double_first_misuse();
+
+// A late double does as little as a card may have done: a copy starts when the host has given nothing to any
+// stream for a millisecond, so that it probably waits for it, or for 50 ms; or when the compute stream waits
+// for it.
+void double_set_late(int late);
+
+// Whether accesses are watched for races from now on (order.h); what was seen so far is forgotten. Copies are
+// seen by themselves, what torch's compute stream does is told.
+void double_watch(int on);
+struct double_span {
+  uintptr_t begin;
+  size_t bytes;
+  int use;  // 0: reads, 1: writes, 2: allocates, 3: frees
+};
+void double_compute(const char* what, const double_span* spans, size_t count);
+size_t double_compute_position();         // behind what it was given so far
+void double_host_waits(size_t position);  // until that is over
+void double_host_waits_for_compute();     // until all that it was given is over
+void double_synchronize();                // the host waits for every stream
+size_t double_races();
+const char* double_race_texts();  // a line each
 }

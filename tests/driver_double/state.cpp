@@ -12,6 +12,11 @@ namespace {
 
 constexpr int kRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
 
+// A late copy starts when the host has given nothing to any stream for so long, or when it has waited so
+// long.
+constexpr std::chrono::microseconds kQuiet{1000};
+constexpr std::chrono::milliseconds kLatest{50};
+
 // What a capture does not see, and may be invalidated by: cuda.h names allocation alone, and
 // at::cuda::CUDAStreamCaptureModeGuard of torch stands around the questions after events.
 bool is_unsafe_in_capture(const std::string& entry) {
@@ -51,7 +56,49 @@ void lose(std::unique_lock<std::mutex>& lock, int code) {
     for (Operation& operation : stream->queue) finish(operation);
     stream->queue.clear();
   }
+  all.order.host_waits_for_all();
   all.changed.notify_all();
+}
+
+// What is queued now is late enough.
+void hurry() {
+  for (const std::weak_ptr<Stream>& queue : state().queues) {
+    const std::shared_ptr<Stream> stream = queue.lock();
+    if (stream && stream->running != nullptr) stream->running->completion->wanted = true;
+    if (stream && !stream->queue.empty()) stream->queue.back().completion->wanted = true;
+  }
+  state().changed.notify_all();
+}
+
+bool is_wanted(const Stream& stream) {
+  const auto wanted = [](const Operation& operation) {
+    return operation.kind != Operation::kWait && operation.completion->wanted;
+  };
+  return wanted(*stream.running) || std::ranges::any_of(stream.queue, wanted);
+}
+
+void await_turn(std::unique_lock<std::mutex>& lock, const Stream& stream) {
+  State& all = state();
+  const size_t losses = all.losses;
+  while (all.late && all.losses == losses && !is_wanted(stream)) {
+    const auto turn = std::min(all.active_at + kQuiet, stream.running->queued_at + kLatest);
+    if (std::chrono::steady_clock::now() >= turn) return;
+    all.changed.wait_until(lock, turn);
+  }
+}
+
+// As wait_done(); who waits for this stream waits for what it waits for.
+void await_other(std::unique_lock<std::mutex>& lock, const Stream& stream) {
+  State& all = state();
+  const size_t losses = all.losses;
+  Completion& other = *stream.running->completion;
+  all.changed.wait(lock, [&] {
+    if (!other.wanted && is_wanted(stream)) {
+      other.wanted = true;
+      all.changed.notify_all();
+    }
+    return other.done || all.losses != losses;
+  });
 }
 
 void run_stream(const std::shared_ptr<Stream>& stream) {
@@ -64,9 +111,10 @@ void run_stream(const std::shared_ptr<Stream>& stream) {
     stream->queue.pop_front();
     stream->running = &operation;
     if (operation.kind == Operation::kCopy) {
+      await_turn(lock, *stream);
       run_copy(lock, operation);
     } else if (operation.kind == Operation::kWait) {
-      wait_done(lock, operation.completion);
+      await_other(lock, *stream);
     } else {
       finish(operation);
     }
@@ -109,6 +157,9 @@ void State::forget() {
   free_bytes = size_t{6} << 30;
   capturing = false;
   lost = 0;
+  late = false;
+  order.set_on(false);
+  positions.clear();
   plain_batches = 0;
   misuses = 0;
   first_misuse.clear();
@@ -233,6 +284,11 @@ void run_copy(std::unique_lock<std::mutex>& lock, Operation& copy) {
   all.changed.notify_all();
 }
 
+void note_work() {
+  state().active_at = std::chrono::steady_clock::now();
+  state().changed.notify_all();
+}
+
 bool is_stream(void* handle) { return state().streams.contains(reinterpret_cast<uintptr_t>(handle)); }
 
 bool has_queued_work() {
@@ -262,8 +318,15 @@ bool is_copied(uintptr_t address, size_t bytes) {
 int drain(std::unique_lock<std::mutex>& lock) {
   State& all = state();
   const size_t losses = all.losses;
+  hurry();
   all.changed.wait(lock, [&] { return !has_queued_work() || all.losses != losses; });
+  all.order.host_waits_for_all();
   return all.lost;
+}
+
+void settle(std::unique_lock<std::mutex>& lock) {
+  hurry();
+  state().changed.wait_for(lock, std::chrono::seconds(1), [] { return !has_queued_work(); });
 }
 
 int wait_done(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Completion>& completion) {

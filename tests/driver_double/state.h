@@ -22,6 +22,8 @@
 #include <string>
 #include <vector>
 
+#include "driver_double/order.h"
+
 namespace driver_double {
 
 // As in cuda.h.
@@ -51,7 +53,8 @@ enum Direction { kToHost, kToDevice };
 // The end of something queued; shared by the queue and by who waits for it.
 struct Completion {
   bool done = false;
-  std::chrono::steady_clock::time_point done_at;
+  std::chrono::steady_clock::time_point done_at = {};
+  bool wanted = false;  // compute waits for it: a late double runs it now
 };
 
 struct Registration {
@@ -71,6 +74,7 @@ struct Operation {
   std::vector<unsigned char> staged = {};           // of a pageable source, which is read by the call itself
   std::shared_ptr<Registration> registration = {};  // null: pageable
   int failure = 0;  // what the context is lost with when this copy runs; 0: it works
+  std::chrono::steady_clock::time_point queued_at = {};
 };
 
 struct Stream {
@@ -84,6 +88,7 @@ struct Event {
   int ordinal = 0;
   bool timed = false;
   std::shared_ptr<Completion> latest;  // null: never recorded
+  Position position = {};              // that it was recorded at
 };
 
 // What the driver was told of a page of unified memory; locations are ordinals, -1 the host, -2 none.
@@ -144,6 +149,12 @@ struct State {
   bool losing = false;  // no further copy starts
   size_t running = 0;   // copies that move bytes now
 
+  bool late = false;                                     // double_set_late()
+  std::chrono::steady_clock::time_point active_at = {};  // when the host last gave work to a stream
+  Order order;
+  std::atomic<pid_t> ordered_by{0};  // the process that set it on; read before the mutex
+  std::vector<Position> positions;   // of torch's events
+
   size_t plain_batches = 0;
   size_t misuses = 0;
   std::string first_misuse;
@@ -203,10 +214,15 @@ void run_copy(std::unique_lock<std::mutex>& lock, Operation& copy);
 // Waits until `completion` is done. Returns 0, or what the context was lost with.
 int wait_done(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Completion>& completion);
 
+void note_work();  // the host has given a stream some
+
 bool is_stream(void* handle);  // a live one
 bool has_queued_work();
 bool is_copied(uintptr_t address, size_t bytes);  // by a copy that is queued or running
-// Waits until no stream has any. Returns 0, or what the context was lost with.
+// Waits until no stream has any; a late double does it now. Returns 0, or what the context was lost with.
 int drain(std::unique_lock<std::mutex>& lock);
+// The same after a race, for a second at most and told to nobody: what is written to memory that is used by
+// others must not end the process before the race is told.
+void settle(std::unique_lock<std::mutex>& lock);
 
 }  // namespace driver_double

@@ -72,6 +72,7 @@ int cuMemAllocManaged(unsigned long long* address, size_t bytes, unsigned flags)
   void* memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   if (memory == nullptr) return kOutOfMemory;
   std::memset(memory, kGarbage, bytes);
+  state().order.forget(reinterpret_cast<uintptr_t>(memory), bytes);
   state().managed.emplace(reinterpret_cast<uintptr_t>(memory), bytes);
   *address = reinterpret_cast<uintptr_t>(memory);
   return kSuccess;
@@ -87,6 +88,8 @@ int cuMemFree_v2(unsigned long long address) {
     return kInvalidValue;
   }
   if (is_copied(address, found->second)) all.misuse("freeing memory that a queued copy uses");
+  all.order.operate(Order::kCompute, "cuMemFree", {{found->first, found->second, Use::kFree}});
+  all.order.forget(found->first, found->second);
   all.pages.erase(all.pages.lower_bound(address), all.pages.lower_bound(page_end(address + found->second)));
   std::free(reinterpret_cast<void*>(address));
   all.managed.erase(found);
@@ -169,8 +172,10 @@ int cuMemDiscardBatchAsync(unsigned long long* addresses, size_t* sizes, size_t 
     if (const int code = check_range(addresses[i], sizes[i]); code != kSuccess) return code;
   }
   for (size_t i = 0; i < count; ++i) {
-    const uintptr_t begin = first_page(addresses[i]);
-    std::memset(reinterpret_cast<void*>(begin), kGarbage, page_end(addresses[i] + sizes[i]) - begin);
+    const uintptr_t begin = first_page(addresses[i]), end = page_end(addresses[i] + sizes[i]);
+    state().order.operate(reinterpret_cast<uintptr_t>(stream), "cuMemDiscardBatchAsync",
+                          {{begin, end - begin, Use::kWrite}});
+    std::memset(reinterpret_cast<void*>(begin), kGarbage, end - begin);
   }
   return kSuccess;
 }

@@ -18,7 +18,7 @@ SOURCES = Path(__file__).resolve().parent
 def compile_for_host(folder: Path) -> Path:
     """Builds libcuda.so.1 in `folder`; needs a C++ compiler only (CXX picks it)."""
     library = folder / "libcuda.so.1"
-    flags = ["-std=c++17", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+    flags = ["-std=c++20", "-O2", "-ffp-contract=off", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     sources = sorted(str(path) for path in SOURCES.glob("*.cpp"))
     subprocess.run([os.environ.get("CXX", "c++"), *flags, *sources, "-ldl", "-o", str(library)], check=True)
     return library

@@ -54,7 +54,7 @@ def main() -> None:
         "PYTHONPATH": os.pathsep.join(map(str, (tree / "python", tree / "tests"))),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),  # of ninja
     }
-    arguments = sys.argv[1:] or ["tests/python"]
+    arguments = sys.argv[1:] or ["tests/python", "tests/torch_double/watching.py"]
     command = [sys.executable, "-m", "pytest", "-p", "torch_double.card", "-p", "no:cacheprovider", *arguments]
     os.chdir(tree)
     os.execve(sys.executable, command, environment)

@@ -21,6 +21,8 @@
 #include <utility>
 #include <vector>
 
+#include "uses.h"
+
 namespace {
 
 using c10::Device;
@@ -47,6 +49,7 @@ void free_memory(void* memory) {
   if (memory == nullptr) return;
   char* begin = static_cast<char*>(memory) - kAlignment;
   const size_t bytes = reinterpret_cast<Header*>(begin)->bytes;
+  card::Uses("memory that nobody refers to").add(memory, bytes, card::kFrees);
   std::memset(memory, 0xEE, bytes);
   allocated_bytes -= bytes;
   std::free(begin);
@@ -63,6 +66,7 @@ class CardAllocator final : public c10::Allocator {
       static_cast<Header*>(begin)->bytes = bytes;
       memory = static_cast<char*>(begin) + kAlignment;
       std::memset(memory, 0xFF, bytes);  // NaN in every format
+      card::Uses("new memory").add(memory, bytes, card::kAllocates);
       const size_t now = allocated_bytes += bytes;
       size_t peak = peak_bytes;
       while (now > peak && !peak_bytes.compare_exchange_weak(peak, now)) {
@@ -109,6 +113,9 @@ void resize_storage(const Storage& storage, size_t bytes) {
   c10::DataPtr memory = allocator.allocate(bytes);
   if (const size_t kept = std::min(bytes, impl->nbytes()); kept > 0) {
     std::memcpy(memory.get(), impl->data(), kept);
+    card::Uses uses("a storage that is resized");
+    uses.add(impl->data(), kept, card::kReads);
+    uses.add(memory.get(), kept, card::kWrites);
   }
   impl->set_data_ptr_noswap(std::move(memory));
   impl->set_nbytes(bytes);
@@ -169,11 +176,14 @@ at::Tensor new_on_card(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::Sc
 // results as tensors of the card.
 class OverCpu {
  public:
-  at::Tensor argument(const at::Tensor& card, bool is_written = false) {
+  explicit OverCpu(std::string name) : uses_(std::move(name)) {}
+
+  at::Tensor argument(const at::Tensor& card, card::Use use = card::kReads) {
     if (!card.defined() || card.device().type() != kCard) return card;
     TORCH_CHECK(card.layout() == c10::kStrided, "this device has dense tensors only, got ", card.layout());
+    uses_.add(card, use);
     at::Tensor cpu;
-    if (is_written && card.numel() == 0) {  // an `out=` that the operator gives its size
+    if (use == card::kWrites && card.numel() == 0) {  // an `out=` that the operator gives its size
       cpu = at::empty(card.sizes(), card.options().device(c10::kCPU));
     } else {
       cpu = tensor_over(cpu_storage_of(card), c10::DispatchKeySet(c10::DispatchKey::CPU), card);
@@ -203,6 +213,7 @@ class OverCpu {
     at::Tensor card = new_on_card(cpu.sizes(), cpu.strides(), cpu.scalar_type());
     tensor_over(cpu_storage_over(card.storage()), c10::DispatchKeySet(c10::DispatchKey::CPU), card)
         .copy_(cpu);
+    uses_.add(card, card::kWrites);
     if (cpu.unsafeGetTensorImpl()->is_wrapped_number()) card.unsafeGetTensorImpl()->set_wrapped_number(true);
     return card;
   }
@@ -231,21 +242,26 @@ class OverCpu {
 
   std::vector<std::pair<at::Tensor, at::Tensor>> tensors_;  // of the CPU, of the card
   std::vector<std::pair<Storage, Storage>> storages_;
+  card::Uses uses_;
 };
 
 void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  OverCpu over;
+  const std::string& name = op.schema().name();
+  OverCpu over(name);
   const auto& arguments = op.schema().arguments();
   const size_t begin = stack->size() - arguments.size();
   for (size_t i = 0; i < arguments.size(); ++i) {
     c10::IValue& value = (*stack)[begin + i];
-    const bool is_written = arguments[i].alias_info() != nullptr && arguments[i].alias_info()->isWrite();
+    const c10::AliasInfo* alias = arguments[i].alias_info();
+    const bool is_viewed = alias != nullptr && !alias->isWrite();
+    const card::Use use = is_viewed || card::only_looks(name) ? card::kLooks
+                          : alias == nullptr                  ? card::kReads
+                                                              : card::kWrites;
     if (value.isTensor()) {
-      value = over.argument(value.toTensor(), is_written);
+      value = over.argument(value.toTensor(), use);
     } else if (value.isTensorList()) {
       c10::List<at::Tensor> tensors;
-      for (const at::Tensor& tensor : value.toTensorVector())
-        tensors.push_back(over.argument(tensor, is_written));
+      for (const at::Tensor& tensor : value.toTensorVector()) tensors.push_back(over.argument(tensor, use));
       value = std::move(tensors);
     } else if (value.isOptionalTensorList()) {
       c10::List<std::optional<at::Tensor>> tensors;
@@ -259,9 +275,11 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   over.take_sizes();
+  bool waits = card::waits_for_size(name);
   const size_t first = stack->size() - op.schema().returns().size();
   for (size_t i = first; i < stack->size(); ++i) {
     c10::IValue& value = (*stack)[i];
+    waits |= i == first && !value.isTensor() && !value.isTensorList();  // the host has the value
     if (value.isTensor()) {
       value = over.result(value.toTensor());
     } else if (value.isTensorList()) {
@@ -270,6 +288,7 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       value = std::move(tensors);
     }
   }
+  if (waits) card::host_waits();
 }
 
 c10::ScalarType or_default(std::optional<c10::ScalarType> dtype) {
@@ -291,9 +310,12 @@ at::Tensor empty(c10::IntArrayRef sizes, std::optional<c10::ScalarType> dtype, s
   return new_on_card(sizes, strides_of(sizes, format), or_default(dtype));
 }
 
-at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool) {
-  OverCpu over;
-  over.argument(to).copy_(over.argument(from));
+at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
+  {
+    OverCpu over("aten::copy_");
+    over.argument(to, card::kWrites).copy_(over.argument(from));
+  }
+  if (!non_blocking && from.device() != to.device()) card::host_waits();
   return to;
 }
 
@@ -340,7 +362,7 @@ using Ints = c10::SymIntArrayRef;
 at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias, Ints stride, Ints padding, Ints dilation,
                        bool transposed, Ints output_padding, c10::SymInt groups) {
-  OverCpu over;
+  OverCpu over("aten::convolution");
   const std::optional<at::Tensor> of_cpu = bias ? std::optional(over.argument(*bias)) : std::nullopt;
   return over.result(at::convolution_symint(over.argument(input), over.argument(weight), of_cpu, stride,
                                             padding, dilation, transposed, output_padding, groups));
@@ -349,7 +371,7 @@ at::Tensor convolution(const at::Tensor& input, const at::Tensor& weight,
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     const at::Tensor& gradient, const at::Tensor& input, const at::Tensor& weight, Ints stride, Ints padding,
     Ints dilation, bool transposed, Ints output_padding, c10::SymInt groups, std::array<bool, 3> mask) {
-  OverCpu over;
+  OverCpu over("aten::convolution_backward");
   const c10::SymInt channels = gradient.sym_size(1);
   const at::OptionalSymIntArrayRef bias_sizes =
       mask[2] ? at::OptionalSymIntArrayRef(Ints(&channels, 1)) : std::nullopt;

@@ -1,19 +1,24 @@
 """`torch.card`: what offload and its tests use of torch.cuda, for the device of card.cpp. A plugin of pytest.
 
-Work is done when it is submitted, so there is one stream, and nothing to wait for.
+Compute is done when it is submitted, on the one stream there is. The copies of the driver double beside it are as late
+as a card may make them, and a use of memory that no wait orders with them fails its test (driver_double/order.h).
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 import types
+from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from driver_double import DriverDouble
 from torch.utils.cpp_extension import load
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
@@ -38,6 +43,12 @@ _BEYOND_IT = (
     *("_door_is_loaded", "_fork_and_an_exit", "_one_path_has_one_process"),
 )
 
+# Tests that race by what they do, the races by their text, and why no harm comes of them.
+_HARMLESS = {
+    # It writes to what autograd saved, while its bytes leave: whatever was copied, backward refuses it by its version.
+    "test_writing_to_what_was_saved_is_the_error": re.compile(r" on compute writes .* while a copy to_host on "),
+}
+
 
 class Stream:
     """The one there is: 0, the default stream of CUDA."""
@@ -48,26 +59,30 @@ class Stream:
         self.device = torch.device("card", 0)
 
     def synchronize(self) -> None:
-        pass
+        _driver.host_waits_for_compute()
 
     def wait_stream(self, _: Stream) -> None:
         pass
 
     def query(self) -> bool:
+        _driver.host_waits_for_compute()
         return True
 
 
 class Event:
     def __init__(self, **_: Any) -> None:
         self._recorded_s = 0.0
+        self._position = 0
 
     def record(self, _: Any = None) -> None:
         self._recorded_s = time.perf_counter()
+        self._position = _driver.compute_position()
 
     def synchronize(self) -> None:
-        pass
+        _driver.host_waits(self._position)
 
     def query(self) -> bool:
+        _driver.host_waits(self._position)
         return True
 
     def elapsed_time(self, end: Event) -> float:
@@ -97,9 +112,10 @@ def _module(native: Any) -> types.ModuleType:
     }
     for name, value in facts.items():
         setattr(module, name, lambda *_, value=value, **__: value)
-    for name in ("init", "_lazy_init", "set_device", "synchronize", "empty_cache", "manual_seed", "manual_seed_all",
+    for name in ("init", "_lazy_init", "set_device", "empty_cache", "manual_seed", "manual_seed_all",
                  "set_rng_state", "set_per_process_memory_fraction"):  # fmt: skip
         setattr(module, name, lambda *_, **__: None)
+    module.synchronize = lambda *_: _driver.synchronize()
     module.device = module.stream = lambda _: contextlib.nullcontext()
     module.get_rng_state = lambda *_: torch.zeros(0, dtype=torch.uint8, device="cpu")
     module.memory_allocated = module.memory_reserved = lambda *_: native.allocated_bytes()
@@ -120,7 +136,35 @@ def _install() -> None:
     torch.utils.generate_methods_for_privateuse1_backend()
 
 
+_driver = DriverDouble(Path(os.environ["OFFLOAD_CUDA_DRIVER"]))
 _install()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, object, object]:
+    """Copies as late as a card may make them, and every use of memory watched from setup to teardown."""
+    _driver.set_late(True)
+    _driver.watch(True)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A race fails the phase of the test that it is found in."""
+    report = yield
+    count, texts = _driver.races()
+    if count == 0:
+        return report
+    _driver.watch(True)
+    known = [races for name, races in _HARMLESS.items() if name in item.nodeid]
+    told = texts.splitlines()
+    if count == len(told) and all(any(races.search(text) for races in known) for text in told):
+        return report
+    report.outcome = "failed"
+    report.longrepr = f"{report.longrepr or ''}\n{count} races: nothing orders\n{texts}"
+    return report
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
