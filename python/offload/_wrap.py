@@ -383,7 +383,9 @@ def _updater_of(optimizer: torch.optim.Optimizer) -> type[NativeUpdater] | type[
 def _device_of(model: nn.Module, settings: Config) -> torch.device:
     """The device asked for, to which parameters may come from the CPU; else the one that all of them are on."""
     asked = None if settings.device is None else _parse_device(settings.device)
-    places = {parameter.device: name for name, parameter in reversed(list(model.named_parameters()))}
+    places: dict[torch.device, str] = {}  # with the first parameter on each
+    for name, parameter in model.named_parameters():
+        places.setdefault(parameter.device, name)
     for device, name in places.items():
         if device.type not in ("cpu", "cuda"):
             raise InvalidArgument(f"{name} is on {device}: legal are 'cpu' and 'cuda' devices; call model.to() first")

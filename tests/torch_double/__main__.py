@@ -23,7 +23,9 @@ from driver_double import compile_double  # noqa: E402  # beside this folder
 from host_kernels import compile_for_host  # noqa: E402
 
 # Names of torch's, and the device's in strings.
-_CUDA = re.compile(r"""(?<=\btorch\.)cuda\b|(?<=\bTensor\.)cuda\b|(?<=["'])cuda(?=["':])|(?<=\.)cuda(?=\(\))""")
+_CUDA = re.compile(
+    r"""(?<=\btorch\.)cuda\b|(?<=\bTensor\.)cuda\b|(?<=["'])cuda(?=["':])|(?<=\.)cuda(?=\(\))|(?<= on )cuda\b"""
+)
 
 
 def _copy_renamed(build: Path) -> Path:
@@ -38,20 +40,33 @@ def _copy_renamed(build: Path) -> Path:
     return tree
 
 
+def _load_with_torch(tests: Path) -> None:
+    """Every process that imports torch has the device: torch loads what is named so in the metadata of a package."""
+    package = tests / "torch_card-0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch-card\nVersion: 0\n")
+    (package / "entry_points.txt").write_text("[torch.backends]\ncard = torch_double:load_card\n")
+
+
 def main() -> None:
+    from torch.utils.cpp_extension import load
+
     import offload._native
 
     _BUILD.mkdir(parents=True, exist_ok=True)
     tree = _copy_renamed(_BUILD)
     shutil.copy(offload._native.__file__, tree / "python" / "offload")
+    _load_with_torch(tree / "tests")
     extension = _BUILD / "extension"
     extension.mkdir(exist_ok=True)
+    sources = [str(tree / "tests" / "torch_double" / name) for name in ("card.cpp", "operators.cpp")]
+    load("torch_double_card", sources, build_directory=str(extension), extra_cflags=["-O1"])
     environment = {
         **os.environ,
         "OFFLOAD_CUDA_DRIVER": str(compile_double(_BUILD)),
         "LD_LIBRARY_PATH": str(compile_for_host(_BUILD).parent),
-        "TORCH_DOUBLE_BUILD": str(extension),
-        "PYTHONPATH": os.pathsep.join(map(str, (tree / "python", tree / "tests"))),
+        "PYTHONPATH": os.pathsep.join(map(str, (tree / "python", tree / "tests", extension))),
+        "ACCELERATE_TORCH_DEVICE": "card",
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),  # of ninja
     }
     arguments = sys.argv[1:] or ["tests/python", "tests/torch_double/watching.py"]

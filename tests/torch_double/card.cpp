@@ -18,6 +18,8 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <set>
 #include <utility>
 #include <vector>
 
@@ -121,6 +123,31 @@ void resize_storage(const Storage& storage, size_t bytes) {
   impl->set_nbytes(bytes);
 }
 
+// Page-locked memory of the host, as torch's loaders ask for; nothing here
+// copies it any faster.
+std::mutex pinned_mutex;
+std::set<const void*> pinned;
+
+void free_pinned(void* memory) {
+  {
+    const std::lock_guard lock(pinned_mutex);
+    pinned.erase(memory);
+  }
+  std::free(memory);
+}
+
+struct PinnedAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = nullptr;
+    TORCH_CHECK(posix_memalign(&memory, kAlignment, bytes) == 0, "no memory for ", bytes, " bytes");
+    const std::lock_guard lock(pinned_mutex);
+    pinned.insert(memory);
+    return {memory, memory, &free_pinned, Device(c10::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &free_pinned; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+};
+
 struct CardHooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
   bool isAvailable() const override { return true; }
@@ -133,6 +160,14 @@ struct CardHooks final : at::PrivateUse1HooksInterface {
   at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
   c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
   at::Device getDeviceFromPtr(void*) const override { return Device(kCard, 0); }
+  c10::Allocator* getPinnedMemoryAllocator() const override {
+    static PinnedAllocator of_host;
+    return &of_host;
+  }
+  bool isPinnedPtr(const void* memory) const override {
+    const std::lock_guard lock(pinned_mutex);
+    return pinned.contains(memory);
+  }
   void resizePrivateUse1Bytes(const Storage& storage, size_t bytes) const override {
     resize_storage(storage, bytes);
   }
@@ -188,6 +223,7 @@ class OverCpu {
     } else {
       cpu = tensor_over(cpu_storage_of(card), c10::DispatchKeySet(c10::DispatchKey::CPU), card);
     }
+    cpu._set_conj(card.is_conj());
     tensors_.emplace_back(cpu, card);
     return cpu;
   }
@@ -196,7 +232,7 @@ class OverCpu {
   void take_sizes() {
     for (const auto& [cpu, card] : tensors_) {
       if (card_storage_of(cpu) == nullptr) {
-        if (cpu.numel() > 0) card.resize_(cpu.sizes()).copy_(cpu);
+        if (cpu.sizes() != card.sizes()) card.resize_(cpu.sizes()).copy_(cpu);
       } else if (cpu.sizes() != card.sizes() || cpu.strides() != card.strides()) {
         card.unsafeGetTensorImpl()->set_sizes_and_strides(cpu.sizes(), cpu.strides(), cpu.storage_offset());
       }
@@ -207,6 +243,10 @@ class OverCpu {
     if (!cpu.defined() || cpu.device().type() != c10::kCPU) return cpu;
     for (const auto& [argument, card] : tensors_) {
       if (argument.unsafeGetTensorImpl() == cpu.unsafeGetTensorImpl()) return card;
+    }
+    if (cpu.is_sparse()) {
+      return at::_sparse_coo_tensor_unsafe(result(cpu._indices()), result(cpu._values()), cpu.sizes(),
+                                           cpu.options().device(kCard), cpu.is_coalesced());
     }
     if (const at::Tensor* base = card_storage_of(cpu))
       return tensor_over(base->storage(), base->key_set(), cpu);
@@ -240,6 +280,8 @@ class OverCpu {
     return nullptr;
   }
 
+  // In inference mode and in torch.func, too, nothing below is a step of autograd.
+  at::AutoDispatchBelowADInplaceOrView below_autograd_;
   std::vector<std::pair<at::Tensor, at::Tensor>> tensors_;  // of the CPU, of the card
   std::vector<std::pair<Storage, Storage>> storages_;
   card::Uses uses_;
@@ -355,6 +397,12 @@ const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef sizes, std::op
 
 void record_stream(at::Tensor&, at::Stream) {}
 
+// `parameter.data = ` a tensor of the CPU, or the reverse, which torch asks of
+// CPU and CUDA alone to be the same kind of tensor.
+bool may_replace(const at::Tensor& self, const at::Tensor& from) {
+  return self.layout() == c10::kStrided && from.layout() == c10::kStrided;
+}
+
 using Ints = c10::SymIntArrayRef;
 
 // torch asks devices from outside for these two, and for no others of their
@@ -396,8 +444,14 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("set_", set_nothing);
   library.impl("resize_", resize);
   library.impl("record_stream", record_stream);
+  library.impl("_has_compatible_shallow_copy_type", may_replace);
   library.impl("convolution_overrideable", convolution);
   library.impl("convolution_backward_overrideable", convolution_backward);
+}
+
+// Copies read and write conjugated tensors; what resolves them first is a copy.
+TORCH_LIBRARY_IMPL(aten, Conjugate, library) {
+  library.impl("_copy_from", torch::CppFunction::makeFallthrough());
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ as a card may make them, and a use of memory that no wait orders with them fails
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -18,29 +19,25 @@ from typing import Any
 
 import pytest
 import torch
+import torch_double_card  # built by __main__.py
 from driver_double import DriverDouble
-from torch.utils.cpp_extension import load
 
-_FOLDER = os.path.dirname(os.path.abspath(__file__))
 _BYTES = 80 << 30  # as a card tells; what is asked for comes out of the host's
 
-# Tests, by parts of their names, of what this device does not have.
+# Tests, by the beginnings of their names, of what this device does not have.
 _BEYOND_IT = (
-    # streams beside the default one, graphs, memory pools
-    *("_stream_saved", "_current_stream", "_its_stream_has", "_stream_of_its_tensor", "test_g_uploads", "test_h_our"),
-    *("_is_captured", "_pool_takes"),
-    # LSTM cells, torch.histc of integers, sparse and conjugated tensors, outputs without elements, torch.func
-    *("lstm", "recurrent", "mixtral", "sparse", "_no_update_can_use", "conjugated", "card-empty", "jacobians"),
-    *("card-forward_",),
-    # unified memory, which DLPack gives to CUDA alone
-    "test_unified_",
-    # `parameter.data = ...` from another device, which torch allows between CPU and CUDA alone; so does Module.to()
-    *("test_built_on_the_cpu", "_to_the_cpu_and_back", "_goes_to_the_host_pool", "_without_an_optimizer_streams"),
-    *("_tied_and_unused_parameters[card-host]", "test_frameworks.py::test_trainer", "test_frameworks.py::test_acc"),
-    # fused attention, whose memory is predicted
-    *("_leaves_is_about", "_byte_an_element_is_about"),
-    # processes of their own, which know this device by its old name
-    *("_door_is_loaded", "_fork_and_an_exit", "_one_path_has_one_process"),
+    # work of torch's that is not done yet (torch.cuda._sleep), and graphs, which record work
+    "test_activation_format.py::test_what_one_stream_saved_is_packed_behind_it",
+    "test_cuda_graphs.py::test_copies_end_while_another_model_is_captured",
+    "test_cuda_streams.py::test_a_checkpoint_has_what_its_stream_has_not_computed_yet",
+    "test_kernels.py::test_the_kernel_runs_on_the_current_stream",
+    "test_stream_rules.py::test_g_uploads_do_not_overtake_a_slow_compute_stream",
+    "test_stream_rules.py::test_h_our_streams_do_not_join_the_legacy_stream",
+    # memory pools: that torch's allocator goes by them
+    "test_unified_tensors.py::test_a_pool_takes_forward_and_backward",
+    # cuDNN's recurrent layers, which cast a weight once: the cells here use it at every time, and a streamed weight
+    # that autocast finds twice in a unit is cast twice
+    "test_together_models.py::test_offloaded_equals_resident[card-lstm-autocast]",
 )
 
 # Tests that race by what they do, the races by their text, and why no harm comes of them.
@@ -126,14 +123,23 @@ def _module(native: Any) -> types.ModuleType:
     return module
 
 
+def _from_dlpack(capsule: Any, given: Any = torch.utils.dlpack.from_dlpack) -> torch.Tensor:
+    """As torch's; to DLPack CUDA is device 2, and a device from outside 12."""
+    address = ctypes.pythonapi.PyCapsule_GetPointer
+    address.restype, address.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    kind = ctypes.c_int32.from_address(address(capsule, b"dltensor") + ctypes.sizeof(ctypes.c_void_p))
+    if kind.value == 2:
+        kind.value = 12
+    return given(capsule)
+
+
 def _install() -> None:
     torch.utils.rename_privateuse1_backend("card")
-    built = os.environ["TORCH_DOUBLE_BUILD"]
-    native = load("torch_double_card", [os.path.join(_FOLDER, "card.cpp")], build_directory=built, extra_cflags=["-O1"])
-    module = _module(native)
+    module = _module(torch_double_card)
     torch._register_device_module("card", module)
     sys.modules["torch.card"] = module
     torch.utils.generate_methods_for_privateuse1_backend()
+    torch.utils.dlpack.from_dlpack = _from_dlpack
 
 
 _driver = DriverDouble(Path(os.environ["OFFLOAD_CUDA_DRIVER"]))
@@ -173,7 +179,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     def stays(item: pytest.Item) -> bool:
         spec = getattr(item, "callspec", None)
         on_card = spec is not None and spec.params.get("device") == "card"
-        return on_card and not any(name in item.nodeid for name in _BEYOND_IT)
+        return on_card and not f"{item.path.name}::{item.name}".startswith(_BEYOND_IT)
 
     config.hook.pytest_deselected(items=[item for item in items if not stays(item)])
     items[:] = [item for item in items if stays(item)]
