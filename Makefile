@@ -82,7 +82,7 @@ sanitize: $(VENV)/.tools
 	done
 
 # The tests of a card where there is none, on a device of torch in host memory: its extension takes a minute to compile,
-# all of them six on two cores. CARD_TESTS= takes files and folders.
+# all of them eight on two cores. CARD_TESTS= takes files and folders.
 CARD_TESTS ?= tests/python tests/torch_double/watching.py
 test-card: $(VENV)/.installed
 	OFFLOAD_POISON=1 OMP_NUM_THREADS=1 $(PY) tests/torch_double -q -n $(TEST_WORKERS) --dist worksteal $(CARD_TESTS)

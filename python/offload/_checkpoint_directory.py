@@ -153,7 +153,7 @@ def _retire(directory: Path, tag: str, keep: int) -> None:
 def latest_tag(directory: Path) -> str | None:
     """What `latest` says; None without that file. Raises `StorageError` if it holds no tag."""
     try:
-        text = (directory / LATEST).read_text().strip()
+        text = (directory / LATEST).read_text("utf-8").strip()
     except FileNotFoundError:
         return None
     except NotADirectoryError as error:
@@ -185,7 +185,7 @@ def open_checkpoint(directory: Path, tag: str | None) -> Manifest:
     if not path.exists() and replaced.exists():
         path = replaced
     try:
-        document = json.loads((path / MANIFEST).read_text())
+        document = json.loads((path / MANIFEST).read_text("utf-8"))
         if document["format"] != _FORMAT or document["version"] != _VERSION:
             raise StorageError(
                 f"{path / MANIFEST} is of {document['format']!r} version {document['version']!r}, and this offload "

@@ -133,7 +133,7 @@ class TraceReport:
         for tier, kinds in self.memory.items():
             parts = ", ".join(f"{kind} {format_size(nbytes)}" for kind, nbytes in kinds.items() if nbytes)
             shown += [""] if tier == next(iter(self.memory)) else []
-            shown.append(f"{tier} memory, most at once: {parts or 'none'}")
+            shown += [f"{tier} memory, most at once: {parts}"] if parts else []
         shown += [*map(_clock_text, self.clocks), "", self.verdict]
         if self.advice is not None:
             shown.append(f"try {self.advice.setting}: {self.advice.because}")

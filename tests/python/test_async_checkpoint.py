@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import gc
 import os
 import threading
 import weakref
@@ -21,6 +20,7 @@ from offload import _durable_files, _saving, _snapshot
 from test_checkpoints import assert_bits, bits_of, steps
 from test_save_checkpoint import PLACEMENTS, wrapped
 from training import HOST, TinyLM, batches, loss_of, make_model
+from what_lives import all_gone
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -335,7 +335,6 @@ def test_a_save_that_nobody_waits_for_keeps_no_model(placement: str, tmp_path: P
     assert writer is not None and _saving._running is save
     del model, optimizer
     writer.join()
-    gc.collect()
-    assert [kept() for kept in watched] == [None] * 3
+    assert all_gone(watched)
     save.wait()
     offload.describe_checkpoint(tmp_path)

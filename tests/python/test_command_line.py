@@ -85,6 +85,7 @@ def test_numbers_say_what_is_legal(capsys: pytest.CaptureFixture[str], arguments
         ([*PLAN, "--batch", "65537"], "--batch: 65,537 sequences a step and GPU; give at most 65,536"),
         ([*PLAN[:-4], "--hardware", "4090", "--tokens", "65537", "--length", "1"], "--tokens: 65,537 sequences"),
         ([*PLAN, "--interconnect", "nvlink"], "--interconnect nvlink joins several GPUs: give --gpus too"),
+        ([*PLAN, "--gpus", "8"], "--gpus 8 needs --interconnect, what joins them: one of 10gbe, 25gbe"),
         (["memory", *TINY, "--hidden", "7"], "--hidden 7: give a multiple of 64, or an even number below it"),
         ([*PLAN, "--gpu-memory", "0"], "--gpu-memory 0: "),
         ([*PLAN, "--host-memory", "much"], "--host-memory much: "),

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import offload
 from training import HOST, RESIDENT, batches, loss_of, make_model
-from what_lives import collect, threads
+from what_lives import all_gone, collect, threads
 
 
 class Allocations:
@@ -154,5 +154,4 @@ def test_dropping_the_model_frees_everything(steps: int) -> None:
         wrapped.step()  # the last one is in flight when the model goes
     left = [weakref.ref(p) for p in model.parameters()] + [weakref.ref(wrapped._engine)]
     del model, wrapped
-    gc.collect()
-    assert [reference() for reference in left] == [None] * len(left)
+    assert all_gone(left)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import os
 import weakref
 from typing import Any
@@ -26,6 +25,7 @@ from training import (
     train,
     wrapped_run,
 )
+from what_lives import all_gone
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -209,8 +209,7 @@ def test_dropping_the_model_frees_everything() -> None:
     optimizer.step()
     left = [*(weakref.ref(p) for p in model.parameters()), weakref.ref(optimizer._engine)]
     del model, optimizer
-    gc.collect()
-    assert [reference() for reference in left] == [None] * len(left)
+    assert all_gone(left)
 
 
 # --- values -------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # A flag of a thread in /proc: it is ending, so whoever joins it may have gone on already. Of linux/sched.h.
@@ -20,6 +20,21 @@ def collect() -> None:
     for _ in range(10):
         if gc.collect() == 0:
             return
+
+
+def all_gone(references: Iterable[Callable[[], object]]) -> bool:
+    """Collects until these weak references are dead.
+
+    Autograd's thread for a device lets go of a backward a moment after that has ended: what it still holds at a
+    collection is left for the next one.
+    """
+    deadline = time.monotonic() + _HANG_S
+    waiting = list(references)
+    while waiting and time.monotonic() < deadline:
+        collect()
+        waiting = [reference for reference in waiting if reference() is not None]
+        os.sched_yield()
+    return not waiting
 
 
 def _threads() -> Iterator[tuple[str, str]]:

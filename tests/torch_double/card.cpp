@@ -158,7 +158,6 @@ struct CardHooks final : at::PrivateUse1HooksInterface {
     return at::detail::getDefaultCPUGenerator();
   }
   at::Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
-  c10::Allocator* getPinnedMemoryAllocator() const override { return c10::GetAllocator(c10::kCPU); }
   at::Device getDeviceFromPtr(void*) const override { return Device(kCard, 0); }
   c10::Allocator* getPinnedMemoryAllocator() const override {
     static PinnedAllocator of_host;

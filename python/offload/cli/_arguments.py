@@ -13,7 +13,10 @@ __all__ = ["Parser", "amount", "count", "ending", "place_or_share", "positive", 
 
 EXIT_USAGE = 2
 
-_EXITS = "exit codes: 0 done, 1 a check failed, 2 bad arguments or a missing package, 130 stopped by Ctrl-C"
+_EXITS = (
+    "exit codes: 0 done, 1 a check failed, 2 bad arguments or a missing package, 130 stopped by Ctrl-C, 141 nobody "
+    "reads what is printed"
+)
 
 # No model has so many; to build one of far more, even without weights, takes forever.
 _MOST_PARAMETERS = 10**15

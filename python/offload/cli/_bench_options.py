@@ -11,7 +11,7 @@ __all__ = ["add_bench"]
 
 _EXITS = (
     "exit codes: 0 done, 1 a check failed, a part of all failed, or a figure is worse, 2 bad arguments or a missing "
-    "package, 130 stopped by Ctrl-C"
+    "package, 130 stopped by Ctrl-C, 141 nobody reads what is printed"
 )
 
 

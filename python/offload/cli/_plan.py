@@ -62,6 +62,9 @@ def run_plan(options: argparse.Namespace) -> int:
 def _predicted(options: argparse.Namespace) -> dict[str, Any]:
     if options.interconnect is not None and options.gpus == 1:
         raise offload.InvalidArgument(f"--interconnect {options.interconnect} joins several GPUs: give --gpus too")
+    if options.gpus > 1 and options.interconnect is None:
+        joins = ", ".join(offload.Hardware.INTERCONNECTS)
+        raise offload.InvalidArgument(f"--gpus {options.gpus} needs --interconnect, what joins them: one of {joins}")
     now_at("building the model without its weights")
     model = model_of(options)
     hardware = _hardware(options)

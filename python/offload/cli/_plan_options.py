@@ -28,7 +28,8 @@ examples:
   offload plan config.json                         (this machine, measured)
   offload plan package.module:build --gpus 8 --interconnect ib-hdr200
 
-exit codes: 0 it fits, 2 nothing fits, bad arguments or a missing package, 130 stopped by Ctrl-C
+exit codes: 0 it fits, 2 nothing fits, bad arguments or a missing package,
+130 stopped by Ctrl-C, 141 nobody reads what is printed
 """
 
 
