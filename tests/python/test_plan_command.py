@@ -306,7 +306,7 @@ def test_several_gpus_are_said_to_be_arithmetic(capsys: pytest.CaptureFixture[st
     shared = [*SMALL, "--hardware", "a100-40", "--gpus", "4", *QUICK]
     found = reported(capsys, *shared, "--interconnect", "25gbe")
     assert "4 GPUs over 25gbe are arithmetic" in found["notes"][0] and "network" in found["steps"][0]["busy"]
-    assert "interconnect=None for 4 GPUs: give one of 10gbe" in refused(capsys, *shared)
+    assert "--gpus 4 needs --interconnect, what joins them: one of 10gbe" in refused(capsys, *shared)
 
 
 @pytest.mark.usefixtures("no_search")
