@@ -8,6 +8,7 @@ import os
 import sys
 import types
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,12 +272,31 @@ def test_parts_of_theirs(their_classes: dict[str, Any], tmp_path: Path) -> None:
         other.load_checkpoint(tmp_path, tag="absent")
 
 
+def test_a_stage_as_python_3_11_pickles_enums(
+    their_classes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first releases, Debian 12's among them, write `getattr(ZeroStageEnum, name)`."""
+    kind = their_classes["ZeroStageEnum"]
+    kind.__reduce_ex__ = lambda stage, _: (getattr, (kind, {1: "optimizer_states", 2: "gradients"}[stage]))
+    kind.optimizer_states, kind.gradients = kind(1), kind(2)
+    model, optimizer = pair(torch.bfloat16, 0)
+    steps(model, optimizer)
+    avoid_ties(optimizer)
+    write(tmp_path, model, optimizer, 2, their_classes)
+    (states,) = (tmp_path / "global_step3").glob("*optim_states.pt")
+    assert b"getattr" in states.read_bytes()
+    monkeypatch.undo()
+    other, resumed = pair(torch.bfloat16, 5)
+    load_zero_checkpoint(tmp_path, other, resumed)
+    assert_bits(bits_of(other, resumed), bits_of(model, optimizer))
+
+
 class Hostile:
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, call: Callable[..., Any], *arguments: Any) -> None:
+        self._reduced = call, arguments
 
     def __reduce__(self) -> Any:
-        return os.mkdir, (str(self._path),)
+        return self._reduced
 
 
 def test_what_is_refused_changes_nothing(their_classes: dict[str, Any], tmp_path: Path) -> None:
@@ -299,7 +319,8 @@ def test_what_is_refused_changes_nothing(their_classes: dict[str, Any], tmp_path
         path.write_bytes(good)
         assert_bits(bits_of(other, resumed), before)
 
-    refused(offload.StorageError, "nothing of it was run", epoch=Hostile(tmp_path / "ran"))
+    refused(offload.StorageError, "nothing of it was run", epoch=Hostile(os.mkdir, str(tmp_path / "ran")))
+    refused(offload.StorageError, "is no stage of ZeRO", epoch=Hostile(getattr, argparse.Namespace, "__init__"))
     assert not (tmp_path / "ran").exists()
     refused(offload.InvalidArgument, "saved by 2 data-parallel", dp_world_size=2)
     refused(offload.InvalidArgument, "of another model", module={"x": torch.zeros(1)})

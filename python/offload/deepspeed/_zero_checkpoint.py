@@ -57,8 +57,20 @@ ZeroStageEnum = enum.Enum(
     module="deepspeed.runtime.zero.config",
     type=int,
 )
+
+
+def _stage(kind: Any, name: Any) -> Any:
+    """In the place of `getattr`, by which the first releases of Python 3.11 (Debian 12's) pickle what is of an enum."""
+    if kind is ZeroStageEnum and name in ZeroStageEnum.__members__:
+        return ZeroStageEnum[name]
+    raise pickle.UnpicklingError(f"getattr({kind!r}, {name!r}) is no stage of ZeRO")
+
+
 # argparse.Namespace: scripts save their arguments in the client state.
-_ALLOWED: list[Any] = [LossScaler, DynamicLossScaler, fragment_address, ZeroStageEnum, argparse.Namespace]
+_ALLOWED: list[Any] = [
+    *(LossScaler, DynamicLossScaler, fragment_address, ZeroStageEnum, argparse.Namespace),
+    (_stage, "builtins.getattr"),
+]
 
 # What the model's file holds of the engine; every other entry is the user's client state.
 _ENGINE_ENTRIES = {
