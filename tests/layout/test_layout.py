@@ -59,7 +59,7 @@ PYTHON_FLOORS = (
     ("_activation_region", "_hooks", "_live_states", "_optimizer", "_native_updater", "_torch_updater",
      "_resident_move", "_model_sizes"),
     ("_clocks", "_trace_units", "_tracing"),
-    ("_wrap", "_predict"),
+    ("_wrap_checks", "_wrap", "_predict"),
     ("_snapshot", "_saving", "_loading", "_export"),
 )  # fmt: skip
 DOORS = ("__init__", "__main__", "unified")  # may import every floor

@@ -286,16 +286,16 @@ def test_parameters_that_cannot_go_are_named(device: torch.device, number: int) 
 
 def test_the_device_of_a_model(device: torch.device) -> None:
     model = on_cpu()
-    assert _wrap._device_of(model, offload.Config(device=str(device))) == device
+    assert _wrap.device_of(model, offload.Config(device=str(device))) == device
     if device.type == "cuda":
         model.head.to(device)
-        assert _wrap._device_of(model, offload.Config(device=str(device))) == device
+        assert _wrap.device_of(model, offload.Config(device=str(device))) == device
         with pytest.raises(
             offload.InvalidArgument, match=r"embedding\.weight on cpu and head\.weight on cuda.*device="
         ):
-            _wrap._device_of(model, offload.Config())
+            _wrap.device_of(model, offload.Config())
         with pytest.raises(offload.InvalidArgument, match=r"device='cpu', but head\.weight is on cuda"):
-            _wrap._device_of(model, offload.Config(device="cpu"))
+            _wrap.device_of(model, offload.Config(device="cpu"))
 
 
 def test_the_first_forward_finds_the_weights(device: torch.device) -> None:

@@ -1,0 +1,204 @@
+"""What `wrap` asks of its process, model, optimizers and options before anything is changed."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import torch
+from torch import nn
+
+from ._config import Config
+from ._errors import InvalidArgument, StateError
+from ._native_state import AdagradState
+from ._native_updater import NativeUpdater
+from ._optimizer import OffloadOptimizer
+from ._plan import Plan
+from ._torch_updater import TorchUpdater, check_torch_optimizer
+from ._units import check_module
+
+__all__ = [
+    "check_formats",
+    "check_model",
+    "check_optimizers",
+    "check_placement",
+    "check_process",
+    "device_of",
+    "updater_of",
+]
+
+
+def check_process() -> None:
+    world_size = os.environ.get("WORLD_SIZE", "1")
+    if world_size.strip() not in ("", "1"):
+        raise InvalidArgument(
+            f"WORLD_SIZE={world_size}: training in several processes is not supported yet (it would train separate "
+            "models); start one process without torchrun"
+        )
+
+
+def check_model(model: nn.Module) -> None:
+    check_module(model)
+    for name, module in model.named_modules():
+        kind = type(module)
+        if kind.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel") or any(
+            base.__name__ == "FSDPModule" for base in kind.__mro__
+        ):
+            raise InvalidArgument(
+                f"{name or 'the model'} is a {kind.__name__}: data parallelism is not supported yet; "
+                "wrap the plain module"
+            )
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise InvalidArgument(
+                f"{name or 'the model'} is a torch.jit.ScriptModule with parameters: its code reads them without "
+                "asking whether their update has ended; wrap the module that it was made from, or keep it outside of "
+                "the model given to wrap. Without parameters it is legal"
+            )
+    if next(model.parameters(), None) is None:
+        raise InvalidArgument(f"this {type(model).__name__} has no parameters: there is nothing to offload")
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise InvalidArgument(f"{name} has no shape yet, as a Lazy module makes it: run one forward before wrap")
+        if parameter.is_meta:
+            raise InvalidArgument(f"{name} is on the meta device: materialise and initialise the model first")
+        if parameter.is_inference():
+            raise InvalidArgument(
+                f"{name} was made inside torch.inference_mode(), where nothing can be trained or written to later: "
+                "make the model outside of it"
+            )
+
+
+def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    if not optimizers:
+        raise InvalidArgument("no optimizer given: pass a torch.optim.Optimizer over the model's parameters")
+    known = {id(parameter) for parameter in model.parameters()}
+    owner: dict[int, int] = {}
+    for index, optimizer in enumerate(optimizers):
+        if isinstance(optimizer, OffloadOptimizer):
+            raise StateError("this optimizer is wrapped already: call offload.unwrap(model, optim) first")
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InvalidArgument(f"optimizer {index} is a {type(optimizer).__name__}: give torch.optim.Optimizer")
+        if updater_of(optimizer) is TorchUpdater:
+            check_torch_optimizer(optimizer, model)
+        if not any(group["params"] for group in optimizer.param_groups):
+            raise InvalidArgument("the optimizer has only empty groups: give it the model's parameters")
+        for number, group in enumerate(optimizer.param_groups):
+            if not group["params"]:
+                raise InvalidArgument(f"group {number} of the optimizer is empty: remove it or give it parameters")
+            for flag in ("differentiable", "capturable"):
+                if group.get(flag):
+                    raise InvalidArgument(f"group {number} has {flag}=True, which is not supported: pass {flag}=False")
+            for position, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise InvalidArgument(
+                        f"parameter {position} of group {number}, of shape {tuple(parameter.shape)}, is not the "
+                        "model's: build the optimizer from model.parameters() of the model given to wrap"
+                    )
+                if owner.setdefault(id(parameter), index) != index:
+                    raise InvalidArgument(
+                        f"parameter {position} of group {number} is in two optimizers: each parameter needs one"
+                    )
+
+
+def check_formats(settings: Config, optimizers: list[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        if settings.master == "bf16" and updater_of(optimizer) is TorchUpdater:
+            raise InvalidArgument(
+                f"master='bf16': {type(optimizer).__name__} runs as itself, over fp32 masters; bf16 masters are for "
+                "Adam, AdamW, Adagrad and offload.Lion, pass master='auto'"
+            )
+        if settings.moments == "fp32":
+            continue
+        if updater_of(optimizer) is TorchUpdater:
+            why = "runs as itself, with states of its own"
+        elif updater_of(optimizer).state_kind_of(optimizer) is AdagradState:
+            why = "never forgets: the rounding errors of its sum would add up for ever"
+        else:
+            continue
+        raise InvalidArgument(
+            f"moments={settings.moments!r}: {type(optimizer).__name__} {why}; small moments are for Adam, AdamW and "
+            "offload.Lion, pass moments='fp32'"
+        )
+
+
+def check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None:
+    for optimizer in optimizers:
+        if updater_of(optimizer) is not TorchUpdater:
+            continue
+        if plan.optimizer == "mixed":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot have a share of its states on the host: its own step may compute "
+                "over several parameters at once, in one place; pass optimizer='host' or optimizer='device'"
+            )
+        if plan.params == "disk":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot train weights on disk: its own step computes over all of them at "
+                "once; pass params='host', or use Adam, AdamW, Adagrad or offload.Lion"
+            )
+        if plan.optimizer == "unified":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot have its states in unified memory: its own step makes them on the "
+                "device; pass optimizer='host', or use Adam, AdamW, Adagrad or offload.Lion"
+            )
+        if plan.optimizer == "disk":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} cannot have its states on disk: its own step computes over tensors; pass "
+                "optimizer='host', or use Adam, AdamW, Adagrad or offload.Lion"
+            )
+        if plan.params == "host" and plan.optimizer == "device":
+            raise InvalidArgument(
+                f"{type(optimizer).__name__} on the device steps over all weights at once, and params='host' keeps "
+                "them away: pass optimizer='host', or params='device'"
+            )
+
+
+def updater_of(optimizer: torch.optim.Optimizer) -> type[NativeUpdater] | type[TorchUpdater]:
+    return NativeUpdater if NativeUpdater.takes(optimizer) else TorchUpdater
+
+
+def device_of(model: nn.Module, settings: Config) -> torch.device:
+    """The device asked for, to which parameters may come from the CPU; else the one that all of them are on."""
+    asked = None if settings.device is None else _parse_device(settings.device)
+    places: dict[torch.device, str] = {}  # with the first parameter on each
+    for name, parameter in model.named_parameters():
+        places.setdefault(parameter.device, name)
+    for device, name in places.items():
+        if device.type not in ("cpu", "cuda"):
+            raise InvalidArgument(f"{name} is on {device}: legal are 'cpu' and 'cuda' devices; call model.to() first")
+        if asked is not None and device not in (asked, torch.device("cpu")):
+            raise InvalidArgument(
+                f"device={settings.device!r}, but {name} is on {device}: call model.to({str(asked)!r}) first, or pass "
+                f"device={str(device)!r}"
+            )
+    if asked is not None:
+        return asked
+    if len(places) > 1:
+        where = " and ".join(f"{name} on {device}" for device, name in places.items())
+        raise InvalidArgument(
+            f"there are {where}: one device computes; pass device= to name it, and what is on the CPU goes there"
+        )
+    only = next(iter(places))
+    if only.type == "cpu" and torch.cuda.is_available():
+        warnings.warn(
+            "the model is on the CPU although there is an accelerator, so it trains on the CPU: pass device='cuda' to "
+            "train there, or device='cpu' to say that it is meant",
+            stacklevel=3,
+        )
+    return only
+
+
+def _parse_device(name: str | torch.device) -> torch.device:
+    """A device that is there, CUDA ones with their index."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InvalidArgument(f"device={name!r} is no device that torch knows: {error}") from error
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
+        raise InvalidArgument(
+            f"device={name!r}: there is no such device here; legal are 'cpu'"
+            + "".join(f", 'cuda:{index}'" for index in range(torch.cuda.device_count()))
+        )
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
