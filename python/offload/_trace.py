@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol
 
 from . import _native
 
@@ -28,6 +29,8 @@ __all__ = [
     "wrapped",
     "wrapped_models",
 ]
+
+_Given = ParamSpec("_Given")
 
 # So many records are kept, 160 MB of native ones. Native ones beyond that are counted as lost, until the step ends and
 # the recording with it.
@@ -54,9 +57,23 @@ class Recorder:
         self.watcher = watcher
         # Of models by their clocks: what hooks recorded with moments that the clock reads when the trace is over.
         self.unread: list[tuple[Any, list[HookSpan]]] = []
+        # What hooks that record took of the threads they ran on: these take turns.
+        self.recording_ns = 0
         self._native: list[bytes] = []
         self._count = 0
         self._lost = 0
+
+    def timed(self, hook: Callable[_Given, None]) -> Callable[_Given, None]:
+        """`hook`, with what it takes counted as the recording's."""
+
+        def counted(*args: _Given.args, **kwargs: _Given.kwargs) -> None:
+            begin = time.monotonic_ns()
+            try:
+                hook(*args, **kwargs)
+            finally:
+                self.recording_ns += time.monotonic_ns() - begin
+
+        return counted
 
     def read(self) -> None:
         """Takes what the native core has recorded."""

@@ -97,6 +97,7 @@ def to_json(data: TraceData) -> dict[str, Any]:
             "clocks": [[c.at_ns, c.device, c.sm_mhz, c.most_mhz, list(c.reasons)] for c in data.clocks],
             "models": [dict(model) for model in data.models],
             "lost_count": data.lost_count,
+            "recording_ns": data.recording_ns,
             "notes": list(data.notes),
         },
     }
@@ -159,6 +160,7 @@ def from_json(values: Mapping[str, Any], where: str) -> TraceData:
             ),
             models=tuple(own["models"]),
             lost_count=own["lost_count"],
+            recording_ns=own.get("recording_ns", 0),  # traces of before have none
             notes=tuple(own["notes"]),
         )
     except (KeyError, TypeError, ValueError) as error:

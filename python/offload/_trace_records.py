@@ -57,6 +57,7 @@ class TraceData:
     """A whole trace. Times are nanoseconds of CLOCK_MONOTONIC; add realtime_offset_ns for those of the calendar.
 
     models: by wrapped model, its device and where the plan has put what. lost_count: records that found no room.
+    recording_ns: what the trace's own hooks took of the threads that ran the steps.
     """
 
     begin_ns: int
@@ -67,6 +68,7 @@ class TraceData:
     clocks: tuple[ClockSample, ...] = ()
     models: tuple[Mapping[str, Any], ...] = ()
     lost_count: int = 0
+    recording_ns: int = 0
     notes: tuple[str, ...] = ()
 
     def lane(self, name: str) -> list[Span]:

@@ -76,6 +76,7 @@ class TraceReport:
 
     micro_batches: backward passes a step. memory: the most bytes in use at once, by tier and kind. advice: the one
     setting that would help most, None where none would. lost_count: records that found no room; the sums lack them.
+    recording_s: what the trace's own hooks took of the threads that ran the steps; part of the times above.
     """
 
     steps: int
@@ -91,6 +92,7 @@ class TraceReport:
     models: tuple[Mapping[str, Any], ...]
     lost_count: int
     notes: tuple[str, ...]
+    recording_s: float = 0.0
 
     @property
     def exposed_total_s(self) -> float:
@@ -129,7 +131,11 @@ class TraceReport:
         """What `str()` shows, in its order: lines of text, and tables as rows of cells, the first being the header."""
         if not self.steps:
             return [self.verdict, *self._warnings()]
-        shown: list[str | list[tuple[str, ...]]] = [self._times(), "", self._lanes()]
+        shown: list[str | list[tuple[str, ...]]] = [self._times()]
+        if self.recording_s:
+            share = self.recording_s / self.step_s
+            shown.append(f"of it the trace's own hooks took {duration(self.recording_s)} ({share:.1%})")
+        shown += ["", self._lanes()]
         for tier, kinds in self.memory.items():
             parts = ", ".join(f"{kind} {format_size(nbytes)}" for kind, nbytes in kinds.items() if nbytes)
             shown += [""] if tier == next(iter(self.memory)) else []
@@ -202,6 +208,7 @@ def analyse(data: TraceData) -> TraceReport:
         models=data.models,
         lost_count=data.lost_count,
         notes=data.notes,
+        recording_s=data.recording_ns / 1e9 / len(data.lane("step")) if count else 0.0,
     )
     return dataclasses.replace(report, advice=advise(report)) if count else report
 

@@ -98,8 +98,8 @@ class TracedUnits:
                 self._around(ready, name)
                 self._after_forward(module, "compute", name)
         # The label before all other hooks: what the engine waits for then is no unit's. The beginning after them.
-        clear = ModuleHook(functools.partial(self._label, ""))
-        begin = ModuleHook(functools.partial(self._begin_forward, "phase", "forward"))
+        clear = ModuleHook(recorder.timed(functools.partial(self._label, "")))
+        begin = ModuleHook(recorder.timed(functools.partial(self._begin_forward, "phase", "forward")))
         self._handles += [
             model.register_forward_pre_hook(clear, prepend=True),
             model.register_forward_pre_hook(begin),
@@ -114,12 +114,13 @@ class TracedUnits:
         """In the engine's own hook before a unit's forward: every hook more is Python that compute has driven out of
         the caches. What the engine waits for there is the unit's."""
         make_ready = ready.call
+        label, begin = self._recorder.timed(self._label), self._recorder.timed(self._begin_forward)
 
         def traced() -> None:
-            self._label(name)
+            label(name)
             if make_ready is not None:
                 make_ready()
-            self._begin_forward("compute", name)
+            begin("compute", name)
 
         self._replaced.append((ready, make_ready))
         ready.call = traced
@@ -127,7 +128,7 @@ class TracedUnits:
     def _after_forward(self, module: nn.Module, lane: str, name: str) -> None:
         # A backward's end of one unit comes before what the engine does for the next, its beginning after.
         if self._streams and lane == "compute":
-            close = ForwardHook(self._watcher(lane, name, opens=False))
+            close = ForwardHook(self._recorder.timed(self._watcher(lane, name, opens=False)))
             self._handles.append(module.register_forward_hook(close, prepend=True))
         watch = self._watcher(lane, name, opens=True)
 
@@ -135,7 +136,8 @@ class TracedUnits:
             self._end_forward(lane, name)
             watch(output)
 
-        self._handles.append(module.register_forward_hook(ForwardHook(ended), always_call=True))
+        hook = ForwardHook(self._recorder.timed(ended))
+        self._handles.append(module.register_forward_hook(hook, always_call=True))
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -186,7 +188,8 @@ class TracedUnits:
         def touch(_: Any) -> None:
             units = itself()
             if units is not None and units._handles:
-                units._open_backward(lane, name) if opens else units._close_unit()
+                timed = units._recorder.timed
+                timed(units._open_backward)(lane, name) if opens else timed(units._close_unit)()
 
         def watch(output: Any) -> None:
             if torch.is_grad_enabled():
@@ -237,4 +240,4 @@ class _BackwardEnd:
     def __call__(self) -> None:
         units = self._units()
         if units is not None:
-            units.end_backward()
+            units._recorder.timed(units.end_backward)()

@@ -164,8 +164,8 @@ class _Recording:
             for hooks in _trace.wrapped_models():
                 self.model_wrapped(hooks)
             self._handles = [
-                register_optimizer_step_pre_hook(self._before_step),
-                register_optimizer_step_post_hook(self._after_step),
+                register_optimizer_step_pre_hook(self._recorder.timed(self._before_step)),
+                register_optimizer_step_post_hook(self._recorder.timed(self._after_step)),
             ]
             self._sampler.start()
         except BaseException:
@@ -256,6 +256,7 @@ class _Recording:
             clocks=tuple(self._sampler.clocks),
             models=tuple(self._models),
             lost_count=self._recorder.lost_count,
+            recording_ns=self._recorder.recording_ns,
             notes=tuple(notes),
         )
 

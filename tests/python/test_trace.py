@@ -10,6 +10,7 @@ import re
 import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -95,6 +96,21 @@ def test_every_byte_that_moved_is_recorded(placement: dict[str, str]) -> None:
     updated = names(trace, "host_update")
     assert updated == {name: 2 for name, _ in model.named_parameters()}
     assert trace.report.micro_batches == 2
+
+
+@pytest.mark.parametrize("placement", [HOST, STREAMED], ids=["host", "streamed"])
+def test_what_the_hooks_of_a_trace_take_is_counted(
+    placement: dict[str, str], alone: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = itertools.count(0, 1000)  # each hook reads this clock when it begins and ends, so it takes 1000
+    monkeypatch.setattr(_trace, "time", SimpleNamespace(monotonic_ns=lambda: next(ticks)))
+    model, optimizer = wrapped(placement=placement)
+    with offload.trace() as trace:
+        step(model, optimizer)
+        settle(optimizer)
+    more = 1 if placement is STREAMED else 0  # what the engine does between two units' backwards is neither's
+    forward, backward, around_step = 3 + 6 * (3 + more), 6 * (1 + more) + 1, 2
+    assert trace.data.recording_ns == 1000 * (forward + backward + around_step)
 
 
 def test_units_compute_in_order_and_copies_have_their_names() -> None:
@@ -423,6 +439,7 @@ def test_a_saved_trace_is_read_back(recorded: offload.trace, tmp_path: Path, nam
         assert abs(ours.begin_ns - theirs.begin_ns) <= 1  # the format's numbers are no finer in a quarter of a year
         assert (ours.lane, ours.name, ours.nbytes, ours.kind) == (theirs.lane, theirs.name, theirs.nbytes, theirs.kind)
     assert loaded.data.memory == recorded.data.memory and loaded.data.models == recorded.data.models
+    assert loaded.data.recording_ns == recorded.data.recording_ns > 0
     assert loaded.report.steps == 2
     assert loaded.report.step_s == pytest.approx(recorded.report.step_s)
 

@@ -57,5 +57,6 @@ def test_the_bench_reports_both_overheads(tmp_path: Path) -> None:
     for share in (result["overhead"], result["cpu_overhead"]):
         low, high = share["median_between"]
         assert low <= share["median"] <= high and share["target"] == 0.01
+    assert len(result["recording_share"]["samples"]) == 3 and 0 < result["recording_share"]["median"] < 1
     expected = result["added_us_per_unit"]["median"] * 1e-6 * result["units"] / result["off_step_s"]["median"]
     assert result["reckoned_overhead"] == pytest.approx(expected)

@@ -132,6 +132,13 @@ def test_losses_and_notes_are_told() -> None:
     assert "1,234 records were lost" in str(found) and "no clocks" in str(found)
 
 
+def test_what_recording_took_is_told() -> None:
+    found = report(*PASSES, recording_ns=3 * MS)
+    assert found.recording_s * 1e3 == pytest.approx(3)
+    assert "its own hooks" not in str(found) and "the trace's own hooks took 3.00 ms (3.0%)" in str(found)
+    assert "own hooks" not in str(report(*PASSES))
+
+
 # --- the verdict and the advice -----------------------------------------------------------------------------
 
 

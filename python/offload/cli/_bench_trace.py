@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     blocks, steps = (4, 1) if options.quick else (128, 2)
     size, length, repeats = (100_000, 16, 5) if options.quick else (5_000_000, 128, 40)
     step, end, units = _model_step(size, length, device)
-    wall, cpu = _in_turns(step, blocks, steps, device)
+    wall, cpu, recording = _in_turns(step, blocks, steps, device)
     end()
     off, added = summary(wall["off"][1:]), summary(_added_us(repeats, device))
     yield {
@@ -53,6 +53,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "on_step_s": summary(wall["on"][1:]),
         "overhead": added_share(wall["off"], wall["on"], _TARGET),
         "cpu_overhead": added_share(cpu["off"], cpu["on"], _TARGET),
+        # Of the same steps, by the trace's own clock: what they differ by does not touch it.
+        "recording_share": summary(recording[1:]),
         "added_us_per_unit": added,
         # What the hooks take of that step where they can be told from what steps differ by.
         "reckoned_overhead": added["median"] * 1e-6 * units / off["median"],
@@ -61,18 +63,22 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def _in_turns(
     step: Step, blocks: int, steps: int, device: torch.device
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds a step of each block, "off" and "on", by the clock and of the process's own work."""
+) -> tuple[dict[str, list[float]], dict[str, list[float]], list[float]]:
+    """Seconds a step of each block, "off" and "on", by the clock and of the process's own work; of those with a trace,
+    the share that its own hooks took."""
     wall: dict[str, list[float]] = {"off": [], "on": []}
     cpu: dict[str, list[float]] = {"off": [], "on": []}
+    recording = []
     for block in range(blocks):
         now_at(f"block {block + 1} of {blocks}")
         for name in in_turn(block, ("off", "on")):
-            with offload.trace() if name == "on" else contextlib.nullcontext():
+            with offload.trace() if name == "on" else contextlib.nullcontext() as trace:
                 elapsed, worked = timed_block(step, steps, device)
             wall[name].append(elapsed)
             cpu[name].append(worked)
-    return wall, cpu
+            if trace is not None:
+                recording.append(trace.report.recording_s / elapsed)
+    return wall, cpu, recording
 
 
 def _model_step(size: int, length: int, device: torch.device) -> tuple[Step, Callable[[], None], int]:
@@ -186,6 +192,7 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
         figure("step with one", "ms", result["on_step_s"], scale=1e3, ceiling=("one without", off["median"])),
         figure("overhead", "share of a step", result["overhead"]),
         figure("overhead in CPU time", "share of a step", result["cpu_overhead"]),
+        figure("in its own hooks", "share of a step", result["recording_share"]),
         figure("added to a unit", "us", result["added_us_per_unit"]),
     ]
 
@@ -194,7 +201,8 @@ def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What a trace costs, beside what was asked for."""
     wall, cpu = share_between(result["overhead"]), share_between(result["cpu_overhead"])
     return [
-        f"a trace adds {wall} to a step, {cpu} to its CPU time; by what it adds to a unit "
+        f"a trace adds {wall} to a step, {cpu} to its CPU time; its own hooks took "
+        f"{result['recording_share']['median']:.2%} of these steps; by what it adds to a unit alone "
         f"({result['added_us_per_unit']['median']:.1f} us, {result['units']} times) it would be "
         f"{result['reckoned_overhead']:.2%}",
         f"(medians with their 95 % intervals; asked for: at most {_TARGET:.0%})",
