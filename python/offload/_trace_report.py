@@ -152,7 +152,8 @@ class TraceReport:
         rows = [("step", self.step_s), ("  compute", self.compute_s)]
         rows += [(f"  exposed: {CAUSES[cause]}", seconds) for cause, seconds in self.exposed_s.items()]
         rows.append(("  other (data, loss, step() itself)", self.other_s))
-        heading = f"{self.steps} steps of {self.micro_batches:g} micro-batches, a step on average:"
+        batches = "micro-batch" if self.micro_batches == 1 else "micro-batches"
+        heading = f"{self.steps} steps of {self.micro_batches:g} {batches}, a step on average:"
         return [(heading, "", ""), *((name, duration(value), f"{value / self.step_s:.1%}") for name, value in rows)]
 
     def _lanes(self) -> list[tuple[str, ...]]:

@@ -44,6 +44,7 @@ def hand_made(name: str = "blocks.0") -> TraceData:
         clocks=tuple(ClockSample(at, "cuda:0", 1200, 1980, ("power cap",)) for at in range(3)),
         models=({"device": "cpu", "optimizer": "host", "master": "split", "moments": "fp32", "trainable_count": 9},),
         lost_count=7,
+        recording_ns=6 * MS,
     )
 
 
@@ -96,4 +97,5 @@ def test_it_renders(tmp_path: Path) -> None:
     assert body.count("<canvas") == 6 + 2 + 2  # and two axes
     assert report.advice.setting in body and "7 records were lost" in body and "power cap" in body
     assert "20.00 ms" in body and "exposed: host optimizer" in body
+    assert "of it the trace's own hooks</td><td>2.00 ms</td><td>2 %</td>" in body
     assert "of 300.00 ms" in body  # written when everything was drawn
