@@ -30,6 +30,8 @@ import torch
 
 # The package is imported where it is needed: the layout is checked where it is not installed.
 _EXT4 = 0xEF53
+# A directory on a file system with reflinks, such as XFS and btrfs: what uses them is tested there too.
+_REFLINK_PATH = os.environ.get("OFFLOAD_REFLINK_PATH", "")
 _REQUIRE_GPU = os.environ.get("OFFLOAD_REQUIRE_GPU", "0") not in ("", "0")
 # Whose absence `--skip-missing` forgives. Without torch there is nothing to test.
 _FORGIVEN = {"accelerate", "hjson", "hypothesis", "matplotlib", "numpy", "peft", "rich", "safetensors", "transformers"}
@@ -80,6 +82,9 @@ def pytest_collection_finish() -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test of the engine (its module uses the fixture `device`) runs on the CPU and, where there is one, on CUDA."""
+    if "cloning_disk" in metafunc.fixturenames:
+        kinds = ["copies", "reflinks"] if _REFLINK_PATH else ["copies"]
+        metafunc.parametrize("cloning_disk", kinds, indirect=True)
     if "device" not in metafunc.fixturenames:
         return
     devices = ["cpu"]
@@ -281,6 +286,15 @@ def disk_calls(monkeypatch: pytest.MonkeyPatch) -> Any:
     calls.pretend_file_system(_EXT4)
     monkeypatch.setattr(_state_store, "DiskStore", functools.partial(_disk.DiskStore, calls=calls))
     return calls
+
+
+@pytest.fixture
+def cloning_disk(request: pytest.FixtureRequest, tmp_path: Path, disk_calls: Any) -> Iterator[Path]:
+    """A directory for the disk tier whose files can be cloned: by copies anywhere, by reflinks where there are any."""
+    if request.param == "copies":
+        disk_calls.pretend_clones()
+    with tempfile.TemporaryDirectory(dir=tmp_path if request.param == "copies" else _REFLINK_PATH) as path:
+        yield Path(path)
 
 
 @pytest.fixture

@@ -69,6 +69,7 @@ void bind_failing_system_calls(py::module_& module) {
             self.shorten(call_of(call), nth, nbytes);
           },
           py::arg("call"), py::arg("nth"), py::arg("nbytes"))
+      .def("pretend_clones", &FailingSystemCalls::pretend_clones)
       .def("pretend_file_system", &FailingSystemCalls::pretend_file_system, py::arg("type"))
       .def(
           "call_count",
@@ -110,6 +111,11 @@ void bind_storage(py::module_& module) {
            py::arg("queue_depth") = defaults.queue_depth, py::arg("thread_count") = defaults.thread_count,
            py::arg("backend") = "auto", py::arg("direct") = true, py::arg("calls") = py::none())
       .def("allocate", &BlockFile::allocate, py::arg("nbytes"), py::call_guard<GilReleased>())
+      .def("clone",
+           [](BlockFile& self) {
+             GilReleased released;
+             return std::shared_ptr<BlockFile>(self.clone().release(), &delete_without_gil<BlockFile>);
+           })
       .def(
           "submit_read",
           [](BlockFile& self, uint64_t offset, uintptr_t destination, uint64_t nbytes) {

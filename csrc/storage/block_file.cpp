@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <condition_variable>
 #include <cstdlib>
 #include <deque>
 #include <mutex>
@@ -59,6 +60,8 @@ const char* disk_backend_name(DiskBackend backend) noexcept {
 
 struct BlockFile::State {
   explicit State(BlockFileOptions its_options);
+  // A clone, of what has no write under way and takes no operations meanwhile.
+  explicit State(const State& original);
 
   uint64_t block_of(uint64_t offset) const noexcept { return offset / options.block_bytes; }
 
@@ -83,6 +86,10 @@ struct BlockFile::State {
   // guarded by mutex; records are appended only, and keep their addresses
   std::deque<BlockRecord> records;
 
+  std::mutex writes_mutex;  // a lane ends writes while `mutex` may be held
+  std::condition_variable writes_ended;
+  size_t write_count = 0;  // guarded by writes_mutex: requests under way
+
   std::vector<std::unique_ptr<DiskLane>> lanes;  // last: their threads use all of the above
 };
 
@@ -96,6 +103,15 @@ BlockFile::State::State(BlockFileOptions its_options) : options(std::move(its_op
               "disk_path names " + other->directory() + " twice (" + directory + "): a path counts once");
     }
     files.push_back(std::move(file));
+  }
+  open_lanes();
+}
+
+BlockFile::State::State(const State& original) : options(original.options), backend(original.backend) {
+  for (const auto& file : original.files) files.push_back(file->clone());
+  for (const BlockRecord& record : original.records) {
+    records.push_back(
+        {.submitted_bytes = record.submitted_bytes, .checksum = record.checksum, .is_lost = record.is_lost});
   }
   open_lanes();
 }
@@ -178,6 +194,14 @@ Ticket BlockFile::State::submit(bool is_write, uint64_t offset, char* address, u
     for (const auto& operations : by_lane) {
       for (const BlockOperation& operation : operations) operation.record->submitted_bytes = operation.bytes;
     }
+    {
+      std::lock_guard writes(writes_mutex);
+      ++write_count;
+    }
+    request->ticket().on_end([this](const std::exception_ptr&) {
+      std::lock_guard writes(writes_mutex);
+      if (--write_count == 0) writes_ended.notify_all();
+    });
   }
   for (size_t lane = 0; lane < lanes.size(); ++lane) {
     if (!by_lane[lane].empty()) lanes[lane]->submit(std::move(by_lane[lane]));
@@ -209,8 +233,10 @@ struct BlockFile::Door {
   }
 };
 
-BlockFile::BlockFile(BlockFileOptions options)
-    : state_(std::make_unique<State>(std::move(options))), door_(std::make_shared<Door>()) {
+BlockFile::BlockFile(BlockFileOptions options) : BlockFile(std::make_unique<State>(std::move(options))) {}
+
+BlockFile::BlockFile(std::unique_ptr<State> state)
+    : state_(std::move(state)), door_(std::make_shared<Door>()) {
   door_->file = state_.get();
 }
 
@@ -243,6 +269,22 @@ uint64_t BlockFile::allocate(uint64_t bytes) {
     throw;
   }
   return before * block_bytes;
+}
+
+std::unique_ptr<BlockFile> BlockFile::clone() {
+  State& state = *state_;
+  state.owner.require_owner("the block file");
+  for (;;) {
+    {
+      std::lock_guard lock(state.mutex);
+      std::unique_lock writes(state.writes_mutex);
+      const bool is_quiet = state.write_count == 0;
+      writes.unlock();  // reads end meanwhile, and what waits for them
+      if (is_quiet) return std::unique_ptr<BlockFile>(new BlockFile(std::make_unique<State>(state)));
+    }
+    std::unique_lock writes(state.writes_mutex);
+    state.writes_ended.wait(writes, [&] { return state.write_count == 0; });
+  }
 }
 
 Ticket BlockFile::submit_read(uint64_t offset, void* destination, uint64_t bytes) {

@@ -63,6 +63,12 @@ class BlockFile {
   // nothing, when a path cannot hold its part. Space is given back with the file, not before.
   uint64_t allocate(uint64_t bytes);
 
+  // A file of the bytes that this one has when all writes submitted so far have ended, which is waited for;
+  // to be read. By reflinks: nothing is copied, and what is written here while it lives takes new space.
+  // Where that runs out the clone gives up its bytes, and not the write. Throws kStorage when a path's file
+  // system refuses.
+  std::unique_ptr<BlockFile> clone();
+
   // Each block is read with the length that it was written with: all of it, but for the end of a write.
   // Throws kInvalidArgument, or kState for a block that was never written, and then submits nothing.
   // A failed read leaves the memory undefined.
@@ -86,6 +92,7 @@ class BlockFile {
  private:
   struct State;
   struct Door;
+  explicit BlockFile(std::unique_ptr<State> state);
   std::unique_ptr<State> state_;  // leaked in a forked child: its threads do not exist there
   std::shared_ptr<Door> door_;    // what waits for tickets comes in by it, as long as it is open
 };

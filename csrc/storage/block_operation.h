@@ -82,6 +82,7 @@ struct BlockOperation {
   uint32_t transfer_bytes = 0;  // the same, rounded up to kDiskAlignment
   uint32_t done_bytes = 0;      // of transfer_bytes
   uint64_t file_offset = 0;
+  bool was_refused_space = false;
   BlockRecord* record = nullptr;
   std::shared_ptr<DiskRequest> request;
 };

@@ -28,6 +28,11 @@ DiskLane::Progress DiskLane::begin(BlockOperation& operation) noexcept {
 
 DiskLane::Progress DiskLane::advance(BlockOperation& operation, int64_t result) noexcept {
   if (result == -EINTR) return Progress::kMore;
+  const bool is_full = result == -ENOSPC || result == -EDQUOT;
+  if (is_full && operation.is_write && !operation.was_refused_space && file_.unshare()) {
+    operation.was_refused_space = true;  // without a clone it writes to space that the file has
+    return Progress::kMore;
+  }
   if (result < 0) {
     fail(operation, static_cast<int>(-result), description(operation));
     return Progress::kEnded;
@@ -38,6 +43,15 @@ DiskLane::Progress DiskLane::advance(BlockOperation& operation, int64_t result) 
   }
   // The rest begins at an aligned place, as O_DIRECT demands.
   const auto aligned = static_cast<uint32_t>(result) / kDiskAlignment * kDiskAlignment;
+  if (aligned == 0 && file_.given_up()) {
+    end(operation, std::make_exception_ptr(
+                       Error(ErrorKind::kStorage,
+                             description(operation) +
+                                 " failed: the disk was full, so the clone gave its space to the writes of "
+                                 "the training. Free space on that file system, and save again.",
+                             ENOSPC)));
+    return Progress::kEnded;
+  }
   if (aligned == 0) {
     end(operation,
         std::make_exception_ptr(Error(

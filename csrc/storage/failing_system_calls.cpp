@@ -1,10 +1,37 @@
 #include "storage/failing_system_calls.h"
 
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <memory>
+
 namespace offload {
+namespace {
+
+// Both files may be open for direct transfers: their sizes are multiples of this, as scratch files' are.
+constexpr size_t kCopyAlignment = 4096;
+constexpr size_t kCopyBytes = size_t{1} << 20;
+
+int copy_bytes(int file, int original) {
+  struct stat facts{};
+  if (::fstat(original, &facts) < 0 || ::ftruncate(file, facts.st_size) < 0) return -errno;
+  const std::unique_ptr<void, decltype(&std::free)> piece(std::aligned_alloc(kCopyAlignment, kCopyBytes),
+                                                          &std::free);
+  for (off_t offset = 0; offset < facts.st_size; offset += static_cast<off_t>(kCopyBytes)) {
+    const size_t bytes = std::min(kCopyBytes, static_cast<size_t>(facts.st_size - offset));
+    if (::pread(original, piece.get(), bytes, offset) != static_cast<ssize_t>(bytes)) return -EIO;
+    if (::pwrite(file, piece.get(), bytes, offset) != static_cast<ssize_t>(bytes)) return -EIO;
+  }
+  return 0;
+}
+
+}  // namespace
 
 const char* system_call_name(SystemCall call) noexcept {
   static constexpr const char* kNames[kSystemCallCount] = {
-      "open",  "unlink", "set_lock",    "file_system", "set_flags",   "allocate",   "truncate",
+      "open",  "unlink", "set_lock",    "file_system", "set_flags",   "allocate",   "truncate",   "clone",
       "pread", "pwrite", "uring_setup", "uring_map",   "uring_enter", "uring_read", "uring_write"};
   return kNames[static_cast<size_t>(call)];
 }
@@ -24,6 +51,11 @@ void FailingSystemCalls::shorten(SystemCall call, size_t nth, size_t bytes) {
 void FailingSystemCalls::pretend_file_system(long type) {
   std::lock_guard lock(mutex_);
   file_system_type_ = type;
+}
+
+void FailingSystemCalls::pretend_clones() {
+  std::lock_guard lock(mutex_);
+  pretends_clones_ = true;
 }
 
 size_t FailingSystemCalls::call_count(SystemCall call) const {
@@ -74,6 +106,15 @@ int FailingSystemCalls::allocate(int file, off_t offset, off_t length) {
 int FailingSystemCalls::truncate(int file, off_t length) {
   const Verdict verdict = judge(SystemCall::kTruncate);
   return verdict.fails ? verdict.code() : SystemCalls::truncate(file, length);
+}
+
+int FailingSystemCalls::clone(int file, int original) {
+  const Verdict verdict = judge(SystemCall::kClone);
+  if (verdict.fails) return verdict.code();
+  std::unique_lock lock(mutex_);
+  const bool pretends = pretends_clones_;
+  lock.unlock();
+  return pretends ? copy_bytes(file, original) : SystemCalls::clone(file, original);
 }
 
 int FailingSystemCalls::uring_setup(unsigned entries, UringParameters* parameters) {

@@ -17,11 +17,11 @@ namespace offload {
 
 // clang-format off
 enum class SystemCall {
-  kOpen, kUnlink, kSetLock, kFileSystem, kSetFlags, kAllocate, kTruncate, kPread, kPwrite,
-  kUringSetup, kUringMap, kUringEnter, kUringRead, kUringWrite
+  kOpen, kUnlink, kSetLock, kFileSystem, kSetFlags, kAllocate, kTruncate, kClone, kPread,
+  kPwrite, kUringSetup, kUringMap, kUringEnter, kUringRead, kUringWrite
 };
 // clang-format on
-constexpr size_t kSystemCallCount = 14;
+constexpr size_t kSystemCallCount = 15;
 const char* system_call_name(SystemCall call) noexcept;
 
 class FailingSystemCalls final : public SystemCalls {
@@ -35,6 +35,9 @@ class FailingSystemCalls final : public SystemCalls {
 
   void pretend_file_system(long type);  // what fstatfs says from now on
 
+  // From now on a clone is a copy of the bytes, on any file system.
+  void pretend_clones();
+
   size_t call_count(SystemCall call) const;  // so far
 
   int open(const char* path, int flags, mode_t mode) override;
@@ -44,6 +47,7 @@ class FailingSystemCalls final : public SystemCalls {
   int set_flags(int file, int flags) override;
   int allocate(int file, off_t offset, off_t length) override;
   int truncate(int file, off_t length) override;
+  int clone(int file, int original) override;
   ssize_t pread(int file, void* destination, size_t bytes, off_t offset) override;
   ssize_t pwrite(int file, const void* source, size_t bytes, off_t offset) override;
   int uring_setup(unsigned entries, UringParameters* parameters) override;
@@ -73,6 +77,7 @@ class FailingSystemCalls final : public SystemCalls {
   std::array<Fault, kSystemCallCount> faults_;
   std::array<size_t, kSystemCallCount> counts_{};
   long file_system_type_ = 0;  // 0: what the kernel says
+  bool pretends_clones_ = false;
 };
 
 }  // namespace offload

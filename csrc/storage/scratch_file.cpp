@@ -7,7 +7,10 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
+#include <mutex>
+#include <system_error>
 #include <utility>
+#include <vector>
 
 #include "storage/storage_error.h"
 
@@ -36,12 +39,25 @@ const KnownFileSystem* find_file_system(long type) {
   return nullptr;
 }
 
+bool is_full(int result) { return result == -ENOSPC || result == -EDQUOT; }
+
 alignas(kDiskAlignment) const char kZeros[kDiskAlignment] = {};
 
 }  // namespace
 
+struct ScratchFile::Sharing {
+  std::mutex mutex;
+  // guarded by mutex
+  std::vector<ScratchFile*> clones;
+  bool was_cloned = false;
+};
+
 ScratchFile::ScratchFile(std::shared_ptr<SystemCalls> calls, std::string directory, bool direct)
-    : calls_(std::move(calls)), directory_(std::move(directory)), lock_(calls_, directory_) {
+    : calls_(std::move(calls)),
+      directory_(std::move(directory)),
+      lock_(calls_, directory_),
+      sharing_(std::make_shared<Sharing>()),
+      is_clone_(false) {
   open();
   try {
     refuse_memory();
@@ -56,7 +72,56 @@ ScratchFile::ScratchFile(std::shared_ptr<SystemCalls> calls, std::string directo
   }
 }
 
-ScratchFile::~ScratchFile() { ::close(file_); }
+ScratchFile::ScratchFile(const ScratchFile& original, int direct_flag)
+    : calls_(original.calls_),
+      directory_(original.directory_),
+      lock_(calls_, directory_),
+      file_system_(original.file_system_),
+      direct_(original.direct_),
+      direct_refusal_(original.direct_refusal_),
+      size_bytes_(original.size_bytes_),
+      reservation_refusal_(original.reservation_refusal_),
+      sharing_(original.sharing_),
+      is_clone_(true) {
+  open();
+  int result = calls_->clone(file_, original.file_);
+  if (result == 0 && direct_flag != 0)
+    result = calls_->set_flags(file_, ::fcntl(file_, F_GETFL) | direct_flag);
+  if (result < 0) {
+    ::close(file_);
+    throw Error(ErrorKind::kStorage,
+                "a reflink of a file in " + directory_ +
+                    " failed: " + std::generic_category().message(-result) + " (" + error_name(-result) +
+                    "). Of the file systems of a disk_path, XFS and btrfs have reflinks.",
+                -result);
+  }
+  std::lock_guard lock(sharing_->mutex);
+  sharing_->clones.push_back(this);
+  sharing_->was_cloned = true;
+}
+
+ScratchFile::~ScratchFile() {
+  if (is_clone_) {
+    // Under the lock, so that who finds no clone finds its space free. The bytes go before the descriptor,
+    // which a forked child may have too, and on file systems that give back space some time after a close.
+    std::lock_guard lock(sharing_->mutex);
+    std::erase(sharing_->clones, this);
+    calls_->truncate(file_, 0);
+  }
+  ::close(file_);
+}
+
+std::unique_ptr<ScratchFile> ScratchFile::clone() const {
+  return std::unique_ptr<ScratchFile>(new ScratchFile(*this, direct_ ? O_DIRECT : 0));
+}
+
+bool ScratchFile::unshare() const noexcept {
+  std::lock_guard lock(sharing_->mutex);
+  for (ScratchFile* clone : sharing_->clones) {
+    if (!clone->given_up_.exchange(true)) calls_->truncate(clone->file_, 0);
+  }
+  return sharing_->was_cloned;
+}
 
 void ScratchFile::open() {
   static std::atomic<uint64_t> serial{0};
@@ -64,7 +129,8 @@ void ScratchFile::open() {
   file_ = calls_->open(path_.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
   if (file_ < 0) throw storage_error(-file_, "making the file " + path_);
   if (const int result = calls_->unlink(path_.c_str()); result < 0) {
-    ::close(file_);  // the file is stale now: who locks the directory next removes it
+    calls_->unlink(path_.c_str());  // once more: a clone's directory may be in use for long
+    ::close(file_);                 // the file is stale now: who locks the directory next removes it
     throw storage_error(-result, "unlinking the file " + path_);
   }
 }
@@ -108,6 +174,16 @@ void ScratchFile::try_direct() {
 
 void ScratchFile::reserve(uint64_t bytes) {
   if (bytes <= size_bytes_) return;
+  int result = try_to_reserve(bytes);
+  if (is_full(result) && unshare()) result = try_to_reserve(bytes);
+  if (result < 0) {
+    throw storage_error(-result,
+                        "reserving " + std::to_string(bytes - size_bytes_) + " bytes in " + directory_);
+  }
+  size_bytes_ = bytes;
+}
+
+int ScratchFile::try_to_reserve(uint64_t bytes) {
   const uint64_t more_bytes = bytes - size_bytes_;
   struct statfs facts{};
   int result = calls_->file_system(file_, &facts);
@@ -127,10 +203,7 @@ void ScratchFile::reserve(uint64_t bytes) {
     }
     if (result < 0) shrink(size_bytes_);  // what failed may have grown the file
   }
-  if (result < 0) {
-    throw storage_error(-result, "reserving " + std::to_string(more_bytes) + " bytes in " + directory_);
-  }
-  size_bytes_ = bytes;
+  return result;
 }
 
 void ScratchFile::shrink(uint64_t bytes) noexcept {

@@ -2,10 +2,12 @@
 // process ends.
 //
 // Ownership: owns the descriptor, and is a user of the directory.
-// Threads: reserve() by one thread at a time; reads and writes of the descriptor from any.
+// Threads: reserve() and clone() by one thread at a time; all else, and reads and writes of the descriptor,
+//          from any.
 // Units: bytes; in direct mode offsets, lengths and addresses are multiples of kDiskAlignment.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -32,6 +34,17 @@ class ScratchFile {
   // when there is none. Where the file system cannot reserve, free space is compared and reserved() is false.
   void reserve(uint64_t bytes);
 
+  // A file of the same bytes in the same directory, to be read: a reflink. What is written here later takes
+  // new space on the disk as long as it lives. Throws kStorage where the file system refuses.
+  std::unique_ptr<ScratchFile> clone() const;
+
+  // This file is full, or a write to it: clones give up their bytes, so that writes need no more space than
+  // without them. Their reads fail from then on. False: there never was a clone.
+  bool unshare() const noexcept;
+
+  // Of a clone: whether it gave up its bytes.
+  bool given_up() const noexcept { return given_up_.load(); }
+
   // Back to `bytes`, as reserve() of another file of the stripe failed.
   void shrink(uint64_t bytes) noexcept;
 
@@ -48,9 +61,13 @@ class ScratchFile {
   const std::string& reservation_refusal() const noexcept { return reservation_refusal_; }
 
  private:
+  struct Sharing;
+
+  explicit ScratchFile(const ScratchFile& original, int direct_flag);
   void open();
   void refuse_memory();
   void try_direct();
+  int try_to_reserve(uint64_t bytes);
 
   const std::shared_ptr<SystemCalls> calls_;
   const std::string directory_;
@@ -62,6 +79,9 @@ class ScratchFile {
   std::string direct_refusal_;
   uint64_t size_bytes_ = 0;
   std::string reservation_refusal_;
+  const std::shared_ptr<Sharing> sharing_;  // of a file with its clones
+  const bool is_clone_;
+  std::atomic<bool> given_up_{false};
 };
 
 }  // namespace offload

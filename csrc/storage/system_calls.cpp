@@ -1,5 +1,7 @@
 #include "storage/system_calls.h"
 
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -27,6 +29,8 @@ int SystemCalls::allocate(int file, off_t offset, off_t length) {
 }
 
 int SystemCalls::truncate(int file, off_t length) { return or_code(::ftruncate(file, length)); }
+
+int SystemCalls::clone(int file, int original) { return or_code(::ioctl(file, FICLONE, original)); }
 
 ssize_t SystemCalls::pread(int file, void* destination, size_t bytes, off_t offset) {
   return or_code(::pread(file, destination, bytes, offset));

@@ -27,6 +27,7 @@ class SystemCalls {
   virtual int set_flags(int file, int flags);                  // fcntl(F_SETFL)
   virtual int allocate(int file, off_t offset, off_t length);  // fallocate
   virtual int truncate(int file, off_t length);                // ftruncate
+  virtual int clone(int file, int original);                   // ioctl(FICLONE)
   virtual ssize_t pread(int file, void* destination, size_t bytes, off_t offset);
   virtual ssize_t pwrite(int file, const void* source, size_t bytes, off_t offset);
   virtual int uring_setup(unsigned entries, UringParameters* parameters);

@@ -5,13 +5,14 @@ Everything that can fail raises StorageError with the file, the offset and what 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any
 
 from . import _native
-from ._errors import InvalidArgument
+from ._errors import InvalidArgument, StorageError
 
 __all__ = ["DiskFacts", "DiskPath", "DiskRange", "DiskStore", "probe_disk"]
 
@@ -23,7 +24,7 @@ class DiskFacts:
     """How one directory serves as disk_path; each refusal says why the better way is not taken, None: it is.
 
     backend is "io_uring" or "threads"; direct means O_DIRECT, else reads and writes pass the page cache. free_bytes
-    is what this user may still write there.
+    is what this user may still write there. reflink: files can share their bytes, so asynchronous saves stop no step.
     """
 
     directory: str
@@ -33,6 +34,8 @@ class DiskFacts:
     direct: bool
     direct_refusal: str | None
     free_bytes: int
+    reflink: bool
+    reflink_refusal: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,24 @@ class DiskStore:
             direct=direct,
             calls=calls,
         )
+        # Of _disk_snapshot.py: how many there were, what the present one may take and any did, and why the last one was
+        # not made.
+        self.snapshot_count = self.snapshot_bytes = self.snapshot_peak_bytes = 0
+        self.snapshot_refusal: str | None = None
+
+    def clone(self) -> DiskStore:
+        """A store of what was written here by now, to be read: later writes do not change it.
+
+        By reflinks, which copy nothing; raises `StorageError` where the file system has none.
+        """
+        clone = copy.copy(self)
+        clone._file = self._file.clone()
+        return clone
+
+    @property
+    def allocated_bytes(self) -> int:
+        """What the files take."""
+        return sum(path["allocated_bytes"] for path in self._file.facts())
 
     @property
     def block_bytes(self) -> int:
@@ -142,8 +163,8 @@ class DiskStore:
         return ticket
 
     def close(self) -> None:
-        """Gives up the files, though the store is referred to still. Use nothing after it."""
-        del self._file
+        """Gives up the files, though the store is referred to still. Use nothing after it. Idempotent."""
+        self.__dict__.pop("_file", None)
 
     def stats(self) -> list[dict[str, Any]]:
         """By path: directory, file_system, backend, direct, reserved, why each is not the best, and bytes so far."""
@@ -171,7 +192,13 @@ class DiskStore:
 
 def probe_disk(path: DiskPath) -> DiskFacts:
     """Opens a file in the directory `path` as training would, and says how it can be used. Leaves nothing behind."""
-    (facts,) = DiskStore(path).stats()
+    store = DiskStore(path)
+    (facts,) = store.stats()
+    reflink_refusal = None
+    try:
+        store.clone()
+    except StorageError as error:
+        reflink_refusal = error.strerror or str(error)
     space = os.statvfs(path)
     return DiskFacts(
         directory=facts["directory"],
@@ -181,6 +208,8 @@ def probe_disk(path: DiskPath) -> DiskFacts:
         direct=facts["direct"],
         direct_refusal=facts["direct_refusal"] or None,
         free_bytes=space.f_bavail * space.f_frsize,
+        reflink=reflink_refusal is None,
+        reflink_refusal=reflink_refusal,
     )
 
 

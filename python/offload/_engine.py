@@ -64,8 +64,18 @@ class EngineUnit:
     called: bool = False
 
 
-# Asked before the update of a state, with what it changes: when it may, or None for at once. It does not fail.
-BeforeUpdate = Callable[[Iterable[Tensor]], "Future[None] | None"]
+@dataclass(frozen=True)
+class StateWatch:
+    """Asked before states, or weights on the host, are written to; none of it fails.
+
+    before_update: before each update of a step, with what it changes: when it may, or None for at once. before_change:
+    before everything else. before_end: before they go, and their files. keeps_disk: files may change unannounced.
+    """
+
+    before_change: Callable[[], None]
+    before_update: Callable[[Iterable[Tensor]], Future[None] | None]
+    before_end: Callable[[], None]
+    keeps_disk: bool
 
 
 class Engine:
@@ -99,7 +109,7 @@ class Engine:
                 form=open_format(config.activation_format, device),
                 poison=config.poison_enabled,
             )
-        self.before_update: BeforeUpdate | None = None
+        self.watch: StateWatch | None = None
         self.isa = _native.active_isa()
         self.step = EngineStep(self)
         self._process = os.getpid()
@@ -208,6 +218,24 @@ class Engine:
         self.slots[id(state.parameter)] = slot
         if state.stored is not None:
             state.stored.slot = slot
+
+    # --- a save that is being written -----------------------------------------------------------------------
+
+    def watch_states(self, watch: StateWatch | None) -> None:
+        """None ends what was asked for."""
+        self.watch = watch
+        if self in _engines:  # a closed one has no window
+            self.streaming.window.before_write_back = None if watch is None else watch.before_change
+
+    def announce_change(self) -> None:
+        """States are about to be written to."""
+        if self.watch is not None:
+            self.watch.before_change()
+
+    def announce_end(self) -> None:
+        """States are about to go."""
+        if self.watch is not None:
+            self.watch.before_end()
 
     # --- readiness ------------------------------------------------------------------------------------------
 

@@ -81,6 +81,11 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
     fallbacks += [f"states on the device are updated by separate torch operations: {why}" for why in refusals if why]
     paths = [] if engine.disk is None else engine.disk.stats()
     fallbacks += list(_disk_fallbacks(paths))
+    if engine.disk is not None and engine.disk.snapshot_refusal is not None:
+        fallbacks.append(
+            "an asynchronous save copies what is on disk before it changes, or a step waits for the writer: "
+            f"{engine.disk.snapshot_refusal}"
+        )
     if engine.config.speculate_bytes and (why := why_not_ahead(engine)) is not None:
         fallbacks.append(f"no update begins in backward, as speculate= asks for: {why}")
     fallbacks += [
@@ -127,7 +132,8 @@ def allocator_bytes(device: torch.device) -> dict[str, dict[str, int]]:
 
 
 def _disk_counters(engine: Engine, paths: Sequence[Mapping[str, Any]], pipeline: Mapping[str, int]) -> dict[str, int]:
-    weights = engine.weights.cache_stats()
+    weights, store = engine.weights.cache_stats(), engine.disk
+    assert store is not None
     return {
         "allocated_bytes": sum(path["allocated_bytes"] for path in paths),
         "window_bytes": engine.plan.host.window,
@@ -135,6 +141,9 @@ def _disk_counters(engine: Engine, paths: Sequence[Mapping[str, Any]], pipeline:
         "written_bytes": sum(path["written_bytes"] for path in paths),
         "kept_bytes": pipeline["disk_kept_bytes"],
         "wait_ns": pipeline["disk_wait_ns"],
+        "snapshot_count": store.snapshot_count,
+        "snapshot_bytes": store.snapshot_bytes,
+        "snapshot_peak_bytes": store.snapshot_peak_bytes,
         **{f"weights_{name}": value for name, value in weights.items()},
     }
 

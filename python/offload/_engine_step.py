@@ -230,7 +230,8 @@ class EngineStep:
 
     def readers_of(self, state: ParameterState) -> list[_native.Ticket]:
         """What still reads the state's tensors for somebody else."""
-        reader = self._engine.before_update(state.tensors()) if self._engine.before_update is not None else None
+        watch = self._engine.watch
+        reader = None if watch is None else watch.before_update(state.tensors())
         return [] if reader is None or reader.done() else [ticket_of(reader)]
 
     def _submit(self, jobs: Sequence[Any], states: Sequence[ParameterState]) -> list[_native.Ticket]:

@@ -155,7 +155,9 @@ def _disk(stats: Stats, plan: Plan) -> MemoryTier:
     weights, files = stats.disk.get("weights_allocated_bytes", 0), stats.disk["allocated_bytes"]
     states = MemoryRow("states", files - weights, files - weights, plan.disk.master + plan.disk.moments)
     rows = [states, MemoryRow("weights", weights, weights, plan.disk.working)]
-    return _added("disk", [row for row in rows if row.now or row.planned], plan.disk)
+    # More than it takes: only what is written meanwhile, not what stays the same.
+    rows.append(MemoryRow("saves", stats.disk["snapshot_bytes"], stats.disk["snapshot_peak_bytes"]))
+    return _added("disk", [row for row in rows if row.now or row.peak or row.planned], plan.disk)
 
 
 def _added(name: str, rows: list[MemoryRow], planned: TierBytes) -> MemoryTier:

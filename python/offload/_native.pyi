@@ -202,6 +202,8 @@ class FailingSystemCalls:
         """The nth call of that name from now on (1 = the next) and the count - 1 after it give the errno `code`."""
     def shorten(self, call: str, nth: int, nbytes: int) -> None:
         """The nth pread, pwrite, uring_read or uring_write from now on says that it moved `nbytes` only."""
+    def pretend_clones(self) -> None:
+        """From now on a clone is a copy of the bytes, on any file system."""
     def pretend_file_system(self, type: int) -> None:
         """What fstatfs says from now on."""
     def call_count(self, call: str) -> int: ...
@@ -230,6 +232,8 @@ class BlockFile:
     ) -> None: ...
     def allocate(self, nbytes: int) -> int:
         """The offset of so many bytes, whose space is reserved on the disks; given back with the file."""
+    def clone(self) -> BlockFile:
+        """A file of the bytes that this one has when the writes submitted so far have ended, to be read: a reflink."""
     def submit_read(self, offset: int, destination: int, nbytes: int) -> Ticket: ...
     def submit_write(self, offset: int, source: int, nbytes: int) -> Ticket: ...
     def submit_read_after(self, after: Sequence[Ticket], offset: int, destination: int, nbytes: int) -> Ticket:

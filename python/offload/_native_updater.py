@@ -55,7 +55,8 @@ class NativeUpdater:
     @property
     def announces_updates(self) -> bool:
         """Copies of what is on disk are read back in the order of its updates: they cannot be waited for in one."""
-        return self.engine.disk is None
+        watch = self.engine.watch
+        return self.engine.disk is None or (watch is not None and watch.keeps_disk)
 
     def begin(self) -> None:
         pairs = self._originals()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._disk_snapshot import DiskSnapshot
 from ._state_store import StateStore, StoredArrays
 from ._stored_values import StoredWeight, flat
 
@@ -71,8 +72,8 @@ class OldWeight:
         place = self._place
         assert place is not None
 
-        def read(begin: int, out: Tensor) -> None:
-            place.read(_ARRAY, begin // dtype.itemsize, out.view(dtype))
+        def read(begin: int, out: Tensor, snapshot: DiskSnapshot | None) -> None:
+            place.read(_ARRAY, begin // dtype.itemsize, out.view(dtype), snapshot)
 
         return StoredWeight(read, dtype, shape, strides)
 

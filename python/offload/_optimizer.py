@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from . import _checkpoint
 from ._adamw import round_to_weight
 from ._checkpoint import Groups, SavedState
-from ._engine import BeforeUpdate, Engine
+from ._engine import Engine
 from ._engine_stats import allocator_bytes, engine_stats
 from ._errors import InvalidArgument, StateError
 from ._grad_factors import GradScale
@@ -42,7 +42,7 @@ class Updater(Protocol):
 
     @property
     def announces_updates(self) -> bool:
-        """Whether the engine asks before each update of a step (`Engine.before_update`)."""
+        """Whether the engine asks before each update of a step (`Engine.watch`)."""
 
     def begin(self) -> None:
         """Makes the states of its parameters, which are where they will be, and takes copies of those it has."""
@@ -117,7 +117,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._adopting = False
         self._joined = True
         self._dumps = False
-        self._before_change: Callable[[], None] | None = None
         # Their gradients are to leave: torch watches none of a parameter that needs no gradient yet.
         self._frozen: list[Parameter] = []
         # Of copies: torch adds to groups what defaults have gained since, as they do in a load.
@@ -207,7 +206,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 loss = closure()
         scale = self._usable_scale(grad_scale)
         if not self._updater.announces_updates:
-            self._announce_change()
+            self._engine.announce_change()
         self._updater.step(self.param_groups, scale)
         if self._frozen:
             self._watch_thawed()
@@ -258,23 +257,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         Writes by `copy_`, `load_state_dict` and other in-place operations are noticed without it.
         """
         self._engine.synchronize()
-        self._announce_change()
+        self._engine.announce_change()
         for state in self._own_states():
             self._engine.step.reseed(state)
-
-    def watch_states(self, before_change: Callable[[], None] | None, before_update: BeforeUpdate | None) -> None:
-        """Has them called before states, or weights on the host, are written to; None ends that.
-
-        `before_update` is asked for each parameter of a step, `before_change` stands before everything else.
-        """
-        self._before_change = before_change
-        if self._running is not None:
-            self._running.engine.streaming.window.before_write_back = before_change
-            self._running.engine.before_update = before_update
-
-    def _announce_change(self) -> None:
-        if self._before_change is not None:
-            self._before_change()
 
     # --- states ---------------------------------------------------------------------------------------------
 
@@ -339,7 +324,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def _take_state(self, key: Any, values: SavedState | None) -> None:
         self._engine.synchronize()
-        self._announce_change()
+        self._engine.announce_change()
         self._updater.take(key, values)
 
     @_disable_dynamo
@@ -377,7 +362,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         legal = {key for key, value in known.items() if isinstance(value, Tensor) and value.shape == parameter.shape}
         for key, value in values.items():
             _checkpoint.check_entry(name, parameter, key, value, legal | {"master"})
-        self._announce_change()
+        self._engine.announce_change()
         master = values.get("master")
         if master is not None:
             with engine.streaming.present([parameter]):
@@ -417,7 +402,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         pairs, others = _checkpoint.pair(self.param_groups, state_dict)
         self._updater.check(self.param_groups, state_dict["param_groups"], pairs, others)
         engine.synchronize()
-        self._announce_change()
+        engine.announce_change()
         for parameter, saved in pairs:
             if saved:
                 self._updater.adopt(parameter)  # may be over the host budget: before anything is changed
@@ -438,8 +423,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the end --------------------------------------------------------------------------------------------
 
     def plain_states(self) -> dict[Any, Any]:
-        """The states as stock torch would hold them; a save that is still being written needs those here no more."""
-        self._announce_change()
+        """The states as stock torch would hold them."""
         return self._updater.plain_states()
 
     def release(self, states: Mapping[Any, Any]) -> torch.optim.Optimizer:

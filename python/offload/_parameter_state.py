@@ -260,8 +260,7 @@ class ParameterState:
             upper = self._upper_half()
             if isinstance(upper, Tensor):
                 return SplitMaster(upper, self.remainder)
-            low = StoredValue.reader_of(self.remainder)
-            return StoredValue(low, self.parameter.shape, self.parameter.stride(), upper)
+            return StoredValue(flat(self.remainder), self.parameter.shape, self.parameter.stride(), upper)
         if self._weight_home is not None and not self.on_host:
             return self._weight_home.present()
         return self.master if self.master is not None else self.working_weight()

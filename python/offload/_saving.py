@@ -36,7 +36,9 @@ from torch import Tensor, nn
 from . import _durable_files as durable
 from ._checkpoint_directory import check_tag, commit
 from ._directory_lock import DirectoryLock
+from ._disk_snapshot import DiskSnapshot, open_snapshot
 from ._durable_files import WrittenFile
+from ._engine import Engine, StateWatch
 from ._errors import InvalidArgument
 from ._moments import Int8Moment
 from ._optimizer import OffloadOptimizer
@@ -146,6 +148,8 @@ def save_checkpoint(
         async_save: returns while the files are written; the bits are those of this call. States that a step changes
             meanwhile are copied first, so up to the bytes that are still to be written: its updates wait for that, and
             not the call. Where it is more than half of the memory available, the step waits for the writer instead.
+            What is on disk neither copies nor waits where the file system has reflinks and room for them:
+            docs/reliability.md.
         save_latest: makes this the checkpoint that `load_checkpoint` takes without a tag.
         keep: leaves that many of the newest checkpoints, and that of `latest`; None removes nothing.
         exclude_frozen: leaves out parameters that do not require gradients; loading leaves those as the model has them.
@@ -180,25 +184,47 @@ def save_checkpoint(
         return written
 
     lock = DirectoryLock(Path(directory).absolute())  # the program may change its directory meanwhile
+    nbytes = len(state_bytes) + optimizer_file.nbytes + model_file.nbytes
+    snapshot: DiskSnapshot | None = None
+
+    def end() -> None:
+        lock.release()
+        if snapshot is not None:
+            snapshot.close()
 
     def save() -> None:
-        nbytes = len(state_bytes) + optimizer_file.nbytes + model_file.nbytes
         try:
             commit(lock, tag, nbytes, write, set_latest=save_latest, keep=keep)
         finally:
-            lock.release()
+            end()
 
     running = CheckpointSave(lock.directory / tag)
     if not async_save:
         save()
         return running
 
-    guard = CopyBeforeChange(
-        (optimizer_file, model_file), lambda: probe_host().available_bytes, lambda: _wait_for(running)
-    )
-    running.start(save, _watch(optimizers, guard, running))
+    files = (optimizer_file, model_file)
+    try:
+        engines = _engines_of(model, optimizers)
+        if any(file.reads_disk() for file in files):
+            disks = [engine.disk for engine in engines if engine.disk is not None]
+            snapshot = open_snapshot(disks, lock.directory, nbytes)
+        for file in files:
+            if snapshot is not None:
+                file.read_from(snapshot)
+        guard = CopyBeforeChange(files, lambda: probe_host().available_bytes, lambda: _wait_for(running))
+        running.start(save, _watch(engines, optimizers, guard, running, keeps_disk=snapshot is not None))
+    except BaseException:
+        if running.is_done:  # else it ends by itself
+            end()
+        raise
     _running = running
     return running
+
+
+def _engines_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Engine]:
+    found = [engine_of(model), *(one._engine for one in optimizers if isinstance(one, OffloadOptimizer))]
+    return list(dict.fromkeys(engine for engine in found if engine is not None))
 
 
 def _wait_for(save: CheckpointSave) -> None:
@@ -208,9 +234,14 @@ def _wait_for(save: CheckpointSave) -> None:
 
 
 def _watch(
-    optimizers: Sequence[torch.optim.Optimizer], guard: CopyBeforeChange, save: CheckpointSave
+    engines: Sequence[Engine],
+    optimizers: Sequence[torch.optim.Optimizer],
+    guard: CopyBeforeChange,
+    save: CheckpointSave,
+    *,
+    keeps_disk: bool,
 ) -> Callable[[], None]:
-    """Has `guard` asked before the optimizers write to their states; returns what ends that."""
+    """Has `guard` asked before engines and stock optimizers write to states; returns what ends that."""
 
     def before_change() -> None:
         if not save.is_done:
@@ -219,23 +250,28 @@ def _watch(
     def before_update(tensors: Iterable[Tensor]) -> Future[None] | None:
         return None if save.is_done else guard.before_update(tensors)
 
+    def before_end() -> None:
+        if not save.is_done:
+            guard.before_end()
+
+    watch = StateWatch(before_change, before_update, before_end, keeps_disk)
+    for engine in engines:
+        engine.watch_states(watch)
     handles = []
     for optimizer in optimizers:
-        if isinstance(optimizer, OffloadOptimizer):
-            optimizer.watch_states(before_change, before_update)
-        else:
+        if not isinstance(optimizer, OffloadOptimizer):
             handles.append(optimizer.register_step_pre_hook(lambda *_: before_change()))
             handles.append(optimizer.register_load_state_dict_pre_hook(lambda *_: before_change()))
 
     # Weakly: the save that ran last is known until the next one, and must not keep a model that was dropped.
-    asked = weakref.WeakSet(optimizer for optimizer in optimizers if isinstance(optimizer, OffloadOptimizer))
+    asked = weakref.WeakSet(engines)
     guarding = weakref.ref(guard)
 
     def end() -> None:
         for handle in handles:
             handle.remove()
-        for optimizer in asked:
-            optimizer.watch_states(None, None)
+        for engine in asked:
+            engine.watch_states(None)
         if (still := guarding()) is not None:
             still.end()
 
@@ -275,7 +311,7 @@ def _contents(
         "optimizers": described,
     }
     state_bytes = _serialized(state)
-    current = _on_host(model, optimizers, weights) if staged else {}
+    current = _on_host(model, weights) if staged else {}
     values: dict[str, Value] = {}
     for name, value in weights.items():
         if name in tied:
@@ -310,24 +346,15 @@ def model_values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], d
     return tensors, extra, metadata
 
 
-def _on_host(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], weights: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def _on_host(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By name, host tensors that equal these weights and are not written to unannounced."""
     engine = engine_of(model)
-    watched = {
-        id(p)
-        for optimizer in optimizers
-        if isinstance(optimizer, OffloadOptimizer)
-        for group in optimizer.param_groups
-        for p in group["params"]
-    }
-    if engine is None or not watched:
+    if engine is None:
         return {}
     found = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         state, weight = engine.states.get(id(parameter)), weights.get(name)
-        if weight is None or isinstance(weight, LentWeight) or (state is not None and id(parameter) not in watched):
+        if weight is None or isinstance(weight, LentWeight):
             continue
         if parameter in engine.streaming:
             if weight.data_ptr() == engine.streaming.host_weight(parameter).data_ptr():

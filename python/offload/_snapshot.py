@@ -6,7 +6,9 @@ weights, are written to by steps, loads and write-backs alone, which announce th
 of a stock optimizer). The writer reads them where they are, in the order of the file, and at an announcement what it
 has not read yet is copied. So a save that ends before the next step copies no state, and the memory it takes is at most
 the bytes that it still has to write. A step whose updates run in the background does not wait: each update waits for
-the copies of what it changes, which are made in the order of the updates.
+the copies of what it changes, which are made in the order of the updates. What is on disk is read from a snapshot where
+there is one (_disk_snapshot.py) and never copied, or only when its store goes; otherwise it is copied as the rest, but
+before a step, not before each of its updates: the copies are read from the disk that the updates before them write to.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._disk_snapshot import DiskSnapshot
 from ._moments import Int8Moment
 from ._safetensors import lay_out
 from ._stored_values import LentWeight, SplitMaster, StoredValue, StoredWeight
@@ -57,6 +60,14 @@ class TensorFile:
         self._first = 0  # the sources before it are taken
         self._taken_bytes = 0
         self._error: BaseException | None = None
+
+    def reads_disk(self) -> bool:
+        return any(isinstance(source.value, (StoredValue, StoredWeight)) for source in self.sources)
+
+    def read_from(self, snapshot: DiskSnapshot) -> None:
+        """What is on disk is read there. Before anything is taken."""
+        for source in self.sources:
+            source.snapshot = snapshot
 
     @torch.no_grad()
     def take(self, buffer: Tensor) -> tuple[int, int] | None:
@@ -100,19 +111,22 @@ class TensorFile:
             parts.append(source)
         return parts
 
-    def left_bytes(self) -> int:
-        """The bytes that were not taken and are still those of live tensors."""
+    def left_bytes(self, *, ending: bool = False) -> int:
+        """The bytes that were not taken and are still those of live tensors. ending: or of a snapshot."""
         with self._changed:
-            return sum(source.end - source.begin for source in self.sources[self._first :] if source.is_live)
+            return sum(source.left_bytes(ending=ending) for source in self.sources[self._first :])
 
-    def keep(self, source: _Source) -> None:
-        """Copies what was not taken of it: when this returns, nothing is read from its live tensor any more."""
+    def keep(self, source: _Source, *, ending: bool = False) -> None:
+        """Copies what was not taken of it: when this returns, nothing is read from its live tensor any more.
+
+        ending: nor from a snapshot.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not source.is_copying)
             source.is_copying = True
             self._changed.wait_for(lambda: source.readers == 0)
         try:
-            source.copy()
+            source.copy(ending=ending)
         finally:
             with self._changed:
                 source.is_copying = False
@@ -126,36 +140,50 @@ class TensorFile:
 
 
 class _Source:
-    """The values of one tensor at `begin` to `end` of the file: those of a live tensor, a copy, or nothing any more."""
+    """The values of one tensor at `begin` to `end` of the file: those of a live tensor, a copy, or nothing any more.
 
-    __slots__ = ("_bytes", "_value", "begin", "end", "is_copying", "is_live", "readers")
+    `snapshot` has those on disk, None: they are live too.
+    """
+
+    __slots__ = ("_bytes", "begin", "end", "is_copying", "is_live", "readers", "snapshot", "value")
 
     def __init__(self, value: Value, begin: int, end: int) -> None:
-        self._value: Value | None = value
+        self.value: Value | None = value
         self._bytes: Tensor | None = None
         self.begin = begin
         self.end = end
+        self.snapshot: DiskSnapshot | None = None
         self.is_live = True
         self.readers = 0
         self.is_copying = False
 
     def addresses(self) -> list[int]:
         """Of the live tensors that are read."""
-        value = self._value
+        value = self.value
         parts: Sequence[Tensor] = ()
         if isinstance(value, SplitMaster):
             parts = (value.weight, value.remainder)
         elif isinstance(value, Int8Moment):
             parts = value.tensors()
-        elif isinstance(value, (Tensor, Cast)):  # what is on disk has none
+        elif isinstance(value, (Tensor, Cast)):
             parts = (value.value if isinstance(value, Cast) else value,)
+        elif isinstance(value, StoredValue) and self.snapshot is not None:  # else it is copied before the step
+            parts = value.in_memory()
         return [part.data_ptr() for part in parts if part.numel() > 0]
+
+    def left_bytes(self, *, ending: bool) -> int:
+        """What a copy takes; see `copy`."""
+        value = self.value
+        if isinstance(value, (StoredValue, StoredWeight)) and self.snapshot is not None and not ending:
+            return sum(part.nbytes for part in value.in_memory()) if self.is_live else 0
+        is_copy = not self.is_live and not isinstance(value, (StoredValue, StoredWeight))
+        return 0 if is_copy else self.end - self.begin
 
     def read(self, out: Tensor, begin: int) -> None:
         """Writes the bytes from `begin` on, as many as `out` has; of what is no tensor these are whole elements."""
         if out.numel() == 0:
             return
-        value = self._value
+        value = self.value
         assert value is not None
         if isinstance(value, SplitMaster) and value.weight.is_contiguous():
             first, count = begin // 4, out.numel() // 4
@@ -163,26 +191,37 @@ class _Source:
             part.join_into(out.view(torch.float32))
             return
         if isinstance(value, StoredValue) and value.is_contiguous():
-            value.read_into(out.view(torch.float32), begin // 4)
+            value.read_into(out.view(torch.float32), begin // 4, self.snapshot)
             return
         if isinstance(value, StoredWeight) and value.is_contiguous():
-            value.read_into(out.view(value.dtype), begin // value.dtype.itemsize)
+            value.read_into(out.view(value.dtype), begin // value.dtype.itemsize, self.snapshot)
             return
         if self._bytes is None:
-            whole = value if isinstance(value, Tensor) else value.join()
+            whole = self._whole(value)
             self._bytes = whole.detach().contiguous().view(-1).view(torch.uint8)
         out.copy_(self._bytes[begin : begin + out.numel()])
 
+    def _whole(self, value: Value) -> Tensor:
+        if isinstance(value, (StoredValue, StoredWeight)):
+            return value.join(self.snapshot)
+        return value if isinstance(value, Tensor) else value.join()
+
     @torch.no_grad()
-    def copy(self) -> None:
-        value = self._value
-        if self.is_live and value is not None:
-            self._value = copied(value) if isinstance(value, Tensor) else value.join()
+    def copy(self, *, ending: bool = False) -> None:
+        """Of what a snapshot has only the part in memory is copied; ending: the store of that goes, so all is."""
+        value = self.value
+        if isinstance(value, (StoredValue, StoredWeight)):
+            if self.snapshot is None or ending:
+                self.value, self._bytes = value.join(self.snapshot), None
+            elif self.is_live:
+                self.value = value.with_copies()
+        elif self.is_live and value is not None:
+            self.value = copied(value) if isinstance(value, Tensor) else value.join()
             self._bytes = None
         self.is_live = False
 
     def let_go(self) -> None:
-        self._value = self._bytes = None
+        self.value = self._bytes = None
         self.is_live = False
 
 
@@ -248,14 +287,19 @@ class CopyBeforeChange:
         self._copier: ThreadPoolExecutor | None = None
 
     def before_change(self) -> None:
-        """Any of the tensors may change after this."""
-        left = [file.left_bytes() for file in self._files]
+        """Any of the tensors may change after this. An error of copying is the save's."""
+        self._keep_all(ending=False)
+
+    def before_end(self) -> None:
+        """The same, and the files on disk may go."""
+        self._keep_all(ending=True)
+
+    def _keep_all(self, *, ending: bool) -> None:
+        left = [file.left_bytes(ending=ending) for file in self._files]
         if sum(left) > self._available_bytes() // 2:  # the rest of the process needs some too
             self._wait()
             return
-        for file in self._files:
-            for source in file.sources:
-                file.keep(source)
+        _keep([(file, source) for file in self._files for source in file.sources], ending=ending)
 
     def before_update(self, tensors: Iterable[Tensor]) -> Future[None] | None:
         """These may change after what is returned; it never fails, an error of copying is the save's."""
@@ -280,11 +324,13 @@ class CopyBeforeChange:
             self._copier.shutdown()
 
 
-def _keep(sources: Iterable[tuple[TensorFile, _Source]]) -> None:
+def _keep(sources: Iterable[tuple[TensorFile, _Source]], *, ending: bool = False) -> None:
     file = None
     try:
         for file, source in sources:
-            file.keep(source)
+            file.keep(source, ending=ending)
     except BaseException as error:  # what was not copied changes now: it may not come into the file
         assert file is not None
         file.give_up(error)
+        if not isinstance(error, Exception):  # Ctrl-C in the thread that trains
+            raise

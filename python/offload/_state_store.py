@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import _native
 from ._disk import DiskPath, DiskRange, DiskStore
+from ._disk_snapshot import DiskSnapshot
 from ._disk_window import DiskWindow
 from ._errors import StorageError
 
@@ -128,13 +129,14 @@ class StateStore:
             self.loss = str(error)
             raise
 
-    def read(self, chunk: StoredChunk, begin: int, out: Tensor) -> None:
+    def read(self, chunk: StoredChunk, begin: int, out: Tensor, snapshot: DiskSnapshot | None = None) -> None:
         """The chunk's bytes from `begin` on, as many as `out` (bytes) has. Threads: any, one after another."""
-        block = self.store.block_bytes
+        file = self.store if snapshot is None else snapshot.of(self.store)
+        block = file.block_bytes
         first = begin // block * block
         end = min(-(-(begin + out.numel()) // block) * block, chunk.where.nbytes)
         with self._reading:
-            self.store.submit_read(chunk.where, self._read_frame, first, end - first).wait()
+            file.submit_read(chunk.where, self._read_frame, first, end - first).wait()
             memory = torch.frombuffer(self._read_frame, dtype=torch.uint8)
             out.copy_(memory[begin - first : begin - first + out.numel()])
 
@@ -174,15 +176,19 @@ class StoredArrays:
         except StorageError as error:
             raise self._named(error) from error
 
-    def read(self, name: str, first: int, out: Tensor) -> None:
-        """Fills `out` (flat, of the array's dtype) with elements from `first` on, in storage order."""
+    def read(self, name: str, first: int, out: Tensor, snapshot: DiskSnapshot | None = None) -> None:
+        """Fills `out` (flat, of the array's dtype) with elements from `first` on, in storage order.
+
+        snapshot: with those that it has.
+        """
         size, end = out.element_size(), first + out.numel()
         try:
             for chunk in self.chunks():
                 begin, stop = max(first, chunk.begin), min(end, chunk.begin + chunk.count)
                 if begin < stop:
                     place = chunk.array_offsets[name] + (begin - chunk.begin) * size
-                    self._store.read(chunk, place, out[begin - first : stop - first].view(torch.uint8))
+                    part = out[begin - first : stop - first].view(torch.uint8)
+                    self._store.read(chunk, place, part, snapshot)
         except StorageError as error:
             raise self._named(error) from error
 

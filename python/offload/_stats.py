@@ -40,7 +40,8 @@ class Stats:
     disk: with states or weights on disk, bytes that the files and the window of the states take, that were read and
     written, and that needed no reading, being in the window still (kept_bytes); wait_ns: how long the update waited for
     the states. weights_*: of weights alone, what their cache and their files take, and reads and writes of it that were
-    asked for.
+    asked for. snapshot_*: how many asynchronous saves read clones of the files, the bytes that those of a save which is
+    running may take at most, and the most of these.
     speculation: with `speculate`, updates that began in backward: how many the step kept and how many it threw away,
     parameters that have a backup, and bytes of these.
     passing_bytes: on the device too, what comes and goes: activations that stay or came back, and what copies under way

@@ -6,7 +6,7 @@ A `LentWeight` is a tensor in the place of one on disk.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ._adamw import join_master
+from ._disk_snapshot import DiskSnapshot
 
 __all__ = ["LentWeight", "SplitMaster", "StoredValue", "StoredWeight", "flat"]
 
@@ -34,28 +35,38 @@ class SplitMaster:
         bits.copy_(self.weight.view(torch.int16)).bitwise_left_shift_(16).add_(self.remainder)
 
 
+# Fills the tensor from that place on, with what the disk has now, or had in the snapshot.
+Read = Callable[[int, Tensor, DiskSnapshot | None], None]
+
+
 @dataclass(frozen=True, eq=False)
 class StoredWeight:
-    """The value of a weight on disk, until the weight changes. `read(begin, out)` fills bytes from there on."""
+    """The value of a weight on disk, until the weight changes. `read(begin, ...)` counts bytes."""
 
-    read: Callable[[int, Tensor], None]
+    read: Read
     dtype: torch.dtype
     shape: torch.Size
     strides: tuple[int, ...]
 
-    def read_into(self, out: Tensor, first: int) -> None:
+    def read_into(self, out: Tensor, first: int, snapshot: DiskSnapshot | None = None) -> None:
         """Fills `out` (flat, of the weight's dtype) with elements from `first` on, in storage order."""
-        self.read(first * self.dtype.itemsize, out.view(torch.uint8))
+        self.read(first * self.dtype.itemsize, out.view(torch.uint8), snapshot)
 
     def is_contiguous(self) -> bool:
         """Whether storage order is that of the elements."""
         return torch.empty_strided(self.shape, self.strides, device="meta").is_contiguous()
 
-    def join(self) -> Tensor:
+    def in_memory(self) -> list[Tensor]:
+        return []
+
+    def with_copies(self) -> StoredWeight:
+        return self
+
+    def join(self, snapshot: DiskSnapshot | None = None) -> Tensor:
         """A tensor of it in host memory."""
         with torch.inference_mode(False):
             value = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="cpu")
-            self.read_into(flat(value), 0)
+            self.read_into(flat(value), 0, snapshot)
         return value
 
 
@@ -63,48 +74,50 @@ class StoredWeight:
 class StoredValue:
     """An fp32 array of a state on disk, read where it is asked for; of a parameter with this shape and these strides.
 
-    `read(first, out)` fills elements from `first` on, in storage order: the values, or the remainders of split masters
-    whose upper halves `weight` has. One of the two may be in memory.
+    `elements` are the values in storage order, or the remainders of split masters whose upper halves `weight` has;
+    `elements(first, ...)` counts them. One of the two may be in memory.
     """
 
-    read: Callable[[int, Tensor], None]
+    elements: Read | Tensor
     shape: torch.Size
     strides: tuple[int, ...]
     weight: Tensor | StoredWeight | None = None
 
-    def read_into(self, out: Tensor, first: int) -> None:
+    def read_into(self, out: Tensor, first: int, snapshot: DiskSnapshot | None = None) -> None:
         """Fills `out` (flat fp32) with elements from `first` on, in storage order."""
+        values = out if self.weight is None else torch.empty(out.numel(), dtype=torch.int16, device="cpu")
+        if isinstance(self.elements, Tensor):
+            values.copy_(self.elements[first : first + out.numel()])
+        else:
+            self.elements(first, values, snapshot)
         if self.weight is None:
-            self.read(first, out)
             return
-        remainder = torch.empty(out.numel(), dtype=torch.int16, device="cpu")
-        self.read(first, remainder)
         if isinstance(self.weight, StoredWeight):
             weight = torch.empty(out.numel(), dtype=self.weight.dtype, device="cpu")
-            self.weight.read_into(weight, first)
+            self.weight.read_into(weight, first, snapshot)
         else:
             weight = flat(self.weight)[first : first + out.numel()]
-        SplitMaster(weight, remainder).join_into(out)
+        SplitMaster(weight, values).join_into(out)
 
     def is_contiguous(self) -> bool:
         """Whether storage order is that of the elements."""
         return torch.empty_strided(self.shape, self.strides, device="meta").is_contiguous()
 
-    def join(self) -> Tensor:
+    def in_memory(self) -> list[Tensor]:
+        """The part that is no disk's."""
+        return [part for part in (self.elements, self.weight) if isinstance(part, Tensor)]
+
+    def with_copies(self) -> StoredValue:
+        """The same, whatever is written to that part."""
+        elements = self.elements.clone() if isinstance(self.elements, Tensor) else self.elements
+        weight = self.weight.clone() if isinstance(self.weight, Tensor) else self.weight
+        return replace(self, elements=elements, weight=weight)
+
+    def join(self, snapshot: DiskSnapshot | None = None) -> Tensor:
         """A tensor of it in host memory."""
         value = torch.empty_strided(self.shape, self.strides, dtype=torch.float32, device="cpu")
-        self.read_into(flat(value), 0)
+        self.read_into(flat(value), 0, snapshot)
         return value
-
-    @staticmethod
-    def reader_of(tensor: Tensor) -> Callable[[int, Tensor], None]:
-        """`read` for an array in memory."""
-        elements = flat(tensor)
-
-        def read(first: int, out: Tensor) -> None:
-            out.copy_(elements[first : first + out.numel()])
-
-        return read
 
 
 class LentWeight(Tensor):

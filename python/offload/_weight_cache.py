@@ -24,6 +24,7 @@ from torch import Tensor
 from . import _native
 from ._config import format_size
 from ._disk import DiskRange, DiskStore
+from ._disk_snapshot import DiskSnapshot
 from ._disk_window import CacheSize
 from ._errors import OffloadError, OutOfHostMemory, StorageError
 from ._interrupts import Uninterrupted
@@ -259,9 +260,13 @@ class WeightCache:
         self.check()
         return self.named(residency, error)
 
-    def read(self, residency: Residency, begin: int, out: Tensor) -> None:
-        """Fills `out` (bytes) with those of the image on disk from `begin` on. Threads: any, one after another."""
-        where, block = self._images[residency].where, self._store.block_bytes
+    def read(self, residency: Residency, begin: int, out: Tensor, snapshot: DiskSnapshot | None = None) -> None:
+        """Fills `out` (bytes) with those of the image on disk from `begin` on, or of that in the snapshot.
+
+        Threads: any, one after another.
+        """
+        file = self._store if snapshot is None else snapshot.of(self._store)
+        where, block = self._images[residency].where, file.block_bytes
         memory = torch.frombuffer(self._frame, dtype=torch.uint8)
         done = 0
         while done < out.numel():
@@ -269,7 +274,7 @@ class WeightCache:
             end = min(first + memory.numel() // block * block, where.nbytes)
             with self._reading:
                 try:
-                    self._store.submit_read(where, self._frame, first, end - first).wait()
+                    file.submit_read(where, self._frame, first, end - first).wait()
                 except StorageError as error:
                     raise self.named(residency, error) from error
                 part = memory[begin + done - first : end - first][: out.numel() - done]

@@ -23,6 +23,7 @@ from ._weight_cache import WeightCache
 
 if TYPE_CHECKING:
     from ._disk import DiskStore
+    from ._disk_snapshot import DiskSnapshot
     from ._disk_window import CacheSize
     from ._engine import Engine
 
@@ -184,8 +185,8 @@ class DiskWeightLane(WeightLane):
         self.cache.check(wait=True)
         offset, cache = residency.offset_of(parameter), self.cache
 
-        def read(begin: int, out: Tensor) -> None:
-            cache.read(residency, offset + begin, out)
+        def read(begin: int, out: Tensor, snapshot: DiskSnapshot | None) -> None:
+            cache.read(residency, offset + begin, out, snapshot)
 
         return StoredWeight(read, parameter.dtype, parameter.shape, parameter.stride())
 

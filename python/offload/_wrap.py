@@ -163,6 +163,7 @@ def unwrap(
             else f"unwrap was given {given}: this model was wrapped without an optimizer, pass None"
         )
     held = [(p, p.grad.cell) for p in model.parameters() if isinstance(p.grad, HostGrad)]
+    engine.announce_end()
     lossy = engine.has_failed
     if lossy:
         engine.abandon()

@@ -44,8 +44,8 @@ PYTHON_FLOORS = (
      "_trace_advice", "_trace_report", "_trace_file", "_trace_page"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
-        "_unified_pool", "_unified_states", "_disk", "_state_store", "_stored_values", "_probe", "_environment",
-        "_rates", "_trace", "_grad_dtype",
+        "_unified_pool", "_unified_states", "_disk", "_disk_snapshot", "_state_store", "_stored_values", "_probe",
+        "_environment", "_rates", "_trace", "_grad_dtype",
     ),
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (

@@ -30,7 +30,7 @@ class HeldWriter:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._gate = threading.Event()
-        self.release = self._gate.set
+        self.release, self.hold = self._gate.set, self._gate.clear
         real = _durable_files._write_all
 
         def write_all(*arguments: Any) -> None:
@@ -163,7 +163,7 @@ def test_where_memory_is_short_the_step_waits(
         return NoMemory
 
     monkeypatch.setattr(_saving, "probe_host", probe)
-    monkeypatch.setattr(_snapshot._Source, "copy", lambda _: pytest.fail("copied"))
+    monkeypatch.setattr(_snapshot._Source, "copy", lambda *_, **__: pytest.fail("copied"))
     save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
     steps(model, optimizer, count=1)
     assert save.is_done
@@ -184,9 +184,9 @@ def test_a_step_waits_for_no_copy_and_its_updates_for_theirs(
     expected = bits_of(model, optimizer)
     gate, real = threading.Event(), _snapshot._Source.copy
 
-    def copy_later(source: _snapshot._Source) -> None:
+    def copy_later(source: _snapshot._Source, **when: bool) -> None:
         assert gate.wait(60)
-        real(source)
+        real(source, **when)
 
     monkeypatch.setattr(_snapshot._Source, "copy", copy_later)
     save = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
@@ -235,7 +235,7 @@ def test_a_copy_that_fails_ends_the_save_and_not_the_training(tmp_path: Path, mo
     expected = bits_of(model, optimizer)
     offload.save_checkpoint(tmp_path, model, optimizer, tag="one")
 
-    def no_memory(_: Any) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
         raise MemoryError("no memory for a copy")
 
     held = HeldWriter(monkeypatch)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import offload
+from offload._engine import StateWatch
 from test_checkpoints import assert_bits, bits_of, steps
 from test_save_checkpoint import PLACEMENTS, wrapped
 from training import HOST, batches, loss_of, make_model
@@ -124,11 +125,12 @@ def test_a_save_that_is_running_is_told_before() -> None:
     steps(model, optimizer)
     seen: list[torch.Tensor] = []
     moment = optimizer.state_of(model.norm.weight)["exp_avg"]
-    optimizer.watch_states(lambda: seen.append(moment.clone()), None)
+    watch = StateWatch(lambda: seen.append(moment.clone()), lambda _: None, lambda: None, keeps_disk=False)
+    optimizer._engine.watch_states(watch)
     before = moment.clone()
     with pytest.raises(offload.InvalidArgument, match="has no 'sum'"):
         optimizer.write_state(model.norm.weight, {"sum": torch.ones(24)})
     assert seen == []
     optimizer.write_state(model.norm.weight, {"exp_avg": torch.ones(24)})
     assert len(seen) == 1 and torch.equal(seen[0], before) and not torch.equal(moment, before)
-    optimizer.watch_states(None, None)
+    optimizer._engine.watch_states(None)

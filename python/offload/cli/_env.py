@@ -71,11 +71,12 @@ def _pieces(found: dict[str, Any]) -> list[Piece]:
     rows += [("copies", rates), ("kernels", kernels), ("io_uring", found["uring_refusal"] or "available")]
     pieces: list[Piece] = [facts(rows)]
     if found["disks"]:
-        disks = [("disk", "file system", "free", "back-end", "O_DIRECT")]
+        disks = [("disk", "file system", "free", "back-end", "O_DIRECT", "reflinks")]
         for disk in found["disks"]:
             direct = "yes" if disk["direct"] else "no"
             free = format_bytes(disk["free_bytes"])
-            disks.append((disk["directory"], disk["file_system"], free, disk["backend"], direct))
+            reflinks = "yes" if disk["reflink"] else "no"
+            disks.append((disk["directory"], disk["file_system"], free, disk["backend"], direct, reflinks))
         pieces += ["", Table(disks)]
     return [*pieces, "", *_advice(found["findings"])]
 
