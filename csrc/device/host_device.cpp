@@ -45,6 +45,9 @@ struct HostLink {
 
 namespace {
 
+// A copy of so many bytes takes about as long as waking the thread of a stream.
+constexpr size_t kAtOnceBytes = size_t{32} << 10;
+
 // When copies end at a rate of next to nothing: what is added to it still fits 63 bits.
 constexpr int64_t kNeverNs = INT64_MAX / 2;
 
@@ -96,6 +99,7 @@ class StreamWorker {
     waits_.push_back(std::move(cause));
   }
 
+  // A small copy that nothing is before, and nothing holds back, has ended at the return.
   void submit(Copy copy) {
     {
       std::lock_guard lock(mutex_);
@@ -104,24 +108,47 @@ class StreamWorker {
         thread_ = start_thread("offload-" + name_, [this](std::stop_token stop) { run(stop); });
       }
       link_of(copy).pending_count.fetch_add(1, std::memory_order_relaxed);
-      queue_.push_back(std::move(copy));
+      if (!may_run_at_once(copy)) {
+        queue_.push_back(std::move(copy));
+        submitted_.notify_one();
+        return;
+      }
+      is_running_ = true;
     }
-    submitted_.notify_one();
+    move_bytes(copy, std::nullopt, {});
+    finish(copy, nullptr);
+    std::lock_guard lock(mutex_);
+    is_running_ = false;
+    if (!queue_.empty()) submitted_.notify_one();
   }
 
  private:
   void run(std::stop_token stop) {
-    while (std::optional<Copy> copy = next(stop)) run_copy(*copy, stop);
+    while (std::optional<Copy> copy = next(stop)) {
+      run_copy(*copy, stop);
+      std::lock_guard lock(mutex_);
+      is_running_ = false;
+    }
   }
 
   HostLink& link_of(const Copy& copy) const { return *links_[static_cast<size_t>(copy.direction)]; }
 
+  // With mutex_ held.
+  bool may_run_at_once(const Copy& copy) const {
+    if (is_running_ || !queue_.empty() || !copy.after.empty()) return false;
+    if (copy.failing_nth > 0 || copy.total_bytes() > kAtOnceBytes) return false;
+    HostLink& link = link_of(copy);
+    std::lock_guard lock(link.mutex);
+    return !link.held && link.bytes_per_s == 0;
+  }
+
   // Null once the stop is requested and the queue is empty.
   std::optional<Copy> next(std::stop_token stop) {
     std::unique_lock lock(mutex_);
-    if (!submitted_.wait(lock, stop, [&] { return !queue_.empty(); })) return std::nullopt;
+    if (!submitted_.wait(lock, stop, [&] { return !is_running_ && !queue_.empty(); })) return std::nullopt;
     Copy copy = std::move(queue_.front());
     queue_.pop_front();
+    is_running_ = true;
     return copy;
   }
 
@@ -135,24 +162,30 @@ class StreamWorker {
                                         " (" + std::to_string(copy.total_bytes()) +
                                         " bytes) failed: asked for by fail_copy"));
     }
-    if (!error) {
-      const bool traced = trace_is_on();
-      const int64_t begin_ns = paced ? paced->begin_ns : traced ? clock_->now_ns() : 0;
-      // The bytes move when the time has passed: a source changed too early, or a destination read too
-      // early, shows.
-      if (paced) clock_->sleep_until(paced->end_ns, stop);
-      // memmove, for on this device both sides may be the same memory.
-      for (const CopySpan& span : copy.spans) {
-        if (span.bytes > 0) std::memmove(span.destination, span.source, span.bytes);
-      }
-      // Before the ticket: who waited for the copy finds its record.
-      if (traced) {
-        const auto lane = copy.direction == Direction::kToHost ? TraceLane::kToHost : TraceLane::kToDevice;
-        record_trace(lane, begin_ns, clock_->now_ns(), copy.total_bytes(), copy.label);
-      }
+    if (!error) move_bytes(copy, paced, stop);
+    finish(copy, error);
+  }
+
+  void move_bytes(const Copy& copy, const std::optional<Occupation>& paced, std::stop_token stop) {
+    const bool traced = trace_is_on();
+    const int64_t begin_ns = paced ? paced->begin_ns : traced ? clock_->now_ns() : 0;
+    // The bytes move when the time has passed: a source changed too early, or a destination read too
+    // early, shows.
+    if (paced) clock_->sleep_until(paced->end_ns, stop);
+    // memmove, for on this device both sides may be the same memory.
+    for (const CopySpan& span : copy.spans) {
+      if (span.bytes > 0) std::memmove(span.destination, span.source, span.bytes);
     }
+    // Before the ticket: who waited for the copy finds its record.
+    if (traced) {
+      const auto lane = copy.direction == Direction::kToHost ? TraceLane::kToHost : TraceLane::kToDevice;
+      record_trace(lane, begin_ns, clock_->now_ns(), copy.total_bytes(), copy.label);
+    }
+  }
+
+  void finish(const Copy& copy, const std::exception_ptr& error) {
     // Before the ticket: who waited for the ticket sees the copy gone.
-    link.pending_count.fetch_sub(1, std::memory_order_relaxed);
+    link_of(copy).pending_count.fetch_sub(1, std::memory_order_relaxed);
     copy.ticket.fail(error);
   }
 
@@ -197,6 +230,7 @@ class StreamWorker {
   // guarded by mutex_
   std::vector<std::shared_ptr<Cause>> waits_;  // for the next copy
   std::deque<Copy> queue_;
+  bool is_running_ = false;  // a copy is, in the stream's thread or in one that submits
 
   std::jthread thread_;  // last: its destructor requests the stop and joins while the rest still lives
 };

@@ -6,7 +6,9 @@
 // Threads: every member may be called from any thread. In a forked child every call that needs a stream
 //          throws kState, and streams die without joining.
 // Stream order: a dying stream finishes what was submitted without regard to hold() and bandwidth; copies
-//               whose ticket is still pending then fail, so that destruction never hangs.
+//               whose ticket is still pending then fail, so that destruction never hangs. A small copy on
+//               an idle stream, with nothing to wait for, runs in its submission: waking the stream's thread
+//               would take longer.
 // Units: bytes, bytes/s (0 means unlimited).
 #pragma once
 

@@ -51,23 +51,30 @@ class _Copy:
 class _Departures:
     """Copies to the host that were asked for and are not submitted yet: small ones wait for each other.
 
-    The ticket of one that waits has nothing to wait for: who is to see it calls submit_with() first.
+    Those of a submission have one ticket. While they wait it has nothing to wait for: who is to see it calls
+    submit_with() first.
     """
 
     def __init__(self, transfers: _native.TransferQueue) -> None:
         self._transfers = transfers
+        self._ticket = _native.Ticket()
         self._stream = 0  # that all of them were made on
         self._trace_name = 0  # of the unit that made the latest
         self.copies: list[tuple[int, int, int, _native.Ticket, _native.HostBuffer]] = []  # the oldest first
 
-    def add(self, buffer: _native.HostBuffer, copy: _Copy) -> None:
-        """Raises what refuses the ones before it, where these were made on another stream."""
-        if copy.stream != self._stream:
+    def ticket_on(self, stream: int) -> _native.Ticket:
+        """That of the next copy, which is made on `stream`. Raises what refuses those of another stream before it."""
+        if stream != self._stream:
             self.submit()
-            self._stream = copy.stream
+            self._stream = stream
+        if not self.copies:
+            self._ticket = _native.Ticket()
+        return self._ticket
+
+    def add(self, landing: LandedBytes, copy: _Copy) -> None:
         if _trace.active() is not None:  # whoever submits them may compute another unit by then, or none
             self._trace_name, _ = _native.trace_label()
-        self.copies.append((buffer.address, copy.tensor.data_ptr(), copy.nbytes, copy.ticket, buffer))
+        self.copies.append((landing.address, copy.tensor.data_ptr(), copy.nbytes, copy.ticket, landing.buffer))
 
     def submit(self) -> None:
         """None waits afterwards. Raises what refuses them: they go on waiting then."""
@@ -75,17 +82,17 @@ class _Departures:
             self._transfers.submit_all_to_host(self.copies, self._stream, self._trace_name)
 
     def submit_with(self, ticket: _native.Ticket) -> None:
-        """As submit(), if the copy of this ticket waits."""
+        """As submit(), if a copy of this ticket waits."""
         if any(waiting is ticket for *_, waiting, _ in self.copies):
             self.submit()
 
     def begin_with(self, ticket: _native.Ticket) -> bool:
-        """Whether the oldest that waits is the copy of this ticket."""
+        """Whether the oldest that waits is a copy of this ticket."""
         return bool(self.copies) and self.copies[0][3] is ticket
 
-    def forget(self, ticket: _native.Ticket) -> None:
-        """The copy of this ticket, the latest one, is not wanted any more."""
-        if self.copies and self.copies[-1][3] is ticket:
+    def forget(self, buffer: _native.HostBuffer) -> None:
+        """The copy to this buffer, the latest one, is not wanted any more."""
+        if self.copies and self.copies[-1][4] is buffer:
             self.copies.pop()
 
 
@@ -145,17 +152,20 @@ class CopyLanes:
         Raises `OutOfHostMemory`; nothing was started then.
         """
         nbytes = tensor.nbytes
+        departures = self._departures
         buffer = self._pool.acquire(nbytes, tag)
-        copy = self._keep(tensor, nbytes, stream, leaves=True)
+        ticket = departures.ticket_on(stream)
+        landing = LandedBytes(buffer, ticket, departures)
+        copy = self._keep(ticket, tensor, nbytes, stream, leaves=True)
         try:
-            self._departures.add(buffer, copy)
-            if not may_wait or nbytes > _SMALL_BYTES or len(self._departures.copies) >= _MOST_TOGETHER:
-                self._departures.submit()
+            departures.add(landing, copy)
+            if not may_wait or nbytes > _SMALL_BYTES or len(departures.copies) >= _MOST_TOGETHER:
+                departures.submit()
         except BaseException:
-            self._departures.forget(copy.ticket)
+            departures.forget(buffer)
             raise
         self._wait_for_room(_RING_BYTES if room is None else room)
-        return LandedBytes(buffer, copy.ticket, self._departures)
+        return landing
 
     def start_upload(self, held: HostBytes, out: Tensor, room: int = 0) -> _native.Ticket:
         """Starts filling `out` and keeps it alive until that ended; nothing waits before wait_upload().
@@ -164,7 +174,7 @@ class CopyLanes:
         """
         assert isinstance(held, LandedBytes)
         nbytes = out.numel() * out.element_size()
-        copy = self._keep(out, nbytes, self.compute_stream(), leaves=False)
+        copy = self._keep(_native.Ticket(), out, nbytes, self.compute_stream(), leaves=False)
         self._transfers.submit_to_device(
             out.data_ptr(), held.address, nbytes, copy.stream, held.ticket, copy.ticket, held.buffer
         )
@@ -217,18 +227,22 @@ class CopyLanes:
         """The tickets of copies that may not have ended."""
         return [copy.ticket for copy in self._ring]
 
-    def _keep(self, tensor: Tensor, nbytes: int, stream: int, *, leaves: bool) -> _Copy:
+    def _keep(self, ticket: _native.Ticket, tensor: Tensor, nbytes: int, stream: int, *, leaves: bool) -> _Copy:
         """Puts a tensor into the ring, before its copy is submitted: one in flight that nothing keeps alive would touch
         memory of others, whatever goes wrong in between. The submission gives the ticket its copy."""
         ring = self._ring
-        while ring and (oldest := ring[0].ticket).done and not self._departures.begin_with(oldest):
-            self._drop_oldest()
-        copy = _Copy(_native.Ticket(), tensor, nbytes, stream, leaves)
+        while ring and (oldest := ring[0].ticket) is not ticket and self._has_ended(oldest):
+            while ring and ring[0].ticket is oldest:
+                self._drop_oldest()
+        copy = _Copy(ticket, tensor, nbytes, stream, leaves)
         ring.append(copy)
         self._ring_bytes += nbytes
         if self._ring_bytes > self.peak_ring_bytes:
             self.peak_ring_bytes = self._ring_bytes
         return copy
+
+    def _has_ended(self, oldest: _native.Ticket) -> bool:
+        return oldest.done and not self._departures.begin_with(oldest)
 
     def _drop_oldest(self) -> None:
         self._forget_bytes(self._ring.popleft())

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import enum
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, cast
 
 import torch
@@ -24,6 +26,9 @@ NormKey = tuple[Any, float, "torch.dtype | None"]
 # More than clipping, unscaling and averaging over micro-batches together ask for; a longer list is a loop of the
 # user's that would grow without end.
 _MAX_PENDING = 8
+
+# Of a new cell, and of every one whose norms nobody asks for: a gradient is to make few objects.
+_NO_NORMS: Mapping[NormKey, Tensor] = MappingProxyType({})
 
 _FOREACH_NORM = torch.ops.aten._foreach_norm.Scalar
 
@@ -127,8 +132,8 @@ class GradCell:
         # memory they come to.
         self._upload: tuple[Tensor, Any, int] | None = None
         self._held: HostBytes | None = None
-        self._factors: list[Factor] = []
-        self._norms: dict[NormKey, Tensor] = {}  # of the value as it is, pending factors included
+        self._factors: tuple[Factor, ...] = ()
+        self._norms = _NO_NORMS  # of the value as it is, pending factors included
         self._exposed = False  # a raw address is out: nobody can tell when its user is done
         self._departures = 0  # since the gradient was new, or zero
 
@@ -183,7 +188,7 @@ class GradCell:
     def own_on_device(self) -> Tensor:
         """Makes the device copy the owner (an edit of it counts), until settle() finds that nothing else reaches it."""
         copy = self.lend()
-        self._norms = {}
+        self._norms = _NO_NORMS
         self.owner = _DEVICE
         self._forget_host()
         return copy
@@ -200,7 +205,7 @@ class GradCell:
             self.settle()
         if self.owner is not _DEVICE:
             self._copy = None
-            self._norms = {}
+            self._norms = _NO_NORMS
             self.owner = _ZERO
             self._forget_host()
         self._departures = 0
@@ -225,8 +230,8 @@ class GradCell:
 
     def defer(self, factor: Factor) -> None:
         """Appends a pending scale; legal when can_defer()."""
-        self._norms = {}
-        self._factors.append(factor)
+        self._norms = _NO_NORMS
+        self._factors = (*self._factors, factor)
 
     def can_defer(self) -> bool:
         self.settle()
@@ -248,7 +253,7 @@ class GradCell:
             self.settle()
             if self.owner is _DEVICE:
                 return norm  # whoever else reaches the copy may edit it at any time
-            self._norms[key] = norm
+            self._norms = {**self._norms, key: norm}
         return self._norms[key]
 
     def for_step(self) -> StepGradient:
@@ -271,13 +276,13 @@ class GradCell:
 
     def _depart(self, copy: Tensor) -> None:
         """When the store refuses it, `copy` stays the owner and nothing is lost."""
-        store, departures, norms = self.store, self._departures + 1, {}
+        store, departures, norms = self.store, self._departures + 1, _NO_NORMS
         for key, first in store.learned.items():
             if departures >= first.get(self.name, 1):
-                norms[key] = self._take_norm(key, copy)
+                norms = {**norms, key: self._take_norm(key, copy)}
         self._held = store.to_host(copy)
         self._upload = None
-        self._factors = []
+        self._factors = ()
         self._norms = norms
         self._departures = departures
         self.owner = _HOST
@@ -296,8 +301,8 @@ class GradCell:
     def _forget_host(self) -> None:
         self._held = None
         self._upload = None
-        self._factors = []
-        self._norms = {}
+        self._factors = ()
+        self._norms = _NO_NORMS
 
     def _empty(self) -> Tensor:
         if torch.is_inference_mode_enabled():

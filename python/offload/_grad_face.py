@@ -36,6 +36,8 @@ _INFINITY_NORM = (_aten._foreach_norm.Scalar, float("inf"), None)
 class HostGrad(Tensor):
     """A face of a GradCell: shape, strides, dtype and device of the gradient, and its values on demand."""
 
+    __slots__ = ("cell",)  # no dict of its own for every gradient
+
     cell: GradCell
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]

@@ -93,8 +93,8 @@ class GradientLanes(CopyLanes):
         self._wide = threading.local()  # memory for `widened`: on the CPU each thread runs a backward of its own
         self._plain_ticket: _native.Ticket | None = None
         # id of a parameter -> the one whose gradient backward makes next. Weakly: gradients refer to their lanes, and
-        # the garbage collector does not see through a parameter's .grad.
-        self._next: weakref.WeakValueDictionary[int, Parameter] = weakref.WeakValueDictionary()
+        # the garbage collector does not see through a parameter's .grad. A guess: an id may be another one's by now.
+        self._next: dict[int, weakref.ref[Parameter]] = {}
         self._latest: int | None = None
         self._backward = _NO_BACKWARD  # the latest one that a gradient left in
         # Called when a gradient has left in backward, and at the end of a backward that any has left in.
@@ -145,10 +145,12 @@ class GradientLanes(CopyLanes):
     def take(self, parameter: Parameter, name: str) -> None:
         """Called when backward has added to `parameter.grad`: the gradient leaves, the next earlier sum comes."""
         hold(parameter, name, self)
-        if self._latest is not None and self._next.get(self._latest) is not parameter:
-            self._next[self._latest] = parameter
+        itself = weakref.ref(parameter)  # the same object at every call
+        if self._latest is not None and self._next.get(self._latest) is not itself:
+            self._next[self._latest] = itself
         self._latest = id(parameter)
-        following = self._next.get(id(parameter))
+        reference = self._next.get(self._latest)
+        following = None if reference is None else reference()
         if following is not None and isinstance(following.grad, HostGrad):
             following.grad.cell.prefetch()
         if self.on_leave is not None:

@@ -20,8 +20,11 @@ __all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "ho
 
 _DEVICE = Owner.DEVICE  # once: see _grad_cell
 
+# What torch.compile has put in place of Python's own evaluation of frames, None where nothing has; older torch does not
+# tell.
+_frame_evaluation = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
 
-@_disable_dynamo
+
 def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
     """Puts a HostGrad in place of `parameter.grad` and sends the bytes off; for post-accumulate-grad hooks.
 
@@ -32,6 +35,11 @@ def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
     Raises InvalidArgument for a sparse or complex gradient, StateError when another thread's backward pass is writing
     the same gradient; both name the parameter.
     """
+    # To switch off what is off already would take two microseconds a gradient.
+    return (_hold if _frame_evaluation() is None else _hold_uncompiled)(parameter, name, store)
+
+
+def _hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
     gradient = parameter.grad
     if isinstance(gradient, HostGrad):
         cell = gradient.cell
@@ -48,6 +56,9 @@ def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
     del gradient  # the cell is to be the only one that refers to it
     _settle_in_backward(cell)
     return cell
+
+
+_hold_uncompiled = _disable_dynamo(_hold)
 
 
 def _replace_gradient(parameter: Tensor, gradient: Tensor, name: str, store: GradStore) -> GradCell:

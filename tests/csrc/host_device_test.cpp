@@ -45,6 +45,40 @@ void held_copies_run_after_release_and_in_order() {
   CHECK_EQ(f.device.pending_count(kLane), 0u);
 }
 
+void a_small_copy_that_nothing_holds_back_has_ended_at_the_return() {
+  Fixture f;
+  CHECK(f.copy(0, 8).done());
+  CHECK_EQ(f.destination[7], 'x');
+  CHECK_EQ(f.device.pending_count(kLane), 0u);
+  const Ticket work = Ticket::pending();
+  f.device.wait_ticket(*f.stream, work);
+  const Ticket behind_work = f.copy(8, 8);
+  const Ticket behind_that = f.copy(16, 8);
+  CHECK(!behind_work.done() && !behind_that.done());
+  work.complete();
+  CHECK(behind_that.wait() && behind_work.done());
+  f.device.fail_copy(kLane, 1);
+  CHECK_THROWS(ErrorKind::kDevice, "copy 1 of lane to_device", f.copy(24, 8).wait());
+  CHECK(f.copy(24, 8).wait());
+}
+
+void small_copies_overtake_no_large_ones() {
+  // Each reads the first byte that the one before it wrote: any other order shows.
+  constexpr size_t kLarge = size_t{1} << 20;
+  constexpr size_t kCount = 65;
+  HostDevice device;
+  const auto stream = device.create_stream("to_device");
+  std::vector<std::vector<char>> memory(kCount, std::vector<char>(kLarge, '.'));
+  memory[0][0] = 'x';
+  Ticket last;
+  for (size_t i = 1; i < kCount; ++i) {
+    const size_t bytes = i % 3 == 1 ? kLarge : 1;
+    last = device.submit_copy(*stream, kLane, memory[i].data(), memory[i - 1].data(), bytes);
+  }
+  last.wait();
+  CHECK_EQ(memory[kCount - 1][0], 'x');
+}
+
 void nth_copy_fails_alone() {
   Fixture f;
   f.device.hold(kLane);
@@ -159,6 +193,8 @@ void ticket_callbacks_run_once() {
 int main() {
   using namespace offload;
   held_copies_run_after_release_and_in_order();
+  a_small_copy_that_nothing_holds_back_has_ended_at_the_return();
+  small_copies_overtake_no_large_ones();
   nth_copy_fails_alone();
   bandwidth_follows_the_clock();
   a_rate_of_next_to_nothing_ends_no_copy();
