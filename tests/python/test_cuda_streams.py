@@ -152,7 +152,7 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks[1](self.blocks[0](x))
-        if not x.is_cuda:
+        if x.device.type == "cpu":
             return self.blocks[2](x) + self.blocks[3](x)
         main, side = torch.cuda.current_stream(), torch.cuda.Stream()
         side.wait_stream(main)
@@ -161,6 +161,8 @@ class Branches(nn.Module):
             late = self.blocks[2](x)
         early = self.blocks[3](x)
         main.wait_stream(side)
+        x.record_stream(side)  # else its memory would be the next one's while the branch still reads it
+        late.record_stream(main)
         return late + early
 
 
