@@ -161,14 +161,12 @@ class Branches(nn.Module):
             late = self.blocks[2](x)
         early = self.blocks[3](x)
         main.wait_stream(side)
-        x.record_stream(side)  # else its memory would be the next one's while the branch still reads it
-        late.record_stream(main)
         return late + early
 
 
 @pytest.mark.usefixtures("device")
 def test_a_branch_on_a_stream_of_its_own_has_the_same_bits() -> None:
-    def run(placement: dict[str, str]) -> list[float]:
+    def run(placement: dict[str, Any]) -> list[float]:
         torch.manual_seed(0)
         model: nn.Module = Branches()
         model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
@@ -181,7 +179,8 @@ def test_a_branch_on_a_stream_of_its_own_has_the_same_bits() -> None:
             optimizer.zero_grad()
         return losses
 
-    assert run(STREAMED) == run(RESIDENT)
+    # With one block sent for ahead, blocks use weights that came on the other stream and go back to it.
+    assert run({**STREAMED, "prefetch": 1}) == run(STREAMED) == run(RESIDENT)
 
 
 def test_a_checkpoint_has_what_its_stream_has_not_computed_yet(
