@@ -83,7 +83,7 @@ sanitize: $(VENV)/.tools
 
 # The tests of a card where there is none, on a device of torch in host memory: its extension takes a minute to compile,
 # all of them eight on two cores. CARD_TESTS= takes files and folders.
-CARD_TESTS ?= tests/python tests/torch_double/watching.py
+CARD_TESTS ?= tests/python tests/torch_double/watching.py tests/torch_double/benches.py
 test-card: $(VENV)/.installed
 	OFFLOAD_POISON=1 OMP_NUM_THREADS=1 $(PY) tests/torch_double -q -n $(TEST_WORKERS) --dist worksteal $(CARD_TESTS)
 

@@ -6,7 +6,8 @@ section that fails or is stopped costs no other one. A call ends by itself in un
 next goes on with what is left: what the file holds already, of these sources, machine and day, is not repeated.
 
 Exit codes: 0 every section is done; 1 one of them failed or was stopped; 2 bad arguments; 3 none failed and some are
-left: call again; 130 Ctrl-C. On the CPU (`--device cpu`) the same sections run with models that show that they run.
+left: call again; 130 Ctrl-C. On the CPU (`--device cpu`), and with `--tiny`, the same sections run with models that show
+that they run.
 """
 
 from __future__ import annotations
@@ -58,9 +59,9 @@ class Section:
     read: Reader = lambda path: json.loads(path.read_text())
 
 
-def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Section]:
+def sections(device: str, *, quick: bool, tiny: bool, host_budget: str | None) -> list[Section]:
     """All sections for this kind of device, in their order: what others are judged by comes first."""
-    flags = ["--quick"] if quick or device == "cpu" else []
+    flags = ["--quick"] if quick or tiny else []
     budget = f"--host-budget {host_budget}" if host_budget else ""
 
     def bench(name: str, limit_s: float, arguments: str) -> Section:
@@ -86,14 +87,16 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         bench("save-on-cpu", 90, f"activations --device {device}"),
     ]
     resident = "--beside compute resident --offload"
-    if device == "cpu":
-        tiny = "--size tiny --tokens 64 128 --micro-batch 64 --steps 2"
+    capped = "--device-cap 24"
+    if tiny:
+        shape = "--size tiny --tokens 64 128 --micro-batch 64 --steps 2"
         small = "--size tiny --tokens 64 --micro-batch 32 --steps 2 --no-checkpointing"
         return [
             *shared,
             train("activations", 60, f"{small} {resident} {_ACTIVATIONS}"),
-            train("train-tiny", 60, f"{tiny} {resident} {_ON_HOST} {_HALF} {_UNIFIED} {_STREAMED}"),
-            *peers(60, "tiny", tiny),
+            train("train-tiny", 60, f"{shape} {resident} {_ON_HOST} {_HALF} {_UNIFIED} {_STREAMED}"),
+            *([] if device == "cpu" else [train("capped-tiny", 60, f"{capped} {shape} {resident} {_STREAMED}")]),
+            *peers(60, "tiny", shape),
             bench("largest", 60, f"largest --device {device} --size tiny --device-budget 1MiB --host-budget 4MiB"),
         ]
     # A small vocabulary: with a large one the logits of a micro-batch decide what fits.
@@ -110,7 +113,6 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
             bench("largest", 40, f"{largest} --derive-only"),
         ]
     large, hosts = f"--size 8b {model} --steps 2", 380  # seconds, in which 95 GiB are pinned, too
-    capped = "--device-cap 24 --size 8b"
     return [
         *shared,
         train("activations", 150, f"--size 1b --tokens 16384 {kept} --steps 5 {resident} {_ACTIVATIONS}"),
@@ -119,12 +121,12 @@ def sections(device: str, *, quick: bool, host_budget: str | None) -> list[Secti
         train("train-8b", hosts, f"{large} {five} {resident} {_ON_HOST}"),
         train("train-8b-hybrid", hosts, f"{large} {two} {resident} {_HALF}"),
         train("train-8b-streamed", hosts, f"{large} {two} {resident} {_STREAMED}"),
-        train("capped-8b", 280, f"{capped} --tokens 8192 16384 32768 {model} --steps 2 {resident} {_STREAMED}"),
+        train("capped-8b", 280, f"{capped} --size 8b --tokens 8192 16384 32768 {model} --steps 2 {resident} {_STREAMED}"),
         # With activations on the host too; resident, what it would be compared with does not fit the largest cards.
         train(
             "capped-8b-activations",
             280,
-            f"{capped} --tokens 8192 {kept} --steps 3 --beside compute --offload {_STREAMED}+activations",
+            f"{capped} --size 8b --tokens 8192 {kept} --steps 3 --beside compute --offload {_STREAMED}+activations",
         ),
         *peers(120, "1b", f"--size 1b {two} {model} --steps 3"),
         *peers(300, "8b", f"--size 8b {two} {model} --steps 2"),
@@ -223,7 +225,7 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 # --- the file ---------------------------------------------------------------------------------------------------
 
 
-def describe(device: str, *, quick: bool) -> dict[str, Any]:
+def describe(device: str, *, quick: bool, tiny: bool) -> dict[str, Any]:
     """What the figures depend on. Asked of a child: a CUDA context here would take memory from the benches."""
     ask = "import json; from offload.cli._bench import environment; print(json.dumps(environment()))"
     done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -233,6 +235,7 @@ def describe(device: str, *, quick: bool) -> dict[str, Any]:
         **environment,
         "device": device,
         "quick": quick,
+        "tiny": tiny,
         "commit": commit,
         "dirty": None if changes is None else changes != "",
         "sources": _digest(),
@@ -260,10 +263,8 @@ def _digest() -> str:
 
 def default_file(environment: dict[str, Any]) -> Path:
     machine = re.sub(r"[^a-z0-9]+", "-", (environment["accelerator"] or "cpu").lower()).strip("-")
-    quick = "-quick" if environment["quick"] else ""
-    return (
-        ROOT / f"benches/results/{environment['date'][:10]}-{machine}-acceptance{quick}-{environment['sources']}.json"
-    )
+    kind = "".join(f"-{name}" for name in ("quick", "tiny") if environment[name])
+    return ROOT / f"benches/results/{environment['date'][:10]}-{machine}-acceptance{kind}-{environment['sources']}.json"
 
 
 def load(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +273,7 @@ def load(path: Path, environment: dict[str, Any]) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "kind": "acceptance", "environment": environment, "sections": {}}
     report: dict[str, Any] = json.loads(path.read_text())
     before = report.get("environment", {})
-    same = ("sources", "device", "quick", "accelerator", "cpu", "cpu_count", "torch")
+    same = ("sources", "device", "quick", "tiny", "accelerator", "cpu", "cpu_count", "torch")
     different = [name for name in same if before.get(name) != environment[name]]
     if before.get("date", "")[:10] != environment["date"][:10]:
         different.append("date")
@@ -332,6 +333,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="cuda (default), cuda:N or cpu")
     parser.add_argument("--quick", action="store_true", help="small sizes and few tests")
+    parser.add_argument("--tiny", action="store_true", help="models that show that they run; on the CPU always")
     parser.add_argument("--sections", default=None, metavar="A,B", help="these, or groups of them (default: all)")
     parser.add_argument("--again", action="store_true", help="also what the file holds already")
     parser.add_argument(
@@ -347,9 +349,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for sign in (signal.SIGINT, signal.SIGTERM):  # a shell ignores the first for what it starts in the background
         signal.signal(sign, signal.default_int_handler)
     try:
-        available = sections(options.device, quick=options.quick, host_budget=options.host_budget)
+        tiny = options.tiny or options.device == "cpu"
+        available = sections(options.device, quick=options.quick, tiny=tiny, host_budget=options.host_budget)
         chosen = choose(available, options.sections)
-        environment = describe(options.device, quick=options.quick)
+        environment = describe(options.device, quick=options.quick, tiny=tiny)
         path = options.out or default_file(environment)
         report = load(path, environment)
     except ValueError as error:

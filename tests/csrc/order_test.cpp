@@ -14,7 +14,15 @@ namespace {
 
 enum Use { kReads, kWrites, kAllocates, kFrees };
 
-// Two streams, an event, registered memory of the host and memory of a device, all watched.
+// One that torch computes on, beside the default one: as theirs, it is there until the process ends.
+uintptr_t side() {
+  static const uintptr_t stream = double_compute_stream();
+  return stream;
+}
+
+CudaStreamHandle handle_of(uintptr_t stream) { return reinterpret_cast<CudaStreamHandle>(stream); }
+
+// Two streams of copies, an event, registered memory of the host and memory of a device, all watched.
 struct Watched {
   const CudaDriver& driver = CudaDriver::load(DRIVER_DOUBLE_PATH);
   CudaContext context = nullptr;
@@ -44,9 +52,15 @@ struct Watched {
     double_reset();
   }
 
-  void compute(Use use, size_t begin = 0, size_t bytes = 1024) {
+  void compute(Use use, size_t begin = 0, size_t bytes = 1024, uintptr_t on = 0) {
     const double_span span{reinterpret_cast<uintptr_t>(device.data()) + begin, bytes, use};
-    double_compute("an operator", &span, 1);
+    double_compute(on, "an operator", &span, 1);
+  }
+  void compute_aside(Use use, size_t begin = 0) { compute(use, begin, 1024, side()); }
+  // Of a block of `of` that was recorded on others.
+  void free(uintptr_t of, const std::vector<uintptr_t>& used_on) {
+    const double_span span{reinterpret_cast<uintptr_t>(device.data()), 1024, kFrees};
+    double_free(of, used_on.data(), used_on.size(), "an owner", &span);
   }
   void to_host(CudaStreamHandle on, size_t begin = 0, size_t bytes = 1024) {
     const auto source = reinterpret_cast<CudaAddress>(device.data() + begin);
@@ -56,7 +70,7 @@ struct Watched {
     const auto destination = reinterpret_cast<CudaAddress>(device.data() + begin);
     CHECK_EQ(driver.MemcpyHtoDAsync(destination, host.data() + begin, bytes, on), 0);
   }
-  // Later work of `later` comes behind what `earlier` has; null is the compute stream.
+  // Later work of `later` comes behind what `earlier` has; null is the default stream.
   void order(CudaStreamHandle later, CudaStreamHandle earlier) {
     CHECK_EQ(driver.EventRecord(event, earlier), 0);
     CHECK_EQ(driver.StreamWaitEvent(later, event, 0), 0);
@@ -72,7 +86,7 @@ void test_a_copy_waits_for_what_made_its_bytes() {
     const std::string text = double_race_texts();
     CHECK(text.find("a copy to_host on stream ") == 0);
     CHECK(text.find(" reads 1024 bytes ") != std::string::npos);
-    CHECK(text.find(" while an operator on compute writes 1024 bytes ") != std::string::npos);
+    CHECK(text.find(" while an operator on the default stream writes 1024 bytes ") != std::string::npos);
   }
   Watched all;
   all.compute(kWrites);
@@ -159,15 +173,15 @@ void test_the_host_orders_what_it_has_seen_end() {
   {
     Watched all;
     all.compute(kWrites);
-    double_host_waits_for_compute();
+    double_host_waits_for(0);
     all.to_host(all.stream);
     CHECK_EQ(double_races(), 0u);
   }
   Watched all;
   all.compute(kWrites, 0);
-  const size_t position = double_compute_position();
+  const size_t recorded = double_record(0);
   all.compute(kWrites, 2048);
-  double_host_waits(position);
+  double_host_waits(recorded);
   all.to_host(all.stream, 0);
   CHECK_EQ(double_races(), 0u);
   all.to_host(all.stream, 2048);
@@ -181,9 +195,23 @@ void test_memory_is_freed_only_when_its_copies_are_over() {
     all.order(all.stream, nullptr);
     all.to_host(all.stream);
     all.compute(kFrees);
+    CHECK_EQ(double_races(), 0u);
+    all.compute(kAllocates, 2048, 1);  // it may get what was freed
+    CHECK_EQ(double_races(), 1u);
+    all.compute(kAllocates, 2048, 1);
     CHECK_EQ(double_races(), 1u);
     const std::string text = double_race_texts();
-    CHECK(text.find("an operator on compute frees 1024 bytes ") == 0);
+    CHECK(text.find("an operator on the default stream frees 1024 bytes ") == 0);
+  }
+  {
+    Watched all;
+    all.compute(kAllocates);
+    all.order(all.stream, nullptr);
+    all.to_host(all.stream);
+    all.compute(kFrees);
+    all.order(nullptr, all.stream);  // in time: nothing was allocated since
+    all.compute(kAllocates);
+    CHECK_EQ(double_races(), 0u);
   }
   Watched all;
   all.compute(kAllocates);
@@ -191,16 +219,185 @@ void test_memory_is_freed_only_when_its_copies_are_over() {
   all.to_host(all.stream);
   all.order(nullptr, all.stream);
   all.compute(kFrees);
+  all.compute(kAllocates, 2048, 1);
   CHECK_EQ(double_races(), 0u);
   all.to_host(all.stream, 1023, 1);  // nobody's any more
   CHECK_EQ(double_races(), 1u);
 }
 
-// The block may have come from work of the compute stream that still runs.
-void test_new_memory_is_the_compute_streams() {
+// The block may have come from work of that stream that still runs.
+void test_new_memory_is_the_streams_that_it_was_allocated_on() {
+  {
+    Watched all;
+    all.compute(kAllocates);
+    all.to_device(all.stream);
+    CHECK_EQ(double_races(), 1u);
+  }
+  Watched all;
+  all.compute_aside(kAllocates);
+  all.order(all.stream, nullptr);  // the wrong one
+  all.to_device(all.stream);
+  CHECK_EQ(double_races(), 1u);
+}
+
+// As torch's own streams, which are non-blocking: the default one neither waits for them nor they for it.
+void test_streams_that_compute_are_in_order_by_waits_alone() {
+  {
+    Watched all;
+    all.compute(kWrites);
+    all.compute_aside(kReads);
+    CHECK_EQ(double_races(), 1u);
+    const std::string text = double_race_texts();
+    CHECK(text.find("an operator on stream ") == 0);
+    CHECK(text.find(" while an operator on the default stream writes ") != std::string::npos);
+  }
+  {
+    Watched all;
+    all.compute_aside(kWrites);
+    all.compute(kReads);
+    CHECK_EQ(double_races(), 1u);
+  }
+  {
+    Watched all;
+    all.compute(kReads);
+    all.compute_aside(kReads);  // both may
+    all.compute_aside(kWrites, 1024);
+    CHECK_EQ(double_races(), 0u);
+  }
+  Watched all;
+  const uintptr_t third = double_compute_stream();
+  all.compute(kWrites);
+  double_wait(side(), double_record(0));
+  all.compute_aside(kWrites);
+  double_wait(third, double_record(side()));
+  all.compute(kReads, 0, 1024, third);  // behind both
+  CHECK_EQ(double_races(), 0u);
+  all.compute(kReads);  // which waited for neither
+  CHECK_EQ(double_races(), 1u);
+  double_wait(0, double_record(third));
+  all.compute(kWrites);
+  CHECK_EQ(double_races(), 1u);
+}
+
+void test_a_wait_of_one_stream_is_not_another_ones() {
+  {
+    Watched all;
+    all.to_device(all.stream);
+    all.order(nullptr, all.stream);
+    all.compute(kReads);
+    all.compute_aside(kReads);
+    CHECK_EQ(double_races(), 1u);
+  }
+  {
+    Watched all;
+    all.compute_aside(kWrites);
+    all.order(all.stream, nullptr);
+    all.to_host(all.stream);
+    CHECK_EQ(double_races(), 1u);
+  }
+  Watched all;
+  all.compute_aside(kWrites);
+  double_host_waits_for(0);
+  all.compute(kReads);
+  CHECK_EQ(double_races(), 1u);
+  double_host_waits_for(side());
+  all.compute(kReads);
+  CHECK_EQ(double_races(), 1u);
+}
+
+// Events of the driver order them with copies as torch's own do with each other.
+void test_streams_that_compute_wait_in_the_call() {
+  Watched all;
+  double_set_late(1);
+  all.compute_aside(kWrites);
+  all.order(all.stream, handle_of(side()));
+  all.to_host(all.stream);
+  all.order(all.other, all.stream);
+  all.to_device(all.other, 2048);
+  all.order(handle_of(side()), all.other);
+  CHECK_EQ(all.device[2048], 1);
+  CHECK_EQ(all.host[0], 2);
+  CHECK_EQ(all.driver.EventRecord(all.event, handle_of(side())), 0);
+  CHECK_EQ(all.driver.EventQuery(all.event), 0);
+  all.to_host(handle_of(side()), 3072);
+  CHECK_EQ(all.host[3072], 2);
+  all.compute_aside(kWrites, 0);
+  all.compute_aside(kWrites, 2048);
+  all.compute_aside(kWrites, 3072);
+  CHECK_EQ(double_races(), 0u);
+}
+
+// torch's allocator hands a block on in the order of its stream, when what it was recorded on is over.
+void test_memory_is_freed_when_every_stream_is_done_with_it() {
+  {
+    Watched all;
+    all.compute(kAllocates);
+    double_wait(side(), double_record(0));
+    all.compute_aside(kReads);
+    all.free(0, {});
+    all.compute_aside(kAllocates, 2048);  // gets memory of its own stream
+    CHECK_EQ(double_races(), 0u);
+    all.compute(kAllocates, 3072);
+    CHECK_EQ(double_races(), 1u);
+    const std::string text = double_race_texts();
+    CHECK(text.find("an owner on the default stream frees 1024 bytes ") == 0);
+  }
+  {
+    Watched all;
+    all.compute(kAllocates);
+    double_wait(side(), double_record(0));
+    all.compute_aside(kReads);
+    double_wait(0, double_record(side()));
+    all.free(0, {});
+    all.compute(kAllocates);
+    CHECK_EQ(double_races(), 0u);
+  }
+  {
+    Watched all;
+    all.compute(kAllocates);
+    all.order(all.stream, nullptr);
+    all.to_host(all.stream);
+    all.order(handle_of(side()), all.stream);  // whose work is what that stream waited for, too
+    all.compute_aside(kReads);
+    all.free(0, {side()});
+    CHECK_EQ(double_races(), 0u);
+    all.compute(kAllocates);
+    all.compute(kWrites);
+    CHECK_EQ(double_races(), 0u);
+    all.compute_aside(kReads, 0);  // recorded, but not on the block that is there now
+    CHECK_EQ(double_races(), 1u);
+  }
+  {
+    Watched all;
+    all.compute(kAllocates);
+    all.order(all.stream, nullptr);
+    all.to_host(all.stream);
+    all.free(0, {side()});  // recorded on another stream than the one that uses it
+    all.compute(kAllocates);
+    CHECK_EQ(double_races(), 1u);
+  }
   Watched all;
   all.compute(kAllocates);
-  all.to_device(all.stream);
+  all.free(0, {side()});
+  CHECK_EQ(double_races(), 0u);
+  all.compute_aside(kReads);  // nobody's any more
+  CHECK_EQ(double_races(), 1u);
+}
+
+// On a card it is never the same memory: blocks are kept by stream.
+void test_what_one_stream_freed_another_one_may_be_given() {
+  Watched all;
+  all.compute(kAllocates);
+  all.compute(kWrites);
+  all.free(0, {});
+  all.compute_aside(kAllocates);
+  all.compute_aside(kWrites);
+  CHECK_EQ(double_races(), 0u);
+  all.free(side(), {});
+  all.compute(kAllocates);
+  all.compute(kWrites);
+  CHECK_EQ(double_races(), 0u);
+  all.compute_aside(kReads);
   CHECK_EQ(double_races(), 1u);
 }
 
@@ -222,9 +419,12 @@ void test_what_was_watched_is_forgotten() {
   Watched all;
   all.compute(kWrites);
   CHECK_EQ(all.driver.EventRecord(all.event, nullptr), 0);
+  const size_t recorded = double_record(0);
   double_watch(1);
+  CHECK(double_record(0) != recorded);
   all.to_host(all.stream);
   CHECK_EQ(double_races(), 0u);
+  double_wait(0, recorded);
   CHECK_EQ(all.driver.StreamWaitEvent(nullptr, all.event, 0), 0);  // an event of before orders nothing
   all.compute(kWrites);
   CHECK_EQ(double_races(), 1u);
@@ -261,7 +461,12 @@ int main() {
   test_an_order_goes_from_stream_to_stream();
   test_the_host_orders_what_it_has_seen_end();
   test_memory_is_freed_only_when_its_copies_are_over();
-  test_new_memory_is_the_compute_streams();
+  test_new_memory_is_the_streams_that_it_was_allocated_on();
+  test_streams_that_compute_are_in_order_by_waits_alone();
+  test_a_wait_of_one_stream_is_not_another_ones();
+  test_streams_that_compute_wait_in_the_call();
+  test_memory_is_freed_when_every_stream_is_done_with_it();
+  test_what_one_stream_freed_another_one_may_be_given();
   test_only_bytes_that_are_shared_and_written_count();
   test_what_was_watched_is_forgotten();
   test_a_late_copy_runs_when_it_is_waited_for();

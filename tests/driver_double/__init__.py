@@ -27,7 +27,7 @@ class DriverDouble:
     def __init__(self, path: Path) -> None:
         self.path = str(path)
         self._library = ctypes.CDLL(self.path)
-        for name in ("double_calls", "double_live", "double_misuses", "double_races", "double_compute_position"):
+        for name in ("double_calls", "double_live", "double_misuses", "double_races"):
             getattr(self._library, name).restype = ctypes.c_size_t
         for name in ("double_first_misuse", "double_race_texts"):
             getattr(self._library, name).restype = ctypes.c_char_p
@@ -102,15 +102,6 @@ class DriverDouble:
     def races(self) -> tuple[int, str]:
         """How many since watch(), and the first ones in words."""
         return self._library.double_races(), self._library.double_race_texts().decode()
-
-    def compute_position(self) -> int:
-        return self._library.double_compute_position()
-
-    def host_waits(self, position: int) -> None:
-        self._library.double_host_waits(ctypes.c_size_t(position))
-
-    def host_waits_for_compute(self) -> None:
-        self._library.double_host_waits_for_compute()
 
     def synchronize(self) -> None:
         """The host waits for every stream."""

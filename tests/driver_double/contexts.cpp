@@ -48,6 +48,10 @@ Operation copy_operation(Direction direction, void* destination, const void* sou
                    .queued_at = std::chrono::steady_clock::now()};
 }
 
+// Whether what the stream is given ends in the call: it is one that torch computes on, the default one or
+// not.
+bool ends_in_call(const std::shared_ptr<Stream>& stream) { return !stream || stream->computes; }
+
 // Whether a copy of the batch writes what another one of it reads or writes.
 bool overlap(const std::vector<Operation>& batch) {
   const auto meets = [](const void* a, size_t a_bytes, const void* b, size_t b_bytes) {
@@ -98,7 +102,7 @@ int copy(const char* entry, Direction direction, void* destination, const void* 
   if (const int code = check_copy(copy); code != kSuccess) return code;
   arm_copy(copy);
   const auto handle = reinterpret_cast<uintptr_t>(stream_handle);
-  if (!stream) {
+  if (ends_in_call(stream)) {
     note_copy(handle, copy);
     run_copy(call.lock(), copy);
     return state().lost;
@@ -269,9 +273,9 @@ int cuStreamWaitEvent(void* stream_handle, void* event_handle, unsigned flags) {
   if (!event->latest) return kSuccess;
   state().order.wait(reinterpret_cast<uintptr_t>(stream_handle), event->position);
   if (event->latest->done) return kSuccess;
-  if (!stream) event->latest->wanted = true;
+  if (ends_in_call(stream)) event->latest->wanted = true;
   note_work();
-  if (!stream) return wait_done(call.lock(), std::shared_ptr<Completion>(event->latest));
+  if (ends_in_call(stream)) return wait_done(call.lock(), std::shared_ptr<Completion>(event->latest));
   stream->queue.push_back(Operation{.kind = Operation::kWait, .completion = event->latest});
   state().changed.notify_all();
   return kSuccess;
@@ -300,10 +304,11 @@ int cuEventRecord(void* event_handle, void* stream_handle) {
     state().misuse("cuEventRecord of an event of another context");
     return kInvalidHandle;
   }
+  const bool done = ends_in_call(stream);
   event->latest =
-      std::make_shared<Completion>(Completion{.done = !stream, .done_at = std::chrono::steady_clock::now()});
+      std::make_shared<Completion>(Completion{.done = done, .done_at = std::chrono::steady_clock::now()});
   event->position = state().order.position(reinterpret_cast<uintptr_t>(stream_handle));
-  if (stream) stream->queue.push_back(Operation{.kind = Operation::kRecord, .completion = event->latest});
+  if (!done) stream->queue.push_back(Operation{.kind = Operation::kRecord, .completion = event->latest});
   note_work();
   return kSuccess;
 }
@@ -402,7 +407,11 @@ int cuMemcpyBatchAsync(unsigned long long* destinations, unsigned long long* sou
   for (auto operation = batch.rbegin(); operation != batch.rend(); ++operation) {
     arm_copy(*operation);
     note_copy(reinterpret_cast<uintptr_t>(stream_handle), *operation);
-    stream->queue.push_back(std::move(*operation));
+    if (ends_in_call(stream)) {
+      run_copy(call.lock(), *operation);
+    } else {
+      stream->queue.push_back(std::move(*operation));
+    }
   }
   note_work();
   return kSuccess;

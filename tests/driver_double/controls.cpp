@@ -31,6 +31,23 @@ int set_held(const char* direction, bool held) {
 // A forked child has neither streams nor, perhaps, the mutex.
 bool is_watched() { return state().ordered_by == getpid(); }
 
+void compute(uintptr_t stream, const char* what, const double_span* spans, size_t count,
+             const std::vector<uintptr_t>& used_on) {
+  if (!is_watched()) return;
+  std::vector<Span> used;
+  for (size_t i = 0; i < count; ++i)
+    used.push_back({spans[i].begin, spans[i].bytes, static_cast<Use>(spans[i].use)});
+  auto lock = locked();
+  state().active_at = std::chrono::steady_clock::now();
+  if (state().order.operate(stream, what, used, used_on)) settle(lock);
+}
+
+// One that was recorded before the watch began orders nothing.
+Position recorded_position(size_t recorded) {
+  const auto found = state().positions.find(recorded);
+  return found == state().positions.end() ? Position{} : found->second;
+}
+
 }  // namespace
 
 extern "C" {
@@ -134,7 +151,10 @@ size_t double_live(const char* what) {
   }
   if (wanted == "plain_batches") return all.plain_batches;
   if (wanted == "managed") return all.managed.size();
-  if (wanted == "streams") return all.streams.size();
+  if (wanted == "streams") {
+    return static_cast<size_t>(
+        std::ranges::count_if(all.streams, [](const auto& entry) { return !entry.second->computes; }));
+  }
   if (wanted == "events") return all.events.size();
   if (wanted == "registrations") return all.registrations.size();
   if (wanted == "pending_copies") return all.lanes[kToHost].pending + all.lanes[kToDevice].pending;
@@ -154,36 +174,43 @@ void double_watch(int on) {
   state().positions.clear();
 }
 
-void double_compute(const char* what, const double_span* spans, size_t count) {
-  if (!is_watched()) return;
-  std::vector<Span> used;
-  for (size_t i = 0; i < count; ++i)
-    used.push_back({spans[i].begin, spans[i].bytes, static_cast<Use>(spans[i].use)});
-  auto lock = locked();
-  state().active_at = std::chrono::steady_clock::now();
-  const size_t known = state().order.race_count();
-  state().order.operate(Order::kCompute, what, used);
-  if (state().order.race_count() > known) settle(lock);
+uintptr_t double_compute_stream() {
+  const auto lock = locked();
+  return start_stream(/*ordinal=*/0, /*computes=*/true);
 }
 
-size_t double_compute_position() {
+void double_compute(uintptr_t stream, const char* what, const double_span* spans, size_t count) {
+  compute(stream, what, spans, count, {});
+}
+
+void double_free(uintptr_t stream, const uintptr_t* used_on, size_t used_count, const char* what,
+                 const double_span* span) {
+  compute(stream, what, span, 1, {used_on, used_on + used_count});
+}
+
+size_t double_record(uintptr_t stream) {
   if (!is_watched()) return 0;
   const auto lock = locked();
-  state().positions.push_back(state().order.position(Order::kCompute));
-  return state().positions.size();
+  state().positions.emplace(state().next_position, state().order.position(stream));
+  return state().next_position++;
 }
 
-void double_host_waits(size_t position) {
+void double_wait(uintptr_t stream, size_t recorded) {
   if (!is_watched()) return;
   const auto lock = locked();
-  const std::vector<Position>& known = state().positions;
-  if (position > 0 && position <= known.size()) state().order.host_waits(known[position - 1]);
+  state().order.wait(stream, recorded_position(recorded));
 }
 
-void double_host_waits_for_compute() {
+void double_host_waits(size_t recorded) {
   if (!is_watched()) return;
   const auto lock = locked();
-  state().order.host_waits(Order::kCompute);
+  state().order.host_waits(recorded_position(recorded));
+}
+
+void double_host_waits_for(uintptr_t stream) {
+  if (!is_watched()) return;
+  const auto lock = locked();
+  state().order.host_waits(stream);
 }
 
 void double_synchronize() {

@@ -1,11 +1,12 @@
 // A CUDA driver for tests: the entries of csrc/device/cuda_driver.h over host memory, with faults on purpose.
 //
 // "Device" memory is host memory, so a copy is a memmove, done by the thread of its stream. The legacy
-// default stream is the calling thread, as compute is on the CPU: what waits on it waits in the call. A
-// pageable source is read by the call, which then waits for what its stream has before it, and a copy into
-// pageable memory ends in the call; but where the device reads all memory ("hmm", "ats"), they are as any
-// other. Every entry counts its calls and can be made to fail; nothing here links
-// to the code under test.
+// default stream, and others that torch computes on, are the calling thread, as compute is on the CPU: what
+// waits on them waits in the call. A pageable source is read by the call, which then waits for what its
+// stream has before it, and a copy into pageable memory ends in the call; but where the device reads all
+// memory
+// ("hmm", "ats"), they are as any other. Every entry counts its calls and can be made to fail; nothing here
+// links to the code under test.
 //
 // Threads: every control may be called from any thread, but not in a forked child, which has no driver.
 // Ownership: the library is loaded once a process; double_reset() between tests.
@@ -66,23 +67,30 @@ size_t double_misuses();
 const char* double_first_misuse();
 
 // A late double does as little as a card may have done: a copy starts when the host has given nothing to any
-// stream for a millisecond, so that it probably waits for it, or for 50 ms; or when the compute stream waits
-// for it.
+// stream for a millisecond, so that it probably waits for it, or for 50 ms; or when a stream that torch
+// computes on waits for it.
 void double_set_late(int late);
 
 // Whether accesses are watched for races from now on (order.h); what was seen so far is forgotten. Copies are
-// seen by themselves, what torch's compute stream does is told.
+// seen by themselves, what torch computes is told, with the stream: 0 is the default one.
 void double_watch(int on);
+// A new one, non-blocking, for torch to compute on: what it waits for is waited for in the call, as in the
+// default one. Never destroyed, as torch's own.
+uintptr_t double_compute_stream();
 struct double_span {
   uintptr_t begin;
   size_t bytes;
   int use;  // 0: reads, 1: writes, 2: allocates, 3: frees
 };
-void double_compute(const char* what, const double_span* spans, size_t count);
-size_t double_compute_position();         // behind what it was given so far
-void double_host_waits(size_t position);  // until that is over
-void double_host_waits_for_compute();     // until all that it was given is over
-void double_synchronize();                // the host waits for every stream
+void double_compute(uintptr_t stream, const char* what, const double_span* spans, size_t count);
+// Of a block that was allocated on `stream`, when what `used_on` have so far is over (Tensor.record_stream).
+void double_free(uintptr_t stream, const uintptr_t* used_on, size_t used_count, const char* what,
+                 const double_span* span);
+size_t double_record(uintptr_t stream);               // where it is; a number that is never used twice
+void double_wait(uintptr_t stream, size_t recorded);  // its later work comes behind that
+void double_host_waits(size_t recorded);              // until that is over
+void double_host_waits_for(uintptr_t stream);         // until all that it was given is over
+void double_synchronize();                            // the host waits for every stream
 size_t double_races();
 const char* double_race_texts();  // a line each
 }

@@ -23,6 +23,10 @@ const char* word_of(Use use) {
   }
 }
 
+bool is_over(size_t actor, uint64_t time, const std::vector<uint64_t>& over) {
+  return time == 0 || (actor < over.size() && over[actor] >= time);
+}
+
 }  // namespace
 
 void Order::set_on(bool on) {
@@ -36,6 +40,7 @@ void Order::forget() {
   names_ = {"the host"};
   clocks_.assign(1, {});
   pieces_.clear();
+  freed_.assign(1, {});
   texts_.clear();
   race_count_ = 0;
   races_.clear();
@@ -45,25 +50,35 @@ size_t Order::actor_of(uintptr_t stream) {
   const auto [found, is_new] = actors_.try_emplace(stream, clocks_.size());
   if (is_new) {
     clocks_.emplace_back();
+    freed_.emplace_back();
     std::ostringstream name;
-    name << (stream == kCompute ? "compute" : "stream ");
-    if (stream != kCompute) name << std::hex << stream;
+    name << (stream == kDefault ? "the default stream" : "stream ");
+    if (stream != kDefault) name << std::hex << stream;
     names_.push_back(name.str());
   }
   return found->second;
 }
 
-void Order::operate(uintptr_t stream, const std::string& what, const std::vector<Span>& spans) {
-  if (!on_) return;
+bool Order::operate(uintptr_t stream, const std::string& what, const std::vector<Span>& spans,
+                    const std::vector<uintptr_t>& used_on) {
+  if (!on_) return false;
   const size_t actor = actor_of(stream);
   std::vector<uint64_t>& clock = clocks_[actor];
   join(clock, clocks_[kHost]);
   if (clock.size() <= actor) clock.resize(actor + 1);
   const uint64_t time = ++clock[actor];
+  std::vector<uint64_t> over = clock;
+  for (const uintptr_t other : used_on) join(over, position(other).over);
   const std::string* const kept = &*texts_.insert(what).first;
+  const size_t known = race_count_;
+  bool is_unordered = false;
   for (const Span& span : spans) {
-    if (span.bytes > 0) apply({actor, time, kept, span.begin, span.bytes, span.use});
+    if (span.use == Use::kAllocate) reuse(actor);
+    if (span.bytes > 0) {
+      is_unordered |= apply({actor, time, kept, span.begin, span.bytes, span.use}, over);
+    }
   }
+  return is_unordered || race_count_ > known;
 }
 
 Position Order::position(uintptr_t stream) {
@@ -91,12 +106,6 @@ void Order::forget(uintptr_t begin, size_t bytes) {
   pieces_.erase(pieces_.lower_bound(begin), pieces_.lower_bound(begin + bytes));
 }
 
-bool Order::is_over(const Access& access, size_t actor) const {
-  if (access.time == 0 || access.actor == actor) return true;
-  const std::vector<uint64_t>& clock = clocks_[actor];
-  return access.actor < clock.size() && clock[access.actor] >= access.time;
-}
-
 void Order::split_at(uintptr_t address) {
   auto after = pieces_.lower_bound(address);
   if (after == pieces_.begin()) return;
@@ -107,26 +116,39 @@ void Order::split_at(uintptr_t address) {
   pieces_.emplace_hint(after, address, std::move(rest));
 }
 
-void Order::apply(const Access& access) {
+void Order::reuse(size_t actor) {
+  for (const Freed& freed : freed_[actor]) {
+    const auto is_left = [&](const Access& use) { return !is_over(use.actor, use.time, clocks_[actor]); };
+    const auto use = std::ranges::find_if(freed.uses, is_left);
+    if (use != freed.uses.end()) report(*use, freed.by);
+  }
+  freed_[actor].clear();
+}
+
+bool Order::apply(const Access& access, const std::vector<uint64_t>& over) {
   const uintptr_t begin = access.begin, end = begin + access.bytes;
   split_at(begin);
   split_at(end);
   const auto first = pieces_.lower_bound(begin), last = pieces_.lower_bound(end);
   const bool reads = access.use == Use::kRead;
-  bool is_told = false;  // once an access, however many pieces
-  for (auto piece = first; piece != last && !is_told; ++piece) {
-    const Access* earlier = is_over(piece->second.write, access.actor) ? nullptr : &piece->second.write;
-    for (const Access& read : piece->second.reads) {
-      if (!reads && earlier == nullptr && !is_over(read, access.actor)) earlier = &read;
-    }
-    if (earlier == nullptr) continue;
-    report(*earlier, access);
-    is_told = true;
+  std::vector<Access> unordered;
+  const auto compare = [&](const Access& earlier) {
+    const bool is_others = earlier.use == Use::kFree && access.use == Use::kAllocate;
+    if (!is_others && !is_over(earlier.actor, earlier.time, over)) unordered.push_back(earlier);
+  };
+  for (auto piece = first; piece != last; ++piece) {
+    compare(piece->second.write);
+    if (!reads) std::ranges::for_each(piece->second.reads, compare);
+  }
+  if (!unordered.empty() && access.use == Use::kFree) {
+    freed_[access.actor].push_back({access, unordered});
+  } else if (!unordered.empty()) {
+    report(unordered.front(), access);  // once an access, however many pieces
   }
   if (!reads) {
     pieces_.erase(first, last);
     pieces_.emplace(begin, Piece{end, access, {}});  // what is freed too: who uses it later is found
-    return;
+    return !unordered.empty();
   }
   uintptr_t at = begin;
   for (auto piece = first; at < end;) {
@@ -141,6 +163,7 @@ void Order::apply(const Access& access) {
       at = until;
     }
   }
+  return !unordered.empty();
 }
 
 void Order::report(const Access& earlier, const Access& later) {

@@ -210,14 +210,17 @@ int Call::admit(const char* entry, Needs needs) {
   return needs == Needs::kContext ? all.lost : kSuccess;
 }
 
-uintptr_t start_stream(int ordinal) {
+uintptr_t start_stream(int ordinal, bool computes) {
   State& all = state();
   auto stream = std::make_shared<Stream>();
   stream->ordinal = ordinal;
-  std::erase_if(all.queues, [](const std::weak_ptr<Stream>& queue) { return queue.expired(); });
-  all.queues.push_back(stream);
-  // Detached: a destroyed stream finishes its queue, and the process may end before a held one.
-  std::thread([stream] { run_stream(stream); }).detach();
+  stream->computes = computes;
+  if (!computes) {
+    std::erase_if(all.queues, [](const std::weak_ptr<Stream>& queue) { return queue.expired(); });
+    all.queues.push_back(stream);
+    // Detached: a destroyed stream finishes its queue, and the process may end before a held one.
+    std::thread([stream] { run_stream(stream); }).detach();
+  }
   const uintptr_t handle = all.next_handle += 16;
   all.streams.emplace(handle, std::move(stream));
   return handle;

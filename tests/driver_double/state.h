@@ -1,7 +1,7 @@
 // What the double keeps: handles, queues, registrations, and the faults that are armed.
 //
-// Threads: everything is guarded by State::mutex, but the flags that say otherwise; each stream is one
-//          detached thread, which outlives its handle until its queue is empty, as the real one does.
+// Threads: everything is guarded by State::mutex, but the flags that say otherwise; each stream of copies is
+//          one detached thread, which outlives its handle until its queue is empty, as the real one does.
 // Ownership: handles are numbers that are never used twice, so a destroyed one is always recognised. The
 //            state is never freed: threads of streams may run until the process ends.
 // Invariants: no operation is queued while the context is lost, and no copy runs when it becomes so.
@@ -79,6 +79,7 @@ struct Operation {
 
 struct Stream {
   int ordinal = 0;
+  bool computes = false;  // torch's own: what it is given ends in the call, and it has no thread
   bool destroyed = false;
   const Operation* running = nullptr;  // has left the queue
   std::deque<Operation> queue;
@@ -152,8 +153,9 @@ struct State {
   bool late = false;                                     // double_set_late()
   std::chrono::steady_clock::time_point active_at = {};  // when the host last gave work to a stream
   Order order;
-  std::atomic<pid_t> ordered_by{0};  // the process that set it on; read before the mutex
-  std::vector<Position> positions;   // of torch's events
+  std::atomic<pid_t> ordered_by{0};      // the process that set it on; read before the mutex
+  std::map<size_t, Position> positions;  // of torch's events, by numbers that are never used twice
+  size_t next_position = 1;
 
   size_t plain_batches = 0;
   size_t misuses = 0;
@@ -198,7 +200,7 @@ class Call {
 
 // --- streams: called with the mutex held ---------------------------------------------------------------
 
-uintptr_t start_stream(int ordinal);
+uintptr_t start_stream(int ordinal, bool computes = false);
 
 // The registration that holds the whole range, null if none does. `partly`: one holds a part of it, which no
 // copy may do; two adjacent ones do not make one.
@@ -221,8 +223,8 @@ bool has_queued_work();
 bool is_copied(uintptr_t address, size_t bytes);  // by a copy that is queued or running
 // Waits until no stream has any; a late double does it now. Returns 0, or what the context was lost with.
 int drain(std::unique_lock<std::mutex>& lock);
-// The same after a race, for a second at most and told to nobody: what is written to memory that is used by
-// others must not end the process before the race is told.
+// The same after unordered uses, for a second at most and told to nobody: what is written to memory that is
+// used by others, or freed, must not end the process before the race is told.
 void settle(std::unique_lock<std::mutex>& lock);
 
 }  // namespace driver_double

@@ -88,7 +88,7 @@ int cuMemFree_v2(unsigned long long address) {
     return kInvalidValue;
   }
   if (is_copied(address, found->second)) all.misuse("freeing memory that a queued copy uses");
-  all.order.operate(Order::kCompute, "cuMemFree", {{found->first, found->second, Use::kFree}});
+  all.order.operate(Order::kDefault, "cuMemFree", {{found->first, found->second, Use::kWrite}});
   all.order.forget(found->first, found->second);
   all.pages.erase(all.pages.lower_bound(address), all.pages.lower_bound(page_end(address + found->second)));
   std::free(reinterpret_cast<void*>(address));

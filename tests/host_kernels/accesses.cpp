@@ -39,7 +39,7 @@ class Accesses {
 
 }  // namespace
 
-void note_launch(const std::string& kernel, void** arguments) {
+void note_launch(void* stream, const std::string& kernel, void** arguments) {
   const char* path = std::getenv("OFFLOAD_CUDA_DRIVER");
   void* library = path == nullptr ? nullptr : dlopen(path, RTLD_NOW | RTLD_NOLOAD);
   if (library == nullptr) return;
@@ -67,5 +67,5 @@ void note_launch(const std::string& kernel, void** arguments) {
     for (const size_t scales : {8, 9}) accesses.add(scales, scales_bytes(count), kWrites);
     accesses.add(12, sizeof(float), kReads);
   }
-  compute(kernel.c_str(), accesses.spans.data(), accesses.spans.size());
+  compute(reinterpret_cast<uintptr_t>(stream), kernel.c_str(), accesses.spans.data(), accesses.spans.size());
 }

@@ -2,5 +2,5 @@
 
 #include <string>
 
-// `arguments` as cuLaunchKernel takes them; the launch is one of the compute stream.
-void note_launch(const std::string& kernel, void** arguments);
+// `arguments` as cuLaunchKernel takes them.
+void note_launch(void* stream, const std::string& kernel, void** arguments);

@@ -146,7 +146,7 @@ int cuLaunchKernelEx(const LaunchConfig* config, const Kernel* kernel, void** ar
   const bool flat = config->grid[1] * config->grid[2] * config->block[1] * config->block[2] == 1;
   if (!flat || config->shared_bytes != 0 || config->attribute_count != 0) return kInvalidValue;
   launch(config->grid[0], config->block[0], arguments, kernel->argument_count);
-  note_launch(kernel->name, arguments);
+  note_launch(config->stream, kernel->name, arguments);
   return outcome("cuLaunchKernelEx");
 }
 

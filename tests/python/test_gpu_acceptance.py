@@ -22,7 +22,7 @@ sys.modules["gpu_acceptance"] = acceptance  # where its dataclass looks for its 
 _spec.loader.exec_module(acceptance)
 
 ENVIRONMENT = {"date": "2026-11-21T10:00:00+00:00", "accelerator": "NVIDIA H200", "cpu": "EPYC", "cpu_count": 16}
-ENVIRONMENT |= {"torch": "2.13", "device": "cuda", "quick": False, "sources": "0123456789ab"}
+ENVIRONMENT |= {"torch": "2.13", "device": "cuda", "quick": False, "tiny": False, "sources": "0123456789ab"}
 
 
 def shell(name: str, script: str, limit_s: float = 60.0) -> Any:
@@ -121,7 +121,7 @@ def test_an_interrupted_call_keeps_what_had_ended(tmp_path: Path, monkeypatch: p
         return {"state": "done", "seconds": 1.0}
 
     monkeypatch.setattr(acceptance, "run", stopped)
-    monkeypatch.setattr(acceptance, "describe", lambda device, quick: ENVIRONMENT)
+    monkeypatch.setattr(acceptance, "describe", lambda device, quick, tiny: ENVIRONMENT)
     monkeypatch.setattr(acceptance.signal, "signal", lambda *_: None)
     assert acceptance.main(["--sections", "link,adamw", "--out", str(path)]) == acceptance.EXIT_INTERRUPTED
     assert list(report_of(path)["sections"]) == ["link"]
@@ -141,7 +141,7 @@ def test_a_file_of_another_run_is_not_mixed_with_this_one(tmp_path: Path, name: 
 
 
 def test_sections_are_chosen_by_name_and_by_group() -> None:
-    available = acceptance.sections("cuda", quick=False, host_budget=None)
+    available = acceptance.sections("cuda", quick=False, tiny=False, host_budget=None)
 
     def chosen(names: str | None) -> list[str]:
         return [section.name for section in acceptance.choose(available, names)]
@@ -154,10 +154,10 @@ def test_sections_are_chosen_by_name_and_by_group() -> None:
 
 
 @pytest.mark.parametrize("quick", [False, True])
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_every_section_is_a_command_and_fits_a_call(kind: str, quick: bool) -> None:
+@pytest.mark.parametrize(("kind", "tiny"), [("cpu", True), ("cuda", False), ("cuda", True)])
+def test_every_section_is_a_command_and_fits_a_call(kind: str, tiny: bool, quick: bool) -> None:
     limit_s = acceptance.QUICK_CALL_LIMIT_S if quick else acceptance.CALL_LIMIT_S
-    for section in acceptance.sections(kind, quick=quick, host_budget="110GiB"):
+    for section in acceptance.sections(kind, quick=quick, tiny=tiny, host_budget="110GiB"):
         assert section.limit_s + acceptance.GRACE_S < limit_s - 5, f"{section.name} would never begin"
         if section.key == "tests":
             assert ("OFFLOAD_REQUIRE_GPU=1" in section.command) == (kind == "cuda")
@@ -169,7 +169,7 @@ def test_every_section_is_a_command_and_fits_a_call(kind: str, quick: bool) -> N
         if options.part == "train":
             size = _bench_train._size(options)
             assert all(_bench_train.parse_places(text) for text in options.offload)
-            assert kind == "cpu" or (size.shape.vocabulary == 32768 and 4096 <= size.micro_batch <= 8192)
+            assert tiny or (size.shape.vocabulary == 32768 and 4096 <= size.micro_batch <= 8192)
 
 
 @pytest.mark.parametrize(("key", "setting"), [("tests", ""), ("bench", "expandable_segments:True")])

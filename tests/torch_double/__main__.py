@@ -34,7 +34,7 @@ def _copy_renamed(build: Path) -> Path:
     shutil.rmtree(tree, ignore_errors=True)
     unneeded = shutil.ignore_patterns("build", ".*", "results", "__pycache__", "*.so")
     shutil.copytree(_ROOT, tree, ignore=unneeded)
-    for folder in ("python", "tests", "examples"):
+    for folder in ("python", "tests", "examples", "benches"):
         for path in (tree / folder).rglob("*.py"):
             path.write_text(_CUDA.sub("card", path.read_text()))
     return tree
@@ -69,7 +69,7 @@ def main() -> None:
         "ACCELERATE_TORCH_DEVICE": "card",
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),  # of ninja
     }
-    arguments = sys.argv[1:] or ["tests/python", "tests/torch_double/watching.py"]
+    arguments = sys.argv[1:] or ["tests/python", "tests/torch_double/watching.py", "tests/torch_double/benches.py"]
     command = [sys.executable, "-m", "pytest", "-p", "torch_double.card", "-p", "no:cacheprovider", *arguments]
     os.chdir(tree)
     os.execve(sys.executable, command, environment)

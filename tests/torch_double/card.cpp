@@ -4,8 +4,8 @@
 // It takes torch's place for devices from outside (PrivateUse1). Its tensors
 // have an allocator and storages of their own, and autograd runs their backward
 // in a thread of its own, as it does for CUDA. Every operator computes with the
-// CPU's kernels over the same memory, at once: there is one stream, which is
-// always idle.
+// CPU's kernels over the same memory, at once: streams are always idle, and tell
+// what is ordered after what.
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
@@ -16,10 +16,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <set>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -44,14 +46,33 @@ std::atomic<size_t> peak_bytes{0};
 // In front of every allocation.
 struct Header {
   size_t bytes;
+  c10::StreamId stream;  // that it was allocated on, and goes back to
 };
+
+// The streams that memory was recorded on, by address, until it is freed.
+std::mutex recorded_mutex;
+std::unordered_map<const void*, std::set<uintptr_t>> recorded_streams;
+
+void record_stream_of(const void* memory, const Stream& stream) {
+  const std::lock_guard lock(recorded_mutex);
+  recorded_streams[memory].insert(stream.id());
+}
+
+std::vector<uintptr_t> take_recorded_streams(const void* memory) {
+  const std::lock_guard lock(recorded_mutex);
+  const auto recorded = recorded_streams.extract(memory);
+  if (recorded.empty()) return {};
+  return {recorded.mapped().begin(), recorded.mapped().end()};
+}
 
 // What is freed is written over: who goes on reading it sees another value.
 void free_memory(void* memory) {
   if (memory == nullptr) return;
   char* begin = static_cast<char*>(memory) - kAlignment;
-  const size_t bytes = reinterpret_cast<Header*>(begin)->bytes;
-  card::Uses("memory that nobody refers to").add(memory, bytes, card::kFrees);
+  const auto [bytes, stream] = *reinterpret_cast<Header*>(begin);
+  const std::vector<uintptr_t> used_on = take_recorded_streams(memory);
+  const double_span span{reinterpret_cast<uintptr_t>(memory), bytes, card::kFrees};
+  card::driver_double().free(stream, used_on.data(), used_on.size(), "memory that nobody refers to", &span);
   std::memset(memory, 0xEE, bytes);
   allocated_bytes -= bytes;
   std::free(begin);
@@ -65,7 +86,7 @@ class CardAllocator final : public c10::Allocator {
       void* begin = nullptr;
       TORCH_CHECK(posix_memalign(&begin, kAlignment, bytes + kAlignment) == 0, "no memory for ", bytes,
                   " bytes");
-      static_cast<Header*>(begin)->bytes = bytes;
+      *static_cast<Header*>(begin) = {bytes, card::current_stream};
       memory = static_cast<char*>(begin) + kAlignment;
       std::memset(memory, 0xFF, bytes);  // NaN in every format
       card::Uses("new memory").add(memory, bytes, card::kAllocates);
@@ -86,26 +107,60 @@ REGISTER_ALLOCATOR(kCard, &allocator);
 // --- the device
 // --------------------------------------------------------------------------------------------
 
+Stream stream_of(c10::StreamId id) { return Stream(Stream::UNSAFE, Device(kCard, 0), id); }
+
+struct CardEvent {
+  size_t recorded = 0;
+  std::chrono::steady_clock::time_point at = {};
+};
+
 struct CardGuard final : c10::impl::DeviceGuardImplInterface {
   c10::DeviceType type() const override { return kCard; }
   Device exchangeDevice(Device) const override { return Device(kCard, 0); }
   Device getDevice() const override { return Device(kCard, 0); }
   void setDevice(Device) const override {}
   void uncheckedSetDevice(Device) const noexcept override {}
-  Stream getStream(Device) const override { return Stream(Stream::DEFAULT, Device(kCard, 0)); }
-  Stream getDefaultStream(Device) const override { return Stream(Stream::DEFAULT, Device(kCard, 0)); }
-  Stream getNewStream(Device, int) const override { return Stream(Stream::DEFAULT, Device(kCard, 0)); }
-  Stream exchangeStream(Stream) const override { return Stream(Stream::DEFAULT, Device(kCard, 0)); }
+  Stream getStream(Device) const override { return stream_of(card::current_stream); }
+  Stream getDefaultStream(Device) const override { return stream_of(0); }
+  Stream exchangeStream(Stream stream) const override {
+    return stream_of(std::exchange(card::current_stream, stream.id()));
+  }
   DeviceIndex deviceCount() const noexcept override { return 1; }
-  void record(void**, const Stream&, DeviceIndex, c10::EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void*, DeviceIndex) const noexcept override {}
-  bool queryStream(const Stream&) const override { return true; }
-  void synchronizeStream(const Stream&) const override {}
-  void synchronizeEvent(void*) const override {}
-  void synchronizeDevice(DeviceIndex) const override {}
-  void recordDataPtrOnStream(const c10::DataPtr&, const Stream&) const override {}
+  void record(void** event, const Stream& stream, DeviceIndex, c10::EventFlag) const override {
+    if (*event == nullptr) *event = new CardEvent;
+    *static_cast<CardEvent*>(*event) = {card::driver_double().record(stream.id()),
+                                        std::chrono::steady_clock::now()};
+  }
+  void block(void* event, const Stream& stream) const override {
+    card::driver_double().wait(stream.id(), recorded_by(event));
+  }
+  // All that was recorded is over by the time that anybody asks, and is known to be once he has.
+  bool queryEvent(void* event) const override {
+    card::driver_double().host_waits(recorded_by(event));
+    return true;
+  }
+  void synchronizeEvent(void* event) const override { queryEvent(event); }
+  void destroyEvent(void* event, DeviceIndex) const noexcept override {
+    delete static_cast<CardEvent*>(event);
+  }
+  double elapsedTime(void* begin, void* end, DeviceIndex) const override {
+    const auto between = static_cast<CardEvent*>(end)->at - static_cast<CardEvent*>(begin)->at;
+    return std::chrono::duration<double, std::milli>(between).count();
+  }
+  bool queryStream(const Stream& stream) const override {
+    card::driver_double().host_waits_for(stream.id());
+    return true;
+  }
+  void synchronizeStream(const Stream& stream) const override { queryStream(stream); }
+  void synchronizeDevice(DeviceIndex) const override { card::driver_double().synchronize(); }
+  void recordDataPtrOnStream(const c10::DataPtr& memory, const Stream& stream) const override {
+    if (memory.get_deleter() == &free_memory) record_stream_of(memory.get(), stream);
+  }
+
+ private:
+  static size_t recorded_by(void* event) {
+    return event == nullptr ? 0 : static_cast<CardEvent*>(event)->recorded;
+  }
 };
 
 C10_REGISTER_GUARD_IMPL(PrivateUse1, CardGuard);
@@ -394,7 +449,9 @@ const at::Tensor& resize(const at::Tensor& self, c10::IntArrayRef sizes, std::op
   return self;
 }
 
-void record_stream(at::Tensor&, at::Stream) {}
+void record_stream(at::Tensor& self, at::Stream stream) {
+  CardGuard().recordDataPtrOnStream(self.storage().data_ptr(), stream);
+}
 
 // `parameter.data = ` a tensor of the CPU, or the reverse, which torch asks of
 // CPU and CUDA alone to be the same kind of tensor.
@@ -478,6 +535,10 @@ TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("allocated_bytes", [] { return allocated_bytes.load(); });
+  module.def("compute_stream", [] { return card::driver_double().compute_stream(); });
+  module.def("current_stream", [] { return card::current_stream; });
+  module.def("exchange_stream",
+             [](c10::StreamId stream) { return std::exchange(card::current_stream, stream); });
   module.def("peak_bytes", [] { return peak_bytes.load(); });
   module.def("reset_peak_bytes", [] { peak_bytes = allocated_bytes.load(); });
 }

@@ -1,19 +1,21 @@
 """`torch.card`: what offload and its tests use of torch.cuda, for the device of card.cpp. A plugin of pytest.
 
-Compute is done when it is submitted, on the one stream there is. The copies of the driver double beside it are as late
-as a card may make them, and a use of memory that no wait orders with them fails its test (driver_double/order.h).
+Compute is done when it is submitted, on whichever stream. The copies of the driver double beside it are as late as a
+card may make them, and two uses of memory that no wait orders fail their test (driver_double/order.h).
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import itertools
 import os
 import re
 import sys
 import time
 import types
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,13 @@ import torch
 import torch_double_card  # built by __main__.py
 from driver_double import DriverDouble
 
+_DEVICE_TYPE = 20  # c10::DeviceType::PrivateUse1
 _BYTES = 80 << 30  # as a card tells; what is asked for comes out of the host's
 
 # Tests, by the beginnings of their names, of what this device does not have.
 _BEYOND_IT = (
-    # work of torch's that is not done yet (torch.cuda._sleep), and graphs, which record work
-    "test_activation_format.py::test_what_one_stream_saved_is_packed_behind_it",
+    # work of torch's that is not done yet, and graphs, which record work
     "test_cuda_graphs.py::test_copies_end_while_another_model_is_captured",
-    "test_cuda_streams.py::test_a_checkpoint_has_what_its_stream_has_not_computed_yet",
-    "test_kernels.py::test_the_kernel_runs_on_the_current_stream",
-    "test_stream_rules.py::test_g_uploads_do_not_overtake_a_slow_compute_stream",
     "test_stream_rules.py::test_h_our_streams_do_not_join_the_legacy_stream",
     # memory pools: that torch's allocator goes by them
     "test_unified_tensors.py::test_a_pool_takes_forward_and_backward",
@@ -43,52 +42,49 @@ _BEYOND_IT = (
 # Tests that race by what they do, the races by their text, and why no harm comes of them.
 _HARMLESS = {
     # It writes to what autograd saved, while its bytes leave: whatever was copied, backward refuses it by its version.
-    "test_writing_to_what_was_saved_is_the_error": re.compile(r" on compute writes .* while a copy to_host on "),
+    "test_writing_to_what_was_saved_is_the_error": re.compile(r" on the default stream writes .* while a copy to_host on "),
 }
 
 
-class Stream:
-    """The one there is: 0, the default stream of CUDA."""
-
-    cuda_stream = 0
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        self.device = torch.device("card", 0)
-
-    def synchronize(self) -> None:
-        _driver.host_waits_for_compute()
-
-    def wait_stream(self, _: Stream) -> None:
-        pass
-
-    def query(self) -> bool:
-        _driver.host_waits_for_compute()
-        return True
+@functools.cache
+def _stream_of_driver(_: int) -> int:
+    return torch_double_card.compute_stream()
 
 
-class Event:
-    def __init__(self, **_: Any) -> None:
-        self._recorded_s = 0.0
-        self._position = 0
+class Stream(torch.Stream):
+    """One of 32, as torch has them, which the driver knows; 0 is the default one."""
 
-    def record(self, _: Any = None) -> None:
-        self._recorded_s = time.perf_counter()
-        self._position = _driver.compute_position()
+    _numbers = itertools.cycle(range(32))
 
-    def synchronize(self) -> None:
-        _driver.host_waits(self._position)
+    def __new__(cls, *_: Any, **__: Any) -> Stream:
+        return cls.of(_stream_of_driver(next(cls._numbers)))
 
-    def query(self) -> bool:
-        _driver.host_waits(self._position)
-        return True
+    @classmethod
+    def of(cls, handle: int, *_: Any) -> Stream:
+        return super().__new__(cls, stream_id=handle, device_index=0, device_type=_DEVICE_TYPE)
 
-    def elapsed_time(self, end: Event) -> float:
-        return (end._recorded_s - self._recorded_s) * 1e3
+    @property
+    def cuda_stream(self) -> int:
+        return self.stream_id
+
+
+class Event(torch.Event):
+    def __new__(cls, **options: Any) -> Event:
+        return super().__new__(cls, device="card", **options)
+
+
+@contextlib.contextmanager
+def _computing_on(stream: torch.Stream | None) -> Iterator[None]:
+    before = torch_double_card.current_stream()
+    torch_double_card.exchange_stream(before if stream is None else stream.stream_id)
+    try:
+        yield
+    finally:
+        torch_double_card.exchange_stream(before)
 
 
 def _module(native: Any) -> types.ModuleType:
     module = types.ModuleType("torch.card")
-    stream = Stream()
     properties = types.SimpleNamespace(name="host memory", total_memory=_BYTES, uuid="0", major=9, minor=0)
     facts = {
         "is_available": True,
@@ -98,8 +94,6 @@ def _module(native: Any) -> types.ModuleType:
         "_is_in_bad_fork": False,
         "device_count": 1,
         "current_device": 0,
-        "current_stream": stream,
-        "default_stream": stream,
         "get_device_name": properties.name,
         "get_device_capability": (properties.major, properties.minor),
         "get_device_properties": properties,
@@ -113,7 +107,11 @@ def _module(native: Any) -> types.ModuleType:
                  "set_rng_state", "set_per_process_memory_fraction"):  # fmt: skip
         setattr(module, name, lambda *_, **__: None)
     module.synchronize = lambda *_: _driver.synchronize()
-    module.device = module.stream = lambda _: contextlib.nullcontext()
+    module.device = lambda _: contextlib.nullcontext()
+    module.stream = _computing_on
+    module.current_stream = lambda *_: Stream.of(native.current_stream())
+    module.default_stream = lambda *_: Stream.of(0)
+    module.ExternalStream = Stream.of
     module.get_rng_state = lambda *_: torch.zeros(0, dtype=torch.uint8, device="cpu")
     module.memory_allocated = module.memory_reserved = lambda *_: native.allocated_bytes()
     module.max_memory_allocated = module.max_memory_reserved = lambda *_: native.peak_bytes()

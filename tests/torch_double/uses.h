@@ -1,8 +1,9 @@
-// Tells the driver double what operators of card.cpp do with memory, so that it finds what no wait orders
-// (driver_double/order.h). The double is the library of OFFLOAD_CUDA_DRIVER; without it nothing is told.
+// Tells the driver double what operators of card.cpp do with memory and on which stream, so that it finds
+// what no wait orders (driver_double/order.h). The double is the library of OFFLOAD_CUDA_DRIVER.
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
 #include <dlfcn.h>
 
 #include <cstdlib>
@@ -14,17 +15,35 @@
 
 namespace card {
 
+// What a thread computes on, as autograd's threads do on that of a forward: a stream of the driver's.
+inline thread_local c10::StreamId current_stream = 0;
+
 struct Double {
+  decltype(&double_compute_stream) compute_stream = nullptr;
   decltype(&double_compute) compute = nullptr;
-  decltype(&double_host_waits_for_compute) host_waits_for_compute = nullptr;
+  decltype(&double_free) free = nullptr;
+  decltype(&double_record) record = nullptr;
+  decltype(&double_wait) wait = nullptr;
+  decltype(&double_host_waits) host_waits = nullptr;
+  decltype(&double_host_waits_for) host_waits_for = nullptr;
+  decltype(&double_synchronize) synchronize = nullptr;
 
   Double() {
     const char* path = std::getenv("OFFLOAD_CUDA_DRIVER");
     void* library = path == nullptr ? nullptr : dlopen(path, RTLD_NOW);
-    if (library == nullptr) return;
-    compute = reinterpret_cast<decltype(compute)>(dlsym(library, "double_compute"));
-    host_waits_for_compute =
-        reinterpret_cast<decltype(host_waits_for_compute)>(dlsym(library, "double_host_waits_for_compute"));
+    TORCH_CHECK(library != nullptr, "OFFLOAD_CUDA_DRIVER names no library");
+    const auto find = [&]<typename Function>(Function*& function, const char* name) {
+      function = reinterpret_cast<Function*>(dlsym(library, name));
+      TORCH_CHECK(function != nullptr, path, " has no ", name);
+    };
+    find(compute_stream, "double_compute_stream");
+    find(compute, "double_compute");
+    find(free, "double_free");
+    find(record, "double_record");
+    find(wait, "double_wait");
+    find(host_waits, "double_host_waits");
+    find(host_waits_for, "double_host_waits_for");
+    find(synchronize, "double_synchronize");
   }
 };
 
@@ -41,9 +60,7 @@ class Uses {
   explicit Uses(std::string what) : what_(std::move(what)) {}
   Uses(const Uses&) = delete;
   ~Uses() {
-    if (!spans_.empty() && driver_double().compute != nullptr) {
-      driver_double().compute(what_.c_str(), spans_.data(), spans_.size());
-    }
+    if (!spans_.empty()) driver_double().compute(current_stream, what_.c_str(), spans_.data(), spans_.size());
   }
 
   void add(const void* memory, size_t bytes, Use use) {
@@ -65,9 +82,7 @@ class Uses {
   std::vector<double_span> spans_;
 };
 
-inline void host_waits() {
-  if (driver_double().host_waits_for_compute != nullptr) driver_double().host_waits_for_compute();
-}
+inline void host_waits() { driver_double().host_waits_for(current_stream); }
 
 // Whether it makes a tensor of another one's form, whose bytes it does not read.
 inline bool only_looks(const std::string& name) {
