@@ -32,6 +32,23 @@ FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32
             {**zero(offload_optimizer={"device": "cpu", "ratio": 0.5}), **adam(amsgrad=True)},
             "offload_optimizer.ratio=0.5: AdamW with amsgrad steps over all",
         ),
+        (
+            {**zero(offload_optimizer={"device": "nvme", "nvme_path": "drive"}), "optimizer": {"type": "SGD"}},
+            "zero_optimization.offload_optimizer.device='nvme': SGD steps over tensors in memory: write 'cpu'",
+        ),
+        (
+            {**zero(offload_param={"device": "nvme", "nvme_path": "drive"}), **adam(amsgrad=True)},
+            "zero_optimization.offload_param.device='nvme': AdamW with amsgrad steps over tensors in memory",
+        ),
+        (
+            {**zero(offload_param={"device": "cpu"}), "optimizer": {"type": "SGD"}},
+            "zero_optimization.offload_param.device='cpu': SGD steps over all weights at once",
+        ),
+        ({**BATCH, "optimizer": {"type": "LBFGS"}}, "optimizer.type='LBFGS': not available"),
+        ({**BATCH, "optimizer": {"type": "RAdam", "params": {"betas": 0.9}}}, "betas=0.9: must be two numbers"),
+        ({**BATCH, "optimizer": {"type": "SGD", "params": {"momentum": -1}}}, "params of SGD: Invalid momentum value"),
+        (adam(torch_adam=True, fused=True, foreach=True), "params of AdamW: `fused` and `foreach` cannot be"),
+        ({**BATCH, "scheduler": {"type": "StepLR"}}, "scheduler.params of StepLR: "),
         ({**BATCH, "data_types": {"keep_in_fp32_modules": "norm"}}, "keep_in_fp32_modules='norm': must be 'auto' or"),
         ({**BATCH, "data_types": {"keep_in_fp32_modules": [3]}}, "keep_in_fp32_modules=[3]: must be 'auto' or a list"),
         (
@@ -91,6 +108,17 @@ def test_refusals_name_path_value_and_rule(config: dict[str, Any], message: str)
 )
 def test_sums_of_gradients_that_are_as_asked_for(config: dict[str, Any]) -> None:
     quiet(config)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"type": "OneCycleLR", "params": {"max_lr": [0.1, 0.2], "total_steps": 9}},  # one for each group
+        {"type": "StepLR", "params": {"step_size": 2, "last_epoch": 3}},
+    ],
+)
+def test_what_torchs_classes_take_of_some_parameters_is_not_refused(params: dict[str, Any]) -> None:
+    quiet({**BATCH, "scheduler": params})
 
 
 def test_every_error_comes_at_once() -> None:

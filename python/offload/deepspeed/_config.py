@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 from ._check import Report, check, fill
-from ._constructors import check_named_share, resolve_optimizer, resolve_scheduler
+from ._constructors import check_named_placement, resolve_optimizer, resolve_scheduler
 from ._read import read
 from ._sections import SECTIONS
 from ._settings import (
@@ -100,8 +100,7 @@ def resolve(
             f"zero_optimization.compute_grad_norm=False: gradient_clipping={settings.gradient_clipping:g} needs the "
             "norm: write gradient_clipping: 0.0, or leave compute_grad_norm out"
         )
-    if settings.placement.optimizer == "host":
-        check_named_share(settings.placement.optimizer_ratio, settings.optimizer, report)
+    check_named_placement(settings.placement, settings.optimizer, report)
     order = {name: position for position, name in enumerate(config)}
     report.entries.sort(key=lambda entry: order.get(entry.path.split(".")[0], len(order)))
     return settings, report

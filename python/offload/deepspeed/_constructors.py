@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from offload import InvalidArgument
+
 from ._check import Report, check, joined, missing
-from ._settings import Optimizer, Scheduler
+from ._settings import Optimizer, Placement, Scheduler
 from ._surface import Key, Section, honoured
 from ._surface_training import OPTIMIZERS, REFUSED_OPTIMIZERS, SCHEDULERS
 
-__all__ = ["check_named_share", "resolve_optimizer", "resolve_scheduler", "share_rule"]
+__all__ = ["check_named_placement", "placement_rule", "resolve_optimizer", "resolve_scheduler"]
 
 _NATIVE = {"adam": "Adam", "adamw": "AdamW", "lion": "Lion", "adagrad": "Adagrad"}
 _OPTIMIZERS = {section.path.removeprefix("optimizer."): section for section in OPTIMIZERS}
@@ -36,7 +38,11 @@ def resolve_optimizer(section: Mapping[str, Any], report: Report) -> Optimizer |
     if native is None:
         arguments = _torch_arguments("optimizer", name, report)
         given = check(arguments, params, report, "optimizer.params") if arguments else {}
-        return Optimizer(name, _constructor_arguments(given, params))
+        if "betas" in params:
+            _check_betas(given, report)
+        made = Optimizer(name, _constructor_arguments(given, params))
+        _try_out("optimizer", made, report)
+        return made
     if native.startswith("Adam") and native != "Adagrad":
         return _adam(native, params, report)
     values = check(_OPTIMIZERS[native], params, report, "optimizer.params")
@@ -45,21 +51,38 @@ def resolve_optimizer(section: Mapping[str, Any], report: Report) -> Optimizer |
     return Optimizer(native, _constructor_arguments(values, names))
 
 
-def check_named_share(ratio: float, optimizer: Optimizer | None, report: Report) -> None:
-    """An error for an optimizer named in the config that cannot have a share of its states on the host."""
-    if optimizer is None or not 0.0 < ratio < 1.0:
+def check_named_placement(placement: Placement, optimizer: Optimizer | None, report: Report) -> None:
+    """An error for an optimizer named in the config that cannot train where the config puts things."""
+    if optimizer is None:
         return
     amsgrad = bool(optimizer.params.get("amsgrad"))
     if optimizer.name not in _NATIVE.values() or amsgrad:
-        report.errors.append(share_rule(ratio, optimizer.name + (" with amsgrad" if amsgrad else "")))
+        reason = placement_rule(placement, optimizer.name + (" with amsgrad" if amsgrad else ""))
+        if reason is not None:
+            report.errors.append(reason)
 
 
-def share_rule(ratio: float, name: str) -> str:
-    """Why `ratio` and this optimizer do not go together, and what does."""
-    return (
-        f"zero_optimization.offload_optimizer.ratio={ratio:g}: {name} steps over all of its parameters in one place: "
-        "write 0 or 1, or take Adam, AdamW, Lion or Adagrad (without amsgrad), which take any share"
-    )
+def placement_rule(placement: Placement, name: str) -> str | None:
+    """Why an optimizer that steps by its own code cannot train so, and what to write; None where it can."""
+    ratio = placement.optimizer_ratio
+    zero, native = "zero_optimization", "Adam, AdamW, Lion or Adagrad (without amsgrad)"
+    if placement.optimizer == "host" and 0.0 < ratio < 1.0:
+        return (
+            f"{zero}.offload_optimizer.ratio={ratio:g}: {name} steps over all of its parameters in one place: "
+            f"write 0 or 1, or take {native}, which take any share"
+        )
+    for kind, place in (("offload_optimizer", placement.optimizer), ("offload_param", placement.params)):
+        if place == "disk":
+            return (
+                f"{zero}.{kind}.device='nvme': {name} steps over tensors in memory: write 'cpu' in offload_optimizer "
+                f"and offload_param, or take {native}"
+            )
+    if placement.params == "host" and (placement.optimizer == "device" or ratio == 0.0):
+        return (
+            f"{zero}.offload_param.device='cpu': {name} steps over all weights at once, and none would be there: write "
+            f"offload_optimizer: {{'device': 'cpu'}} too, or take {native}"
+        )
+    return None
 
 
 def _adam(name: str, params: Mapping[str, Any], report: Report) -> Optimizer:
@@ -86,7 +109,10 @@ def _adam(name: str, params: Mapping[str, Any], report: Report) -> Optimizer:
     else:
         names = ["lr", "betas", "eps", "weight_decay"]
     kept = [name for name in names if name not in switches]
-    return Optimizer(name, _constructor_arguments(values, kept), torch_adam or values["amsgrad"], decoupled)
+    made = Optimizer(name, _constructor_arguments(values, kept), torch_adam or values["amsgrad"], decoupled)
+    if torch_adam:
+        _try_out("optimizer", made, report)
+    return made
 
 
 def resolve_scheduler(section: Mapping[str, Any], report: Report) -> Scheduler | None:
@@ -100,7 +126,9 @@ def resolve_scheduler(section: Mapping[str, Any], report: Report) -> Scheduler |
     if own is None:
         arguments = _torch_arguments("scheduler", name, report)
         given = check(arguments, params, report, "scheduler.params") if arguments else {}
-        return Scheduler(name, _constructor_arguments(given, params))
+        made = Scheduler(name, _constructor_arguments(given, params))
+        _try_out("scheduler", made, report)
+        return made
     values = check(own, params, report, "scheduler.params")
     for key in missing(own, params, report, "scheduler.params"):
         report.errors.append(f"scheduler.params.{key} is missing: {name} needs it")
@@ -120,9 +148,9 @@ def _constructor_arguments(values: Mapping[str, Any], names: Any) -> Mapping[str
 
 
 def _check_betas(values: dict[str, Any], report: Report) -> None:
-    betas = values.get("betas")
-    if betas is None:
+    if "betas" not in values:
         return
+    betas = values["betas"]
     try:
         first, second = (float(beta) for beta in betas)
         legal = 0.0 <= first < 1.0 and 0.0 <= second < 1.0
@@ -131,6 +159,7 @@ def _check_betas(values: dict[str, Any], report: Report) -> None:
     if legal:
         values["betas"] = [first, second]
     else:
+        values["betas"] = ()
         report.errors.append(f"optimizer.params.betas={betas!r}: must be two numbers, 0 or more and less than 1")
 
 
@@ -157,3 +186,15 @@ def _torch_arguments(kind: str, name: str, report: Report) -> Section | None:
         honoured(argument, "any", None, text, trainer=_TRAINER_FILLS.get(argument)) for argument in arguments
     )
     return Section(f"{kind}.{name}", "", keys, arguments=True)
+
+
+def _try_out(kind: str, named: Optimizer | Scheduler, report: Report) -> None:
+    """An error for what torch's class refuses: it is made once, of a parameter that nobody trains."""
+    if any(path.startswith(kind) for path in report.unfilled) or any(path.startswith(kind) for path in report.errors):
+        return
+    from ._optimizers import try_out
+
+    try:
+        try_out(named)
+    except InvalidArgument as error:
+        report.errors.append(str(error))

@@ -19,7 +19,7 @@ from ._engine import Engine
 from ._engine_optimizer import EngineOptimizer
 from ._log import logger, show_log
 from ._loss_scale import make_loss_scale
-from ._optimizers import check_share, make_optimizer, make_scheduler
+from ._optimizers import check_placement, make_optimizer, make_scheduler
 from ._placement import Placed, check_values, is_wrapped, wrap_options
 from ._settings import Settings
 from .accelerator import get_accelerator
@@ -99,8 +99,8 @@ def initialize(
     device = get_accelerator().torch_device
     # What can be refused comes before the cast, which is not undone: that would take a second copy of the weights.
     plain = _optimizer(optimizer, model, model_parameters, settings)
-    if plain is not None and settings.placement.optimizer == "host":
-        check_share(settings.placement.optimizer_ratio, plain)
+    if plain is not None:
+        check_placement(settings.placement, plain)
     loader = None
     if training_data is not None:
         loader = EngineLoader(

@@ -10,10 +10,10 @@ import torch
 import offload
 
 from . import _schedulers
-from ._constructors import share_rule
-from ._settings import Optimizer, Scheduler
+from ._constructors import placement_rule
+from ._settings import Optimizer, Placement, Scheduler
 
-__all__ = ["check_share", "make_optimizer", "make_scheduler"]
+__all__ = ["check_placement", "make_optimizer", "make_scheduler", "try_out"]
 
 
 def make_optimizer(settings: Optimizer, parameters: Any) -> torch.optim.Optimizer:
@@ -31,14 +31,14 @@ def make_optimizer(settings: Optimizer, parameters: Any) -> torch.optim.Optimize
     return optimizer
 
 
-def check_share(ratio: float, optimizer: torch.optim.Optimizer) -> None:
-    """Raises `InvalidArgument` for an optimizer that cannot have a share of its states on the host."""
-    by_parameter = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, offload.Lion)
+def check_placement(placement: Placement, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `InvalidArgument` for an optimizer that cannot train where the config puts things."""
+    native = (torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad, offload.Lion)
     amsgrad = any(group.get("amsgrad") for group in optimizer.param_groups)
-    if 0.0 < ratio < 1.0 and (type(optimizer) not in by_parameter or amsgrad):
-        raise offload.InvalidArgument(
-            share_rule(ratio, type(optimizer).__name__ + (" with amsgrad" if amsgrad else ""))
-        )
+    if type(optimizer) not in native or amsgrad:
+        reason = placement_rule(placement, type(optimizer).__name__ + (" with amsgrad" if amsgrad else ""))
+        if reason is not None:
+            raise offload.InvalidArgument(reason)
 
 
 def make_scheduler(settings: Scheduler, optimizer: torch.optim.Optimizer) -> Any:
@@ -52,11 +52,22 @@ def make_scheduler(settings: Scheduler, optimizer: torch.optim.Optimizer) -> Any
     return _built(kind, optimizer, settings.params, f"scheduler.params of {settings.name}")
 
 
+def try_out(named: Optimizer | Scheduler) -> None:
+    """Raises `InvalidArgument` for arguments that the class refuses, whatever it is to work on."""
+    # A list of rates has one for each group, and a schedule that goes on finds where each began.
+    count = max((len(value) for value in named.params.values() if isinstance(value, list)), default=1)
+    groups = [{"params": [torch.nn.Parameter(torch.zeros(1))], "initial_lr": 1e-3} for _ in range(max(1, count))]
+    if isinstance(named, Optimizer):
+        make_optimizer(named, groups)
+    else:
+        make_scheduler(named, torch.optim.AdamW(groups))
+
+
 def _built(kind: Any, first: Any, params: Any, what: str) -> Any:
     unknown = [name for name in params if name not in inspect.signature(kind).parameters]
     if unknown:
         raise offload.InvalidArgument(f"{what}: {kind.__name__} takes no {', '.join(map(repr, unknown))}")
     try:
         return kind(first, **params)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise offload.InvalidArgument(f"{what}: {error}") from error

@@ -216,6 +216,8 @@ REFUSED_OPTIMIZERS = {
     "muadam": "It needs the package mup: scale the learning rates of parameter groups, and write `Adam`.",
     "muadamw": "It needs the package mup: scale the learning rates of parameter groups, and write `AdamW`.",
     "musgd": "It needs the package mup: scale the learning rates of parameter groups, and write `SGD`.",
+    "lbfgs": "Its step evaluates the model itself: write `AdamW`.",
+    "sparseadam": "It takes sparse gradients only: write `AdamW`, and `sparse=False` in embeddings.",
 }
 
 # `params` of each schedule that DeepSpeed has a class of its own for.

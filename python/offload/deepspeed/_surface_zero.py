@@ -158,7 +158,8 @@ _OFFLOAD_PARAM = (
         ("none", "cpu", "nvme"),
         "none",
         "`cpu`: weights live in host memory and visit the device unit by unit. `nvme`: they live in files under "
-        "`nvme_path`, and host memory is a cache of them; Adam, AdamW, Lion and Adagrad can train them there.",
+        "`nvme_path`, and host memory is a cache of them; Adam, AdamW, Lion and Adagrad can train them there. "
+        "Other optimizers take `cpu`, and `offload_optimizer` on `cpu` too.",
         trainer="Accelerate's offload_param_device",
     ),
     honoured(
