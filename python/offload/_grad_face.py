@@ -26,7 +26,7 @@ from ._grad_cell import GradCell
 from ._grad_factors import SCALES, UNSCALE, Factor, make_factor
 from ._units import is_dense
 
-__all__ = ["HostGrad", "total_norm"]
+__all__ = ["HostGrad", "face_of", "total_norm"]
 
 _aten = torch.ops.aten
 
@@ -42,14 +42,6 @@ class HostGrad(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    @staticmethod
-    def __new__(cls, cell: GradCell) -> HostGrad:
-        face: HostGrad = torch.Tensor._make_wrapper_subclass(
-            cls, cell.shape, strides=cell.strides, dtype=cell.dtype, device=cell.device
-        )
-        face.cell = cell
-        return face
-
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -60,7 +52,7 @@ class HostGrad(Tensor):
 
     @property
     def data(self) -> HostGrad:
-        return HostGrad(self.cell)
+        return face_of(self.cell)
 
     @data.setter
     def data(self, value: Tensor) -> None:
@@ -115,9 +107,18 @@ class HostGrad(Tensor):
         return result
 
 
+def face_of(cell: GradCell) -> HostGrad:
+    """A new face. Not a call of the class, in which Python and torch look for what else is to be made of it."""
+    face: HostGrad = _make_face(HostGrad, cell.shape, strides=cell.strides, dtype=cell.dtype, device=cell.device)
+    face.cell = cell
+    return face
+
+
+_make_face = torch.Tensor._make_wrapper_subclass
+
 # The same code paths as for plain tensors, and so the same bits: clipping and optimizers look here.
 if HostGrad not in _foreach_utils._foreach_supported_types:
-    _foreach_utils._foreach_supported_types.append(HostGrad)  # type: ignore[arg-type]
+    _foreach_utils._foreach_supported_types.append(HostGrad)
 
 
 # --- serving operators ------------------------------------------------------------------------------------
@@ -245,7 +246,7 @@ def _one_at_a_time(func: Any, args: tuple[Any, ...]) -> Any:
 
 
 def _share(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return HostGrad(args[0].cell)
+    return face_of(args[0].cell)
 
 
 def _return_self(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

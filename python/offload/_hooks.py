@@ -227,10 +227,8 @@ def _tensors_kept(module: nn.Module) -> Iterator[Tensor]:
 
     Not parameters: recurrent layers list theirs, which nobody else uses, and who does is seen when it reads them.
     """
-    attributes = vars(module)
-    for name in attributes.keys() - _ATTRIBUTES_OF_ALL:
-        value = attributes[name]
-        if isinstance(value, (Tensor, list, tuple, dict)):
+    for name, value in tuple(vars(module).items()):
+        if name not in _ATTRIBUTES_OF_ALL and isinstance(value, (Tensor, list, tuple, dict)):
             yield from (tensor for tensor in tensors_in(value, depth=2) if not isinstance(tensor, Parameter))
 
 

@@ -12,7 +12,7 @@ from torch._compile import _disable_dynamo
 from . import _trace
 from ._errors import InvalidArgument, StateError
 from ._grad_cell import GradCell, GradStore, Owner, StepGradient
-from ._grad_face import HostGrad, total_norm
+from ._grad_face import HostGrad, face_of, total_norm
 from ._grad_factors import HostBytes
 from ._units import is_dense
 
@@ -63,12 +63,14 @@ _hold_uncompiled = _disable_dynamo(_hold)
 
 def _replace_gradient(parameter: Tensor, gradient: Tensor, name: str, store: GradStore) -> GradCell:
     cell = GradCell(name, gradient, store)
-    parameter.grad = HostGrad(cell)
+    parameter.grad = face_of(cell)
     return cell
 
 
 def _can_hold(gradient: Tensor, name: str) -> bool:
-    if gradient.layout is not torch.strided and "sparse" in str(gradient.layout):
+    if gradient.layout is not torch.strided:
+        if "sparse" not in str(gradient.layout):
+            return False
         raise InvalidArgument(
             f"the gradient of {name!r} is sparse ({gradient.layout}): offload needs dense gradients; build the "
             f"embedding with sparse=False, or leave this parameter on the device"
@@ -78,7 +80,7 @@ def _can_hold(gradient: Tensor, name: str) -> bool:
             f"the gradient of {name!r} is complex ({gradient.dtype}): offload needs real parameters; leave this "
             f"parameter on the device, or hold its real and imaginary parts"
         )
-    if type(gradient) is not Tensor or gradient.layout is not torch.strided:
+    if type(gradient) is not Tensor:
         return False
     nbytes = gradient.nbytes
     if nbytes == 0 or gradient.requires_grad or gradient._is_view() or gradient.is_neg():

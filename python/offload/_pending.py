@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
@@ -157,8 +157,14 @@ def make_pending(parameter: Parameter, resolve: Callable[[], Tensor | None] | Aw
     It makes the parameter current, or returns a tensor that is read in its place. An `Away` also gives copies. Only
     plain `torch.nn.Parameter` objects can wear the class (`can_be_pending`).
     """
-    setattr(parameter, _RESOLVE, resolve)
-    parameter.__class__ = PendingParameter
+    make_all_pending((parameter,), (resolve,))
+
+
+def make_all_pending(parameters: Sequence[Parameter], resolves: Sequence[Callable[[], Tensor | None] | Away]) -> None:
+    """The same for several, each with its own call."""
+    for parameter, resolve in zip(parameters, resolves, strict=True):
+        parameter.__dict__[_RESOLVE] = resolve
+        parameter.__class__ = PendingParameter
 
 
 def can_be_pending(parameter: Tensor) -> bool:
@@ -168,9 +174,15 @@ def can_be_pending(parameter: Tensor) -> bool:
 
 def restore(parameter: Parameter) -> None:
     """Takes the class off again: the value is there."""
-    # The class last: interrupted in between, the next access takes it off. A plain parameter never keeps the call.
-    parameter.__dict__.pop(_RESOLVE, None)
-    parameter.__class__ = Parameter
+    restore_all((parameter,))
+
+
+def restore_all(parameters: Sequence[Parameter]) -> None:
+    """The same for several."""
+    for parameter in parameters:
+        # The class last: interrupted in between, the next access takes it off. A plain parameter never keeps the call.
+        parameter.__dict__.pop(_RESOLVE, None)
+        parameter.__class__ = Parameter
 
 
 def noted_on(parameter: Parameter) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._errors import StateError
-from ._pending import Away, can_be_pending, make_pending, restore
+from ._pending import Away, can_be_pending, make_all_pending, restore_all
 from ._units import Unit, is_dense
 
 __all__ = ["Residency", "can_be_streamed", "group_by_units", "host_runs", "trim_heap", "why_resident"]
@@ -173,15 +173,13 @@ class Residency:
         """Nobody may read the parameters: their memory is not there, or not filled yet. Idempotent."""
         if self._is_hidden:
             return
-        for parameter, answer in zip(self.parameters, self._answers, strict=True):
-            make_pending(parameter, answer)
+        make_all_pending(self.parameters, self._answers)
         self._is_hidden = True
 
     def show(self) -> None:
         """The parameters are plain: their memory is there, and filled."""
         self._is_hidden = False
-        for parameter in self.parameters:
-            restore(parameter)
+        restore_all(self.parameters)
 
     def mark_equal(self) -> None:
         """Device and host have the same values now."""
