@@ -42,7 +42,9 @@ _BEYOND_IT = (
 # Tests that race by what they do, the races by their text, and why no harm comes of them.
 _HARMLESS = {
     # It writes to what autograd saved, while its bytes leave: whatever was copied, backward refuses it by its version.
-    "test_writing_to_what_was_saved_is_the_error": re.compile(r" on the default stream writes .* while a copy to_host on "),
+    "test_writing_to_what_was_saved_is_the_error": re.compile(
+        r" on the default stream writes .* while a copy to_host "
+    ),
 }
 
 
