@@ -70,9 +70,8 @@ class Stream(torch.Stream):
         return self.stream_id
 
 
-class Event(torch.Event):
-    def __new__(cls, **options: Any) -> Event:
-        return super().__new__(cls, device="card", **options)
+def _event(**options: Any) -> torch.Event:
+    return torch.Event(device="card", **options)
 
 
 @contextlib.contextmanager
@@ -119,7 +118,7 @@ def _module(native: Any) -> types.ModuleType:
     module.max_memory_allocated = module.max_memory_reserved = lambda *_: native.peak_bytes()
     module.reset_peak_memory_stats = lambda *_: native.reset_peak_bytes()
     module._sleep = lambda cycles: time.sleep(cycles / 1e9)
-    module.Stream, module.Event = Stream, Event
+    module.Stream, module.Event = Stream, _event
     return module
 
 
