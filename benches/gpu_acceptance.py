@@ -6,8 +6,8 @@ section that fails or is stopped costs no other one. A call ends by itself in un
 next goes on with what is left: what the file holds already, of these sources, machine and day, is not repeated.
 
 Exit codes: 0 every section is done; 1 one of them failed or was stopped; 2 bad arguments; 3 none failed and some are
-left: call again; 130 Ctrl-C. On the CPU (`--device cpu`), and with `--tiny`, the same sections run with models that show
-that they run.
+left: call again; 130 Ctrl-C. With `--tiny`, as always on the CPU (`--device cpu`), the same sections run with models
+that show that they run.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ def sections(device: str, *, quick: bool, tiny: bool, host_budget: str | None) -
         train("train-8b", hosts, f"{large} {five} {resident} {_ON_HOST}"),
         train("train-8b-hybrid", hosts, f"{large} {two} {resident} {_HALF}"),
         train("train-8b-streamed", hosts, f"{large} {two} {resident} {_STREAMED}"),
-        train("capped-8b", 280, f"{capped} --size 8b --tokens 8192 16384 32768 {model} --steps 2 {resident} {_STREAMED}"),
+        train(
+            "capped-8b", 280, f"{capped} --size 8b --tokens 8192 16384 32768 {model} --steps 2 {resident} {_STREAMED}"
+        ),
         # With activations on the host too; resident, what it would be compared with does not fit the largest cards.
         train(
             "capped-8b-activations",

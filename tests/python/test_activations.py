@@ -375,10 +375,12 @@ def test_every_copy_is_ordered_after_the_stream_of_its_tensor(
         x = torch.ones(1024, requires_grad=True) * 1
         if device.type == "cuda":
             expected = [torch.cuda.Stream() for _ in range(4)]
+            before = torch.cuda.current_stream()
             for stream in expected:
-                stream.wait_stream(torch.cuda.current_stream())
+                stream.wait_stream(before)
                 with torch.cuda.stream(stream):
                     x = x.sin()
+                before = stream
             assert streams == [stream.cuda_stream for stream in expected[:3]]
             return
         for stream in (3, 4, 5, 6):

@@ -136,10 +136,11 @@ def test_backward_is_in_order_with_the_streams_of_forward(device: torch.device, 
     """torch's autograd waits by events of its own, which the card knows."""
     weight = torch.ones(1024, requires_grad=True)
     main, side = torch.cuda.current_stream(), torch.cuda.Stream(device)
+    doubled = weight.mul(2)
     side.wait_stream(main)
     with torch.cuda.stream(side):
-        aside = weight.mul(3)
+        aside = doubled.mul(3)
     main.wait_stream(side)
-    (aside + weight.mul(2)).sum().backward()
-    assert weight.grad is not None and weight.grad.unique().tolist() == [5]
+    (doubled + aside).sum().backward()
+    assert weight.grad is not None and weight.grad.unique().tolist() == [8]
     assert races(double) == ""
