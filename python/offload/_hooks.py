@@ -128,9 +128,10 @@ class Hooks:
         for module in _with_parameters(model):
             hook = ModuleHook(_keep_parameters(module, engine))
             self._handles.append(module.register_load_state_dict_post_hook(hook))  # type: ignore[no-untyped-call]
-            kept = KeptDtypes(module, engine)
-            self._handles.append(kept)
-            vars(module)["_apply"] = kept
+            if not engine.streaming.residencies:  # those refuse by themselves
+                kept = KeptDtypes(module, engine)
+                self._handles.append(kept)
+                vars(module)["_apply"] = kept
         # Prepended one after another, so the model's own hook, registered last, runs before its unit's.
         for unit, engine_unit in zip(units, engine.units, strict=True):
             for module in unit.modules:
