@@ -81,7 +81,7 @@ def test_numbers_say_what_is_legal(capsys: pytest.CaptureFixture[str], arguments
         ),
         (["train", *TINY, "--batch", "1000000000000"], "of host memory are available: give a smaller --batch"),
         (["train", *TINY, "--optimizer", "disk"], "needs disk_path"),
-        (["train", "--size", "1M", "--layers", "100000"], "--size 1000000: the smallest model of 100000 layers has 5,"),
+        (["train", "--size", "1M", "--layers", "100000"], "--size 1000000: the smallest model of 100000 layers has 6"),
         ([*PLAN, "--batch", "65537"], "--batch: 65,537 sequences a step and GPU; give at most 65,536"),
         ([*PLAN[:-4], "--hardware", "4090", "--tokens", "65537", "--length", "1"], "--tokens: 65,537 sequences"),
         ([*PLAN, "--interconnect", "nvlink"], "--interconnect nvlink joins several GPUs: give --gpus too"),

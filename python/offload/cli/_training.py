@@ -23,6 +23,8 @@ from ._table import format_bytes
 __all__ = ["Run", "build_model", "learning_rate_share", "train"]
 
 _HEAD_SIZE = 64
+# Models of fewer heads may have any multiple of this as their hidden size.
+_NARROW_HEADS, _NARROW_STEP = 4, 8
 _MOST_TIMES = 10  # as many parameters as were asked for: such a model is another one
 _WARMUP_SHARE = 0.1
 _FLOOR_SHARE = 0.1  # the cosine ends at this share of the peak learning rate
@@ -60,7 +62,7 @@ def build_model(options: argparse.Namespace) -> nn.Module:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     hidden = options.hidden or _hidden_for(options.size, options.layers)
-    heads = max(1, hidden // _HEAD_SIZE)
+    heads = _heads(hidden)
     if hidden % (2 * heads):  # the two halves of a head are turned against each other
         raise offload.InvalidArgument(f"--hidden {hidden}: give a multiple of {_HEAD_SIZE}, or an even number below it")
     parameters = _count(hidden, options.layers)  # made on the host, in fp32
@@ -85,10 +87,18 @@ def build_model(options: argparse.Namespace) -> nn.Module:
 
 
 def _hidden_for(params: int, layers: int) -> int:
-    """The multiple of the head size whose model comes nearest to `params` parameters."""
+    """The hidden size whose model comes nearest to `params` parameters: a multiple of the head size, but for narrow
+    models, where these are far from each other."""
     guess = max(1, round(math.sqrt(params / (12 * layers)) / _HEAD_SIZE))
-    around = [_HEAD_SIZE * heads for heads in range(max(1, guess - 2), guess + 3)]
-    return min(around, key=lambda hidden: abs(_count(hidden, layers) - params))
+    sizes = [_HEAD_SIZE * heads for heads in range(max(1, guess - 2), guess + 3)]
+    if guess <= _NARROW_HEADS:
+        sizes += range(_NARROW_STEP, _HEAD_SIZE * _NARROW_HEADS, _NARROW_STEP)
+    legal = (hidden for hidden in sizes if not hidden % (2 * _heads(hidden)))
+    return min(legal, key=lambda hidden: abs(_count(hidden, layers) - params))
+
+
+def _heads(hidden: int) -> int:
+    return max(1, hidden // _HEAD_SIZE)
 
 
 def _count(hidden: int, layers: int) -> int:
