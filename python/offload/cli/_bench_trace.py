@@ -186,13 +186,13 @@ def _added_us(repeats: int, device: torch.device) -> list[float]:
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:
     """A step with and without a trace, and what a trace adds to a unit of nothing else."""
-    off = result["off_step_s"]
+    off, own = result["off_step_s"], result.get("recording_share")  # files of before have none
     return [
         figure("step without a trace", "ms", off, side="ceiling", scale=1e3),
         figure("step with one", "ms", result["on_step_s"], scale=1e3, ceiling=("one without", off["median"])),
         figure("overhead", "share of a step", result["overhead"]),
         figure("overhead in CPU time", "share of a step", result["cpu_overhead"]),
-        figure("in its own hooks", "share of a step", result["recording_share"]),
+        *([figure("in its own hooks", "share of a step", own)] if own is not None else []),
         figure("added to a unit", "us", result["added_us_per_unit"]),
     ]
 
@@ -200,9 +200,10 @@ def figures(result: Mapping[str, Any]) -> list[Figure]:
 def pieces(result: Mapping[str, Any]) -> list[Piece]:
     """What a trace costs, beside what was asked for."""
     wall, cpu = share_between(result["overhead"]), share_between(result["cpu_overhead"])
+    own = result.get("recording_share")
+    hooks = f"its own hooks took {own['median']:.2%} of these steps; " if own is not None else ""
     return [
-        f"a trace adds {wall} to a step, {cpu} to its CPU time; its own hooks took "
-        f"{result['recording_share']['median']:.2%} of these steps; by what it adds to a unit alone "
+        f"a trace adds {wall} to a step, {cpu} to its CPU time; {hooks}by what it adds to a unit alone "
         f"({result['added_us_per_unit']['median']:.1f} us, {result['units']} times) it would be "
         f"{result['reckoned_overhead']:.2%}",
         f"(medians with their 95 % intervals; asked for: at most {_TARGET:.0%})",
