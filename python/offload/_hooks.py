@@ -18,7 +18,6 @@ from . import _trace
 from ._activation_region import ModelRegion, in_torch_func
 from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
-from ._errors import StateError
 from ._grad_dtype import WideGradient
 from ._units import Unit
 from ._weight_casts import WeightCasts
@@ -58,56 +57,6 @@ class ForwardHook(ModuleHook):
         return ForwardHook(None)
 
 
-class KeptDtypes:
-    """Stands in the place of `module._apply`, by which `module.half()`, `.to()` and their kin go: refuses another dtype
-    of a parameter that has a state, before anything is changed.
-
-    In a copied or unpickled module it changes nothing, as ModuleHook.
-    """
-
-    def __init__(self, module: nn.Module, engine: Engine | None) -> None:
-        self._module = weakref.ref(module)
-        self._engine = engine
-        self._previous = vars(module).get("_apply")
-
-    def __call__(self, convert: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Any:
-        module = self._module()
-        assert module is not None  # who calls it has it
-        if self._engine is not None:
-            self._check(module, self._engine, convert)
-        if self._previous is not None:
-            return self._previous(convert, *args, **kwargs)
-        return type(module)._apply(module, convert, *args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _check(self, module: nn.Module, engine: Engine, convert: Callable[[Tensor], Tensor]) -> None:
-        become: dict[tuple[torch.dtype, torch.device], torch.dtype] = {}
-        for parameter in module.parameters():
-            if id(parameter) not in engine.states:
-                continue
-            now = parameter.dtype, parameter.device
-            if now not in become:
-                with torch.no_grad():
-                    become[now] = convert(torch.empty(0, dtype=now[0], device=now[1])).dtype
-            if become[now] != parameter.dtype:
-                raise StateError(
-                    f"{engine.name_of(parameter)}: would become {become[now]} after wrap, its state is for "
-                    f"{parameter.dtype}; call offload.unwrap before model.to(), .half() and the like, and wrap again"
-                )
-
-    def remove(self) -> None:
-        module = self._module()
-        if module is not None and vars(module).get("_apply") is self:
-            del module._apply
-            if self._previous is not None:
-                vars(module)["_apply"] = self._previous
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> KeptDtypes:
-        return KeptDtypes(memo[id(self._module())], None)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._module(), "_apply")  # that of the class, as the module has no attributes yet
-
-
 class Hooks:
     """All hooks of one wrapped model, from `register()` on; `remove()` leaves none, whatever has interrupted that."""
 
@@ -117,7 +66,7 @@ class Hooks:
         self.model = weakref.ref(model)
         # The name of its unit, each module, and the hook that makes the unit ready.
         self.modules: list[tuple[str, weakref.ref[nn.Module], ModuleHook]] = []
-        self._handles: list[RemovableHandle | WideGradient | KeptDtypes] = []
+        self._handles: list[RemovableHandle | WideGradient] = []
         self._watched: set[int] = set()
         self._widened: set[int] = set()
 
@@ -128,10 +77,6 @@ class Hooks:
         for module in _with_parameters(model):
             hook = ModuleHook(_keep_parameters(module, engine))
             self._handles.append(module.register_load_state_dict_post_hook(hook))  # type: ignore[no-untyped-call]
-            if not engine.streaming.residencies:  # those refuse by themselves
-                kept = KeptDtypes(module, engine)
-                self._handles.append(kept)
-                vars(module)["_apply"] = kept
         # Prepended one after another, so the model's own hook, registered last, runs before its unit's.
         for unit, engine_unit in zip(units, engine.units, strict=True):
             for module in unit.modules:
