@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +22,11 @@ __all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "ho
 
 _DEVICE = Owner.DEVICE  # once: see _grad_cell
 
-# What torch.compile has put in place of Python's own evaluation of frames, None where nothing has; older torch does not
-# tell.
-_frame_evaluation = getattr(torch._C._dynamo.eval_frame, "get_eval_frame_callback", lambda: True)
+# What torch.compile has put in place of Python's own evaluation of frames, None where nothing has. Asked only where the
+# answer was seen to be a reference of its own: torch 2.6 gives one away that it lacks, and None dies of it in the end.
+_frame_evaluation: Callable[[], Any] = (
+    torch._C._dynamo.eval_frame.get_eval_frame_callback if torch.__version__ >= "2.13" else lambda: True
+)
 
 
 def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
