@@ -39,7 +39,7 @@ _OUTPUT_CHARACTERS = 4000  # of a section that is not done, the last ones
 _SOURCES = {".py", ".pyi", ".cpp", ".h", ".inl", ".cu", ".toml", ".txt"}
 _PEERS = ("fsdp2", "torchao", "deepspeed")
 _ON_HOST, _HALF, _STREAMED = "optimizer+gradients", "optimizer:0.5+gradients", "optimizer+gradients+params"
-_UNIFIED = "optimizer:unified"
+_UNIFIED = "optimizer:unified optimizer:unified=0.5,host=0.5"
 _ACTIVATIONS = f"{_ON_HOST}+activations {_ON_HOST}+activations:int8"
 _TEST_PARTS = 4  # each fits a call, also on the slowest of hosts
 _TEST_WORKERS = 8  # at most, and a core for each two: processes share the card

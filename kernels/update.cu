@@ -15,18 +15,26 @@ constexpr int kElementsPerThread = 4;
 constexpr int kMomentBlock = 256;  // of csrc/optimizer/update_rules.h
 constexpr int kElementsPerLane = kMomentBlock / kWarp;
 
+// A master_format beside those of prelude.inl: MasterFormat::kSplit of csrc/optimizer/update_rules.h.
+constexpr int kSplit = 3;
+
 // A NaN becomes the quiet NaN without payload of its sign.
 __device__ unsigned canonical_bits(float value) {
   const unsigned bits = __float_as_uint(value);
   return value != value ? (bits & 0x80000000u) | 0x7fc00000u : bits;
 }
 
-// bf16 is rounded half up in magnitude.
-__device__ void store_weight(float master, void* weight, int format, long long at) {
-  if (format == kFloat32) return;  // the master is the weight
-  const unsigned rounded =
-      format == kBFloat16 ? (canonical_bits(master) + 0x8000u) >> 16 : float32_to_float16(master);
-  static_cast<unsigned short*>(weight)[at] = static_cast<unsigned short>(rounded);
+// What a 16-bit weight becomes; bf16 is rounded half up in magnitude.
+__device__ unsigned rounded_weight(float master, int format) {
+  return format == kBFloat16 ? (canonical_bits(master) + 0x8000u) >> 16 : float32_to_float16(master);
+}
+
+__device__ void store_bits(unsigned bits, void* array, int format, long long at) {
+  if (format == kFloat32) {
+    static_cast<unsigned*>(array)[at] = bits;
+  } else {
+    static_cast<unsigned short*>(array)[at] = static_cast<unsigned short>(bits);
+  }
 }
 
 // The lines of each optimizer: update() changes the weight and the moments that its kHas constants name.
@@ -70,11 +78,14 @@ struct Adagrad {
   }
 };
 
-// `count` elements each. No two arrays may overlap, and none needs an alignment beyond its elements'.
+// `count` elements each. No two arrays may overlap, and none needs an alignment beyond its elements'. Any may
+// lie in memory of the host that the device reaches at the same address.
 struct Arrays {
   const void* gradient;   // in gradient_format
-  void* master;           // in master_format: kFloat32, or kBFloat16 of a weight that is its own
-  void* weight;           // in weight_format; not touched when that is kFloat32
+  void* master;           // in master_format: kFloat32, the remainders of kSplit, or kBFloat16 of a weight
+                          // that is its own
+  void* weight;           // in weight_format; not touched where the master is the weight. Read for kSplit
+  void* copy;             // written too: what the weight became, in weight_format; null: nothing
   void* exp_avg;          // not touched unless Rule::kHasExpAvg
   void* exp_avg_sq;       // not touched unless Rule::kHasExpAvgSq
   float* exp_avg_scales;  // of int8 moments: one for each kMomentBlock elements
@@ -108,15 +119,31 @@ __device__ void update_element(const Arrays& arrays, const Rule& rule, long long
   const float given = arrays.grad_scale_at != nullptr ? *arrays.grad_scale_at : arrays.grad_scale;
   const float scale = arrays.maximize ? -given : given;  // the sign is exact
   const unsigned bits = load_bits(arrays.gradient, arrays.gradient_format, at);
-  float master = widen(load_bits(arrays.master, arrays.master_format, at), arrays.master_format);
-  rule.update(widen(bits, arrays.gradient_format) * scale, master, exp_avg, exp_avg_sq);
-  if (arrays.master_format == kFloat32) {
-    static_cast<float*>(arrays.master)[at] = master;
-    store_weight(master, arrays.weight, arrays.weight_format, at);
+  float master;
+  if (arrays.master_format == kSplit) {
+    const unsigned upper = load_bits(arrays.weight, kBFloat16, at);
+    master = __uint_as_float((upper << 16) + static_cast<const short*>(arrays.master)[at]);
   } else {
-    const unsigned random = random_word(scrambled(arrays.rounding_key), at);
-    static_cast<unsigned short*>(arrays.master)[at] = to_bfloat16_stochastic(master, random & 0xffffu);
+    master = widen(load_bits(arrays.master, arrays.master_format, at), arrays.master_format);
   }
+  rule.update(widen(bits, arrays.gradient_format) * scale, master, exp_avg, exp_avg_sq);
+  unsigned weight;
+  if (arrays.master_format == kBFloat16) {
+    const unsigned random = random_word(scrambled(arrays.rounding_key), at);
+    weight = to_bfloat16_stochastic(master, random & 0xffffu);
+    store_bits(weight, arrays.master, kBFloat16, at);
+  } else {
+    const bool is_weight = arrays.weight_format == kFloat32;
+    weight = is_weight ? __float_as_uint(master) : rounded_weight(master, arrays.weight_format);
+    // Of a split one the lower half, read as a signed number, is what the rounding left out.
+    if (arrays.master_format == kSplit) {
+      store_bits(canonical_bits(master), arrays.master, kBFloat16, at);
+    } else {
+      static_cast<float*>(arrays.master)[at] = master;
+    }
+    if (!is_weight) store_bits(weight, arrays.weight, arrays.weight_format, at);
+  }
+  if (arrays.copy != nullptr) store_bits(weight, arrays.copy, arrays.weight_format, at);
 }
 
 // Moments that an element has to itself: `random` is of it and the moment.
@@ -258,13 +285,14 @@ __device__ void update_int8(const Arrays& arrays, const Rule& rule) {
 }  // namespace
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(kThreads)
-#define ARRAYS                                                                                             \
-  const void *gradient, int gradient_format, void *master, int master_format, void *weight,                \
-      int weight_format, void *exp_avg, void *exp_avg_sq, float *exp_avg_scales, float *exp_avg_sq_scales, \
-      unsigned rounding_key, long long count, const float *grad_scale_at, float grad_scale, bool maximize
+#define ARRAYS                                                                                      \
+  const void *gradient, int gradient_format, void *master, int master_format, void *weight,         \
+      int weight_format, void *copy, void *exp_avg, void *exp_avg_sq, float *exp_avg_scales,        \
+      float *exp_avg_sq_scales, unsigned rounding_key, long long count, const float *grad_scale_at, \
+      float grad_scale, bool maximize
 #define THE_ARRAYS                                                                                       \
   Arrays {                                                                                               \
-    gradient, master, weight, exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales, count,             \
+    gradient, master, weight, copy, exp_avg, exp_avg_sq, exp_avg_scales, exp_avg_sq_scales, count,       \
         gradient_format, master_format, weight_format, rounding_key, grad_scale_at, grad_scale, maximize \
   }
 

@@ -65,6 +65,7 @@ py::dict memory_facts(int index, const std::string& driver_path) {
   result["uses_host_page_tables"] = facts.uses_host_page_tables;
   result["direct_access_from_host"] = facts.direct_access_from_host;
   result["host_native_atomics"] = facts.host_native_atomics;
+  result["reads_page_locked_memory"] = facts.reads_page_locked_memory;
   result["host_numa_node"] =
       facts.host_numa_node < 0 ? py::object(py::none()) : py::object(py::int_(facts.host_numa_node));
   return result;

@@ -18,7 +18,8 @@ constexpr int kComputeCapabilityMajor = 75;
 constexpr int kComputeCapabilityMinor = 76;
 constexpr int kHostRegisterSupported = 99;
 
-constexpr unsigned kPortable = 0x1;  // CU_MEMHOSTREGISTER_PORTABLE: registered for every context
+constexpr unsigned kPortable = 0x1;   // CU_MEMHOSTREGISTER_PORTABLE: registered for every context
+constexpr unsigned kDeviceMap = 0x2;  // CU_MEMHOSTREGISTER_DEVICEMAP: kernels reach it, too
 
 constexpr CudaResult kAlreadyRegistered = 712;  // CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED
 
@@ -127,7 +128,7 @@ void CudaDevice::pin(void* address, size_t bytes) {
   }
   CudaPrimaryContext::Current current(*context_);
   const OutsideCaptures exempt(driver_);
-  if (const CudaResult code = driver_.MemHostRegister(address, bytes, kPortable); code != 0) {
+  if (const CudaResult code = driver_.MemHostRegister(address, bytes, kPortable | kDeviceMap); code != 0) {
     throw driver_.error(code, what, code == kAlreadyRegistered ? kAlreadyPinnedRemedy : kPinRemedy);
   }
   pinned_.add(reinterpret_cast<uintptr_t>(address), bytes);

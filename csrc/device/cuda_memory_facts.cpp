@@ -14,6 +14,7 @@ constexpr int kManagedMemory = 83;
 constexpr int kHostNativeAtomicSupported = 86;
 constexpr int kPageableMemoryAccess = 88;
 constexpr int kConcurrentManagedAccess = 89;
+constexpr int kCanUseHostPointerForRegisteredMem = 91;
 constexpr int kPageableMemoryAccessUsesHostPageTables = 100;
 constexpr int kDirectManagedMemAccessFromHost = 101;
 constexpr int kHostNumaId = 134;  // CUDA 12.2
@@ -70,6 +71,7 @@ CudaMemoryFacts read_memory_facts(const CudaDriver& driver, CudaOrdinal ordinal)
   facts.uses_host_page_tables = has(kPageableMemoryAccessUsesHostPageTables);
   facts.direct_access_from_host = has(kDirectManagedMemAccessFromHost);
   facts.host_native_atomics = has(kHostNativeAtomicSupported);
+  facts.reads_page_locked_memory = has(kCanUseHostPointerForRegisteredMem);
   facts.kind = kind_of(facts);
   int node = -1;
   const CudaResult code = driver.DeviceGetAttribute(&node, kHostNumaId, ordinal);

@@ -25,6 +25,7 @@ struct CudaMemoryFacts {
   bool uses_host_page_tables = false;      // ... through the host's page tables
   bool direct_access_from_host = false;    // the host reads managed memory on the device where it is
   bool host_native_atomics = false;        // atomics work across the link
+  bool reads_page_locked_memory = false;   // the device reaches registered memory at the host's addresses
   int host_numa_node = -1;                 // the host memory next to the device; -1: the driver does not say
 };
 

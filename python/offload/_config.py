@@ -31,6 +31,9 @@ _SUPPORTED_TIERS: dict[str, tuple[str, ...]] = {
     "gradients": ("device", "host", "auto"),
     "params": ("device", "host", "disk", "auto"),
 }
+# Between which the optimizer's states can be shared, in the order in which the first parameters fill them.
+_SHARED_PLACES = ("device", "unified", "host")
+_SHARE_TOLERANCE = 1e-6
 _ACTIVATION_PLACES = ("device", "host", "checkpoints", "auto")
 # What the disk tier takes (csrc/storage/block_file.cpp).
 _DISK_ALIGNMENT = 4096
@@ -76,11 +79,13 @@ class Config:
     optimizer, gradients, params: where each kind of tensor lives: `"device"`, `"host"` or `"auto"` (the least that
         fits the budgets is offloaded, optimizer states first). optimizer is also `"disk"`: masters and moments of a
         native optimizer live in files, and pass through a window of host memory while they are updated; `"auto"` takes
-        it last of all, and only with a disk_path. `"unified"` is for devices that share memory with the host (see
-        `offload.unified.classify`): states of a native optimizer lie on the host's side within host_budget, the device
-        updates them there, and nothing is copied; `"auto"` never takes it. It is also a
-        share (a float, 0.0 to 1.0): at least so much of the bytes of its states lives on the host, the other states
-        stay, the first in the model's order, and gradients with them. Where the states of native optimizers do not all
+        it last of all, and only with a disk_path. With `"unified"` states of a native optimizer lie on the host, within
+        host_budget, and the device updates them there: they cross its link, gradients and weights do not. That is for
+        devices that share memory with the host (see `offload.unified.classify`), and elsewhere for a part of the
+        states; `"auto"` never takes it. It is also a share (a float, 0.0 to 1.0): at least so much of the bytes of its
+        states lives on the host, the other states stay, the first in the model's order, and gradients with them. Or it
+        is shares of `"device"`, `"unified"` and `"host"` that add up to 1 (`{"unified": 0.6, "host": 0.4}`): in this
+        order the parameters fill them, the model's first ones first. Where the states of native optimizers do not all
         fit a CUDA device beside the weights, `"auto"` measures for a moment and keeps there, within the budget, those
         with which a step's update is shortest. The bits of training do not depend on it.
         params is also `"disk"`: weights live in such files, and pass through a cache of host memory, within
@@ -130,7 +135,7 @@ class Config:
     Raises InvalidArgument naming the option, the value and what is legal.
     """
 
-    optimizer: Tier | float = "auto"
+    optimizer: Tier | float | Mapping[Tier, float] = "auto"
     gradients: Tier = "auto"
     params: Tier = "auto"
     activations: str | int | float = "auto"
@@ -156,7 +161,7 @@ class Config:
     def __post_init__(self) -> None:
         for kind, supported in _SUPPORTED_TIERS.items():
             if kind == "optimizer":
-                _check_optimizer(self.optimizer, supported)
+                object.__setattr__(self, "optimizer", _check_optimizer(self.optimizer, supported))
             else:
                 _check_tier(kind, getattr(self, kind), supported)
         _check_activations(self.activations)
@@ -174,6 +179,11 @@ class Config:
         for kind in ("optimizer", "params"):
             if getattr(self, kind) == "disk" and self.disk_path is None:
                 raise InvalidArgument(f"{kind}='disk' needs disk_path: name a directory on a drive of this machine")
+        if self.params == "disk" and self.optimizer_shares.get("unified"):
+            raise InvalidArgument(
+                f"optimizer={self.optimizer!r} with params='disk': the device does not update weights on disk; pass "
+                "params='host', or optimizer='disk' or 'host'"
+            )
         _check_budget("disk_window", self.disk_window)
         _check_disk_block(self.disk_block)
         depth = 1 if self.disk_queue_depth is None else self.disk_queue_depth
@@ -212,6 +222,15 @@ class Config:
     def gradient_itemsize(self) -> int | None:
         """Bytes of a gradient element; None: those of the parameter's."""
         return None if self.grad_dtype is None else 4
+
+    @property
+    def optimizer_shares(self) -> Mapping[Tier, float]:
+        """By place, the share of the optimizer's states that is wanted there; empty for "auto"."""
+        if isinstance(self.optimizer, float):
+            return {"device": 1 - self.optimizer, "host": self.optimizer}
+        if isinstance(self.optimizer, str):
+            return {} if self.optimizer == "auto" else {self.optimizer: 1.0}
+        return self.optimizer
 
     @property
     def device_budget_bytes(self) -> int | None:
@@ -294,13 +313,23 @@ def _is_share(value: object) -> bool:
     return isinstance(value, float) and 0.0 <= value <= 1.0
 
 
-def _check_optimizer(value: object, supported: tuple[str, ...]) -> None:
+def _check_optimizer(value: Any, supported: tuple[str, ...]) -> Any:
     if _is_share(value):
-        return
+        return value
+    if isinstance(value, Mapping):
+        known = all(place in _SHARED_PLACES and _is_share(share) for place, share in value.items())
+        if not known or abs(sum(value.values()) - 1) > _SHARE_TOLERANCE:
+            raise InvalidArgument(
+                f"optimizer={value!r}: give shares of {_quoted(_SHARED_PLACES)}, floats of 0.0 to 1.0 that add up to 1"
+            )
+        return {place: value[place] for place in _SHARED_PLACES if value.get(place)}
     try:
         _check_tier("optimizer", value, supported)
     except InvalidArgument as error:
-        raise InvalidArgument(f"{error}; and a share, a float from 0.0 to 1.0") from None
+        raise InvalidArgument(
+            f"{error}; and a share, a float from 0.0 to 1.0, or shares by place as {{'unified': 0.6, 'host': 0.4}}"
+        ) from None
+    return value
 
 
 def _check_tier(kind: str, value: object, supported: tuple[str, ...]) -> None:

@@ -86,8 +86,8 @@ class Engine:
         self.config = config
         self.device = open_device(device)
         options = {"pin": config.pins_on(device.type), "poison": config.poison_enabled}
-        beside = plan.activation_host_bytes + plan.unified.total
-        self.pool = _native.HostPool(self.device, budget_bytes=plan.host_capacity - beside, **options)
+        budget_bytes = plan.host_capacity - plan.activation_host_bytes
+        self.pool = _native.HostPool(self.device, budget_bytes=budget_bytes, **options)
         self.transfers = _native.TransferQueue(self.device)
         self.disk = open_store(config.disk_paths, **config.disk_settings) if plan.disk.total else None
         store: StateStore | None = None
@@ -141,7 +141,7 @@ class Engine:
             self.weights = DiskWeightLane(self, self.disk, plan.weight_cache)
         poison = config.poison_enabled
         self.streaming = Streaming(streamed, self.weights, device, prefetch=plan.prefetch, poison=poison)
-        self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names, device)
+        self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)
         self.speculation = Speculation(self, plan.host.backups) if plan.host.backups else None
         # Before the states and parameters are freed, and before the interpreter tears its modules down.
         _engines.add(self)
@@ -172,7 +172,6 @@ class Engine:
         nbytes = sum(self.homes.host_bytes(parameter, kind) for parameter, kind in parameters)
         self.streaming.place(nbytes + self.plan.host.backups)
         self.weights.flush()
-        self.homes.reserve_unified(parameters)
         pool = self.pool.stats()
         if pool["pin_refused"]:
             warnings.warn(
@@ -205,7 +204,7 @@ class Engine:
         self.check_trainable(parameter)
         state = self.homes.make(self.name_of(parameter), parameter, kind)
         with Uninterrupted():
-            if state.on_host and isinstance(state, NativeState):
+            if not state.by_device and isinstance(state, NativeState):
                 self.add_slot(state)
             for unit in self._units_of.get(id(parameter), ()):
                 unit.states.append(state)
@@ -245,9 +244,13 @@ class Engine:
         if unit not in self._touched:
             self._touched[unit] = None
         if unit.pending:
-            self.finish(unit.states)
-            unit.pending = False
+            self._finish_pending(unit)
         self.streaming.enter(unit.number, in_backward=_in_backward())
+
+    def _finish_pending(self, unit: EngineUnit) -> None:
+        # The weights of the others are where compute runs, behind the update.
+        self.finish([state for state in unit.states if not state.by_device])
+        unit.pending = False
 
     def leave(self, unit: EngineUnit) -> None:
         """Called after the forward of `unit`, also when it raised."""
@@ -263,8 +266,7 @@ class Engine:
         self.lanes.begin_backward_order()
         for unit in self.units:
             if unit.pending and not unit.called:
-                self.finish(unit.states)
-                unit.pending = False
+                self._finish_pending(unit)
         self.streaming.begin_forward(in_backward=_in_backward())
 
     def end_forward(self) -> None:
@@ -283,13 +285,17 @@ class Engine:
 
     def await_update(self, state: ParameterState, ticket: _native.Ticket) -> None:
         """The parameter is pending until `ticket` ends."""
-        self._tickets[id(state.parameter)] = ticket
-        self._submitted[id(state.parameter)] = next(self._submissions)
+        self.await_state(state, ticket)
         self.wrote(state)
         for unit in self._units_of.get(id(state.parameter), ()):
             unit.pending = True
         if can_be_pending(state.parameter) and not state.streamed:
             make_pending(state.parameter, lambda: self.finish([state]))
+
+    def await_state(self, state: ParameterState, ticket: _native.Ticket) -> None:
+        """Until `ticket` ends, what the host has of the state and of a streamed weight is being updated."""
+        self._tickets[id(state.parameter)] = ticket
+        self._submitted[id(state.parameter)] = next(self._submissions)
 
     @staticmethod
     def wrote(state: ParameterState) -> None:
@@ -299,7 +305,7 @@ class Engine:
 
     def is_waiting(self, state: ParameterState) -> bool:
         """Whether the parameter may be pending: a wait that an error ended leaves it so."""
-        return id(state.parameter) in self._tickets
+        return not state.by_device and id(state.parameter) in self._tickets
 
     def next_use(self) -> Callable[[ParameterState], int]:
         """A key that sorts states in the order in which the next forward needs them."""
@@ -334,6 +340,9 @@ class Engine:
         if not self._tickets:
             return None
         waiting = [id(parameter) for parameter in parameters if id(parameter) in self._tickets]
+        if self.plan.unified_states and len({self.states[key].by_device for key in waiting}) > 1:
+            # Of a unit that shares a weight with another: the host and the device each keep to an order of their own.
+            self.pipeline.wait([self._tickets[key] for key in waiting if self.states[key].by_device])
         return self._tickets[max(waiting, key=self._submitted.__getitem__)] if waiting else None
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:

@@ -37,12 +37,10 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         "gradients": sum(gradient.numel() * gradient.element_size() for gradient in gradients),
     }
     on_device = [state for state in engine.states.values() if not state.on_host]
-    unified: dict[str, int] = {}
     if on_device:
-        tier = unified if all(map(engine.homes.is_unified, on_device)) else device
-        tier["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
+        device["master"] = sum(s.master.nbytes for s in on_device if s.master is not None)
         native = [state for state in on_device if isinstance(state, NativeState)]
-        tier["moments"] = sum(moment.nbytes for state in native for moment in state.moments.values())
+        device["moments"] = sum(moment.nbytes for state in native for moment in state.moments.values())
     host, host_peak = (
         {tag: sum(pool[counter][tag] for pool in pools) for tag in pools[0][counter]}
         for counter in ("tag_bytes", "tag_peak_bytes")
@@ -63,7 +61,7 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         f"{state.name}: a Parameter subclass ({type(state.parameter).__name__}) cannot be pending, its update is "
         "waited for inside step()"
         for state in engine.states.values()
-        if state.on_host and not can_be_pending(state.parameter)
+        if not state.by_device and not can_be_pending(state.parameter)
     ]
     pin_refusal = next((pool["pin_refusal"] for pool in pools if pool["pin_refused"]), "")
     if pin_refusal:
@@ -77,8 +75,9 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         )
     if engine.activations is not None:
         fallbacks += engine.activations.fallbacks()
-    refusals = {state.kernel_refusal: None for state in on_device if isinstance(state, NativeState)}
-    fallbacks += [f"states on the device are updated by separate torch operations: {why}" for why in refusals if why]
+    by_device = [state for state in engine.states.values() if state.by_device]
+    refusals = {state.kernel_refusal: None for state in by_device if isinstance(state, NativeState)}
+    fallbacks += [f"the device updates states by separate torch operations: {why}" for why in refusals if why]
     paths = [] if engine.disk is None else engine.disk.stats()
     fallbacks += list(_disk_fallbacks(paths))
     if engine.disk is not None and engine.disk.snapshot_refusal is not None:
@@ -110,7 +109,6 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         activations=activations,
         resident_weights=tuple(_resident_weights(engine, parameters, buffers)),
         disk=_disk_counters(engine, paths, pipeline) if paths else {},
-        unified_bytes=unified,
         passing_bytes=passing,
         device_peak_bytes=device_peak,
         host_peak_bytes=host_peak,

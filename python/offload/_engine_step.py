@@ -64,15 +64,19 @@ class EngineStep:
         states = [self._engine.adopt(update.parameter, kind) for update in updates]
         self._reseed_written([state for state in states if state.on_host or not state.streamed])
         work = list(zip(states, updates, strict=True))
-        of_host = reading_metadata(lambda: [pair for pair in work if pair[0].on_host and pair[0].parameter.numel() > 0])
+        of_host = reading_metadata(lambda: [pair for pair in work if self._runs_on_host(pair[0])])
         # Of a unit, the small ones first: those beside each other share an upload.
         reading_metadata(lambda: of_host.sort(key=lambda pair: pair[0].parameter.numel()))
         next_use = self._engine.next_use()
         of_host.sort(key=lambda pair: next_use(pair[0]))
         if self._goes_backwards([state for state, _ in of_host]):
             of_host.reverse()
-        self._update(of_host, [pair for pair in work if not pair[0].on_host], grad_scale)
+        self._update(of_host, [pair for pair in work if pair[0].by_device], grad_scale)
         self._engine.streaming.rest()
+
+    @staticmethod
+    def _runs_on_host(state: ParameterState) -> bool:
+        return not state.by_device and state.parameter.numel() > 0
 
     def check_gradients(self, parameters: Sequence[Parameter]) -> None:
         """Raises `InvalidArgument` naming the first parameter whose gradient no update can use."""
@@ -164,7 +168,7 @@ class EngineStep:
             return
         if state.streamed:
             self._engine.streaming.open_for_writing([state.parameter])
-        elif state.has_moved() and state.on_host and isinstance(state, NativeState):
+        elif state.has_moved() and id(state.parameter) in self._engine.slots and isinstance(state, NativeState):
             self._engine.add_slot(state)
         state.adopt_parameter()
 
@@ -189,23 +193,44 @@ class EngineStep:
                     taken.release_after(ticket)
                     self._engine.await_update(state, ticket)
                 for state, update in of_device:
-                    for reader in self.readers_of(state):
-                        reader.wait()
-                    gradient = self._engine.lanes.on_device(state.parameter)
-                    if state.streamed:  # written back when the next one comes that travels with others
-                        self._engine.streaming.open_for_writing([state.parameter])
-                        self._reseed_written([state])
+                    gradient = self._ready_on_device(state)
                     begun = True
                     state.update_on_device(gradient, update.hyper.scalars(state.step + 1), grad_scale)
                     state.step += 1
                     self._engine.wrote(state)
+                self._await_device([state for state, _ in of_device])
                 self.count += 1
                 begun = False
         except BaseException as error:  # part of the step is done, or it is not known any more who is pending
             if begun:
                 self._engine.fail(str(error))
+                with contextlib.suppress(OffloadError):  # what was launched may still run
+                    self._await_device([state for state, _ in of_device])
             raise
         self._finish_what_cannot_wait(states)
+
+    def _ready_on_device(self, state: NativeState) -> Tensor:
+        """The gradient; what the update writes to is there, and nobody reads it."""
+        for reader in self.readers_of(state):
+            reader.wait()
+        gradient = self._engine.lanes.on_device(state.parameter)
+        if state.on_host:
+            stream = self._engine.lanes.compute_stream()
+            for upload in self._engine.streaming.uploads_of(state.parameter):
+                self._engine.transfers.wait_on_stream(stream, upload)
+        elif state.streamed:  # written back when the next one comes that travels with others
+            self._engine.streaming.open_for_writing([state.parameter])
+            self._reseed_written([state])
+        return gradient
+
+    def _await_device(self, states: Sequence[NativeState]) -> None:
+        """Those on the host are the device's until it has come here."""
+        crossing = [state for state in states if state.on_host]
+        if crossing:
+            stream = self._engine.lanes.compute_stream()
+            ticket = self._engine.transfers.submit_batch("to_host", [], stream)  # no bytes: a mark
+            for state in crossing:
+                self._engine.await_state(state, ticket)
 
     def _host_jobs(self, work: Sequence[_Work], grad_scale: GradScale) -> tuple[list[Any], list[StepGradient]]:
         """What the pipeline is to run, and the gradients that it reads."""

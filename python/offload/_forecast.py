@@ -111,12 +111,12 @@ def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> d
     saved = count * order.sent_bytes
     gradients, stored = total("gradient_bytes"), total("stored_bytes")
     moved = {
-        "to_host": count * gradients + saved + total("step_to_host_bytes") + total("unified_bytes"),
+        "to_host": count * gradients + saved + total("step_to_host_bytes") + total("crossing_to_host_bytes"),
         "to_device": count * sum(unit.weight_bytes for unit in sent)
         + (count - 1) * gradients
         + saved
         + total("step_to_device_bytes")
-        + total("unified_bytes")
+        + total("crossing_to_device_bytes")
         + total("upload_bytes"),
         "host_update": total("host_update_bytes"),
         "disk_read": max(0, total("disk_read_bytes") - settings.window_bytes)

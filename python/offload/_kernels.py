@@ -47,6 +47,7 @@ _ARITHMETIC = {"fma": False, "ftz": False, "prec_div": True, "prec_sqrt": True}
 _THREADS = 256
 _ELEMENTS_BY_THREAD = 4 * _THREADS
 _ELEMENTS_BY_WARP = 8 * _THREADS
+_SPLIT = 3  # kSplit of update.cu, beside FORMATS
 # What the kernels of each optimizer take after the arguments that all have.
 _SCALARS = {
     "adamw": ("weight_scale", "l2", "one_minus_beta1", "beta2", "one_minus_beta2", "step_size", "eps"),
@@ -83,13 +84,16 @@ class Kernels:
         scalars: Mapping[str, Any],
         grad_scale: float | Tensor = 1.0,
         rounding_key: int = 0,
+        copy: Tensor | None = None,
     ) -> None:
         """One step of the optimizer `rule` ("adamw", "lion" or "adagrad"), in place, with the bits of the native core.
 
-        All are dense, of one shape and strides, on the device of these kernels: `gradient` fp32, bf16 or fp16, `master`
-        fp32, with the bf16 or fp16 working `weight`, or None where the master is the weight; or bf16 and its own, which
-        is rounded stochastically. moments: addresses of `exp_avg` and `exp_avg_sq`, 0 for one that the optimizer does
-        not keep, their `moment_format` (fp32 unless given), and `exp_avg_scales`, `exp_avg_sq_scales` of int8 ones.
+        All are dense, of one shape and strides, where the device of these kernels reads and writes: in its memory, or
+        page-locked on the host. `gradient` is fp32, bf16 or fp16, `master` fp32, with the bf16 or fp16 working
+        `weight`, or None where the master is the weight; or int16, the lower halves of masters whose upper ones are the
+        bf16 `weight`; or bf16 and the weight itself, which is rounded stochastically. copy: gets what the weight
+        becomes. moments: addresses of `exp_avg` and `exp_avg_sq`, 0 for one that the optimizer does not keep, their
+        `moment_format` (fp32 unless given), and `exp_avg_scales`, `exp_avg_sq_scales` of int8 ones.
         scalars: what `scalars()` of its hyperparameters gives. grad_scale multiplies the gradient in fp32: a number, or
         an fp32 tensor of one element on the device, which the kernel reads when it runs.
         rounding_key: of the `RandomWords` that small formats are rounded with.
@@ -102,9 +106,10 @@ class Kernels:
             gradient.data_ptr(),
             ctypes.c_int(FORMATS[gradient.dtype]),
             master.data_ptr(),
-            ctypes.c_int(FORMATS[master.dtype]),
+            ctypes.c_int(_SPLIT if master.dtype == torch.int16 else FORMATS[master.dtype]),
             0 if weight is None else weight.data_ptr(),
-            ctypes.c_int(FORMATS[torch.float32 if weight is None else weight.dtype]),
+            ctypes.c_int(FORMATS[(master if weight is None else weight).dtype]),
+            0 if copy is None else copy.data_ptr(),
             moments["exp_avg"],
             moments["exp_avg_sq"],
             moments.get("exp_avg_scales", 0),

@@ -49,7 +49,7 @@ class MemoryTier:
 class MemorySummary:
     """What `optim.memory_summary()` returns; `print` shows it as tables. Every figure is in bytes.
 
-    tiers: device, host, and unified and disk where something is there. process: resident memory of this process, of
+    tiers: device, host, and the disk where something is there. process: resident memory of this process, of
     which the host pool is a part. allocator: torch's own figures for a CUDA device, empty on the CPU. notes: what to
     know of these figures, one sentence each.
     """
@@ -98,13 +98,6 @@ def summarize(
     """
     device, host = _device(stats, plan), _host(stats, plan)
     tiers = [device, host]
-    if plan.unified.total:
-        kinds = [kind for kind in ("master", "moments") if kind in stats.unified_bytes]
-        rows = [
-            MemoryRow(kind, stats.unified_bytes[kind], stats.unified_bytes[kind], getattr(plan.unified, kind))
-            for kind in kinds
-        ]
-        tiers.append(_added("unified", rows, plan.unified))
     if stats.disk:
         tiers.append(_disk(stats, plan))
     resident = MemoryRow("resident memory of this process", process["resident"], process["peak_resident"])

@@ -117,7 +117,9 @@ class Float32Moment:
         self._value.fill_(value)
 
     def keep(self, value: Tensor, words: RandomWords) -> None:
-        """Stores what a step left in the tensor that `value()` gave."""
+        """Stores what a step left in the tensor that `value()` gave, or in a copy of it elsewhere."""
+        if value is not self._value:
+            self._value.copy_(value)
 
     def native(self) -> dict[str, int]:
         """Its arguments of the native core."""

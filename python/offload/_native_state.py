@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._adagrad import adagrad_step_
-from ._adamw import adamw_step_, round_to_weight
+from ._adamw import adamw_step_, join_master, round_to_weight, split_master
 from ._grad_factors import GradScale, scaled
 from ._kernels import Found, find_kernels
 from ._lion import lion_step_
@@ -54,6 +54,7 @@ class NativeState(ParameterState):
         value: Tensor,
         *,
         on_host: bool,
+        by_device: bool,
         master_format: MasterFormat,
         streamed: bool,
         allocate: Allocate,
@@ -67,6 +68,7 @@ class NativeState(ParameterState):
             parameter,
             value,
             on_host=on_host,
+            by_device=by_device,
             master_format=master_format,
             streamed=streamed,
             allocate=allocate,
@@ -80,8 +82,8 @@ class NativeState(ParameterState):
             self.moments = {key: kept_as(allocate, argument) for key, argument in self.moment_arguments.items()}
         else:
             self._write_first_values(value)
-        # Of states on the device: what updates them, or why torch operations do.
-        self.kernels, self.kernel_refusal = Found(None, None) if on_host else find_kernels(parameter.device)
+        # Of states that the device updates: what does it, or why torch operations do.
+        self.kernels, self.kernel_refusal = find_kernels(parameter.device) if by_device else Found(None, None)
 
     @classmethod
     def moment_bytes(cls, form: str) -> tuple[int, int]:
@@ -145,27 +147,41 @@ class NativeState(ParameterState):
 
     @torch.no_grad()
     def update_on_device(self, gradient: Tensor, scalars: dict[str, Any], grad_scale: GradScale) -> None:
-        """One step where the states are: for states that stay on the device.
+        """One step by the device, behind what its current stream has: for states that are `by_device`.
 
-        gradient: there, with the parameter's strides; grad_scale multiplies it in fp32.
+        gradient: there, with the parameter's strides; grad_scale multiplies it in fp32. Of a state on the host, what a
+        kernel reads and writes may be touched by nobody before that stream has come there.
         """
         words = RandomWords(self.rounding_seed, scalars["step"])
-        # A weight that is its own master is the parameter itself, which is there now, and not what the host has of it.
-        own = self.working_weight() if self.master_format == "bf16" else self.master_value()
+        # What the master goes by: the parameter, and what the host has of one that is streamed.
+        kept = self.working_weight()
+        weight = kept if self.streamed and self.on_host else self.parameter.detach()
+        copy = kept if self.on_host and not self.streamed else None
+        is_master = self.parameter.dtype == torch.float32 or self.master_format == "bf16"
+        master = weight if is_master else self.master if self.remainder is None else self.remainder
+        assert master is not None
         if self.kernels is not None:
-            weight = None if self.master is None else self.working_weight()
-            arrays = (own, weight, self.native_moments(), gradient)
-            self.kernels.update_(self.kernel, *arrays, scalars, grad_scale, words.key)
+            arrays = (master, None if is_master else weight, self.native_moments(), gradient)
+            self.kernels.update_(self.kernel, *arrays, scalars, grad_scale, words.key, copy)
             return
-        master = own.to(torch.float32)  # itself, but for a bf16 weight
-        moments = [moment.value() for moment in self.moments.values()]
-        type(self).torch_step(master, *moments, scaled(gradient, grad_scale), scalars)
-        for kept, value in zip(self.moments.values(), moments, strict=True):
-            kept.keep(value, words)
+        place = gradient.device
+        value = master.to(place, torch.float32)  # itself where it is that
+        if self.remainder is not None:
+            value = join_master(weight.to(place), self.remainder.to(place))
+        moments = [moment.value().to(place) for moment in self.moments.values()]
+        type(self).torch_step(value, *moments, scaled(gradient, grad_scale), scalars)
+        for moment, stepped in zip(self.moments.values(), moments, strict=True):
+            moment.keep(stepped, words)
+        if self.remainder is not None:
+            self.remainder.copy_(split_master(value)[1])
+        elif self.master_format != "bf16" and value is not master:
+            master.copy_(value)
         if self.master_format == "bf16":
-            round_stochastically_(self.working_weight(), master, words, "master")
-        elif self.parameter.dtype != torch.float32:
-            self.working_weight().copy_(round_to_weight(master, self.parameter.dtype))
+            round_stochastically_(weight, value, words, "master")
+        elif not is_master:
+            weight.copy_(round_to_weight(value, weight.dtype))
+        if copy is not None:
+            copy.copy_(weight)
 
 
 class AdamWState(NativeState):

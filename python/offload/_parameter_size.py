@@ -14,7 +14,8 @@ __all__ = [
     "backup_bytes",
     "host_master",
     "largest_unit",
-    "states_that_stay",
+    "link_bytes",
+    "states_that_fit",
 ]
 
 # The master of a 16-bit weight: in fp32 beside it; the weight and 16 bits that make it fp32; the bf16 weight itself.
@@ -79,6 +80,19 @@ def backup_bytes(parameter: ParameterSize, master: str) -> int:
     return parameter.numel * (working + MASTER_BYTES[host_master(parameter, master)]) + parameter.moments
 
 
+def link_bytes(parameter: ParameterSize, master: str, *, streamed: bool) -> tuple[int, int]:
+    """What the device reads and writes on the host, where it updates a state there; `master` as in `Config`.
+
+    The master of a weight that is on the device goes by that, and the host's copy of it is written too; a streamed one
+    is read and written on the host.
+    """
+    form = host_master(parameter, master)
+    beside = MASTER_BYTES[form] if parameter.itemsize == 2 else 0
+    goes_by_weight = parameter.itemsize == 4 or form != "fp32"
+    kept, weight = parameter.moments + parameter.numel * beside, parameter.numel * parameter.itemsize
+    return kept + (weight if streamed and goes_by_weight else 0), kept + weight
+
+
 def largest_unit(parameters: Sequence[ParameterSize]) -> int:
     """Bytes of the largest unit of weights that are streamed."""
     units: dict[str, int] = {}
@@ -88,22 +102,20 @@ def largest_unit(parameters: Sequence[ParameterSize]) -> int:
     return max(units.values(), default=0)
 
 
-def states_that_stay(trainable: Sequence[ParameterSize], share: float, *, by_unit: bool) -> frozenset[str]:
-    """Names of the parameters whose states stay: in the model's order each that fits into 1 - `share` of all bytes.
+def states_that_fit(parameters: Sequence[ParameterSize], room_bytes: int, *, by_unit: bool) -> frozenset[str]:
+    """Names of the parameters, each in the model's order whose state fits what those before it leave of `room_bytes`.
 
     The first ones, as the next forward begins with them: it would wait for their update on the host, while that of the
     last ones has the whole forward to end in. by_unit: the parameters of a unit stay or leave together, as an update on
     the device brings the streamed weights of the whole unit there.
     """
     groups: dict[str, list[ParameterSize]] = {}
-    for parameter in trainable:
+    for parameter in parameters:
         groups.setdefault(parameter.unit if by_unit else parameter.name, []).append(parameter)
-    # Rounded, as 1 - 0.9 is a little less than a tenth.
-    room = round((1 - share) * sum(parameter.state_bytes for parameter in trainable))
-    kept = []
+    taken = []
     for group in groups.values():
         nbytes = sum(parameter.state_bytes for parameter in group)
-        if 0 < nbytes <= room:
-            room -= nbytes
-            kept += group
-    return frozenset(parameter.name for parameter in kept)
+        if 0 < nbytes <= room_bytes:
+            room_bytes -= nbytes
+            taken += group
+    return frozenset(parameter.name for parameter in taken)

@@ -94,7 +94,8 @@ class ParameterState:
 
     `allocate(dtype, tag)` gives a tensor with the parameter's shape and strides, on the tier of the state. `value` has
     the parameter's values: itself, or the host bytes of a streamed one, which are its working weight on the host.
-    store: where master and moments go, None: to that tier. The update of such a state runs on the host all the same.
+    on_host: the tier is the host. by_device: the device updates it, on the host over its link. store: where master and
+    moments go, None: to that tier. The update of such a state runs on the host all the same.
     weight_home: of a working weight that is on disk, or is the master of a state on the device and comes and goes.
     """
 
@@ -118,6 +119,7 @@ class ParameterState:
         value: Tensor,
         *,
         on_host: bool,
+        by_device: bool,
         master_format: MasterFormat,
         streamed: bool,
         allocate: Allocate,
@@ -127,6 +129,7 @@ class ParameterState:
         self.name = name
         self.parameter = parameter
         self.on_host = on_host
+        self.by_device = by_device
         self.master_format = master_format
         self.streamed = streamed
         self.step = 0

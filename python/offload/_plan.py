@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from ._config import Config, Tier, format_size
@@ -14,7 +14,6 @@ from ._hybrid import Hybrid, Rates, keep_fastest
 from ._parameter_size import ParameterSize
 from ._plan_sizes import (
     LEAST_PREFETCH,
-    UPDATED_BY_DEVICE,
     MasterForm,
     OptimizerPlacement,
     ParamsPlacement,
@@ -22,7 +21,7 @@ from ._plan_sizes import (
     PlanSizes,
 )
 from ._tier_bytes import TierBytes, table
-from ._unified_plan import MemoryKind, check_room, words_of_unified
+from ._unified_plan import MemoryKind
 
 __all__ = ["Attempt", "ParameterSize", "Plan", "TierBytes", "make_plan", "place_activations", "try_placement"]
 
@@ -49,11 +48,11 @@ _HOST_SHARE_FOR_OTHERS = 0.10
 class Plan:
     """What was chosen, what it takes and why.
 
-    `device`, `host`, `disk` and `unified` are bytes by kind, of which `unified` counts against the host's budget;
-    `resident` is what the device would hold with nothing offloaded.
+    `device`, `host` and `disk` are bytes by kind; `resident` is what the device would hold with nothing offloaded.
     Capacities are the budgets the choice was made against, in bytes. activation_host_bytes: what activations may take
     on the host, beside `host`. prefetch: units of weights that are sent for ahead, with params off the device.
-    kept_states: with a mixed optimizer, the parameters whose states stay on the device. disk_window: with the optimizer
+    kept_states: with a mixed optimizer, the parameters whose states stay on the device; unified_states: those whose
+    states the device updates on the host, with a mixed optimizer or a unified one. disk_window: with the optimizer
     on disk, what its states pass through. weight_cache: with params on disk, what they do.
     """
 
@@ -74,22 +73,26 @@ class Plan:
     activation_host_bytes: int = 0
     prefetch: int = LEAST_PREFETCH
     kept_states: frozenset[str] = frozenset()
+    unified_states: frozenset[str] = frozenset()
     disk: TierBytes = dataclasses.field(default_factory=TierBytes)
     disk_window: DiskWindow | None = None
     weight_cache: CacheSize | None = None
-    unified: TierBytes = dataclasses.field(default_factory=TierBytes)
 
     def keeps_state(self, name: str) -> bool:
-        """Whether the optimizer state of this parameter is the device's: there, or in unified memory."""
-        return self.optimizer in UPDATED_BY_DEVICE or name in self.kept_states
+        """Whether the optimizer state of this parameter is on the device."""
+        return self.optimizer == "device" or name in self.kept_states
+
+    def updates_on_device(self, name: str) -> bool:
+        """Whether the device updates this parameter, wherever its state is; of a name that is not known too."""
+        return self.optimizer == "unified" or self.keeps_state(name) or name in self.unified_states
 
     def gradient_leaves(self, name: str) -> bool:
-        """Whether the gradient of this parameter leaves the device: not to come back for a state that stays."""
-        return self.gradients == "host" and name not in self.kept_states
+        """Whether the gradient of this parameter leaves the device: where all do, or the host updates it."""
+        return self.gradients == "host" and not (self.optimizer == "mixed" and self.updates_on_device(name))
 
     def explain(self) -> str:
         """The plan as text: one line a kind, then the reasons."""
-        tiers = table(self.device, self.host, self.disk, self.unified)
+        tiers = table(self.device, self.host, self.disk)
         return tiers + "\n" + "\n".join(f"- {line}" for line in self.reason)
 
 
@@ -100,25 +103,21 @@ _Choice = tuple[OptimizerPlacement, Placement, ParamsPlacement]  # optimizer, gr
 class Attempt:
     """One choice of (optimizer, gradients, params): what it takes by tier, and the capacities that it is for, in bytes.
 
-    kept, window, cache: as `kept_states`, `disk_window` and `weight_cache` of a Plan. hybrid: why those are kept.
+    kept, unified, window, cache: as `kept_states`, `unified_states`, `disk_window` and `weight_cache` of a Plan.
+    hybrid: why those are kept.
     """
 
     choice: _Choice
     device: TierBytes
     host: TierBytes
-    unified: TierBytes
     disk: TierBytes
     kept: frozenset[str]
+    unified: frozenset[str]
     hybrid: Hybrid | None
     window: DiskWindow | None
     cache: CacheSize | None
     device_capacity: int
     host_capacity: int
-
-    @property
-    def on_host(self) -> int:
-        """Bytes of host memory, unified ones included."""
-        return self.host.total + self.unified.total
 
 
 def make_plan(
@@ -154,27 +153,26 @@ def make_plan(
     measured = None if measure is None or config.optimizer != "auto" else functools.cache(measure)
     for choice in _candidates(config, may_store=all(p.may_be_stored for p in sizes.trainable)):
         attempt = _attempt(sizes, choice, device_capacity, host_capacity, measured)
-        choice, device, host, unified = attempt.choice, attempt.device, attempt.host, attempt.unified
+        choice, device, host = attempt.choice, attempt.device, attempt.host
         if device.total > device_capacity:
             tried.append(_over(choice, device.total, device_capacity, "device"))
-        elif attempt.on_host > host_capacity:
-            tried.append(_over(choice, attempt.on_host, host_capacity, "host"))
-            refusal = refusal or _too_small("host", (device, host, unified), host_capacity, host_note, config)
+        elif host.total > host_capacity:
+            tried.append(_over(choice, host.total, host_capacity, "host"))
+            refusal = refusal or _too_small("host", (device, host), host_capacity, host_note, config)
         else:
             break
     else:
         if refusal is not None:
             raise OutOfHostMemory(refusal)
-        raise InvalidArgument(_too_small("device", (device, host, unified), device_capacity, device_note, config))
+        raise InvalidArgument(_too_small("device", (device, host), device_capacity, device_note, config))
 
-    kept, hybrid, window, on_host = attempt.kept, attempt.hybrid, attempt.window, attempt.on_host
+    kept, unified, hybrid, window = attempt.kept, attempt.unified, attempt.hybrid, attempt.window
     optimizer, gradients, params = choice
-    check_room(memory_kind, unified.total, device.total, device_bytes)
-    if optimizer == "mixed" and not kept:
+    if optimizer == "mixed" and not kept and not unified:
         optimizer = "host"
     prefetch = config.prefetch or LEAST_PREFETCH
     if config.prefetch is None and params != "device":
-        wider, _ = sizes.by_tier(*choice, kept=kept, prefetch=_WANTED_PREFETCH)
+        wider, _ = sizes.by_tier(*choice, kept=kept, unified=unified, prefetch=_WANTED_PREFETCH)
         if wider.total <= device_capacity:
             device, prefetch = wider, _WANTED_PREFETCH
     reason = [*tried, f"{_words(choice)}: {_chosen(config)}"]
@@ -185,9 +183,9 @@ def make_plan(
         reason.append(sizes.words_of(kept))
     if hybrid is not None:
         reason += [hybrid.words(), hybrid.words_of_step()]
-    reason.append(f"host: {format_size(on_host)} of {format_size(host_capacity)} ({host_note})")
-    if optimizer == "unified":
-        reason.append(words_of_unified(memory_kind, unified.total, sizes.copied_bytes()))
+    reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
+    if unified:
+        reason.append(sizes.words_of_unified(unified, memory_kind, params))
     if host.backups:
         reason.append(f"updates may begin in backward, with {format_size(host.backups)} of backups on the host")
     disk = attempt.disk
@@ -196,7 +194,7 @@ def make_plan(
         ways += [f"a cache of {format_size(host.cache)} for weights"] if params == "disk" else []
         where = ", ".join(config.disk_paths)
         reason.append(f"disk: {format_size(disk.total)} in {where}, through {' and '.join(ways)} in host memory")
-    activations, activation_host_bytes = place_activations(config, host_capacity - on_host)
+    activations, activation_host_bytes = place_activations(config, host_capacity - host.total)
     if activations == "device":
         reason.append("activations stay on the device")
     else:
@@ -231,10 +229,10 @@ def make_plan(
         activation_host_bytes=activation_host_bytes,
         prefetch=prefetch,
         kept_states=kept,
+        unified_states=unified,
         disk=disk,
         disk_window=window,
         weight_cache=attempt.cache,
-        unified=unified,
     )
 
 
@@ -261,7 +259,8 @@ def _attempt(
 ) -> Attempt:
     """Bytes by tier of one choice: with rates, of states on the host those stay that make an update shorter."""
     kept = sizes.kept_states(choice[0], choice[2])
-    device, host = sizes.by_tier(*choice, kept=kept)
+    unified = sizes.unified_states(choice[0], choice[2], kept)
+    device, host = sizes.by_tier(*choice, kept=kept, unified=unified)
     hybrid = None
     room = device_capacity - device.total
     if measured is not None and choice[0] == "host" and choice[2] == "device" and room > 0:
@@ -269,18 +268,17 @@ def _attempt(
         if hybrid.kept:
             choice, kept = ("mixed", *choice[1:]), hybrid.kept
             device, host = sizes.by_tier(*choice, kept=kept)
-    host = dataclasses.replace(host, backups=sizes.backups(*choice, kept))
-    unified = sizes.in_unified(choice[0])
+    host = dataclasses.replace(host, backups=sizes.backups(*choice, kept | unified))
     cache = sizes.cache(0) if choice[2] == "disk" else None  # the smallest one: the window leaves room for it
-    left = host_capacity - host.total - unified.total - (0 if cache is None else cache.nbytes)
+    left = host_capacity - host.total - (0 if cache is None else cache.nbytes)
     window = sizes.window(left) if choice[0] == "disk" else None
     if window is not None:
         host = dataclasses.replace(host, window=window.nbytes)
     if cache is not None:
-        cache = sizes.cache(int((host_capacity - host.total - unified.total) * _CACHE_SHARE))
+        cache = sizes.cache(int((host_capacity - host.total) * _CACHE_SHARE))
         host = dataclasses.replace(host, cache=cache.nbytes)
     disk = sizes.on_disk(choice[0], choice[2])
-    return Attempt(choice, device, host, unified, disk, kept, hybrid, window, cache, device_capacity, host_capacity)
+    return Attempt(choice, device, host, disk, kept, unified, hybrid, window, cache, device_capacity, host_capacity)
 
 
 def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
@@ -334,16 +332,20 @@ def _with_params(pairs: list[tuple[OptimizerPlacement, Placement]], config: Conf
 
 
 def _optimizer_of(config: Config) -> Tier | Literal["mixed"]:
-    share = config.optimizer
-    if not isinstance(share, float):
-        return share
-    return "device" if share == 0.0 else "host" if share == 1.0 else "mixed"
+    if isinstance(config.optimizer, str):
+        return config.optimizer
+    shares: Mapping[Tier, float] = config.optimizer_shares
+    places = [place for place, share in shares.items() if share > 0.0]
+    return places[0] if len(places) == 1 else "mixed"
 
 
 def _words(choice: _Choice) -> str:
     optimizer, gradients, params = choice
-    states = "optimizer in part on the host" if optimizer == "mixed" else f"optimizer on the {optimizer}"
-    states = {"disk": "optimizer on disk", "unified": "optimizer in unified memory"}.get(optimizer, states)
+    states = {
+        "mixed": "optimizer in part on the host",
+        "disk": "optimizer on disk",
+        "unified": "optimizer on the host and updated by the device",
+    }.get(optimizer, f"optimizer on the {optimizer}")
     weights = "params on disk" if params == "disk" else f"params on the {params}"
     return f"{states}, gradients on the {gradients} and {weights}"
 
@@ -390,13 +392,13 @@ def _chosen(config: Config) -> str:
 
 def _too_small(
     tier: Literal["device", "host"],
-    tiers: tuple[TierBytes, TierBytes, TierBytes],
+    tiers: tuple[TierBytes, TierBytes],
     capacity: int,
     note: str,
     config: Config,
 ) -> str:
-    device, host, unified = tiers
-    needed = device.total if tier == "device" else host.total + unified.total
+    device, host = tiers
+    needed = device.total if tier == "device" else host.total
     states, gradients, params = _candidates(config)[-1]
     offloads_all = states not in ("device", "mixed") and gradients == "host" and params in ("host", "disk")
     if tier == "host":
@@ -413,7 +415,7 @@ def _too_small(
         )
     return (
         f"the {tier} budget is too small: {format_size(needed)} needed, {format_size(capacity)} available "
-        f"({note}); {remedy}\n{table(device, host, unified=unified)}"
+        f"({note}); {remedy}\n{table(device, host)}"
     )
 
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from ._config import Config
+from ._config import Config, Tier
 from ._disk_window import CacheSize, DiskWindow, image_bytes, plan_cache, plan_window
 from ._hybrid import StateBytes, state_bytes
-from ._parameter_size import MASTER_BYTES, ParameterSize, backup_bytes, host_master, largest_unit, states_that_stay
+from ._parameter_size import (
+    MASTER_BYTES,
+    ParameterSize,
+    backup_bytes,
+    host_master,
+    largest_unit,
+    link_bytes,
+    states_that_fit,
+)
 from ._tier_bytes import TierBytes
+from ._unified_plan import MemoryKind, words_of_unified
 
 __all__ = [
     "LEAST_PREFETCH",
-    "UPDATED_BY_DEVICE",
     "MasterForm",
     "OptimizerPlacement",
     "ParamsPlacement",
@@ -27,7 +34,6 @@ ParamsPlacement = Literal["device", "host", "disk"]
 OptimizerPlacement = Literal["device", "host", "disk", "unified", "mixed"]
 MasterForm = Literal["none", "fp32", "split", "bf16", "mixed"]
 
-UPDATED_BY_DEVICE: tuple[OptimizerPlacement, ...] = ("device", "unified")
 # Units of weights that are sent for ahead of their use, where nothing says more.
 LEAST_PREFETCH = 1
 # Of what the host budget has left, what the window of states on disk takes, and no more than so many bytes: it keeps
@@ -41,9 +47,9 @@ _BACKUP_PADDING = 6 * 64 + 256
 #            more than are sent for ahead
 #   states on the device   moments 4 + 4 (Lion, Adagrad: 4), in bf16 half of it, in int8 a quarter and 4 for each scale;
 #            master 4 for 16-bit weights; an fp32 weight is its own master
-#   states in unified memory   as on the device: the master of an fp32 weight is the weight, and is there
 #   states on the host     moments as there; 16-bit: a working copy of 2 and a master of 4, or of 2 when it is
 #            split (the working copy is its upper half); fp32: a master of 4, which is the working copy
+#   unified states         as on the host, but for gradients
 #   bf16 masters           none: the weight on the device, or the working copy on the host, is the master
 #   states on disk         as on the host, but for the working copy of 16-bit weights, which stays there; an fp32 weight
 #            on the device has none, and one on the host is its own master there. The host has the window too
@@ -52,7 +58,7 @@ _BACKUP_PADDING = 6 * 64 + 256
 #            on disk; the lower half is where the moments are
 #   gradient 2 | 4, where gradients live; a host update of device gradients needs them on the host too
 # A frozen parameter has its weight and nothing else. With a mixed optimizer each state counts where it is, and
-# gradients on the host are those of the states there.
+# gradients on the host are those of the states that are updated there.
 
 
 class PlanSizes:
@@ -70,10 +76,21 @@ class PlanSizes:
 
     def kept_states(self, optimizer: OptimizerPlacement, params: ParamsPlacement) -> frozenset[str]:
         """The parameters whose states stay on the device when a share of them is to leave."""
+        return self._share("device", self.trainable, params) if optimizer == "mixed" else frozenset()
+
+    def unified_states(
+        self, optimizer: OptimizerPlacement, params: ParamsPlacement, kept: frozenset[str]
+    ) -> frozenset[str]:
+        """The parameters whose states the device updates on the host."""
         if optimizer != "mixed":
-            return frozenset()
-        assert isinstance(self.config.optimizer, float)
-        return states_that_stay(self.trainable, self.config.optimizer, by_unit=params != "device")
+            return frozenset(p.name for p in self.trainable) if optimizer == "unified" else frozenset()
+        return self._share("unified", [p for p in self.trainable if p.name not in kept], params)
+
+    def _share(self, place: Tier, candidates: Sequence[ParameterSize], params: ParamsPlacement) -> frozenset[str]:
+        # Rounded, as 1 - 0.9 is a little less than a tenth.
+        share = self.config.optimizer_shares.get(place, 0.0)
+        room = round(share * sum(p.state_bytes for p in self.trainable))
+        return states_that_fit(candidates, room, by_unit=params != "device")
 
     def state_bytes(self, gradients: Placement) -> list[StateBytes]:
         """Each state as `keep_fastest` weighs it, with weights on the device."""
@@ -90,11 +107,20 @@ class PlanSizes:
             f"{sum(p.state_bytes for p in away) / total:.1%} of their bytes; the model's first that fit stay"
         )
 
+    def words_of_unified(self, unified: frozenset[str], kind: MemoryKind | None, params: ParamsPlacement) -> str:
+        """Of these states: what crosses the link in a step, beside what an update on the host would copy."""
+        states = [p for p in self.trainable if p.name in unified]
+        ways = [link_bytes(p, self.config.master, streamed=params != "device" and not p.stays) for p in states]
+        copied = self._gradient_bytes(states) + sum(p.numel * p.itemsize for p in states)
+        kept = sum(p.moments + p.numel * _host_master_bytes(p, self.config) for p in states)
+        read, written = (sum(way) for way in zip(*ways, strict=True))
+        return words_of_unified(kind, kept, read, written, copied)
+
     def master_form(self, optimizer: OptimizerPlacement, kept: frozenset[str]) -> MasterForm:
         """How the masters that are stored beside weights are stored."""
         forms: set[MasterForm] = {
             "fp32"
-            if not p.is_master and (optimizer in UPDATED_BY_DEVICE or p.name in kept)
+            if not p.is_master and (optimizer == "device" or p.name in kept)
             else host_master(p, self.config.master)
             for p in self.trainable
             if p.itemsize == 2
@@ -110,12 +136,14 @@ class PlanSizes:
         params: ParamsPlacement,
         *,
         kept: frozenset[str] = frozenset(),
+        unified: frozenset[str] = frozenset(),
         prefetch: int | None = None,
     ) -> tuple[TierBytes, TierBytes]:
         """Device and host bytes of one choice. prefetch: None for the configured or least one."""
         window = self.stays + (1 + (prefetch or self.prefetch)) * self.largest_unit
-        staying = [p for p in self.trainable if optimizer in UPDATED_BY_DEVICE or p.name in kept]
-        leaving = [p for p in self.trainable if optimizer not in UPDATED_BY_DEVICE and p.name not in kept]
+        staying = [p for p in self.trainable if optimizer == "device" or p.name in kept]
+        leaving = [p for p in self.trainable if optimizer != "device" and p.name not in kept]
+        by_host = [p for p in leaving if p.name not in unified]
         # What stays on the device has a copy on the host, and is counted so though most of it has it on disk.
         copied = [p for p in leaving if params != "disk" or p.stays]
         working = sum(p.numel * p.itemsize for p in copied if p.itemsize == 2)
@@ -125,10 +153,10 @@ class PlanSizes:
             working = self.weights
             if not on_disk:
                 working -= sum(p.numel * p.itemsize for p in leaving if p.itemsize == 4)
-        gone = [] if gradients == "device" else leaving or staying
-        states = _states_of_device(staying if optimizer != "unified" else ())
-        device = dataclasses.replace(
-            states,
+        gone = [] if gradients == "device" else by_host or self.trainable
+        device = TierBytes(
+            master=sum(p.device_master for p in staying),
+            moments=sum(p.moments for p in staying),
             weights=self.weights if params == "device" else min(self.weights, window),
             gradients=self._gradient_bytes(self.trainable) - self._gradient_bytes(gone),
         )
@@ -136,12 +164,12 @@ class PlanSizes:
             working=working,
             master=0 if on_disk else sum(p.numel * _host_master_bytes(p, self.config) for p in mastered),
             moments=0 if on_disk else sum(p.moments for p in leaving),
-            gradients=self._gradient_bytes(leaving or gone),
+            gradients=self._gradient_bytes(by_host or gone),
         )
         return device, host
 
     def backups(
-        self, optimizer: OptimizerPlacement, gradients: Placement, params: ParamsPlacement, kept: frozenset[str]
+        self, optimizer: OptimizerPlacement, gradients: Placement, params: ParamsPlacement, by_device: frozenset[str]
     ) -> int:
         """What updates that run ahead of the step need on the host to be taken back, at most what was given.
 
@@ -152,17 +180,9 @@ class PlanSizes:
         states = sum(
             backup_bytes(p, self.config.master) + _BACKUP_PADDING
             for p in self.trainable
-            if p.may_split and p.name not in kept
+            if p.may_split and p.name not in by_device
         )
         return min(self.config.speculate_bytes, states)
-
-    def in_unified(self, optimizer: OptimizerPlacement) -> TierBytes:
-        """Bytes of the states in unified memory."""
-        return _states_of_device(self.trainable if optimizer == "unified" else ())
-
-    def copied_bytes(self) -> int:
-        """What an update on the host copies at a step: gradients there, and weights back."""
-        return self._gradient_bytes(self.trainable) + sum(p.numel * p.itemsize for p in self.trainable)
 
     def on_disk(self, optimizer: OptimizerPlacement, params: ParamsPlacement) -> TierBytes:
         """Disk bytes of states and weights, but for what rounding to blocks adds."""
@@ -196,11 +216,6 @@ class PlanSizes:
 
     def _gradient_bytes(self, parameters: Sequence[ParameterSize]) -> int:
         return sum(p.numel * (self.gradient_itemsize or p.itemsize) for p in parameters)
-
-
-def _states_of_device(parameters: Sequence[ParameterSize]) -> TierBytes:
-    """Masters and moments in the form that the device updates."""
-    return TierBytes(master=sum(p.device_master for p in parameters), moments=sum(p.moments for p in parameters))
 
 
 def _host_master_bytes(parameter: ParameterSize, config: Config) -> int:

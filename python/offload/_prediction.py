@@ -139,7 +139,7 @@ def make_prediction(
         if plan is not None:
             own = _plan_with_disk_last(parameters, settings, hardware)
             if all(_options(own, settings) != one.placed.options for one in candidates):
-                host_room = own.host_capacity - own.host.total - own.unified.total
+                host_room = own.host_capacity - own.host.total
                 candidates.append(_Candidate(_placed_by(own, settings, parameters), settings, own, host_room))
     if plan is None and refusal is None and all(one.plan is None for one in candidates):
         tried = [one.placed.refusal for one in candidates] or ["no placement but device, host and disk is sharded"]
@@ -288,17 +288,17 @@ def _candidate(parameters: Sequence[ParameterSize], config: Config, hardware: Ha
     refusal = None
     if device.total > part.device_capacity:
         refusal = f"the device is too small: {_of(device.total, part.device_capacity)}"
-    elif part.on_host > part.host_capacity:
-        refusal = f"host memory is too small: {_of(part.on_host, part.host_capacity)}"
+    elif part.host.total > part.host_capacity:
+        refusal = f"host memory is too small: {_of(part.host.total, part.host_capacity)}"
     plan = None
     if refusal is None:
         # The bytes of a card's part have been compared; the plan says what the whole moves.
         alone = hardware if gpus == 1 else dataclasses.replace(hardware, device_bytes=_PLENTY, host_bytes=_PLENTY)
-        _, left = place_activations(config, part.host_capacity - part.on_host)
+        _, left = place_activations(config, part.host_capacity - part.host.total)
         plan = dataclasses.replace(plan_on(parameters, config, alone), activation_host_bytes=left)
     options = dict(zip(_OPTIONS, (*whole.choice, config.activations), strict=True))
     placed = PlacedBytes(options, device, part.host, part.disk, refusal)
-    return _Candidate(placed, config, plan, part.host_capacity - part.on_host)
+    return _Candidate(placed, config, plan, part.host_capacity - part.host.total)
 
 
 def _placed_by(plan: Plan, config: Config, parameters: Sequence[ParameterSize]) -> PlacedBytes:

@@ -265,9 +265,10 @@ class _Pipeline:
         """Inside `step()`, one unit after another, nothing sent ahead."""
         unit = self.units[number]
         self.compute.wait(self.run("to_device", unit.step_to_device_bytes, self.compute.last, *self.landed[number]))
-        crossing = [self.run(lane, unit.unified_bytes, self.compute.last) for lane in ("to_device", "to_host")]
+        read = self.run("to_device", unit.crossing_to_device_bytes, self.compute.last)
+        written = self.run("to_host", unit.crossing_to_host_bytes, self.compute.last)
         self.compute.run(self.machine.seconds("device_update", unit.device_update_bytes))
-        self.compute.wait(latest(crossing))
+        self.compute.wait(latest((read, written)))
         if not unit.host_update_bytes:  # else they are gradients, which have left
             self.compute.wait(self.run("to_host", unit.step_to_host_bytes, self.compute.last))
 

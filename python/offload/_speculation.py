@@ -22,7 +22,7 @@ from ._grad_cell import Owner
 from ._gradient_lanes import StepGradient
 from ._host_grad import HostGrad
 from ._native_state import Hyper, NativeState
-from ._unified_states import BLOCK_BYTES
+from ._state_homes import BLOCK_BYTES
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -131,7 +131,7 @@ class Speculation:
         """Begins the update of a parameter where that can be; False while its gradient has not left."""
         engine = self._engine
         state, gradient = engine.states.get(id(parameter)), parameter.grad
-        if not isinstance(state, NativeState) or not state.on_host or self._hyper_of is None:
+        if not isinstance(state, NativeState) or state.by_device or self._hyper_of is None:
             return True
         if not isinstance(gradient, HostGrad) or gradient.cell.strides != parameter.stride():
             return True

@@ -1,8 +1,8 @@
-"""Where the states of parameters live, and what they take: the device, unified memory, the engine's pool, the disk."""
+"""Where the states of parameters live, and what they take: the device, the engine's pool, the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,9 +19,11 @@ from ._plan import Plan
 from ._state_store import StateStore
 from ._stored_values import StoredWeight
 from ._streaming import Streaming
-from ._unified_states import BLOCK_BYTES, UnifiedStates
 
 State = TypeVar("State", bound=ParameterState)
+
+# The pool's blocks begin at multiples of this (csrc/memory/host_pool.h).
+BLOCK_BYTES = 256
 
 _MASTER_FORMATS: dict[MasterFormat, int] = {
     "fp32": _native.MASTER_FLOAT32,
@@ -41,7 +43,6 @@ class StateHomes:
         streaming: Streaming,
         store: StateStore | None,
         names: Mapping[int, str],
-        device: torch.device,
     ) -> None:
         self._plan = plan
         self._config = config
@@ -49,11 +50,14 @@ class StateHomes:
         self._streaming = streaming
         self.store = store
         self._names = names
-        self._unified = UnifiedStates(device) if plan.optimizer == "unified" else None
+
+    def lies_on_host(self, parameter: Parameter) -> bool:
+        """Whether its state is there or on disk."""
+        return not self._plan.keeps_state(self._name_of(parameter))
 
     def updates_on_host(self, parameter: Parameter) -> bool:
-        """Whether its update runs on the host: then its state is there or on disk."""
-        return not self._plan.keeps_state(self._name_of(parameter))
+        """Whether its update runs on the host."""
+        return not self._plan.updates_on_device(self._name_of(parameter))
 
     def _name_of(self, parameter: Parameter) -> str:
         return self._names.get(id(parameter), "")
@@ -63,7 +67,7 @@ class StateHomes:
             return "fp32"
         if self._config.master == "bf16":
             return "bf16"
-        return "split" if self.updates_on_host(parameter) else "fp32"
+        return "split" if self.lies_on_host(parameter) else "fp32"
 
     def _store_of(self, parameter: Parameter) -> StateStore | None:
         return self.store if self.updates_on_host(parameter) and parameter.numel() > 0 else None
@@ -81,9 +85,9 @@ class StateHomes:
         return self.store.bytes_of(arrays, parameter.numel()) if arrays and self.store is not None else 0
 
     def host_bytes(self, parameter: Parameter, kind: type[ParameterState]) -> int:
-        """What its state and gradient take in the pool."""
+        """What its state takes in the pool, and its gradient where that leaves."""
         numel, sizes = parameter.numel(), list[int]()
-        if self.updates_on_host(parameter):
+        if self.lies_on_host(parameter):
             streamed = parameter in self._streaming  # its working weight is counted there
             on_disk = self._arrays_on_disk(parameter, kind)
             if issubclass(kind, NativeState) and not on_disk:
@@ -96,37 +100,20 @@ class StateHomes:
             sizes.append((self._config.gradient_itemsize or parameter.element_size()) * numel)
         return _in_blocks(sizes)
 
-    def reserve_unified(self, parameters: Sequence[tuple[Parameter, type[ParameterState]]]) -> None:
-        """Obtains the unified memory that the states of these take. Raises as `offload.unified.empty`."""
-        if self._unified is None:
-            return
-        sizes = []
-        for parameter, kind in parameters:
-            if parameter.dtype != torch.float32:
-                sizes.append(MASTER_BYTES[self._master_format(parameter, kind)] * parameter.numel())
-            if issubclass(kind, NativeState):
-                sizes += kind.moment_sizes(self._config.moments, parameter.numel())
-        self._unified.reserve(_in_blocks(sizes))
-
     def close(self) -> None:
         """Gives up what no state holds."""
         if self.store is not None:
             self.store.close()
-        if self._unified is not None:
-            self._unified.close()
 
     def make(self, name: str, parameter: Parameter, kind: type[State]) -> State:
         """The state of a parameter; raises `OutOfHostMemory` over the budget, `StorageError` without disk space."""
-        on_host = self.updates_on_host(parameter)
+        on_host = self.lies_on_host(parameter)
         streamed = parameter in self._streaming
         value = self._streaming.present_value(parameter) if streamed else parameter
 
         def allocate(dtype: torch.dtype, tag: Any, count: int | None = None) -> Tensor:
             if streamed and on_host and dtype == parameter.dtype and tag != "moments":
                 return self._streaming.host_weight(parameter)
-            if self._unified is not None:
-                row = self._unified.take(dtype, parameter.numel() if count is None else count)
-                return row if count is not None else row.as_strided(parameter.shape, parameter.stride())
             if not on_host or parameter.numel() == 0:
                 tier = torch.device("cpu") if on_host else parameter.device
                 if count is not None:
@@ -149,16 +136,13 @@ class StateHomes:
             parameter,
             value,
             on_host=on_host,
+            by_device=not self.updates_on_host(parameter),
             master_format=master_format,
             streamed=streamed,
             allocate=allocate,
             store=self._store_of(parameter),
             **form,
         )
-
-    def is_unified(self, state: ParameterState) -> bool:
-        """Whether the state lies in unified memory."""
-        return self._unified is not None and not state.on_host
 
     @staticmethod
     def slot_of(state: NativeState) -> dict[str, Any]:
@@ -209,5 +193,5 @@ class _WeightAway(_WeightOnDisk):
 
 
 def _in_blocks(sizes: Iterable[int]) -> int:
-    """What arrays of these bytes take, each from the beginning of a block (csrc/memory/host_pool.h has the same)."""
+    """What arrays of these bytes take, each from the beginning of a block."""
     return sum(-(-size // BLOCK_BYTES) * BLOCK_BYTES for size in sizes)

@@ -25,8 +25,7 @@ class Stats:
     """A snapshot of `optim.stats()`; counters run since `wrap`.
 
     device_bytes, host_bytes: bytes in use by tag (weights, master, moments, gradients, ...); torch_states
-    are those of an optimizer that runs as its own torch class, beside the host budget. unified_bytes: the same of
-    states that the device updates in unified memory, on the host's side.
+    are those of an optimizer that runs as its own torch class, beside the host budget.
     pool: the host pool's counters; *_bytes are bytes, the rest counts.
     transfers: bytes and copies by direction (to_host, to_device).
     isa: the instruction set of the host update. pinned: host memory is page-locked; when it is not,
@@ -65,7 +64,6 @@ class Stats:
     activations: Mapping[str, int] = dataclasses.field(default_factory=dict)
     resident_weights: tuple[ResidentWeight, ...] = ()
     disk: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    unified_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     passing_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     device_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     host_peak_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -95,7 +93,6 @@ class Stats:
         rows.append(("device weights, peak", format_size(self.peak_weight_bytes)))
         rows += [("of these resident", text) for text in self._resident_reasons()]
         rows += [(f"host {tag}", format_size(size)) for tag, size in self.host_bytes.items()]
-        rows += [(f"unified {tag}", format_size(size)) for tag, size in self.unified_bytes.items()]
         rows += [(f"activations {name}", _counter(name, value)) for name, value in self.activations.items()]
         rows.append(("host memory", memory))
         rows += [(f"pool {name}", _counter(name, value)) for name, value in self.pool.items()]

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from ._config import Config
 from ._errors import InvalidArgument
 from ._hybrid import state_bytes
-from ._parameter_size import MASTER_BYTES, ParameterSize, backup_bytes, host_master
+from ._parameter_size import MASTER_BYTES, ParameterSize, backup_bytes, host_master, link_bytes
 from ._plan import Plan
 
 __all__ = ["LANES", "Machine", "UnitWork", "backups_of", "transformer_compute", "unit_works"]
@@ -71,7 +71,8 @@ class UnitWork:
     activation_bytes: of what its forward saves, what may leave and is back for its backward, in each micro-batch.
     sent_activation_bytes: of these, on their way and on the host; None: as many. Others are packed for the way.
     step_to_host_bytes, step_to_device_bytes: are copied inside `step()`, before its update, while compute waits.
-    unified_bytes: of states in unified memory, cross the link both ways while the device updates them.
+    crossing_to_device_bytes, crossing_to_host_bytes: of states on the host, read and written while the device updates
+    them.
     host_update_bytes, device_update_bytes: that its update reads and writes in memory.
     backup_bytes: of what its update on the host writes to, where that may begin in backward.
     upload_bytes: of resident weights, after their update on the host.
@@ -92,7 +93,8 @@ class UnitWork:
     sent_activation_bytes: int | None = None
     step_to_host_bytes: int = 0
     step_to_device_bytes: int = 0
-    unified_bytes: int = 0
+    crossing_to_device_bytes: int = 0
+    crossing_to_host_bytes: int = 0
     host_update_bytes: int = 0
     device_update_bytes: int = 0
     backup_bytes: int = 0
@@ -223,12 +225,17 @@ def _costs(parameter: ParameterSize, plan: Plan, config: Config) -> dict[str, in
     gradient = one.to_host
     if leaves:
         costs["gradient_bytes"] = gradient
-    if plan.keeps_state(parameter.name):
-        # The gradient and the streamed weight come to the device, and the weight goes back.
-        costs["step_to_device_bytes"] = (gradient if leaves else 0) + (weight if streams else 0)
-        costs["step_to_host_bytes"] = weight if streams else 0
-        costs["unified_bytes"] = parameter.state_bytes if plan.optimizer == "unified" else 0
-        costs["device_update_bytes"] = one.device_update
+    if plan.updates_on_device(parameter.name):
+        costs["step_to_device_bytes"] = gradient if leaves else 0
+        if plan.keeps_state(parameter.name):
+            # A streamed weight comes to the device, and goes back.
+            costs["step_to_device_bytes"] += weight if streams else 0
+            costs["step_to_host_bytes"] = weight if streams else 0
+            costs["device_update_bytes"] = one.device_update
+        else:
+            read, written = link_bytes(parameter, config.master, streamed=streams)
+            costs |= {"crossing_to_device_bytes": read, "crossing_to_host_bytes": written}
+            costs["device_update_bytes"] = gradient + (0 if streams else 2 * weight)
         return costs
     if not leaves:
         costs["step_to_host_bytes"] = gradient

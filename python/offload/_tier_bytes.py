@@ -32,10 +32,9 @@ class TierBytes:
         return sum(dataclasses.astuple(self))
 
 
-def table(device: TierBytes, host: TierBytes, disk: TierBytes | None = None, unified: TierBytes | None = None) -> str:
-    """One line a kind, one column a tier; those of disk and unified memory only where something is there."""
-    others = {"disk": disk, "unified": unified}
-    tiers = {"device": device, "host": host} | {name: tier for name, tier in others.items() if tier and tier.total}
+def table(device: TierBytes, host: TierBytes, disk: TierBytes | None = None) -> str:
+    """One line a kind, one column a tier; that of the disk only where something is there."""
+    tiers = {"device": device, "host": host} | ({"disk": disk} if disk and disk.total else {})
     of_some = {"window": host.window, "cache": host.cache, "backups": host.backups}
     kinds = [field.name for field in dataclasses.fields(TierBytes) if of_some.get(field.name, 1)]
     rows = [("", *tiers)]

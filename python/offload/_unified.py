@@ -57,7 +57,8 @@ class MemoryFacts:
     concurrent_managed_access: both sides may use managed memory at the same time (where False, the host must not touch
     it before the device is idle). pageable_memory_access: the device reads ordinary host memory; through the host's
     own page tables with uses_host_page_tables. direct_access_from_host: the host reads managed memory on the device
-    where it lies. host_native_atomics: atomics work across the link. host_numa_node: the host memory next to the
+    where it lies. host_native_atomics: atomics work across the link. reads_page_locked_memory: the device reads memory
+    that is registered with it where it lies. host_numa_node: the host memory next to the
     device, None where the driver does not say.
     """
 
@@ -70,6 +71,7 @@ class MemoryFacts:
     uses_host_page_tables: bool
     direct_access_from_host: bool
     host_native_atomics: bool
+    reads_page_locked_memory: bool
     host_numa_node: int | None
 
     @property

@@ -36,6 +36,7 @@ from ._wrap_checks import (
     check_optimizers,
     check_placement,
     check_process,
+    check_reach,
     device_of,
     updater_of,
 )
@@ -119,6 +120,8 @@ def wrap(
         wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
         move.commit()
         engine.settle_in(trained)
+        if plan.unified_states and device.type == "cuda":
+            check_reach(classify(device), engine.pool.stats())
         for updater in updaters:
             updater.begin()
     except BaseException:
@@ -280,7 +283,7 @@ def _plan(
         device_bytes = probe_device(str(device)).free_bytes + there
         host_bytes += sum(size.numel * size.itemsize for size in sizes) - there
     others = sorted({type(o).__name__ for o in optimizers if updater_of(o) is TorchUpdater})
-    memory_kind = _memory_kind_of(device) if settings.optimizer == "unified" else None
+    memory_kind = _memory_kind_of(device) if settings.optimizer_shares.get("unified") else None
     plan = make_plan(
         sizes,
         settings,
@@ -292,8 +295,8 @@ def _plan(
         measure=None if others else _measure(device, settings),
         notes=[f"{name}: what it keeps is not known before it runs, two fp32 moments are charged" for name in others],
     )
-    if advised_against(memory_kind):
-        why = next(line for line in plan.reason if line.startswith("unified memory"))
+    if plan.optimizer == "unified" and advised_against(memory_kind):
+        why = next(line for line in plan.reason if line.startswith("unified: "))
         warnings.warn(f"optimizer='unified': {why}", stacklevel=3)  # the caller of wrap()
     return plan
 

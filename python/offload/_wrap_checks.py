@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-from ._config import Config
-from ._errors import InvalidArgument, StateError
+from ._config import Config, format_size
+from ._errors import DeviceError, InvalidArgument, StateError
 from ._native_state import AdagradState
 from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
 from ._plan import Plan
 from ._torch_updater import TorchUpdater, check_torch_optimizer
+from ._unified import MemoryFacts
 from ._units import check_module
 
 __all__ = [
@@ -23,6 +26,7 @@ __all__ = [
     "check_optimizers",
     "check_placement",
     "check_process",
+    "check_reach",
     "device_of",
     "updater_of",
 ]
@@ -137,7 +141,7 @@ def check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None
             )
         if plan.optimizer == "unified":
             raise InvalidArgument(
-                f"{type(optimizer).__name__} cannot have its states in unified memory: its own step makes them on the "
+                f"{type(optimizer).__name__} cannot have unified states: its own step makes them on the "
                 "device; pass optimizer='host', or use Adam, AdamW, Adagrad or offload.Lion"
             )
         if plan.optimizer == "disk":
@@ -150,6 +154,19 @@ def check_placement(plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None
                 f"{type(optimizer).__name__} on the device steps over all weights at once, and params='host' keeps "
                 "them away: pass optimizer='host', or params='device'"
             )
+
+
+def check_reach(facts: MemoryFacts, pool: Mapping[str, Any]) -> None:
+    """Raises `DeviceError` where the device cannot update states in the pool."""
+    if facts.pageable_memory_access:
+        return
+    pageable_bytes = pool["mapped_bytes"] - pool["pinned_bytes"]
+    if pageable_bytes == 0 and facts.reads_page_locked_memory:
+        return
+    why = "page-locked memory at the host's addresses"
+    if pageable_bytes:
+        why = f"{format_size(pageable_bytes)} that are not page-locked ({pool['pin_refusal'] or 'pin=False'})"
+    raise DeviceError(f"optimizer='unified': {facts.device} does not read {why}; pass optimizer='host'")
 
 
 def updater_of(optimizer: torch.optim.Optimizer) -> type[NativeUpdater] | type[TorchUpdater]:

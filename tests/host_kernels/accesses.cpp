@@ -58,14 +58,15 @@ void note_launch(void* stream, const std::string& kernel, void** arguments) {
     accesses.add(1, scales_bytes(count), kReads);
     accesses.add_values(2, 3, count, kWrites);
   } else {  // ARRAYS of kernels/update.cu
-    const auto count = static_cast<size_t>(accesses.get<long long>(11));
+    const auto count = static_cast<size_t>(accesses.get<long long>(12));
     const size_t moment_bytes = kernel.ends_with("_int8") ? 1 : kernel.ends_with("_bf16") ? 2 : 4;
     accesses.add_values(0, 1, count, kReads);
     accesses.add_values(2, 3, count, kWrites);
     accesses.add_values(4, 5, count, kWrites);
-    for (const size_t moment : {6, 7}) accesses.add(moment, count * moment_bytes, kWrites);
-    for (const size_t scales : {8, 9}) accesses.add(scales, scales_bytes(count), kWrites);
-    accesses.add(12, sizeof(float), kReads);
+    accesses.add_values(6, 5, count, kWrites);
+    for (const size_t moment : {7, 8}) accesses.add(moment, count * moment_bytes, kWrites);
+    for (const size_t scales : {9, 10}) accesses.add(scales, scales_bytes(count), kWrites);
+    accesses.add(13, sizeof(float), kReads);
   }
   compute(reinterpret_cast<uintptr_t>(stream), kernel.c_str(), accesses.spans.data(), accesses.spans.size());
 }

@@ -33,8 +33,8 @@ struct Kernel {
   size_t argument_count;
 };
 constexpr Kernel kKernels[] = {
-    {"adamw", 22},      {"adamw_bf16", 22}, {"adamw_int8", 22}, {"lion", 21},
-    {"lion_bf16", 21},  {"lion_int8", 21},  {"adagrad", 18},    {"encode_int8", 5},
+    {"adamw", 23},      {"adamw_bf16", 23}, {"adamw_int8", 23}, {"lion", 22},
+    {"lion_bf16", 22},  {"lion_int8", 22},  {"adagrad", 19},    {"encode_int8", 5},
     {"decode_int8", 5}, {"encode_fp8", 5},  {"decode_fp8", 5},
 };
 
@@ -145,7 +145,7 @@ int cuLaunchKernelEx(const LaunchConfig* config, const Kernel* kernel, void** ar
   const auto launch = reinterpret_cast<Launch>(own(std::string("launch_") + kernel->name));
   const bool flat = config->grid[1] * config->grid[2] * config->block[1] * config->block[2] == 1;
   if (!flat || config->shared_bytes != 0 || config->attribute_count != 0) return kInvalidValue;
-  launch(config->grid[0], config->block[0], arguments, kernel->argument_count);
+  if (!launch(config->grid[0], config->block[0], arguments, kernel->argument_count)) return kInvalidValue;
   note_launch(config->stream, kernel->name, arguments);
   return outcome("cuLaunchKernelEx");
 }

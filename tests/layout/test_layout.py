@@ -44,7 +44,7 @@ PYTHON_FLOORS = (
      "_trace_advice", "_trace_report", "_trace_file", "_trace_page"),
     (
         "_units", "_pending", "_interrupts", "_cuda_graphs", "_adamw", "_lion", "_adagrad", "_kernels", "_unified",
-        "_unified_pool", "_unified_states", "_disk", "_disk_snapshot", "_state_store", "_stored_values", "_probe",
+        "_unified_pool", "_disk", "_disk_snapshot", "_state_store", "_stored_values", "_probe",
         "_environment", "_rates", "_trace", "_grad_dtype",
     ),
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
@@ -68,7 +68,7 @@ PUBLIC_API_ONLY = ("cli", "deepspeed")
 # and _engine_step its step, in files of their own; _state_store and _weight_cache are the disk tier's.
 MAY_IMPORT_NATIVE = (
     "_engine", "_engine_step", "_speculation", "_copy_lanes", "_gradient_lanes", "_weight_cache", "_weight_lane",
-    "_state_homes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_unified_pool", "_unified_states", "_disk",
+    "_state_homes", "_adamw", "_lion", "_adagrad", "_kernels", "_unified", "_unified_pool", "_disk",
     "_state_store", "_environment", "_rates", "_trace", "_trace_units", "_tracing",
 )  # fmt: skip
 

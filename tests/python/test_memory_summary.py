@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from driver_double import DriverDouble
 
 import offload
-from offload import _activations, _engine, _native, _state_homes, _wrap
+from offload import _activations
 from offload._memory import MemoryRow, MemorySummary, summarize
-from offload._unified_states import UnifiedStates
 from offload.cli import main
 from test_memory import Allocations
 from training import HOST, RESIDENT, batches, loss_of, make_model
@@ -71,10 +69,8 @@ def test_sums_are_those_of_the_allocator_and_of_the_pools(
     assert host.total.peak == sum(pool["peak_used_bytes"] for pool in pools) <= sum(row.peak for row in host.rows)
     assert host.beside[0].now == sum(pool["mapped_bytes"] for pool in pools)
     assert device.total.now == sum(row.now for row in device.rows)
-    tiers = {tier.name: tier for tier in summary.tiers}
-    on_cpu = device.total.now + (tiers["unified"].total.now if "unified" in tiers else 0)
     # The batch, its loss and scalars of a step are not ours; everything else that torch's allocator gave out is.
-    assert abs(allocations.left - on_cpu) < 2048, (allocations.left, str(summary))
+    assert abs(allocations.left - device.total.now) < 2048, (allocations.left, str(summary))
     for row in all_rows(summary):
         assert row.peak >= row.now >= 0, row
     assert json.loads(json.dumps(summary.to_dict()))["tiers"]["host"]["total"]["now"] == host.total.now
@@ -82,7 +78,7 @@ def test_sums_are_those_of_the_allocator_and_of_the_pools(
 
 def assert_as_planned(summary: MemorySummary, parameter_count: int) -> None:
     """Every planned row at its peak: exact where bytes are counted as they are, within blocks where those are whole."""
-    blocks = {"device": 0, "host": 3 * BLOCK * parameter_count, "unified": 0, "disk": 3 * 4096 * parameter_count}
+    blocks = {"device": 0, "host": 3 * BLOCK * parameter_count, "disk": 3 * 4096 * parameter_count}
     for tier in summary.tiers:
         for row in tier.rows:
             if row.owner == "window":  # its plan has room for what its frames are aligned to
@@ -148,24 +144,6 @@ def test_activations_that_the_host_refuses_are_on_the_device(tmp_path: Path, mon
     del loss
     rows = {row.owner: row for row in optimizer.memory_summary().tier("device").rows}
     assert rows["activations"].now == 0
-
-
-@pytest.mark.parametrize("kind", ["ats", "integrated"])
-def test_unified_memory_is_what_the_driver_gave(
-    kind: str, driver_double: DriverDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver_double.set_kind(kind)
-    monkeypatch.setenv("OFFLOAD_CUDA_DRIVER", driver_double.path)
-    monkeypatch.setattr(_engine, "open_device", lambda _: _native.CudaDevice(driver_path=driver_double.path))
-    monkeypatch.setattr(_state_homes, "UnifiedStates", lambda _: UnifiedStates(torch.device("cuda", 0), "host"))
-    monkeypatch.setattr(_wrap, "_memory_kind_of", lambda _: kind)
-    model, optimizer = wrapped(torch.bfloat16, tmp_path, {"optimizer": "unified", "gradients": "host", "pin": True})
-    loss_of(model, next(batches(1))).backward()
-    optimizer.step()
-    summary = optimizer.memory_summary()
-    assert_as_planned(summary, len(list(model.parameters())))
-    block = _native.UnifiedBlock.find(optimizer.state[model.head.weight]["exp_avg"].data_ptr(), 1)
-    assert block is not None and summary.tier("unified").total.now <= block.nbytes
 
 
 def test_states_of_torchs_own_lie_beside_the_pool() -> None:

@@ -15,13 +15,15 @@ from offload._config import Config
 from offload._gradient_lanes import GradientLanes
 from offload._kernels import Kernels
 from offload._native_state import AdamWState
-from offload._parameter_size import ParameterSize, states_that_stay
+from offload._parameter_size import ParameterSize
 from offload._plan import Plan, TierBytes, make_plan
 from training import RESIDENT, Run, assert_same_bits, batches, loss_of, make_model, same_bits, train, wrapped_run
 
 pytestmark = pytest.mark.usefixtures("device")
 
-SHARES = (0.0, 0.3, 0.7, 1.0)
+SHARES: tuple[Any, ...] = (
+    0.0, 0.3, 0.7, 1.0, {"unified": 0.6, "host": 0.4}, {"device": 0.2, "unified": 0.4, "host": 0.4}
+)  # fmt: skip
 BIG = 2**50
 
 
@@ -54,15 +56,19 @@ def plan_of(parameters: list[ParameterSize], **options: Any) -> Plan:
     ],
 )
 def test_the_first_that_fit_stay(counts: list[int], share: float, kept: str) -> None:
-    assert states_that_stay(sizes(*counts), share, by_unit=False) == set(kept)
+    assert plan_of(sizes(*counts), optimizer=share, gradients="host").kept_states == set(kept)
 
 
 @pytest.mark.cpu_only
 def test_streamed_parameters_stay_by_units() -> None:
     model = sizes(1, 2, 2, 1, units="xyyz")
-    assert states_that_stay(model, 0.5, by_unit=False) == {"a", "b"}
-    assert states_that_stay(model, 0.5, by_unit=True) == {"a", "d"}
-    assert states_that_stay(model, 0.16, by_unit=True) == {"a", "b", "c"}
+
+    def kept(share: float, params: str) -> frozenset[str]:
+        return plan_of(model, optimizer=share, gradients="host", params=params).kept_states
+
+    assert kept(0.5, "device") == {"a", "b"}
+    assert kept(0.5, "host") == {"a", "d"}
+    assert kept(0.16, "host") == {"a", "b", "c"}
 
 
 @pytest.mark.cpu_only
@@ -86,6 +92,40 @@ def test_all_or_none_is_a_place(share: float, place: str) -> None:
         named = plan_of(sizes(1, 1, 1, 1), optimizer=place, gradients=gradients)
         assert (plan.optimizer, plan.kept_states) == (place, frozenset())
         assert (plan.device, plan.host, plan.master) == (named.device, named.host, named.master)
+
+
+@pytest.mark.cpu_only
+def test_the_first_parameters_fill_the_device_then_unified_states() -> None:
+    shares = {"host": 0.25, "unified": 0.5, "device": 0.25}
+    plan = plan_of(sizes(1, 1, 1, 1), optimizer=shares, gradients="host")
+    assert (plan.optimizer, plan.kept_states, plan.unified_states) == ("mixed", {"a"}, {"b", "c"})
+    assert [plan.updates_on_device(name) for name in "abcd"] == [True, True, True, False]
+    assert [plan.gradient_leaves(name) for name in "abcd"] == [False, False, False, True]
+    assert plan.device == TierBytes(weights=8, master=4, moments=8, gradients=6)
+    assert plan.host == TierBytes(working=6, master=6, moments=24, gradients=2)
+    assert "unified: 20 B of states" in plan.explain()
+    whole = plan_of(sizes(1, 1, 1, 1), optimizer={"unified": 1.0}, gradients="host")
+    assert whole == plan_of(sizes(1, 1, 1, 1), optimizer="unified", gradients="host")
+    assert whole.gradient_leaves("a") and whole.updates_on_device("one that came later")
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(
+    "shares",
+    [
+        {},
+        {"host": 0.5},
+        {"host": 0.5, "unified": 0.6},
+        {"host": 1},
+        {"host": 0.5, "disk": 0.5},
+        {"host": 1.5, "device": -0.5},
+    ],
+    ids=str,
+)
+def test_shares_that_are_none_are_refused(shares: Any) -> None:
+    words = r"optimizer=.*shares of 'device', 'unified', 'host', floats of 0.0 to 1.0 that add up to 1"
+    with pytest.raises(offload.InvalidArgument, match=words):
+        Config(optimizer=shares)
 
 
 @pytest.mark.cpu_only
@@ -126,7 +166,8 @@ def test_no_bit_depends_on_the_share(options: dict[str, Any], placement: dict[st
         run = wrapped_run(model, {**placement, **options, "optimizer": share}, **loop)
         assert_same_bits(run, expected)
         moments = [run.optimizer.stats().device_bytes.get("moments", 0), run.optimizer.stats().host_bytes["moments"]]
-        assert (moments[0] > 0, moments[1] > 0) == (share < 1, share > 0)
+        stays = share.get("device", 0.0) if isinstance(share, dict) else 1 - share
+        assert (moments[0] > 0, moments[1] > 0) == (stays > 0, stays < 1)
 
 
 @pytest.mark.parametrize("options", [{"lazy": False}, {"poison": False}, {"params": "host", "prefetch": 3}], ids=str)
@@ -141,7 +182,7 @@ def test_other_options_beside_a_share(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.Adagrad, offload.Lion])
 def test_the_other_native_classes(kind: Any) -> None:
-    def run(share: float) -> Run:
+    def run(share: Any) -> Run:
         model = make_model(torch.bfloat16)
         return train(*offload.wrap(model, kind(model.parameters(), lr=1e-2), optimizer=share, gradients="host"))
 
@@ -257,7 +298,11 @@ def test_weights_written_between_steps() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("options", [{"optimizer": 0.2}, {"optimizer": "host"}, {"optimizer": "device"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"optimizer": 0.2}, {"optimizer": "host"}, {"optimizer": "device"}, {"optimizer": {"unified": 0.5, "host": 0.5}}],
+    ids=str,
+)
 def test_training_goes_on_with_another_share(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
     model, optimizer = wrapped(dtype)
     steps(model, optimizer)

@@ -197,7 +197,8 @@ def _add_training(train: Parser, *, steps: int) -> None:
         type=place_or_share,
         default="host",
         metavar="WHERE",
-        help="where optimizer states are: host (default), device, disk, unified, auto, or the host's share, as 0.7",
+        help="where optimizer states are: host (default), device, disk, unified, auto, the host's share, as 0.7, or "
+        "shares of several, as unified=0.6,host=0.4",
     )
     train.add_argument("--disk-path", nargs="+", default=None, metavar="DIR", help="directories for what is on disk")
     train.add_argument("--host-budget", default=None, metavar="SIZE", help="on the host, as '8GiB' (default: measured)")

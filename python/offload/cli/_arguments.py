@@ -95,9 +95,15 @@ def seed(text: str) -> int:
     return value
 
 
-def place_or_share(text: str) -> str | float:
-    """A share is a number with a point; everything else is checked by `offload.wrap`."""
+def place_or_share(text: str) -> str | float | dict[str, float]:
+    """A share is a number with a point, and may be that of a place: `unified=0.6,host=0.4`.
+
+    Everything else is checked by `offload.wrap`.
+    """
     try:
+        if "=" in text:
+            shares = (part.partition("=") for part in text.split(","))
+            return {place: float(share) for place, _, share in shares}
         return float(text) if "." in text else text
     except ValueError:
         return text

@@ -59,7 +59,7 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     add(
         "unified",
         on_device,
-        "the device's update of states in unified memory beside the host's, and over pinned memory",
+        "the device's update of states on the host beside the host's, with a part for each, and over managed memory",
     )
     add("checkpoint", on_device, "a save beside the disk's own speed, and what an asynchronous one costs")
     _add_bench_disk(add("disk", shared, "files of the disk tier beside raw reads and writes of the same disk"))
@@ -89,7 +89,8 @@ def _add_bench_train(train: Parser) -> None:
         default=["optimizer+gradients"],
         metavar="KINDS",
         help="placements: kinds on the host (optimizer, gradients, params, activations) joined by +, or a share of one "
-        "as optimizer:0.5, or optimizer:unified, activations:int8, activations:fp8 (default optimizer+gradients)",
+        "as optimizer:0.5, or optimizer:unified, optimizer:unified=0.5,host=0.5, activations:int8, activations:fp8 "
+        "(default optimizer+gradients)",
     )
     train.add_argument(
         "--beside",

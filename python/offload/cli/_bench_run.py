@@ -43,7 +43,8 @@ _WARMUP_STEPS = 2
 _WARMUP_MICRO_BATCHES = 2
 
 ROUNDED = ("int8", "fp8")  # places of activations: on the host, in a lossy format
-Place = str | float  # "host", "device", "unified" (of the optimizer), one of ROUNDED, or the share that is on the host
+# "host", "device", one of ROUNDED, or the share on the host; of the optimizer also "unified", or shares by place.
+Place = str | float | Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True)

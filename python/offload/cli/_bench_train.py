@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -25,6 +26,7 @@ import torch
 
 import offload
 
+from ._arguments import place_or_share
 from ._bench_ceilings import ceilings
 from ._bench_figures import Figure, figure
 from ._bench_model import build, sizes_of
@@ -87,17 +89,15 @@ def parse_places(text: str) -> dict[str, Place]:
     places: dict[str, Place] = {}
     for part in text.split("+"):
         kind, _, share = part.partition(":")
-        if part == "optimizer:unified" or (kind == "activations" and share in ROUNDED):
-            places[kind] = share
-            continue
-        try:
-            places[kind] = float(share) if share else "host"
-        except ValueError:
-            kind = ""
-        if kind not in KINDS:
+        place = place_or_share(share) if share else "host"
+        known = isinstance(place, float) or not share or (kind == "activations" and share in ROUNDED)
+        known |= kind == "optimizer" and (place == "unified" or isinstance(place, dict))
+        places[kind] = place
+        if kind not in KINDS or not known:
             raise offload.InvalidArgument(
                 f"--offload {text}: give kinds joined by '+', of {', '.join(KINDS)}, such as optimizer+gradients, "
-                "optimizer:0.5+gradients for half of the states, optimizer:unified, or activations:int8 or :fp8"
+                "optimizer:0.5+gradients for half of the states, optimizer:unified, optimizer:unified=0.5,host=0.5, or "
+                "activations:int8 or :fp8"
             )
     return places
 
@@ -259,7 +259,7 @@ def _forecast(
     """Of a step with `places` on the host; activations do not count, nor does the device's own update, whose rate the
     ceilings do not have. micro_batch_s: forward and backward of one, alone."""
     options: dict[str, Any] = {kind: place for kind, place in places.items() if kind != "activations"}
-    sizes, plan = _planned(shape, tuple(options.items()))
+    sizes, plan = _planned(shape, json.dumps(options))
     total = sum(size.numel for size in sizes)
     compute: dict[str, tuple[float, float]] = {}
     for size in sizes:
@@ -277,13 +277,11 @@ def _forecast(
 
 
 @functools.lru_cache
-def _planned(
-    shape: ModelShape, places: tuple[tuple[str, Any], ...]
-) -> tuple[list[offload.ParameterSize], offload.Plan]:
-    """Of a model that is never made."""
+def _planned(shape: ModelShape, places: str) -> tuple[list[offload.ParameterSize], offload.Plan]:
+    """Of a model that is never made; `places` as JSON."""
     meta = torch.device("meta")
     model = build(shape, 1, meta, meta, checkpointing=False)
-    return sizes_of(model), offload.estimate(model, **dict(places))
+    return sizes_of(model), offload.estimate(model, **json.loads(places))
 
 
 def _medians(one: Mapping[str, Any] | None) -> dict[int, float]:

@@ -117,7 +117,6 @@ def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:
             "device": {kind: getattr(run.plan.device, kind) for kind in _KINDS},
             "host": {kind: getattr(run.plan.host, kind) for kind in _KINDS},
             "disk": {kind: getattr(run.plan.disk, kind) for kind in _KINDS},
-            "unified": {kind: getattr(run.plan.unified, kind) for kind in _KINDS},
         },
         "peak_device": {"bytes": run.peak.nbytes, "source": run.peak.source},
         "host_memory": {
