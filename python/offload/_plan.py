@@ -183,6 +183,8 @@ def make_plan(
         reason.append(sizes.words_of(kept))
     if hybrid is not None:
         reason += [hybrid.words(), hybrid.words_of_step()]
+        if hybrid.unified is not None:
+            reason.append(hybrid.unified.words())
     reason.append(f"host: {format_size(host.total)} of {format_size(host_capacity)} ({host_note})")
     if unified:
         reason.append(sizes.words_of_unified(unified, memory_kind, params))

@@ -46,10 +46,12 @@ def placements(draw: Any, dtype: str, optimizer: str) -> dict[str, Any]:
         chosen |= {**AHEAD, "speculate": one("1MiB", 2048)}
     else:
         chosen |= {
-            "optimizer": one("host", "host", "device", 0.5, "disk"),
+            "optimizer": one("host", "host", "device", 0.5, "disk", "unified", {"unified": 0.5, "host": 0.5}),
             "gradients": one("host", "host", "device"),
             "params": one("device", "host", "host", "disk"),
         }
+        if chosen["params"] == "disk" and chosen["optimizer"] not in ("host", "device", "disk", 0.5):
+            chosen["params"] = "host"
     if chosen["params"] != "device":
         chosen["prefetch"] = one(None, 1, 3)
     if dtype != "fp32" and hasattr(torch.Tensor, "grad_dtype"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -200,10 +202,15 @@ def test_it_is_bounded_and_no_longer_than_all_on_the_host(model: list[Any], budg
     assert plan.device.total <= budget and plan.host.total <= plain.host.total
 
 
+def state(name: str, kept: int = 14) -> StateBytes:
+    """Of one bf16 element whose gradient leaves unless the state stays."""
+    return StateBytes(name, kept, 2, 2, 30, 28, state=12, link_read=10, link_written=12)
+
+
 @settings(deadline=None)
 @given(st.integers(1, 9), st.integers(0, 12), st.builds(Rates, speeds, speeds, speeds, speeds))
 def test_of_equal_states_no_number_is_faster(count: int, fitting: int, rates: Rates) -> None:
-    states = [StateBytes(f"s{i}", 14, 2, 2, 30, 28) for i in range(count)]
+    states = [state(f"s{i}") for i in range(count)]
     chosen = keep_fastest(states, 14 * fitting + 13, rates)
 
     def seconds(kept: int) -> float:
@@ -216,9 +223,33 @@ def test_of_equal_states_no_number_is_faster(count: int, fitting: int, rates: Ra
 
 
 def test_a_state_that_does_not_fit_leaves_its_room_to_later_ones() -> None:
-    states = [StateBytes(name, kept, 2, 2, 30, 28) for name, kept in [("a", 9), ("b", 0), ("c", 3), ("d", 3), ("e", 3)]]
+    states = [state(name, kept) for name, kept in [("a", 9), ("b", 0), ("c", 3), ("d", 3), ("e", 3)]]
     chosen = keep_fastest(states, 7, H200)
     assert isinstance(chosen, Hybrid) and chosen.kept == {"c", "d"}
+
+
+def test_what_the_device_could_update_on_the_host_is_told() -> None:
+    """At 60 % host memory is what takes longest, at 65 % the link's way to the host."""
+    chosen = keep_fastest([state(f"s{i}") for i in range(100)], 200, H200)
+    assert len(chosen.kept) == 14 and chosen.unified is None  # their gradients have no room any more
+    roomy = [state(f"s{i}", kept=12) for i in range(100)]  # gradients stay on the device anyway
+    chosen = keep_fastest(roomy, 0, H200)
+    assert chosen.unified is not None and chosen.unified.shares == {"unified": 0.6, "host": 0.4}
+    assert chosen.unified.seconds == pytest.approx(100 * (0.4 * 30 + 0.6 * 22) / 160e9)
+    assert f"with optimizer={chosen.unified.shares} it is predicted to take" in chosen.unified.words()
+    slow = dataclasses.replace(H200, to_host=5e9, to_device=5e9)
+    assert keep_fastest(roomy, 0, slow).unified is None
+
+
+def test_the_plan_takes_the_shares_that_it_tells() -> None:
+    model = layers(40)
+    plan = plan_for(model, gradients="device", device_budget=4000 * 40 + 12_000 * 8)
+    (line,) = [line for line in plan.reason if "offload bench unified" in line]
+    shares = ast.literal_eval(line[line.index("{") : line.index("}") + 1])
+    assert list(shares) == ["device", "unified", "host"] and sum(shares.values()) == pytest.approx(1)
+    told = plan_for(model, None, optimizer=shares, gradients="device", device_budget=plan.device_capacity)
+    assert told.optimizer == "mixed" and told.kept_states == plan.kept_states and told.unified_states
+    assert told.device.total <= told.device_capacity
 
 
 # --- in training --------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ PLACEMENTS = {
     "resident": RESIDENT,
     "streamed": STREAMED,
     "streamed, updated on the device": {**RESIDENT, "params": "host"},
+    "updated by both": {"optimizer": {"unified": 0.6, "host": 0.4}, "gradients": "host"},
 }
 
 
