@@ -118,7 +118,7 @@ def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> d
         + total("step_to_device_bytes")
         + total("crossing_to_device_bytes")
         + total("upload_bytes"),
-        "host_update": total("host_update_bytes"),
+        "host_update": total("host_update_bytes") + total("crossing_bytes"),
         "disk_read": max(0, total("disk_read_bytes") - settings.window_bytes)
         + uncached * (stored + count * sum(unit.stored_bytes for unit in sent)),
         "disk_write": total("disk_write_bytes") + stored,

@@ -122,6 +122,10 @@ class _Pipeline:
         self.landed = [[BEGIN] * unit.parts for unit in units]
         self.backups = backups_of(units, settings.speculate_bytes)
         self.backup_bytes = 0  # of the last step
+        self._host_update_bytes = sum(unit.host_update_bytes for unit in units)
+        # What the device reads and writes on the host meanwhile slows all updates there alike.
+        crossing = sum(unit.crossing_bytes for unit in units)
+        self._slower = 1 + crossing / self._host_update_bytes if self._host_update_bytes else 1.0
 
     def run(self, lane: str, nbytes: float, *after: Piece) -> Piece:
         """`nbytes` at the rate of the lane; no bytes take no time, and no rate."""
@@ -216,11 +220,12 @@ class _Pipeline:
         norm = latest(left) if self.settings.clips else BEGIN
         first = latest(self.landed[number][0] for number in numbers[:1])
         ahead = self._updates_ahead(latest((submitted, norm, first)))
-        for number in numbers:
-            self._update_on_host(number, submitted, norm, ahead)
+        # The device first: what it reads and writes over the link is not behind uploads that wait for the host's work.
         for number, unit in enumerate(self.units):
             if unit.device_update_bytes:
                 self._update_on_device(number)
+        for number in numbers:
+            self._update_on_host(number, submitted, norm, ahead)
         if not self.settings.lazy:
             self.compute.wait(latest(self.updated))
         self.weights.send_first()
@@ -250,7 +255,7 @@ class _Pipeline:
             ready = (known, norm, self.landed[number][part], states, weights)
             begun = ahead.get((number, part))
             if begun is None:
-                update = self.run("host_update", unit.host_update_bytes / unit.parts, *ready)
+                update = self.run("host_update", self._slower * unit.host_update_bytes / unit.parts, *ready)
             elif self.settings.throws_away:
                 again = _COPY * self.backups[number, part] + unit.host_update_bytes / unit.parts
                 update = self.run("host_update", again, begun, *ready)
@@ -265,10 +270,14 @@ class _Pipeline:
         """Inside `step()`, one unit after another, nothing sent ahead."""
         unit = self.units[number]
         self.compute.wait(self.run("to_device", unit.step_to_device_bytes, self.compute.last, *self.landed[number]))
-        read = self.run("to_device", unit.crossing_to_device_bytes, self.compute.last)
-        written = self.run("to_host", unit.crossing_to_host_bytes, self.compute.last)
+        crossing = [
+            self.run("to_device", unit.crossing_to_device_bytes, self.compute.last),
+            self.run("to_host", unit.crossing_to_host_bytes, self.compute.last),
+        ]
+        if not self._host_update_bytes:  # else it is shared with those updates
+            crossing.append(self.run("host_update", unit.crossing_bytes, self.compute.last))
         self.compute.run(self.machine.seconds("device_update", unit.device_update_bytes))
-        self.compute.wait(latest((read, written)))
+        self.compute.wait(latest(crossing))
         if not unit.host_update_bytes:  # else they are gradients, which have left
             self.compute.wait(self.run("to_host", unit.step_to_host_bytes, self.compute.last))
 

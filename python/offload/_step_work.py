@@ -72,7 +72,7 @@ class UnitWork:
     sent_activation_bytes: of these, on their way and on the host; None: as many. Others are packed for the way.
     step_to_host_bytes, step_to_device_bytes: are copied inside `step()`, before its update, while compute waits.
     crossing_to_device_bytes, crossing_to_host_bytes: of states on the host, read and written while the device updates
-    them.
+    them: over its link, and in the memory that updates on the host share.
     host_update_bytes, device_update_bytes: that its update reads and writes in memory.
     backup_bytes: of what its update on the host writes to, where that may begin in backward.
     upload_bytes: of resident weights, after their update on the host.
@@ -104,6 +104,11 @@ class UnitWork:
     stored_bytes: int = 0
     parts: int = 1
     checkpointed: bool = False
+
+    @property
+    def crossing_bytes(self) -> int:
+        """Of states on the host that the device updates, read and written."""
+        return self.crossing_to_device_bytes + self.crossing_to_host_bytes
 
     @property
     def saved_bytes(self) -> list[int]:

@@ -50,6 +50,7 @@ TRUE_IN = {
     "uses_host_page_tables": {"ats"},
     "direct_access_from_host": {"ats"},
     "host_native_atomics": {"ats"},
+    "reads_page_locked_memory": set(GUISES),
 }
 
 
