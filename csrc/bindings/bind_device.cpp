@@ -39,12 +39,23 @@ Direction direction_of(const std::string& lane) {
               "there is no lane '" + lane + "'; the lanes are 'to_host' and 'to_device'");
 }
 
+// nullptr for None. pybind11 takes None as such a pointer too, but first asks its class for an attribute that
+// it does not have, which costs more than the copy of a small weight.
+template <typename Pointer>
+Pointer optional(const py::object& object) {
+  return object.is_none() ? nullptr : object.cast<Pointer>();
+}
+
 // Signal handlers of Python run between two calls, never within one. So what has to follow a submission,
 // whatever a handler raises, is done here: `ticket` becomes the copy's, and the block of `buffer` waits for
 // it.
 template <Direction direction>
 py::object submit(TransferQueue& self, uintptr_t destination, uintptr_t source, size_t bytes,
-                  uintptr_t compute_stream, const Ticket* after, Ticket* ticket, HostBuffer* buffer) {
+                  uintptr_t compute_stream, const py::object& after_or_none, const py::object& ticket_or_none,
+                  const py::object& buffer_or_none) {
+  const auto* after = optional<const Ticket*>(after_or_none);
+  auto* ticket = optional<Ticket*>(ticket_or_none);
+  auto* buffer = optional<HostBuffer*>(buffer_or_none);
   // A copy of the handle: submit() of another thread may change what Python's object holds.
   const Ticket waited_for = after != nullptr ? *after : Ticket();
   Ticket submitted;
@@ -59,8 +70,7 @@ py::object submit(TransferQueue& self, uintptr_t destination, uintptr_t source, 
   if (ticket != nullptr) *ticket = submitted;
   if (buffer != nullptr) buffer->release_after(submitted);
   // The same object of Python's where one was given.
-  return ticket != nullptr ? py::cast(ticket, py::return_value_policy::reference)
-                           : py::cast(std::move(submitted));
+  return ticket != nullptr ? ticket_or_none : py::cast(std::move(submitted));
 }
 
 // The same for a list of (destination, source, bytes, ticket, buffer), which is empty afterwards: the copies

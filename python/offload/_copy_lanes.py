@@ -7,6 +7,7 @@ which order, is decided by who uses it.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 import threading
@@ -15,8 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ _SMALL_BYTES = 256 << 10
 _MOST_TOGETHER = 16
 
 
-@dataclass(eq=False, slots=True)
-class _Copy:
+class _Copy(NamedTuple):
     """A copy in flight, the device tensor that it reads or writes, its bytes and the compute stream it belongs to.
 
     leaves: it reads the tensor, which nobody else needs.
@@ -57,29 +56,28 @@ class _Departures:
 
     def __init__(self, transfers: _native.TransferQueue) -> None:
         self._transfers = transfers
-        self._ticket = _native.Ticket()
-        self._stream = 0  # that all of them were made on
+        self.ticket = _native.Ticket()  # theirs
+        self.stream = 0  # that all of them were made on
         self._trace_name = 0  # of the unit that made the latest
         self.copies: list[tuple[int, int, int, _native.Ticket, _native.HostBuffer]] = []  # the oldest first
 
     def ticket_on(self, stream: int) -> _native.Ticket:
         """That of the next copy, which is made on `stream`. Raises what refuses those of another stream before it."""
-        if stream != self._stream:
+        if stream != self.stream:
             self.submit()
-            self._stream = stream
+            self.stream = stream
         if not self.copies:
-            self._ticket = _native.Ticket()
-        return self._ticket
+            self.ticket = _native.Ticket()
+        return self.ticket
 
-    def add(self, landing: LandedBytes, copy: _Copy) -> None:
-        if _trace.active() is not None:  # whoever submits them may compute another unit by then, or none
-            self._trace_name, _ = _native.trace_label()
-        self.copies.append((landing.address, copy.tensor.data_ptr(), copy.nbytes, copy.ticket, landing.buffer))
+    def note_name(self) -> None:
+        """Whoever submits them may compute another unit by then, or none."""
+        self._trace_name, _ = _native.trace_label()
 
     def submit(self) -> None:
         """None waits afterwards. Raises what refuses them: they go on waiting then."""
         if self.copies:
-            self._transfers.submit_all_to_host(self.copies, self._stream, self._trace_name)
+            self._transfers.submit_all_to_host(self.copies, self.stream, self._trace_name)
 
     def submit_with(self, ticket: _native.Ticket) -> None:
         """As submit(), if a copy of this ticket waits."""
@@ -96,22 +94,24 @@ class _Departures:
             self.copies.pop()
 
 
-class LandedBytes:
+class LandedBytes(NamedTuple):
     """A host copy on its way or landed: `address` is valid once `ticket` ended; the buffer lives as long as this."""
 
-    __slots__ = ("_departures", "_ticket", "address", "buffer")
-
-    def __init__(self, buffer: _native.HostBuffer, ticket: _native.Ticket, departures: _Departures) -> None:
-        self.buffer = buffer
-        self.address = buffer.address
-        self._ticket = ticket
-        self._departures = departures
+    buffer: _native.HostBuffer
+    address: int
+    kept_ticket: _native.Ticket
+    departures: _Departures
 
     @property
     def ticket(self) -> _native.Ticket:
         """Of the copy, which is submitted for whoever asks: raises what refuses it."""
-        self._departures.submit_with(self._ticket)
-        return self._ticket
+        self.departures.submit_with(self.kept_ticket)
+        return self.kept_ticket
+
+
+# From a tuple of the fields: a call of the class would run Python, for every gradient.
+_new_copy = functools.partial(tuple.__new__, _Copy)
+_new_landing = functools.partial(tuple.__new__, LandedBytes)
 
 
 class CopyLanes:
@@ -153,18 +153,25 @@ class CopyLanes:
         """
         nbytes = tensor.nbytes
         departures = self._departures
+        copies = departures.copies
         buffer = self._pool.acquire(nbytes, tag)
-        ticket = departures.ticket_on(stream)
-        landing = LandedBytes(buffer, ticket, departures)
-        copy = self._keep(ticket, tensor, nbytes, stream, leaves=True)
+        ticket = departures.ticket if copies and stream == departures.stream else departures.ticket_on(stream)
+        address = buffer.address
+        landing: LandedBytes = _new_landing((buffer, address, ticket, departures))
+        self._keep(ticket, tensor, nbytes, stream, leaves=True)
         try:
-            departures.add(landing, copy)
-            if not may_wait or nbytes > _SMALL_BYTES or len(departures.copies) >= _MOST_TOGETHER:
+            if _trace.active() is not None:
+                departures.note_name()
+            copies.append((address, tensor.data_ptr(), nbytes, ticket, buffer))
+            if not may_wait or nbytes > _SMALL_BYTES or len(copies) >= _MOST_TOGETHER:
                 departures.submit()
         except BaseException:
             departures.forget(buffer)
             raise
-        self._wait_for_room(_RING_BYTES if room is None else room)
+        if room is None:
+            room = _RING_BYTES
+        if self._ring_bytes > room:
+            self._wait_for_room(room)
         return landing
 
     def start_upload(self, held: HostBytes, out: Tensor, room: int = 0) -> _native.Ticket:
@@ -200,7 +207,7 @@ class CopyLanes:
         for position, copy in enumerate(self._ring):
             if copy.ticket is ticket and copy.stream == stream:
                 del self._ring[position]
-                self._forget_bytes(copy)
+                self._forget_bytes(copy.nbytes)
                 break
 
     def pool_stats(self) -> dict[str, Any]:
@@ -232,9 +239,11 @@ class CopyLanes:
         memory of others, whatever goes wrong in between. The submission gives the ticket its copy."""
         ring = self._ring
         while ring and (oldest := ring[0].ticket) is not ticket and self._has_ended(oldest):
+            gone = 0
             while ring and ring[0].ticket is oldest:
-                self._drop_oldest()
-        copy = _Copy(ticket, tensor, nbytes, stream, leaves)
+                gone += ring.popleft().nbytes
+            self._forget_bytes(gone)
+        copy: _Copy = _new_copy((ticket, tensor, nbytes, stream, leaves))
         ring.append(copy)
         self._ring_bytes += nbytes
         if self._ring_bytes > self.peak_ring_bytes:
@@ -245,11 +254,11 @@ class CopyLanes:
         return oldest.done and not self._departures.begin_with(oldest)
 
     def _drop_oldest(self) -> None:
-        self._forget_bytes(self._ring.popleft())
+        self._forget_bytes(self._ring.popleft().nbytes)
 
-    def _forget_bytes(self, copy: _Copy) -> None:
+    def _forget_bytes(self, nbytes: int) -> None:
         # Zero whenever the ring is empty: Ctrl-C between a change of it and of its bytes is made up for here.
-        self._ring_bytes = self._ring_bytes - copy.nbytes if self._ring else 0
+        self._ring_bytes = self._ring_bytes - nbytes if self._ring else 0
 
     def _wait_for_room(self, room: int) -> None:
         if self._ring_bytes > room:

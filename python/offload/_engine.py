@@ -42,8 +42,21 @@ from ._streaming import Streaming
 from ._units import Unit, is_dense
 from ._weight_lane import DiskWeightLane, WeightLane
 
+_process = os.getpid()  # this one: units ask for it several times a step, each a system call
+
+
+def _note_fork() -> None:
+    global _process
+    _process = os.getpid()
+
+
+os.register_at_fork(after_in_child=_note_fork)
+
 # The engines of this process: the last one ends the threads that they share.
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+_graph_task = torch._C._current_graph_task_id  # the number of the backward that runs on this thread
+_NO_BACKWARD = -1
 
 
 def open_device(device: torch.device) -> _native.Device:
@@ -245,7 +258,7 @@ class Engine:
             self._touched[unit] = None
         if unit.pending:
             self._finish_pending(unit)
-        self.streaming.enter(unit.number, in_backward=_in_backward())
+        self.streaming.enter(unit.number, in_backward=_graph_task() != _NO_BACKWARD)
 
     def _finish_pending(self, unit: EngineUnit) -> None:
         # The weights of the others are where compute runs, behind the update.
@@ -254,7 +267,7 @@ class Engine:
 
     def leave(self, unit: EngineUnit) -> None:
         """Called after the forward of `unit`, also when it raised."""
-        self.streaming.exit(unit.number, in_backward=_in_backward())
+        self.streaming.exit(unit.number, in_backward=_graph_task() != _NO_BACKWARD)
 
     def begin_forward(self) -> None:
         """Called before the forward of the model: a new order is recorded, and units without a forward are made ready.
@@ -353,13 +366,13 @@ class Engine:
     @property
     def is_forked(self) -> bool:
         """Whether this is a forked child: nothing native works here."""
-        return os.getpid() != self._process
+        return self._process != _process
 
     def require_own_process(self) -> None:
         """Raises `StateError` in a forked child: the pool's pages are not there, touching a state would crash."""
-        if self.is_forked:
+        if self._process != _process:
             raise StateError(
-                f"this optimizer belongs to process {self._process} and was forked into {os.getpid()}: the states "
+                f"this optimizer belongs to process {self._process} and was forked into {_process}: the states "
                 "are not in a child; call offload.wrap there, on a model of its own"
             )
 
@@ -425,7 +438,7 @@ class Engine:
 
 
 def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return _graph_task() != _NO_BACKWARD
 
 
 def _has_failed(ticket: _native.Ticket) -> bool:

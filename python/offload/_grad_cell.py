@@ -30,6 +30,10 @@ _MAX_PENDING = 8
 # Of a new cell, and of every one whose norms nobody asks for: a gradient is to make few objects.
 _NO_NORMS: Mapping[NormKey, Tensor] = MappingProxyType({})
 
+# Those of all gradients, one object for equal ones: two tuples less a gradient that the garbage collector has to see.
+_SHAPES: dict[torch.Size, torch.Size] = {}
+_STRIDES: dict[tuple[int, ...], tuple[int, ...]] = {}
+
 _FOREACH_NORM = torch.ops.aten._foreach_norm.Scalar
 
 
@@ -120,8 +124,9 @@ class GradCell:
 
     def __init__(self, name: str, gradient: Tensor, store: GradStore) -> None:
         self.name = name
-        self.shape = gradient.shape
-        self.strides = gradient.stride()
+        shape, strides = gradient.shape, gradient.stride()
+        self.shape = _SHAPES.setdefault(shape, shape)
+        self.strides = _STRIDES.setdefault(strides, strides)
         self.dtype = gradient.dtype
         self.device = gradient.device
         self.store = store

@@ -7,6 +7,7 @@ produces gradients, for prefetching.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import weakref
 from collections.abc import Callable
@@ -22,10 +23,11 @@ from ._copy_lanes import CopyLanes, LandedBytes
 from ._errors import OffloadError
 from ._grad_factors import MULTIPLY_WIDE, GradScale, apply_factor
 from ._host_grad import HostBytes, HostGrad, hold
-from ._pending import reading_metadata
+from ._pending import PendingParameter, reading_metadata
 
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
+_graph_task = torch._C._current_graph_task_id
 # What autograd numbers no backward with.
 _NO_BACKWARD = -1
 
@@ -109,7 +111,7 @@ class GradientLanes(CopyLanes):
         Small ones of one backward may start together, at its end at the latest.
         """
         scalar = tensor.nbytes <= _SCALAR_BYTES
-        backward = torch._C._current_graph_task_id()
+        backward = _graph_task()
         if backward not in (_NO_BACKWARD, self._backward):
             self._departures.submit()  # what waits since a backward that raised, and so had no end
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
@@ -151,8 +153,12 @@ class GradientLanes(CopyLanes):
         self._latest = id(parameter)
         reference = self._next.get(self._latest)
         following = None if reference is None else reference()
-        if following is not None and isinstance(following.grad, HostGrad):
-            following.grad.cell.prefetch()
+        if following is not None:
+            # One of a unit that was not touched yet is pending.
+            away = type(following) is PendingParameter
+            earlier = reading_metadata(functools.partial(getattr, following, "grad")) if away else following.grad
+            if type(earlier) is HostGrad:
+                earlier.cell.prefetch()
         if self.on_leave is not None:
             self.on_leave(parameter)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,13 +22,29 @@ from ._units import Unit
 from ._weight_casts import WeightCasts
 
 
+def _not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """Compiled code breaks its graph at `hook` and calls it, and nothing that it calls is compiled.
+
+    torch's own way to say so costs every call of a hook two microseconds, compiled or not. Where torch has it, its
+    evaluation of frames is told so once, of the code of `hook`.
+    """
+    frames = torch._C._dynamo.eval_frame
+    if not all(hasattr(frames, name) for name in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")):
+        uncompiled: Callable[..., None] = torch._disable_dynamo(hook)  # type: ignore[attr-defined]
+        return uncompiled
+    skip = frames._FrameAction.SKIP
+    frames.set_code_exec_strategy(hook.__code__, frames._FrameExecStrategy(skip, skip))
+    hook._torchdynamo_disable = True  # type: ignore[attr-defined]  # where another function is compiled that calls it
+    return hook
+
+
 class ModuleHook:
     """A hook that does nothing in a copied or unpickled module: the copy is not the engine's model."""
 
     def __init__(self, call: Callable[[], None] | None) -> None:
         self.call = call  # what it does; a trace replaces it for a while
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # compiled code breaks its graph here and calls it
+    @_not_compiled
     def __call__(self, *_: Any) -> None:
         if self.call is not None:
             self.call()
@@ -48,7 +63,7 @@ class ForwardHook(ModuleHook):
     def __init__(self, call: Callable[[Any], None] | None) -> None:
         self._call_with = call
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # as above
+    @_not_compiled
     def __call__(self, *arguments: Any) -> None:
         if self._call_with is not None:
             self._call_with(arguments[-1])
@@ -178,7 +193,7 @@ def _keep_parameters(module: nn.Module, engine: Engine) -> Callable[[], None]:
 
 
 def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:
-    return lambda: engine.make_ready(unit)
+    return functools.partial(engine.make_ready, unit)
 
 
 # In the metadata of a node of autograd: the unit that is touched before it runs.
@@ -204,7 +219,10 @@ def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Call
                 parameter for inner in modules for parameter in inner._parameters.values()
             )
             return
-        for tensor in itertools.chain(tensors_in(output), *(_tensors_kept(inner) for inner in modules)):
+        found = [output] if isinstance(output, Tensor) else list(tensors_in(output))
+        for inner in modules:
+            found += _tensors_kept(inner)
+        for tensor in found:
             if engine.streaming.shares_memory(unit.number, tensor):
                 engine.streaming.pin(unit.number)  # who uses the output uses the weight
             # The base too: an edit in place of a view gives the view a new node, and the base's stays.
@@ -222,14 +240,19 @@ def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Call
 _ATTRIBUTES_OF_ALL = frozenset(vars(nn.Module()))
 
 
-def _tensors_kept(module: nn.Module) -> Iterator[Tensor]:
+def _tensors_kept(module: nn.Module) -> list[Tensor]:
     """Those that a forward left in attributes, as auxiliary losses are: in them or in lists, tuples and dicts.
 
     Not parameters: recurrent layers list theirs, which nobody else uses, and who does is seen when it reads them.
     """
-    for name, value in tuple(vars(module).items()):
-        if name not in _ATTRIBUTES_OF_ALL and isinstance(value, (Tensor, list, tuple, dict)):
-            yield from (tensor for tensor in tensors_in(value, depth=2) if not isinstance(tensor, Parameter))
+    attributes, found = vars(module), list[Tensor]()
+    for name in tuple(attributes):
+        if name in _ATTRIBUTES_OF_ALL:
+            continue
+        value = attributes.get(name)
+        if isinstance(value, (Tensor, list, tuple, dict)):
+            found += [tensor for tensor in tensors_in(value, depth=2) if not isinstance(tensor, Parameter)]
+    return found
 
 
 def tensors_in(value: Any, depth: int = 8) -> Iterator[Tensor]:

@@ -20,7 +20,11 @@ from ._units import is_dense
 
 __all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "hold", "total_norm"]
 
-_DEVICE = Owner.DEVICE  # once: see _grad_cell
+# Once, as it is for every gradient: see _grad_cell.
+_DEVICE = Owner.DEVICE
+_STRIDED = torch.strided
+_graph_task = torch._C._current_graph_task_id
+_is_inference = torch.is_inference_mode_enabled
 
 # What torch.compile has put in place of Python's own evaluation of frames, None where nothing has. Asked only where the
 # answer was seen to be a reference of its own: torch 2.6 gives one away that it lacks, and None dies of it in the end.
@@ -45,18 +49,19 @@ def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
 
 def _hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
     gradient = parameter.grad
-    if isinstance(gradient, HostGrad):
+    if type(gradient) is HostGrad:  # the classes of tensors make isinstance() slow
         cell = gradient.cell
         del gradient
         _settle_in_backward(cell)
         return cell
     if gradient is None or not _can_hold(gradient, name):
         return None
-    if torch.is_inference_mode_enabled():
+    cell = GradCell(name, gradient, store)
+    if _is_inference():
         with torch.inference_mode(False):  # an inference tensor could not be edited outside that mode
-            cell = _replace_gradient(parameter, gradient, name, store)
+            parameter.grad = face_of(cell)
     else:
-        cell = _replace_gradient(parameter, gradient, name, store)
+        parameter.grad = face_of(cell)
     del gradient  # the cell is to be the only one that refers to it
     _settle_in_backward(cell)
     return cell
@@ -65,14 +70,8 @@ def _hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
 _hold_uncompiled = _disable_dynamo(_hold)
 
 
-def _replace_gradient(parameter: Tensor, gradient: Tensor, name: str, store: GradStore) -> GradCell:
-    cell = GradCell(name, gradient, store)
-    parameter.grad = face_of(cell)
-    return cell
-
-
 def _can_hold(gradient: Tensor, name: str) -> bool:
-    if gradient.layout is not torch.strided:
+    if gradient.layout is not _STRIDED:
         if "sparse" not in str(gradient.layout):
             return False
         raise InvalidArgument(
@@ -90,7 +89,7 @@ def _can_hold(gradient: Tensor, name: str) -> bool:
     if nbytes == 0 or gradient.requires_grad or gradient._is_view() or gradient.is_neg():
         return False
     # Else others live in the rest of that memory.
-    return gradient.untyped_storage().nbytes() == nbytes and is_dense(gradient)
+    return gradient.untyped_storage().nbytes() == nbytes and (gradient.is_contiguous() or is_dense(gradient))
 
 
 class _BackwardPass:
@@ -126,7 +125,7 @@ def _settle_in_backward(cell: GradCell) -> None:
     another (reentrant checkpointing) run on one thread, and an accelerator's passes all run on its own thread: neither
     is concurrent.
     """
-    task = torch._C._current_graph_task_id()
+    task = _graph_task()
     if task == -1:
         cell.settle()
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +31,10 @@ _ALIGNMENT = 256
 # Host bytes of weights are obtained in runs of at least this, the pool's own step: small models have one registration,
 # and pages are not rounded up for every residency.
 _RUN_BYTES = 64 << 20
+
+# For `map`: of every parameter of a residency, several times a step.
+_version_of = operator.attrgetter("_version")
+_address_of = Tensor.data_ptr
 
 
 def _span(parameter: Tensor) -> tuple[int, int, int]:
@@ -69,6 +74,9 @@ class Residency:
             self._stretches.append((self.nbytes, stretch, stretch[0].device))
             self.nbytes += math.ceil((max(_span(p)[2] for p in stretch) - first) / _ALIGNMENT) * _ALIGNMENT
         self._begins = [self._offsets[id(parameter)] for parameter in self.parameters]
+        # Where the storage was last seen on the device, and each parameter then.
+        self._start: int | None = None
+        self._addresses: list[int] = []
         # As they were made: `parameter.data = ...` may give one another layout, for which there is no room.
         self._layouts = {id(p): (p.dtype, p.shape, p.stride()) for p in self.parameters}
         self.is_placed = False
@@ -183,7 +191,7 @@ class Residency:
 
     def mark_equal(self) -> None:
         """Device and host have the same values now."""
-        self._versions = [parameter._version for parameter in self.parameters]
+        self._versions = list(map(_version_of, self.parameters))
 
     def mark_different(self) -> None:
         """Each may have another value than the host."""
@@ -192,8 +200,14 @@ class Residency:
     def written(self) -> list[Parameter]:
         """The parameters that were written, or were given other storage, since mark_equal()."""
         start = self.address
-        known = zip(self.parameters, self._versions, self._begins, strict=True)
-        return [p for p, version, begin in known if p._version != version or p.data_ptr() != start + begin]
+        if start != self._start:
+            self._addresses = [start + begin for begin in self._begins]
+            self._start = start
+        versions, addresses = list(map(_version_of, self.parameters)), list(map(_address_of, self.parameters))
+        if versions == self._versions and addresses == self._addresses:  # as mostly
+            return []
+        known = zip(self.parameters, versions, self._versions, addresses, self._addresses, strict=True)
+        return [p for p, version, old, address, home in known if version != old or address != home]
 
     def take_home(self, parameter: Parameter, name: str) -> None:
         """Copies a parameter that was given other storage to its place; `StateError` where it does not fit there."""

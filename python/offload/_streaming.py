@@ -176,7 +176,8 @@ class Streaming:
         """The forward of `unit` begins."""
         if not self.residencies or not self._needs[unit]:
             return
-        self._parents[unit].update(other for other in self._open if other != unit)
+        if self._open:
+            self._parents[unit].update(other for other in self._open if other != unit)
         self._touch(unit, in_backward=in_backward)
         self._open.append(unit)
         if torch.is_autocast_enabled(self.device.type):
@@ -193,7 +194,9 @@ class Streaming:
             self._turn_the_cache_on()
         if in_backward or self._holds:
             return
-        used = {residency for other in (*self._open, *self._pinned) for residency in self._needs[other]}
+        used: set[Residency] = set()
+        for other in (*self._open, *self._pinned):
+            used.update(self._needs[other])
         for residency in self._needs[unit]:
             if residency not in used and self.window.is_ready(residency):
                 self.window.hide(residency)
@@ -261,16 +264,25 @@ class Streaming:
         if in_backward:
             self._watch_end_of_backward()
         self._order.record((unit, in_backward))
+        # Loops, where a comprehension would be a call of its own: this runs twice for every unit of every step.
         wanted = {unit, *self._parents[unit], *self._open, *self._pinned}
-        ahead = self._order.upcoming(self._prefetch, wanted)
-        needed = [residency for number in wanted for residency in self._needs[number]]
-        predicted = [residency for number in ahead for residency in self._needs[number]]
-        self._free_all_but({*needed, *predicted})
-        self._store.expect(lambda: self._residencies_of(self._order.ahead()))
+        needed: list[Residency] = []
+        for number in wanted:
+            needed += self._needs[number]
+        predicted: list[Residency] = []
+        for number in self._order.upcoming(self._prefetch, wanted):
+            predicted += self._needs[number]
+        if not self._holds:
+            self.window.free_all_but({*needed, *predicted})
+        self._store.expect(self._coming)
         self.window.bring(needed)
         self.window.bring(predicted)
         self._store.read_ahead()
         self.window.make_ready(needed)
+
+    def _coming(self) -> Iterator[Residency]:
+        """The residencies in the order of what is left of the pass, and of the next."""
+        return self._residencies_of(self._order.ahead())
 
     def next_pass(self) -> Iterator[Residency]:
         """The residencies in the order in which the next pass needs them."""

@@ -30,6 +30,10 @@ class TouchOrder:
     def record(self, touch: Touch) -> None:
         if len(self._present) == _LONGEST:
             self.begin()
+        if self._position < len(self._last) and (known := self._last[self._position]) == touch:  # as in the last pass
+            self._present.append(known)  # the tuple that is there already: fewer for the garbage collector
+            self._position += 1
+            return
         self._present.append(touch)
         for start, end in ((self._position, len(self._last)), (0, self._position)):
             try:

@@ -81,19 +81,25 @@ class WeightLane:
         return _native.Ticket()
 
     def start_weights(self, residency: Residency, upload: Any) -> None:
+        self._engine.require_own_process()
+        if _trace.active() is None:
+            self._start(residency, upload)
+        else:
+            with _trace.naming(lambda: self.name_of(residency.parameters[0]), "weights"):
+                self._start(residency, upload)
+
+    def _start(self, residency: Residency, upload: Any) -> None:
         engine = self._engine
-        engine.require_own_process()
-        with _trace.naming(lambda: self.name_of(residency.parameters[0]), "weights"):
-            after = self._ready_for(residency, upload)
-            residency.came_on(engine.lanes.compute_stream())
-            engine.transfers.submit_to_device(
-                residency.address,
-                residency.host_address,
-                residency.nbytes,
-                residency.stream,
-                after,
-                upload,
-            )
+        after = self._ready_for(residency, upload)
+        residency.came_on(engine.lanes.compute_stream())
+        engine.transfers.submit_to_device(
+            residency.address,
+            residency.host_address,
+            residency.nbytes,
+            residency.stream,
+            after,
+            upload,
+        )
 
     def _ready_for(self, residency: Residency, upload: Any) -> _native.Ticket | None:
         """Its host bytes have an address; what the upload has to wait for."""

@@ -96,7 +96,10 @@ class WeightWindow:
 
     @property
     def device_bytes(self) -> int:
-        return sum([residency.nbytes for residency in self._uploads])
+        nbytes = 0
+        for residency in self._uploads:
+            nbytes += residency.nbytes
+        return nbytes
 
     def is_ready(self, residency: Residency) -> bool:
         return self._uploads.get(residency, self) is None
@@ -118,14 +121,16 @@ class WeightWindow:
                     self._await_quietly(residency)  # it may have started
                     residency.free()
                 raise
-            self.peak_bytes = max(self.peak_bytes, self.device_bytes)
+            nbytes = self.device_bytes
+            if nbytes > self.peak_bytes:
+                self.peak_bytes = nbytes
 
     def make_ready(self, residencies: Iterable[Residency]) -> None:
         """Those of them that are on their way can be computed with afterwards."""
         for residency in residencies:
-            if residency not in self._uploads:
+            upload = self._uploads.get(residency, self)
+            if upload is self:  # it is away
                 continue
-            upload = self._uploads[residency]
             if upload is None:  # for the stream that it was made ready on
                 self._store.wait_weights(residency, self.last_upload[residency])
                 continue
@@ -172,7 +177,9 @@ class WeightWindow:
 
     def hide(self, residency: Residency) -> None:
         """What is ready is so no more, its bytes are still there: the next touch or read makes it ready."""
-        self.write_back(residency, residency.written())
+        written = residency.written()
+        if written:
+            self.write_back(residency, written)
         self._uploads[residency] = self.last_upload[residency]
         residency.hide()
 
