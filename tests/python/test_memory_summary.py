@@ -13,6 +13,7 @@ from driver_double import DriverDouble
 
 import offload
 from offload import _activations, _engine, _native, _state_homes, _wrap
+from offload._engine_stats import allocator_bytes
 from offload._memory import MemoryRow, MemorySummary, summarize
 from offload._unified_states import UnifiedStates
 from offload.cli import main
@@ -166,6 +167,15 @@ def test_unified_memory_is_what_the_driver_gave(
     assert_as_planned(summary, len(list(model.parameters())))
     block = _native.UnifiedBlock.find(optimizer.state[model.head.weight]["exp_avg"].data_ptr(), 1)
     assert block is not None and summary.tier("unified").total.now <= block.nbytes
+
+
+def test_what_the_allocator_of_a_card_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+    for place, name in enumerate(names):
+        monkeypatch.setattr(torch.cuda, name, lambda device, place=place: 10 * device.index + place)
+    found = allocator_bytes(torch.device("cuda", 3))
+    assert found == {"allocated": {"now": 30, "peak": 31}, "reserved": {"now": 32, "peak": 33}}
+    assert allocator_bytes(torch.device("cpu")) == {}
 
 
 def test_states_of_torchs_own_lie_beside_the_pool() -> None:
