@@ -60,7 +60,7 @@ PYTHON_FLOORS = (
      "_resident_move", "_model_sizes"),
     ("_clocks", "_trace_units", "_tracing"),
     ("_wrap_checks", "_wrap", "_predict"),
-    ("_snapshot", "_saving", "_loading", "_export"),
+    ("_snapshot", "_running_save", "_saving", "_loading", "_export"),
 )  # fmt: skip
 DOORS = ("__init__", "__main__", "unified")  # may import every floor
 PUBLIC_API_ONLY = ("cli", "deepspeed")
