@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 #include <utility>
+#include <vector>
 
 #include "base/error.h"
 
@@ -31,6 +32,18 @@ constexpr unsigned kNonBlocking = 0x1;           // CU_STREAM_NON_BLOCKING
 constexpr CudaResult kNotSupported = 801;        // CUDA_ERROR_NOT_SUPPORTED
 constexpr size_t kLocationsAtMost = size_t{32};  // of one range: more devices than a host has
 
+// CUDA_ERROR_STREAM_CAPTURE_*: refused because a thread captures a CUDA graph.
+constexpr CudaResult kFirstOfCaptures = 900;
+constexpr CudaResult kLastOfCaptures = 908;
+
+// Memory of a block that ended while a CUDA graph was captured.
+struct Unfreed {
+  std::shared_ptr<CudaPrimaryContext> context;
+  CudaOrdinal ordinal;
+  CudaAddress managed;               // 0 where there are pages
+  std::unique_ptr<HostPages> pages;  // of the kind kSystem
+};
+
 // Every live block of the process by its address. Leaked on purpose: tensors die at exit in any order.
 struct Registry {
   const ForkGuard owner;
@@ -45,6 +58,7 @@ struct Registry {
     std::weak_ptr<UnifiedBlock> block;
   };
   std::map<uintptr_t, Entry> blocks;
+  std::vector<Unfreed> unfreed;
 };
 
 Registry& registry() {
@@ -54,6 +68,22 @@ Registry& registry() {
 
 constexpr const char* kUntoldRemedy =
     "Drivers tell the placement of managed memory alone; hints of the kind 'system' count all the same";
+
+// What captures have refused, of this device: it is idle.
+void free_unfreed(const CudaDriver& driver, CudaOrdinal ordinal) {
+  std::vector<Unfreed> ours;
+  {
+    std::lock_guard lock(registry().mutex);
+    std::erase_if(registry().unfreed, [&](Unfreed& one) {
+      const bool is_ours = &one.context->driver() == &driver && one.ordinal == ordinal;
+      if (is_ours) ours.push_back(std::move(one));
+      return is_ours;
+    });
+  }
+  for (const Unfreed& one : ours) {
+    if (one.managed != 0) driver.check(driver.MemFree(one.managed), "cuMemFree");
+  }
+}
 
 std::string bytes_text(size_t bytes) { return std::to_string(bytes) + " bytes"; }
 
@@ -183,8 +213,18 @@ UnifiedBlock::~UnifiedBlock() {
     CudaPrimaryContext::Current current(*context_);
     // Nothing tells which streams still use the memory, and neither cuMemFree nor munmap waits for them. An
     // error of it is one of earlier work, which that work's owner sees.
-    static_cast<void>(driver.CtxSynchronize());
+    const CudaResult code = driver.CtxSynchronize();
+    if (code >= kFirstOfCaptures && code <= kLastOfCaptures) {
+      // No thread may wait for a device while a graph is captured, and nothing told so before: that capture
+      // is lost, and the memory, which may be in use, is freed when the next block ends.
+      const CudaAddress managed = kind_ == UnifiedKind::kManaged ? address_ : 0;
+      std::lock_guard lock(registry().mutex);
+      registry().unfreed.push_back({context_, ordinal_, managed, std::move(pages_)});
+      return;
+    }
+    const OutsideCaptures exempt(driver);
     if (kind_ == UnifiedKind::kManaged) driver.check(driver.MemFree(address_), "cuMemFree");
+    free_unfreed(driver, ordinal_);
   } catch (const Error&) {
     // The context is lost or the process exiting, and the memory gone with it.
   }

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from ._predict import estimate, measure_hardware, predict
     from ._predicted_step import StepPrediction
     from ._prediction import PlacedBytes, Prediction
-    from ._saving import CheckpointSave, save_checkpoint
+    from ._running_save import CheckpointSave
+    from ._saving import save_checkpoint
     from ._stats import Stats
     from ._step_work import Machine, UnitWork, transformer_compute, unit_works
     from ._trace_report import TraceReport
@@ -98,7 +99,7 @@ _NAMESPACES = ("deepspeed", "unified")
 _HOMES = {
     "AdamW": "_adamw",
     "Checkpoint": "_loading",
-    "CheckpointSave": "_saving",
+    "CheckpointSave": "_running_save",
     "Config": "_config",
     "DeviceError": "_errors",
     "Hardware": "_hardware",

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from ._checkpoint_directory import open_checkpoint
 from ._errors import InvalidArgument, StorageError
 from ._optimizer import OffloadOptimizer
+from ._running_save import finish_saves
 from ._safetensors import map_tensors
 from ._saving import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     STATE_FILE,
     Optimizers,
-    finish_saves,
     model_values,
     parameter_names,
 )

@@ -112,11 +112,9 @@ class PendingParameter(Parameter):
             return None
         stand_ins = {}
         for parameter in _pending_in((args, kwargs)):
-            stand_in = parameter.__dict__[_RESOLVE]() if _RESOLVE in parameter.__dict__ else None
-            if stand_in is None:
-                restore(parameter)
-            else:
-                stand_ins[id(parameter)] = stand_in
+            value = value_of(parameter)
+            if value is not parameter:
+                stand_ins[id(parameter)] = value
         if stand_ins:
             args, kwargs = tree_map(lambda value: stand_ins.get(id(value), value), (args, kwargs))
         return func(*args, **kwargs)
@@ -197,6 +195,20 @@ def make_current(parameter: Parameter) -> Parameter:
         resolve()
     restore(parameter)
     return parameter
+
+
+def value_of(parameter: Parameter) -> Tensor:
+    """The parameter, whose value is there now, or what is read in its place."""
+    stand_in: Tensor | None = parameter.__dict__[_RESOLVE]() if _RESOLVE in parameter.__dict__ else None
+    if stand_in is not None:
+        return stand_in
+    restore(parameter)
+    return parameter
+
+
+def is_away(parameter: Parameter) -> bool:
+    """Whether a pending parameter is one whose bytes are not on the device."""
+    return _away(parameter) is not None
 
 
 def _away(parameter: Parameter) -> Away | None:

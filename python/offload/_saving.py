@@ -18,12 +18,9 @@ A checkpoint is a directory of four files. Plain torch and safetensors read them
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import io
 import os
-import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
@@ -43,85 +40,18 @@ from ._errors import InvalidArgument
 from ._moments import Int8Moment
 from ._optimizer import OffloadOptimizer
 from ._probe import probe_host
+from ._running_save import CheckpointSave, finish_saves, remember, wait_until_written
 from ._snapshot import CopyBeforeChange, TensorFile, Value, copied, shared_names
 from ._stored_values import LentWeight, SplitMaster, StoredValue
 from ._units import check_module
 from ._wrap import as_list, engine_of
 
-__all__ = ["CheckpointSave", "finish_saves", "save_checkpoint"]
+__all__ = ["save_checkpoint"]
 
 MODEL_FILE, OPTIMIZER_FILE, STATE_FILE = "model.safetensors", "optimizer.safetensors", "state.pt"
 _METADATA = {"format": "pt"}
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None
-
-
-class CheckpointSave:
-    """One save, which may still be running. `path` is where the checkpoint is when it is done."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-        self._end: Callable[[], None] | None = None
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the checkpoint is on disk, or was given up."""
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self) -> None:
-        """Returns when the checkpoint is on disk; raises, once, what kept it from being saved."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._end is not None:
-            self._end()
-            self._end = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-
-    def start(self, write: Callable[[], None], end: Callable[[], None]) -> None:
-        """Runs `write` on a thread that the interpreter waits for at exit; `end` is called by `wait`."""
-
-        def run() -> None:
-            try:
-                write()
-            except BaseException as error:
-                self._error = error
-
-        self._end = end
-        self._thread = threading.Thread(target=run, name="offload-checkpoint")
-        self._thread.start()
-
-
-# The save that may still be running: there is one at a time.
-_running: CheckpointSave | None = None
-
-
-def finish_saves() -> None:
-    """Waits for the save that is running; raises its error, if nobody was told yet."""
-    global _running
-    running, _running = _running, None
-    if running is not None:
-        running.wait()
-
-
-def _report_at_exit() -> None:
-    try:
-        finish_saves()
-    except BaseException as error:
-        print(f"offload: the last checkpoint was not saved: {error}", file=sys.stderr)
-
-
-def _forget_in_child() -> None:
-    global _running
-    _running = None  # the thread that writes is the parent's
-
-
-atexit.register(_report_at_exit)
-os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def save_checkpoint(
@@ -163,7 +93,6 @@ def save_checkpoint(
             asynchronous save it is raised by its `wait`, or by the next save or load, which then does nothing else.
         StateError: another process, whose number it has, or another thread is saving into this directory now.
     """
-    global _running
     check_tag(tag)
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise InvalidArgument(f"keep={keep!r}: give the number of checkpoints to leave, 1 or more, or None for all")
@@ -212,25 +141,19 @@ def save_checkpoint(
         for file in files:
             if snapshot is not None:
                 file.read_from(snapshot)
-        guard = CopyBeforeChange(files, lambda: probe_host().available_bytes, lambda: _wait_for(running))
+        guard = CopyBeforeChange(files, lambda: probe_host().available_bytes, lambda: wait_until_written(running))
         running.start(save, _watch(engines, optimizers, guard, running, keeps_disk=snapshot is not None))
     except BaseException:
         if running.is_done:  # else it ends by itself
             end()
         raise
-    _running = running
+    remember(running)
     return running
 
 
 def _engines_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Engine]:
     found = [engine_of(model), *(one._engine for one in optimizers if isinstance(one, OffloadOptimizer))]
     return list(dict.fromkeys(engine for engine in found if engine is not None))
-
-
-def _wait_for(save: CheckpointSave) -> None:
-    thread = save._thread
-    if thread is not None:
-        thread.join()
 
 
 def _watch(

@@ -26,6 +26,7 @@ from ._plan import Plan, make_plan
 from ._probe import probe_device, probe_host
 from ._rates import measure_rates
 from ._resident_move import ResidentMove
+from ._torch_func import ask_before_torch_func
 from ._torch_updater import TorchUpdater
 from ._unified import classify
 from ._unified_plan import MemoryKind, advised_against
@@ -102,6 +103,7 @@ def wrap(
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
     check_placement(plan, optimizers)
+    ask_before_torch_func()
 
     engine = Engine(device, plan, settings, units)
     kinds = [(optimizer, updater_of(optimizer)) for optimizer in optimizers]

@@ -52,6 +52,31 @@ void use_functions() {
   }
 }
 
+// The driver refuses the wait for the device, so that nothing tells whether the memory is still in use.
+void a_block_that_ends_in_a_capture_is_freed_with_the_next(UnifiedKind kind) {
+  double_set_kind("ats");
+  const UnifiedMemory memory(0, DRIVER_DOUBLE_PATH);
+  const auto allocate = [&] { return memory.allocate(kBytes, UnifiedKind::kManaged, {}, kBytes); };
+  auto first = memory.allocate(kBytes, kind, {}, kBytes);
+  auto second = allocate();
+  auto third = allocate();
+  auto* const bytes = reinterpret_cast<unsigned char*>(first->address());
+  bytes[0] = 7;
+  const size_t before = double_live("managed");
+  double_set_capturing(1);
+  first.reset();
+  CHECK_EQ(double_live("managed"), before);
+  CHECK_EQ(bytes[0], 7);
+  CHECK_EQ(double_misuses(), 1u);  // the wait, which loses the capture
+  CHECK(UnifiedBlock::find(reinterpret_cast<uintptr_t>(bytes), 1) == nullptr);
+  second.reset();
+  CHECK_EQ(double_live("managed"), before);
+  double_set_capturing(0);
+  third.reset();
+  CHECK_EQ(double_live("managed"), 0u);
+  double_reset();
+}
+
 }  // namespace
 }  // namespace offload
 
@@ -62,5 +87,7 @@ int main() {
   open_torch_allocator(0, DRIVER_DOUBLE_PATH, 0);
   in_threads(&use_functions);
   CHECK_EQ(last_refusal(0), "");
+  a_block_that_ends_in_a_capture_is_freed_with_the_next(UnifiedKind::kManaged);
+  a_block_that_ends_in_a_capture_is_freed_with_the_next(UnifiedKind::kSystem);
   return test::result();
 }

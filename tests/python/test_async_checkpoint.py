@@ -16,7 +16,7 @@ import torch
 from programs import Programs
 
 import offload
-from offload import _durable_files, _saving, _snapshot
+from offload import _durable_files, _running_save, _saving, _snapshot
 from test_checkpoints import assert_bits, bits_of, steps
 from test_save_checkpoint import PLACEMENTS, wrapped
 from training import HOST, TinyLM, batches, loss_of, make_model
@@ -46,7 +46,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldWriter]:
     writer = HeldWriter(monkeypatch)
     yield writer
     writer.release()
-    _saving.finish_saves()
+    _running_save.finish_saves()
 
 
 def train_on(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
@@ -282,7 +282,7 @@ def test_the_writers_error_is_told_once(tmp_path: Path, monkeypatch: pytest.Monk
             else:
                 offload.load_checkpoint(tmp_path, model, optimizer)
         save.wait()
-        _saving.finish_saves()
+        _running_save.finish_saves()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one"]
 
 
@@ -332,7 +332,7 @@ def test_a_save_that_nobody_waits_for_keeps_no_model(placement: str, tmp_path: P
     steps(model, optimizer, seed=4)
     watched = [weakref.ref(kept) for kept in (model, optimizer, getattr(optimizer, "_engine", model))]
     writer = save._thread
-    assert writer is not None and _saving._running is save
+    assert writer is not None and _running_save._running is save
     del model, optimizer
     writer.join()
     assert all_gone(watched)

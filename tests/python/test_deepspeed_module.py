@@ -262,32 +262,6 @@ def test_collectives_of_one_process() -> None:
         comm.all_gather_into_tensor(torch.zeros(12), given)
 
 
-def test_the_accelerator(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    accelerator = deepspeed.get_accelerator()
-    if device.type == "cuda":
-        assert accelerator.torch_device == device and accelerator.communication_backend_name() == "nccl"
-        assert accelerator.device_name(1) == "cuda:1" and accelerator.memory_allocated() >= 0
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    accelerator = deepspeed.get_accelerator()
-    assert accelerator is deepspeed.get_accelerator()
-    assert accelerator.torch_device == torch.device("cpu") and accelerator.device_name(3) == "cpu"
-    assert accelerator.device_count() == 1 and accelerator.memory_allocated() == 0
-    accelerator.synchronize()
-    with accelerator.device(0):
-        accelerator.range_push("nothing shows it")
-        accelerator.range_pop()
-    assert 0 < accelerator.available_memory() <= accelerator.total_memory() and accelerator.memory_cached() == 0
-    assert torch.bfloat16 in accelerator.supported_dtypes() and accelerator.use_host_timers()
-    assert accelerator.FloatTensor is torch.FloatTensor and torch.equal(
-        accelerator.get_rng_state(), torch.get_rng_state()
-    )
-    with pytest.raises(AttributeError, match="'cpu' has no 'nonsense'"):
-        accelerator.nonsense  # noqa: B018
-    monkeypatch.setenv("DS_ACCELERATOR", "xpu")
-    with pytest.raises(offload.InvalidArgument, match="DS_ACCELERATOR=xpu"):
-        deepspeed.get_accelerator()
-
-
 # --- zero -----------------------------------------------------------------------------------------------------
 
 

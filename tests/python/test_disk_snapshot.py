@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import offload
-from offload import _disk_snapshot, _native, _saving, _state_store, _stored_values
+from offload import _disk_snapshot, _native, _running_save, _saving, _state_store, _stored_values
 from test_async_checkpoint import CHANGES, HeldWriter, held, leave  # noqa: F401
 from test_checkpoints import assert_bits, bits_of, steps
 from test_disk_states import on_disk
@@ -140,7 +140,7 @@ def test_a_step_reads_copies_and_awaits_nothing_of_what_is_on_disk(
     with monkeypatch.context() as patch:
         for kind in (_stored_values.StoredValue, _stored_values.StoredWeight):
             patch.setattr(kind, "join", never)
-        patch.setattr(_saving, "_wait_for", never)
+        patch.setattr(_saving, "wait_until_written", never)
         steps(model, optimizer, seed=3)
         write_all(optimizer)
     assert not save.is_done
@@ -546,5 +546,5 @@ def test_losses_are_the_same(cloning_disk: Path, tmp_path: Path) -> None:
             optimizer.step()
             optimizer.zero_grad()
             losses[-1].append(loss.item())
-    _saving.finish_saves()  # as the end of a program does: the next test may count what writes
+    _running_save.finish_saves()  # as the end of a program does: the next test may count what writes
     assert losses[0] == losses[1]

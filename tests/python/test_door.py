@@ -50,6 +50,13 @@ def test_empty_groups() -> None:
     optimizer = adamw(model)
     optimizer.param_groups.append({**optimizer.param_groups[0], "params": []})
     refused(offload.InvalidArgument, "group 1 .* is empty", model, optimizer)
+    optimizer.param_groups[0]["params"] = []
+    refused(offload.InvalidArgument, "has only empty groups", model, optimizer)
+
+
+def test_a_model_without_parameters() -> None:
+    model = nn.Sequential(nn.ReLU())
+    refused(offload.InvalidArgument, "this Sequential has no parameters", model, adamw(make_model()))
 
 
 def test_parameter_in_two_optimizers() -> None:

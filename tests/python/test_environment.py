@@ -110,6 +110,23 @@ def test_the_facts_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert facts["uring_refusal"] == (_native.uring_refusal() or None)
 
 
+def test_the_facts_of_the_device(device: torch.device) -> None:
+    facts = environment(measure=True)
+    json.dumps(facts)
+    assert facts["device"]["name"] == str(device) and facts["device"]["kind"] == device.type
+    assert facts["copies"]["to_host_gb_per_s"] > 0 and facts["copies"]["pin_refusal"] is None
+    subjects = {finding["subject"] for finding in facts["findings"]}
+    if device.type == "cpu":
+        assert facts["memory"] is None and "accelerator" in subjects
+        return
+    assert facts["memory"]["device"] == str(device) and facts["memory"]["meaning"]
+    assert "accelerator" not in subjects and "page-locked memory" not in subjects
+    gpu = facts["gpus"][device.index or 0]
+    assert gpu["name"] == torch.cuda.get_device_name(device) and gpu["memory_kind"] == facts["memory"]["kind"]
+    assert gpu["total_bytes"] == torch.cuda.get_device_properties(device).total_memory
+    assert gpu["compute_capability"] == ".".join(map(str, torch.cuda.get_device_capability(device)))
+
+
 def test_a_measured_copy_moves_every_byte(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[int] = []
     honest = _native.TransferQueue

@@ -12,7 +12,7 @@ import pytest
 import torch
 from programs import Programs
 
-from offload._saving import finish_saves
+from offload._running_save import finish_saves
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

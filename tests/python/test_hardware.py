@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import offload
-from offload import Hardware, InvalidArgument
+from offload import Hardware, InvalidArgument, _predict
 
 
 @pytest.mark.parametrize("name", Hardware.PRESETS)
@@ -81,6 +81,16 @@ def test_what_is_given_replaces_a_figure_and_is_no_assumption() -> None:
 def test_figures_that_make_no_sense(options: dict[str, object], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
         Hardware.preset("4090").having(**options)  # type: ignore[arg-type]
+
+
+def test_a_product_is_timed_until_the_device_has_ended(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_predict, "_ROWS", {device.type: 64})
+    waits: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    ticks = iter([0.0, 4.0, 10.0, 12.0, 20.0, 23.0, *(float(at) for at in range(30, 200, 10))])
+    monkeypatch.setattr(_predict.time, "perf_counter", lambda: next(ticks))
+    assert _predict._product_flops(device, torch.float32) == 2.0 * 64**3 / 2.0  # of the shortest
+    assert waits == ([] if device.type == "cpu" else [device] * (1 + _predict._ROUNDS))
 
 
 def test_this_machine_is_measured() -> None:

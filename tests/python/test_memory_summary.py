@@ -12,6 +12,7 @@ import torch
 
 import offload
 from offload import _activations
+from offload._engine_stats import allocator_bytes
 from offload._memory import MemoryRow, MemorySummary, summarize
 from offload.cli import main
 from test_memory import Allocations
@@ -144,6 +145,15 @@ def test_activations_that_the_host_refuses_are_on_the_device(tmp_path: Path, mon
     del loss
     rows = {row.owner: row for row in optimizer.memory_summary().tier("device").rows}
     assert rows["activations"].now == 0
+
+
+def test_what_the_allocator_of_a_card_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved")
+    for place, name in enumerate(names):
+        monkeypatch.setattr(torch.cuda, name, lambda device, place=place: 10 * device.index + place)
+    found = allocator_bytes(torch.device("cuda", 3))
+    assert found == {"allocated": {"now": 30, "peak": 31}, "reserved": {"now": 32, "peak": 33}}
+    assert allocator_bytes(torch.device("cpu")) == {}
 
 
 def test_states_of_torchs_own_lie_beside_the_pool() -> None:

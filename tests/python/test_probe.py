@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import offload
-from offload._probe import probe_device, probe_host
+from offload._probe import DeviceFacts, probe_device, probe_host
 
 GIB = 2**30
 
@@ -99,6 +99,23 @@ def test_the_cpu_device_has_the_memory_of_the_host() -> None:
     facts = probe_device("cpu")
     assert (facts.name, facts.kind) == ("cpu", "cpu")
     assert 0 < facts.free_bytes <= facts.total_bytes
+
+
+def test_the_device_is_that_of_torch(device: torch.device) -> None:
+    facts = probe_device()
+    assert (facts.name, facts.kind) == (str(device), device.type)
+    assert 0 < facts.free_bytes <= facts.total_bytes
+    assert probe_device(device.type).name == probe_device(str(device)).name == str(device)
+
+
+def test_what_torch_caches_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = {"mem_get_info": (100, 1000), "memory_reserved": 30, "memory_allocated": 10}
+    for name, value in figures.items():
+        monkeypatch.setattr(torch.cuda, name, lambda index, value=value: value if index == 1 else None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for name in ("cuda", "cuda:1"):
+        assert probe_device(name) == DeviceFacts("cuda:1", "cuda", 1000, 120)
 
 
 @pytest.mark.parametrize("name", ["warp", "meta", "cuda:99"])

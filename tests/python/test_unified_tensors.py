@@ -279,6 +279,7 @@ def test_a_pool_that_torch_passes_by_is_refused(
     monkeypatch.setattr(torch.cuda, "MemPool", lambda allocator: ("pool of", allocator))
     monkeypatch.setattr(torch.cuda, "use_mem_pool", Route)
     monkeypatch.setattr(torch.cuda.memory, "CUDAPluggableAllocator", Allocator)
+    assert unified.pool("cuda:0").device == torch.device("cuda", 0)
     monkeypatch.setattr(Pool, "device", torch.device("cpu"))
     pool = unified.pool("cuda:0")
     with monkeypatch.context() as patch, pytest.raises(StateError, match="expandable_segments:True"):
@@ -289,14 +290,17 @@ def test_a_pool_that_torch_passes_by_is_refused(
         patch.setattr(torch, "empty", lambda *_, **__: raises(torch.OutOfMemoryError("CUDA out of memory")))
         pool.__enter__()
     assert not entered and torch._C._is_multithreading_enabled()
-    monkeypatch.setattr(Pool, "_prove", lambda self: None)
-    for _ in range(2):
-        with pool:
-            assert entered == [(("pool of", "ours"), 0)] and not torch._C._is_multithreading_enabled()
-            with pytest.raises(StateError, match="entered already"), pool:
-                raise AssertionError("not entered")
-        assert not entered and torch._C._is_multithreading_enabled()
-    assert pool.refusal is None
+    probes: list[object] = []
+    with monkeypatch.context() as patch:
+        managed = [unified.empty(1, dtype=torch.uint8, device="cuda:0", side="host")]
+        patch.setattr(torch, "empty", lambda *arguments, **_: probes.append(arguments) or managed.pop())
+        for _ in range(2):
+            with pool:
+                assert entered == [(("pool of", "ours"), 0)] and not torch._C._is_multithreading_enabled()
+                with pytest.raises(StateError, match="entered already"), pool:
+                    raise AssertionError("not entered")
+            assert not entered and torch._C._is_multithreading_enabled()
+    assert pool.refusal is None and len(probes) == 1  # proven once
 
 
 def test_the_classes_are_told_apart(side: Side) -> None:
