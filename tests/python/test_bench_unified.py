@@ -18,7 +18,7 @@ def test_unified_stands_beside_the_hosts_update(tmp_path: Path, capsys: pytest.C
     result = bench_results(path)["unified"]
     assert set(result["seconds"]) == {"device", "unified", "host"} and result["kind"] is None
     ((name, why),) = result["refused"].items()
-    assert name == "mapped pinned" and why in capsys.readouterr().err
+    assert name == "mapped pinned" and why in capsys.readouterr().out
     moved = 12 * result["count"] / result["seconds"]["unified"]["median"]
     slower = min(result["gb_per_s"]["to_host"], result["gb_per_s"]["to_device"]) * 1e9
     assert result["share_of_link"] == {"unified": pytest.approx(moved / slower)}

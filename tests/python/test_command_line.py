@@ -291,7 +291,7 @@ def test_every_json_is_one_object_on_stdout_with_the_keys_that_are_documented(
         "offload config explain --json": ["config", "explain", CONFIG, "--json"],
         "offload checkpoint show": ["checkpoint", "show", saved],
         "offload checkpoint export --json": ["checkpoint", "export", saved, "--out", weights, "--json"],
-        "offload bench": ["bench", "pool", "--quick"],
+        "offload bench --json -": ["bench", "pool", "--quick", "--json", "-"],
     }
     assert set(known) == set(shown)
     for command, arguments in shown.items():

@@ -20,7 +20,7 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         "bench",
         help="measure one part against its bound",
         description="Each part measures what the machine gives, what offload makes of it and what the peers that are "
-        "installed do, in turns, and checks the bytes that it moved. Tables go to stderr, JSON to stdout.",
+        "installed do, in turns, and checks the bytes that it moved. Shows tables; `--json` has all samples.",
         epilog=ending(
             "offload bench all --quick",
             "offload bench adamw --json result.json",
@@ -31,7 +31,13 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     shared = Parser(add_help=False)
     shared.add_argument("--quick", action="store_true", help="small sizes, few repeats: shows that it runs")
-    shared.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the result to FILE")
+    shared.add_argument(
+        "--json",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="also write the result to FILE; with - to stdout, and tables to stderr",
+    )
     shared.add_argument(
         "--compare",
         type=Path,
