@@ -162,15 +162,17 @@ def _with_parameters(model: nn.Module) -> Iterator[nn.Module]:
 
 def _keep_parameters(module: nn.Module, engine: Engine) -> Callable[[], None]:
     """Undoes what `load_state_dict(assign=True)` does to parameters: they stay the same objects and take the values."""
-    current = module._parameters
-    kept = dict(current)
+    weakly = weakref.ref(module)
+    kept = dict(module._parameters)
 
     @torch.no_grad()
     def keep() -> None:
+        module = weakly()
+        assert module is not None  # it is being loaded
         for name, parameter in kept.items():
-            assigned = current.get(name)
+            assigned = module._parameters.get(name)
             if parameter is not None and assigned is not None and assigned is not parameter:
-                current[name] = parameter
+                setattr(module, name, parameter)  # as torch assigns: a recurrent layer lists its weights
                 engine.streaming.open_for_writing([parameter])
                 parameter.copy_(assigned)
 
