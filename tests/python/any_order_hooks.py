@@ -252,7 +252,7 @@ def freeze(side: Side, which: int, trains: bool) -> None:
 def moved(side: Side, how: str) -> Any:
     """Where it is already, which changes nothing."""
     dtype = side.parameters[0].dtype
-    if how == "dtype" and any(p.grad is not None and p.grad.dtype != dtype for p in side.parameters):
+    if how != "to" and any(p.grad is not None and p.grad.dtype != dtype for p in side.parameters):
         return "torch would narrow gradients, and a wrapped pair refuses to"
     there = torch.device(side.device_type)
     moves: dict[str, tuple[Any, ...]] = {"to": (there,), "dtype": (dtype,), "both": (there, dtype)}

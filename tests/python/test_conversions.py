@@ -161,18 +161,6 @@ def test_parameters_that_outlive_a_dropped_model_are_the_users() -> None:
     assert {p.dtype for p in kept.half()} == {torch.float16}
 
 
-def test_gradients_are_not_converted_either() -> None:
-    """Those of `grad_dtype="fp32"` would be narrowed."""
-    model, optimizer = wrapped({**HOST, "grad_dtype": "fp32"}, dtype=torch.bfloat16)
-    loss_of(model, next(batches(1))).backward()
-    before = [p.grad.clone() for p in model.parameters()]
-    with pytest.raises(offload.StateError, match="the gradient of embedding.weight of a wrapped model would become"):
-        model.to(torch.bfloat16)
-    for p, gradient in zip(model.parameters(), before, strict=True):
-        assert p.grad is not None and same_bits(p.grad, gradient)
-    optimizer.step()
-
-
 def test_a_recurrent_layer_still_sees_that_its_weights_were_changed() -> None:
     """Its own `_apply` has forgotten which they were before it asks."""
     layer = nn.LSTM(3, 3)
