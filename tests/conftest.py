@@ -253,10 +253,8 @@ def host_driver(host_kernels_library: Path) -> Path:
 def nvrtc() -> None:
     """NVRTC and cuda.core, which compile for any card without one."""
     try:
-        import cuda.core  # noqa: F401
-        from cuda.bindings import nvrtc
-
-        nvrtc.nvrtcVersion()
+        importlib.import_module("cuda.core")
+        importlib.import_module("cuda.bindings.nvrtc").nvrtcVersion()
     except Exception as error:  # each of the three packages has its own
         _skip_or_fail(f"no kernel can be compiled, pip install cuda-core cuda-bindings nvidia-cuda-nvrtc: {error}")
 
@@ -295,6 +293,18 @@ def cloning_disk(request: pytest.FixtureRequest, tmp_path: Path, disk_calls: Any
         disk_calls.pretend_clones()
     with tempfile.TemporaryDirectory(dir=tmp_path if request.param == "copies" else _REFLINK_PATH) as path:
         yield Path(path)
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Asynchronous saves wait before their first byte; the test lets them go."""
+    from held_saves import HeldWriter
+    from offload import _running_save
+
+    writer = HeldWriter(monkeypatch)
+    yield writer
+    writer.release()
+    _running_save.finish_saves()
 
 
 @pytest.fixture

@@ -102,7 +102,9 @@ class Engine:
         budget_bytes = plan.host_capacity - plan.activation_host_bytes
         self.pool = _native.HostPool(self.device, budget_bytes=budget_bytes, **options)
         self.transfers = _native.TransferQueue(self.device)
-        self.disk = open_store(config.disk_paths, **config.disk_settings) if plan.disk.total else None
+        # Also where nothing trains yet: what does later has its states there.
+        on_disk = plan.disk_window is not None or plan.weight_cache is not None
+        self.disk = open_store(config.disk_paths, **config.disk_settings) if on_disk else None
         store: StateStore | None = None
         if plan.disk_window is not None:
             assert self.disk is not None

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from . import _trace
 from ._activation_region import ModelRegion, in_torch_func
+from ._conversions import NoConversions
 from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
 from ._grad_dtype import WideGradient
@@ -81,12 +82,13 @@ class Hooks:
         self.model = weakref.ref(model)
         # The name of its unit, each module, and the hook that makes the unit ready.
         self.modules: list[tuple[str, weakref.ref[nn.Module], ModuleHook]] = []
-        self._handles: list[RemovableHandle | WideGradient] = []
+        self._handles: list[RemovableHandle | WideGradient | NoConversions] = []
         self._watched: set[int] = set()
         self._widened: set[int] = set()
 
     def register(self, model: nn.Module, units: Sequence[Unit]) -> None:
         engine = self._engine
+        self._handles.append(NoConversions(model, engine))
         if engine.streaming.residencies:
             self._give_and_take_values(model)
         for module in _with_parameters(model):
@@ -177,15 +179,17 @@ def _with_parameters(model: nn.Module) -> Iterator[nn.Module]:
 
 def _keep_parameters(module: nn.Module, engine: Engine) -> Callable[[], None]:
     """Undoes what `load_state_dict(assign=True)` does to parameters: they stay the same objects and take the values."""
-    current = module._parameters
-    kept = dict(current)
+    weakly = weakref.ref(module)
+    kept = dict(module._parameters)
 
     @torch.no_grad()
     def keep() -> None:
+        module = weakly()
+        assert module is not None  # it is being loaded
         for name, parameter in kept.items():
-            assigned = current.get(name)
+            assigned = module._parameters.get(name)
             if parameter is not None and assigned is not None and assigned is not parameter:
-                current[name] = parameter
+                setattr(module, name, parameter)  # as torch assigns: a recurrent layer lists its weights
                 engine.streaming.open_for_writing([parameter])
                 parameter.copy_(assigned)
 

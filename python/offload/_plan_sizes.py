@@ -211,7 +211,15 @@ class PlanSizes:
         wanted = self.config.disk_window_bytes
         if wanted is None:
             wanted = min(int(host_bytes_left * _WINDOW_SHARE), _MOST_WINDOW_BYTES)
-        largest = max((_host_master_bytes(p, self.config) + p.moment_bytes for p in self.trainable), default=1)
+        # What does not train yet may later, by an optimizer with two moments.
+        moments = ParameterSize.moment_bytes
+        largest = max(
+            (
+                _host_master_bytes(p, self.config) + (p.moment_bytes if p.trainable else moments)
+                for p in self.parameters
+            ),
+            default=1,
+        )
         return plan_window([p.numel for p in self.trainable], largest, wanted)
 
     def _gradient_bytes(self, parameters: Sequence[ParameterSize]) -> int:

@@ -31,6 +31,10 @@ def adam(**params: Any) -> dict[str, Any]:
     return {**BATCH, "optimizer": {"type": "AdamW", "params": params}}
 
 
+def schedule(name: str, **params: Any) -> dict[str, Any]:
+    return {**BATCH, "scheduler": {"type": name, "params": params}}
+
+
 def refusal(config: Any, **options: Any) -> str:
     with warnings.catch_warnings(), pytest.raises(InvalidArgument) as error:
         warnings.simplefilter("ignore")

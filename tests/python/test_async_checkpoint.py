@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import errno
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,72 +15,14 @@ import torch
 from programs import Programs
 
 import offload
-from offload import _durable_files, _running_save, _saving, _snapshot
+from held_saves import CHANGES, HeldWriter
+from offload import _running_save, _saving, _snapshot
 from test_checkpoints import assert_bits, bits_of, steps
 from test_save_checkpoint import PLACEMENTS, wrapped
-from training import HOST, TinyLM, batches, loss_of, make_model
+from training import HOST, batches, loss_of, make_model
 from what_lives import all_gone
 
 pytestmark = pytest.mark.usefixtures("device")
-
-
-class HeldWriter:
-    """Writers stop before their first byte until `release()`; small chunks leave most of a file untaken then."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._gate = threading.Event()
-        self.release, self.hold = self._gate.set, self._gate.clear
-        real = _durable_files._write_all
-
-        def write_all(*arguments: Any) -> None:
-            assert self._gate.wait(60)
-            real(*arguments)
-
-        monkeypatch.setattr(_durable_files, "_write_all", write_all)
-        monkeypatch.setattr(_durable_files, "CHUNK_BYTES", 4096)
-
-
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[HeldWriter]:
-    writer = HeldWriter(monkeypatch)
-    yield writer
-    writer.release()
-    _running_save.finish_saves()
-
-
-def train_on(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
-    steps(model, optimizer, seed=3)
-
-
-def load_other_states(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
-    other, its_optimizer = wrapped(torch.bfloat16, HOST, seed=8)
-    steps(other, its_optimizer, seed=8)
-    optimizer.load_state_dict(copy.deepcopy(its_optimizer.state_dict()))
-    model.load_state_dict(copy.deepcopy(other.state_dict()))
-
-
-def write_weights_alone(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
-    model.load_state_dict(copy.deepcopy(wrapped(torch.bfloat16, HOST, seed=8)[0].state_dict()))
-    model.state_dict()  # what was written to streamed weights goes to the host
-
-
-@torch.no_grad()
-def write_weights(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
-    with offload.full_params(model):
-        for parameter in model.parameters():
-            parameter.mul_(0.5)
-    optimizer.resync()
-
-
-def leave(model: TinyLM, optimizer: offload.OffloadOptimizer) -> None:
-    plain, stock = offload.unwrap(model, optimizer)
-    with torch.no_grad():
-        for parameter in plain.parameters():
-            parameter.zero_()
-    assert isinstance(stock, torch.optim.AdamW)
-
-
-CHANGES = [train_on, load_other_states, write_weights_alone, write_weights, leave]
 
 
 @pytest.mark.parametrize("change", CHANGES)

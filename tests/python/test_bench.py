@@ -73,7 +73,7 @@ def test_swap_reports_what_was_streamed(tmp_path: Path, capsys: pytest.CaptureFi
     assert 45 * result["unit_bytes"] <= moved <= 46 * result["unit_bytes"]
     assert len(result["link"]["share"]["samples"]) == len(result["balance"]["step_s"]["samples"]) == 2
     assert "nothing of use" in result["balance"]["synthetic"] and result["balance"]["step_over_larger"] > 0
-    assert "share of the link" in capsys.readouterr().err
+    assert "share of the link" in capsys.readouterr().out
 
 
 # --- engine -------------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_engine_reports_a_ratio_a_block(
         assert row["own_share"] == pytest.approx(added / row["wrap_step_s"]["median"])
     # Without clipping the two run the same arithmetic.
     assert len(set(result["rows"][0]["last_loss"].values())) == 1
-    shown = capsys.readouterr().err
+    shown = capsys.readouterr().out
     assert "the engine adds" in shown and "overhead in CPU time, bfloat16, clipped" in shown
     assert not [record for record in caplog.records if record.name == "offload.deepspeed"], "it would be on stdout"
 
@@ -164,7 +164,7 @@ def test_update_reports_ours_beside_a_copy(tmp_path: Path, capsys: pytest.Captur
     updated = 28 * result["count"] / result["seconds"]["offload fp32"]["median"]
     assert result["share_of_copy"]["offload fp32"] == pytest.approx(updated / copied)
     (fallback,) = result["fallbacks"]
-    assert "separate torch operations" in fallback and fallback in capsys.readouterr().err
+    assert "separate torch operations" in fallback and fallback in capsys.readouterr().out
 
 
 # --- train --------------------------------------------------------------------------------------------------
@@ -208,7 +208,7 @@ def test_train_compares_the_runs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert set(one["bound"]) == {"compute_s", "to_host_s", "to_device_s", "host_update_s"}
     assert two["bound"]["compute_s"] == pytest.approx(2 * one["bound"]["compute_s"])
     assert one["share_of_link"]["to_host"] > 0 and one["step_over_resident"] > 0
-    assert "equal bit for bit" in capsys.readouterr().err
+    assert "equal bit for bit" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("torch_settings")
@@ -233,7 +233,7 @@ def test_train_goes_on_when_a_run_does_not_fit(
     assert "losses_equal_resident" not in result and row["share_of_bound"] > 0
     assert "host_update_s" not in row["bound"], "the optimizer was on the device"
     assert result["runs"]["gradients"]["stats"]["device_bytes"]["moments"] == 8 * result["parameters"]
-    assert "does not fit" in capsys.readouterr().err
+    assert "does not fit" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("torch_settings")

@@ -36,7 +36,7 @@ def test_activations_stand_beside_save_on_cpu(tmp_path: Path, capsys: pytest.Cap
     link = result["link"]
     assert 0.8 * link["units"] * link["unit_bytes"] <= link["moved_bytes"] < link["units"] * link["unit_bytes"]
     assert 0 < link["share"]["median"] < 1.1, "no faster than the rate that the link was given"
-    assert "equal bit for bit" in capsys.readouterr().err
+    assert "equal bit for bit" in capsys.readouterr().out
 
 
 def test_activations_that_come_back_changed_are_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:

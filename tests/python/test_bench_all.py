@@ -56,7 +56,7 @@ def test_adamw_stands_beside_its_ceilings_and_peers(tmp_path: Path, capsys: pyte
     assert (ceiling["side"], peer["side"]) == ("ceiling", "peer")
     assert fp32["share_of_ceiling"] == pytest.approx(ceiling["median"] / fp32["median"])
     assert fp32["times_as_fast_as"]["torch fp32 fused"] == pytest.approx(peer["median"] / fp32["median"])
-    assert "torch fp32 fused" in capsys.readouterr().err
+    assert "torch fp32 fused" in capsys.readouterr().out
 
 
 class _Peer(torch.optim.SGD):
@@ -93,7 +93,7 @@ def test_deepspeeds_update_runs_in_fp32(monkeypatch: pytest.MonkeyPatch, capsys:
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     variant = _bench_adamw._deepspeed(4098)
     variant.measure()
-    assert variant.name == "deepspeed fp32" and capsys.readouterr().out == "", "stdout is for the JSON"
+    assert variant.name == "deepspeed fp32" and capsys.readouterr().out == "", "stdout is for results"
 
 
 def test_a_cards_pinned_allocator_stands_beside_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,6 @@ def test_all_measures_every_part_into_one_report(
     path = tmp_path / "result.json"
     assert main(["bench", "all", "--quick", "--device", "cpu", "--json", str(path)]) == 0
     output, report = capsys.readouterr(), json.loads(path.read_text())
-    assert json.loads(output.out) == report
     assert list(bench_results(path)) == list(_bench.PARTS) == list(stubs)
     assert report["quick"] is True and report["environment"]["torch"] == torch.__version__
     assert all(options.quick and getattr(options, "device", "cpu") == "cpu" for options in stubs.values())
@@ -149,6 +148,19 @@ def test_all_measures_every_part_into_one_report(
     assert report["results"]["disk"]["arguments"] == {"quick": True, "disk_path": ".", "gib": 1}
     # The default device and the same one by its name are one.
     assert report["results"]["link"]["arguments"] == {"quick": True}
+    assert all(f"text of {part}" in output.out for part in _bench.PARTS) and "{" not in output.out
+    assert all(f"offload bench {part}: measuring" in output.err for part in _bench.PARTS)
+
+
+@pytest.mark.usefixtures("stubs")
+def test_json_in_the_place_of_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For whoever pipes it on: one object on stdout, nothing else, and no file of that name."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "all", "--quick", "--device", "cpu", "--json", "-"]) == 0
+    output = capsys.readouterr()
+    assert list(json.loads(output.out)["results"]) == list(_bench.PARTS) and not list(tmp_path.iterdir())
     assert all(f"text of {part}" in output.err for part in _bench.PARTS)
 
 

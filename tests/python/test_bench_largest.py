@@ -45,7 +45,7 @@ def test_it_trains_within_the_budgets(tmp_path: Path, capsys: pytest.CaptureFixt
     assert result["parameters"] == sum(map(math.prod, shapes(dataclasses.replace(TINY, layers=result["layers"]))))
     assert sum(stats["host_bytes"].values()) <= 4 * MIB and sum(stats["device_bytes"].values()) <= 1 * MIB
     assert stats["steps"] == len(result["run"]["losses"]) == 5 and row["tokens_per_s"] > 0
-    assert "parameters" in capsys.readouterr().err
+    assert "parameters" in capsys.readouterr().out
 
 
 def test_a_plan_alone_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,8 +35,7 @@ def test_link_reports_every_size_and_direction(tmp_path: Path, capsys: pytest.Ca
         assert row["gb_per_s"] > 0
         assert (row["copies_gb_per_s"] is None) == (row["copies"] is None)
     assert result["pin_refusal"] is None and result["sends_batches"] is True
-    output = capsys.readouterr()
-    assert "of raw copies" in output.err and json.loads(output.out)["results"]["link"] == result
+    assert "of raw copies" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("mode", ["to_host", "both"])

@@ -40,7 +40,7 @@ def test_predictions_are_written_first_and_measured_later(tmp_path: Path, capsys
         assert after["error"] == before["predicted_s"] / after["step_s"]["median"] - 1
     within = [abs(row["error"]) <= measured["tolerance"] for row in measured["rows"]]
     assert measured["within"] == sum(within) / len(within)
-    assert f"of {len(within)} settings" in capsys.readouterr().err
+    assert f"of {len(within)} settings" in capsys.readouterr().out
     assert torch.get_num_threads() == threads
 
 

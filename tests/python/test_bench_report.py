@@ -7,7 +7,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -212,7 +212,7 @@ def test_a_file_that_no_bench_wrote_is_named(content: str, tmp_path: Path, capsy
 class Recorder:
     """A Figure and its Axes: what was drawn, by image."""
 
-    images: dict[str, Any] = {}  # noqa: RUF012
+    images: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, **_: Any) -> None:
         self.lines: dict[str, tuple[list[float], list[float]]] = {}

@@ -18,7 +18,7 @@ def test_unified_stands_beside_the_hosts_update(tmp_path: Path, capsys: pytest.C
     result = bench_results(path)["unified"]
     assert set(result["seconds"]) == {"device", "unified", "half", "host"} and result["kind"] is None
     ((name, why),) = result["refused"].items()
-    assert name == "managed" and why in capsys.readouterr().err
+    assert name == "managed" and why in capsys.readouterr().out
     rates, taken = result["gb_per_s"], result["seconds"]["unified"]["median"]
     way = max(10 / rates["to_device"], 12 / rates["to_host"]) * result["count"] / 1e9
     assert result["share_of_link"] == {"unified": pytest.approx(way / taken)}

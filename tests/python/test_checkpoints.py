@@ -393,6 +393,38 @@ def test_weights_loaded_after_wrap_equal_wrapping_the_loaded_model(
     assert_bits(bits_of(model, optimizer), bits_of(expected, expected_optimizer))
 
 
+class Recurrent(nn.Module):
+    """Its recurrent layer has a list of its weights beside the parameters, and computes with that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(4, 4, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])
+
+
+@pytest.mark.parametrize("placement", [HOST, {**HOST, "params": "host"}], ids=["host", "streamed"])
+def test_a_recurrent_layer_trains_on_after_weights_were_assigned(placement: dict[str, Any]) -> None:
+    def losses(assign: bool) -> list[float]:
+        torch.manual_seed(0)
+        model, x = Recurrent(), torch.randn(2, 3, 4)
+        saved = {name: value * 0.5 for name, value in copy.deepcopy(model.state_dict()).items()}
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=0.1), **placement)
+        model.load_state_dict(saved, assign=assign)
+        found = []
+        for _ in range(3):
+            loss = model(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return found
+
+    assert losses(assign=True) == losses(assign=False)
+
+
 def test_assigning_to_a_submodule_while_an_update_runs_keeps_ties_and_parameters() -> None:
     model = make_model(tied=True)
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)

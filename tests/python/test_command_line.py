@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +70,35 @@ def test_the_nearest_word_is_named(
 )
 def test_numbers_say_what_is_legal(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
     assert words in refused(capsys, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option", "values"),
+    [
+        (["env", "--disk-path", "/a", "/b", "--disk-path", "/c"], "disk_path", ["/a", "/b", "/c"]),
+        (["train", "--disk-path", "/a", "--steps", "3", "--disk-path", "/b"], "disk_path", ["/a", "/b"]),
+        (["memory", "--disk-path", "/a", "--disk-path", "/b"], "disk_path", ["/a", "/b"]),
+        (["trace", "--disk-path", "/a", "--disk-path", "/b"], "disk_path", ["/a", "/b"]),
+        (["plan", "--batch", "2", "--batch", "4", "8"], "batch", [2, 4, 8]),
+        (["plan", "--tokens", "64", "--tokens", "128"], "tokens", [64, 128]),
+        (["bench", "train", "--tokens", "64", "--tokens", "128"], "tokens", [64, 128]),
+        (["bench", "train", "--offload", "optimizer", "--offload", "params"], "offload", ["optimizer", "params"]),
+        (["bench", "train", "--offload"], "offload", []),
+        (["bench", "train", "--beside", "torch", "--beside", "resident"], "beside", ["torch", "resident"]),
+    ],
+)
+def test_a_repeated_option_adds_to_its_values(arguments: list[str], option: str, values: list[Any]) -> None:
+    """And what is not given has its default, however often the parser is used."""
+    default = getattr(_parser().parse_args([a for a in arguments[:2] if not a.startswith("--")]), option)
+    parser = _parser()
+    for _ in range(2):
+        assert getattr(parser.parse_args(arguments), option) == values
+    assert getattr(parser.parse_args([a for a in arguments[:2] if not a.startswith("--")]), option) == default
+
+
+def test_a_repeated_option_of_one_value_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "bench", "disk", "--disk-path", "/a", "--disk-path", "/b")
+    assert "argument --disk-path: it takes one value here, and was given '/a' and '/b'" in said
 
 
 @pytest.mark.parametrize(
@@ -261,7 +291,7 @@ def test_every_json_is_one_object_on_stdout_with_the_keys_that_are_documented(
         "offload config explain --json": ["config", "explain", CONFIG, "--json"],
         "offload checkpoint show": ["checkpoint", "show", saved],
         "offload checkpoint export --json": ["checkpoint", "export", saved, "--out", weights, "--json"],
-        "offload bench": ["bench", "pool", "--quick"],
+        "offload bench --json -": ["bench", "pool", "--quick", "--json", "-"],
     }
     assert set(known) == set(shown)
     for command, arguments in shown.items():

@@ -206,7 +206,10 @@ def test_a_checkpoint_has_what_its_stream_has_not_computed_yet(
 
 def test_what_is_saved_waits_once_for_each_device(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[torch.device] = []
-    stream_of = lambda device: SimpleNamespace(synchronize=lambda: waited.append(device))  # noqa: E731
+
+    def stream_of(device: torch.device) -> Any:
+        return SimpleNamespace(synchronize=lambda: waited.append(device))
+
     monkeypatch.setattr(torch.cuda, "current_stream", stream_of)
     one, other = torch.device("cuda", 0), torch.device("cuda", 1)
     of = [Mock(spec=Tensor, device=device) for device in (one, other, one, torch.device("cpu"))]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from deepspeed_cases import BATCH, adam, quiet, refusal, zero
+from deepspeed_cases import BATCH, adam, quiet, refusal, schedule, zero
 from offload.deepspeed._config import load
 
 FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
@@ -49,6 +49,23 @@ FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32
         ({**BATCH, "optimizer": {"type": "SGD", "params": {"momentum": -1}}}, "params of SGD: Invalid momentum value"),
         (adam(torch_adam=True, fused=True, foreach=True), "params of AdamW: `fused` and `foreach` cannot be"),
         ({**BATCH, "scheduler": {"type": "StepLR"}}, "scheduler.params of StepLR: "),
+        (schedule("WarmupLR", warmup_num_steps=-1), "params.warmup_num_steps=-1: must be a whole number, 0 or more"),
+        (schedule("WarmupLR", warmup_min_lr=-0.5), "params.warmup_min_lr=-0.5: must be a number or a list of numbers"),
+        (schedule("WarmupLR", warmup_max_lr=[1.0, -1.0]), "params.warmup_max_lr=[1.0, -1.0]: must be a number or a"),
+        (schedule("WarmupLR", warmup_max_lr=["fast"]), "params.warmup_max_lr=['fast']: must be a number or a list of"),
+        (schedule("WarmupLR", warmup_min_lr=[]), "warmup_min_lr has 0 values: write one number, or a list"),
+        (schedule("WarmupLR", last_batch_iteration=-2), "last_batch_iteration=-2: must be a whole number, -1 or more"),
+        (
+            schedule("WarmupLR", warmup_min_lr=[0.1], warmup_max_lr=[1, 2]),
+            "scheduler.params: warmup_min_lr has 1 values, warmup_max_lr has 2 values: write one number, or a list",
+        ),
+        (schedule("WarmupCosineLR", total_num_steps=9, cos_min_ratio=-0.1), "cos_min_ratio=-0.1: must be a number, 0"),
+        (schedule("OneCycle", cycle_min_lr=-1, cycle_max_lr=1), "cycle_min_lr=-1: must be a number or a list"),
+        (
+            schedule("OneCycle", cycle_min_lr=0, cycle_max_lr=1, cycle_max_mom=1),
+            "cycle_max_mom=1: must be a number or a list of numbers, 0 or more and less than 1",
+        ),
+        (schedule("LRRangeTest", lr_range_test_min_lr=-1), "lr_range_test_min_lr=-1: must be a number or a list of"),
         ({**BATCH, "data_types": {"keep_in_fp32_modules": "norm"}}, "keep_in_fp32_modules='norm': must be 'auto' or"),
         ({**BATCH, "data_types": {"keep_in_fp32_modules": [3]}}, "keep_in_fp32_modules=[3]: must be 'auto' or a list"),
         (

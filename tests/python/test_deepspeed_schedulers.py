@@ -14,7 +14,9 @@ import torch
 
 from offload import InvalidArgument
 from offload.deepspeed import _schedulers
+from offload.deepspeed._config import load
 from offload.deepspeed._schedulers import LRRangeTest, OneCycle, WarmupCosineLR, WarmupDecayLR, WarmupLR
+from offload.deepspeed._surface_training import SCHEDULERS
 
 LOG3 = math.log(3) / math.log(4)
 
@@ -222,6 +224,7 @@ def test_fewer_steps_than_the_warmup_has_are_warned_of(kind: Callable[..., Any])
         (OneCycle, {"cycle_min_lr": 0.1, "cycle_max_lr": 1, "cycle_second_step_size": -1}, "cycle_second_step_size"),
         (OneCycle, {"cycle_min_lr": 0.1, "cycle_max_lr": 1, "decay_lr_rate": -1}, "decay_lr_rate"),
         (OneCycle, {"cycle_min_lr": 0.1, "cycle_max_lr": 1, "cycle_first_stair_count": 0.5}, "cycle_first_stair_count"),
+        (OneCycle, {"cycle_min_lr": 0.1, "cycle_max_lr": 1, "cycle_max_mom": 1}, "cycle_max_mom"),
         (LRRangeTest, {"lr_range_test_step_size": 0}, "lr_range_test_step_size"),
         (LRRangeTest, {"lr_range_test_min_lr": None}, "lr_range_test_min_lr"),
     ],
@@ -231,6 +234,51 @@ def test_bad_values_are_refused_and_change_nothing(kind: type[Any], parameters: 
     with pytest.raises(InvalidArgument, match=f"{name} is {parameters[name]!r}; give"):
         kind(optimizer, **parameters)
     assert written(optimizer) == [2] and optimizer.param_groups[0]["betas"] == (0.9, 0.999)
+
+
+# What each schedule needs beside the argument that is tried.
+NEEDED: dict[str, dict[str, Any]] = {
+    "WarmupDecayLR": {"total_num_steps": 9},
+    "WarmupCosineLR": {"total_num_steps": 9},
+    "OneCycle": {"cycle_min_lr": 0.1, "cycle_max_lr": 0.2},
+}
+NUMBERS = [
+    (section.path.split(".")[1], key.name)
+    for section in SCHEDULERS
+    for key in section.keys
+    if key.name not in ("warmup_type", "cycle_momentum", "lr_range_test_staircase")
+]
+
+
+def refusal_of(make: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    try:
+        make(*arguments, **options)
+    except InvalidArgument as error:
+        return str(error)
+    return ""
+
+
+# DeepSpeed's class, and so ours, takes parts of steps; its configs do not.
+OF_STEPS = ("cycle_first_step_size", "cycle_second_step_size", "decay_step_size")
+
+
+@pytest.mark.filterwarnings("ignore:total_num_steps is")
+@pytest.mark.parametrize(("name", "key"), NUMBERS)
+def test_a_config_and_the_class_refuse_the_same_numbers(name: str, key: str) -> None:
+    refused = []
+    for value in (-2, -1, -0.5, 0, 0.5, 1, 1.5, 2, [0.5], [-1], [1], math.nan, math.inf, -math.inf):
+        params = NEEDED.get(name, {}) | {key: value}
+        if key in OF_STEPS and value in (0.5, 1.5):
+            continue
+        config = {"train_batch_size": 8, "scheduler": {"type": name, "params": params}}
+        of_both = (refusal_of(load, config), refusal_of(getattr(_schedulers, name), optimizer_of(), **params))
+        said = [text for text in of_both if text]
+        if said:
+            by_config, by_class = said
+            assert f"scheduler.params.{key}={value!r}: must be a" in by_config
+            assert f"{key} is " in by_class and "; give a" in by_class
+            refused.append(value)
+    assert refused[-2:] == [math.inf, -math.inf]
 
 
 def test_a_bad_state_and_a_bad_optimizer_are_refused() -> None:

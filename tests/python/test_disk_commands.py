@@ -60,7 +60,7 @@ def test_env_without_disks_and_with_one_that_is_missing(capsys: pytest.CaptureFi
 
 
 def test_bench_reports_every_mode_and_side(disk_path: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 0
+    assert main(["bench", "disk", "--quick", "--disk-path", disk_path, "--json", "-"]) == 0
     output = capsys.readouterr()
     result = json.loads(output.out)["results"]["disk"]
     check_figures(result)
@@ -113,7 +113,7 @@ def test_fio_is_asked_where_it_is_installed(
     fio.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\necho \'{{"jobs": [{job}, {job}]}}\'\n')
     fio.chmod(0o755)
     monkeypatch.setenv("PATH", f"{fio.parent}:{os.environ['PATH']}")
-    assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 0
+    assert main(["bench", "disk", "--quick", "--disk-path", disk_path, "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)["results"]["disk"]
     assert [row["gb_per_s"]["fio"]["median"] for row in result["rows"]] == [8.0] * 3
     read, write, both = (tmp_path / "calls").read_text().splitlines()
@@ -196,7 +196,7 @@ def deepspeed(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 def test_deepspeeds_io_takes_its_turns(
     deepspeed: types.SimpleNamespace, disk_path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["bench", "disk", "--quick", "--disk-path", disk_path]) == 0
+    assert main(["bench", "disk", "--quick", "--disk-path", disk_path, "--json", "-"]) == 0
     result = json.loads(capsys.readouterr().out)["results"]["disk"]
     check_figures(result)
     figures = {one["name"]: one for one in result["figures"]}

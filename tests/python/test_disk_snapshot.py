@@ -22,8 +22,8 @@ import pytest
 import torch
 
 import offload
+from held_saves import CHANGES, HeldWriter, leave
 from offload import _disk_snapshot, _native, _running_save, _saving, _state_store, _stored_values
-from test_async_checkpoint import CHANGES, HeldWriter, held, leave  # noqa: F401
 from test_checkpoints import assert_bits, bits_of, steps
 from test_disk_states import on_disk
 from test_disk_states_faults import TRAINING, scratch_files
@@ -90,7 +90,7 @@ def test_the_files_are_those_of_a_save_that_waits(
     placement: Callable[[Path], dict[str, Any]],
     dtype: torch.dtype,
     change: Callable[..., None],
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     cloning_disk: Path,
     tmp_path: Path,
 ) -> None:
@@ -123,7 +123,7 @@ def test_the_files_are_those_of_a_save_that_waits(
 @pytest.mark.parametrize("placement", PLACEMENTS.values(), ids=PLACEMENTS.keys())
 def test_a_step_reads_copies_and_awaits_nothing_of_what_is_on_disk(
     placement: Callable[[Path], dict[str, Any]],
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     cloning_disk: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -154,7 +154,7 @@ def test_a_step_reads_copies_and_awaits_nothing_of_what_is_on_disk(
 
 
 def test_no_memory_is_asked_for(
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     cloning_disk: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -172,7 +172,7 @@ def test_no_memory_is_asked_for(
 
 
 def test_a_written_weight_and_what_it_was(
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     cloning_disk: Path,
     tmp_path: Path,
 ) -> None:
@@ -195,7 +195,7 @@ def test_a_written_weight_and_what_it_was(
 @pytest.mark.parametrize("refused", [False, True], ids=["cloned", "copied"])
 def test_weights_alone_are_those_of_the_call(
     refused: bool,
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     cloning_disk: Path,
     disk_calls: Calls,
     tmp_path: Path,
@@ -246,7 +246,7 @@ def test_before_the_first_step_there_are_weights_alone(cloning_disk: Path, tmp_p
 def test_a_refusal_is_shown_and_the_save_is_the_same(
     nth: int,
     code: int,
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     cloning_disk: Path,
     disk_calls: Calls,
     tmp_path: Path,
@@ -335,7 +335,7 @@ def clone_of(directory: Path) -> str:
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_ends_the_save_and_not_the_training(
     code: int,
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     pair_and_twin: Any,
     cloning_disk: Path,
     disk_calls: Calls,
@@ -360,7 +360,7 @@ def test_a_full_disk_ends_the_save_and_not_the_training(
 @pytest.mark.parametrize("fault", ["read", "flipped bit", "checkpoint's disk"])
 def test_a_failure_of_the_save_is_its_own(
     fault: str,
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     pair_and_twin: Any,
     cloning_disk: Path,
     disk_calls: Calls,
@@ -417,7 +417,7 @@ def test_a_writer_that_does_not_start_leaves_no_clone(
 
 
 def test_a_failed_update_leaves_the_save_as_it_was(
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     pair_and_twin: Any,
     disk_calls: Calls,
     tmp_path: Path,
@@ -442,7 +442,7 @@ def test_a_failed_update_leaves_the_save_as_it_was(
 
 
 def test_what_is_dropped_while_it_is_saved_goes_with_the_save(
-    held: HeldWriter,  # noqa: F811
+    held: HeldWriter,
     cloning_disk: Path,
     tmp_path: Path,
 ) -> None:

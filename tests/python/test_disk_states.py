@@ -79,6 +79,37 @@ def test_every_native_optimizer(kind: str, dtype: torch.dtype, tmp_path: Path) -
     assert len(trained.optimizer._engine.homes.store.store.stats()) == 2
 
 
+@pytest.mark.parametrize("params", ["device", "host", "disk"])
+def test_a_frozen_model_has_a_disk_for_what_trains_later(params: str, tmp_path: Path) -> None:
+    def trained(**placement: Any) -> Run:
+        model = wide().requires_grad_(False)
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        optimizer.step()
+        model.blocks.requires_grad_(True)
+        return train(model, optimizer, steps=3)
+
+    found = trained(**on_disk(tmp_path, params=params))
+    assert_same_bits(found, trained(**RESIDENT, params="device"))
+    assert found.optimizer.stats().disk["written_bytes"] > 0
+
+
+def test_what_trains_later_may_take_more_an_element(tmp_path: Path) -> None:
+    """bf16 blocks train at first, with masters of half the size, and then the fp32 rest too."""
+
+    def trained(**placement: Any) -> Run:
+        model = wide(vocabulary=200).requires_grad_(False)
+        model.blocks.to(torch.bfloat16).requires_grad_(True)
+        model.norm.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+        model.embedding.register_forward_hook(lambda *given: given[-1].bfloat16())
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
+        train(model, optimizer, steps=2)
+        model.requires_grad_(True)
+        return train(model, optimizer, steps=2)
+
+    # The smallest window ends at pages that hide the difference.
+    assert_same_bits(trained(**on_disk(tmp_path, disk_window="4MiB")), trained(**RESIDENT))
+
+
 class Odd(nn.Module):
     """Parameters of every layout: transposed, with a dimension of one, of one element, of none, one never used."""
 

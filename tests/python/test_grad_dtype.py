@@ -227,3 +227,17 @@ def test_the_engine_adds_up_as_the_config_says(accumulation: int) -> None:
             total += gradient.float()
     assert all(same_bits(p.grad + 0.0, wide) for p, wide in zip(engine.module.parameters(), sums, strict=True))
     engine.step()
+
+
+@needs_grad_dtype
+def test_gradients_are_not_converted() -> None:
+    """By what converts no parameter, and would narrow these."""
+    model = make_model(torch.bfloat16)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST, grad_dtype="fp32")
+    loss_of(model, next(batches(1))).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    with pytest.raises(offload.StateError, match="the gradient of embedding.weight of a wrapped model would become"):
+        model.to(torch.bfloat16)
+    for p, gradient in zip(model.parameters(), before, strict=True):
+        assert p.grad is not None and same_bits(p.grad, gradient)
+    optimizer.step()

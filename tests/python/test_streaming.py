@@ -224,7 +224,7 @@ def test_absent_weights_cannot_be_read_or_written(dtype: torch.dtype) -> None:
         lambda: weight + 1, lambda: weight.detach(), lambda: weight.data, lambda: weight.clone(), lambda: weight[0],
         lambda: weight.untyped_storage(), lambda: weight.data_ptr(), lambda: weight.norm(), lambda: weight.tolist(),
         lambda: torch.stack([weight]), lambda: torch._foreach_norm([weight]), lambda: weight.fill_(0),
-        lambda: model.half(), lambda: model.to(torch.float64),
+        lambda: weight.half(), lambda: weight.to(torch.float64),
     ]  # fmt: skip
     for read in reads:
         with pytest.raises(offload.StateError, match=r"blocks\.0\.up\.weight|embedding\.weight") as raised:

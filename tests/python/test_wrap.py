@@ -335,7 +335,8 @@ def test_new_storage_for_a_parameter_is_followed(dtype: torch.dtype, resync: boo
 def test_another_dtype_after_wrap_is_refused(placement: dict[str, str]) -> None:
     model = make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **placement)
-    model.bfloat16()
+    for p in model.parameters():  # which model.bfloat16() would refuse
+        p.data = p.data.bfloat16()
     loss_of(model, next(batches(1))).backward()
     with pytest.raises(offload.StateError, match=r"embedding\.weight.*unwrap"):
         optimizer.step()

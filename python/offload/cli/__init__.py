@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from ._arguments import Parser, amount, count, ending, place_or_share, positive, seed
+from ._arguments import Parser, Several, amount, count, ending, place_or_share, positive, seed
 from ._bench_options import add_bench
 from ._plan_options import add_plan
 
@@ -146,7 +146,9 @@ def _add_env(commands: argparse._SubParsersAction[Parser]) -> None:
         description="Shows host, device and disks as offload finds them, and why a slower way is taken.",
         epilog=ending("offload env", "offload env --disk-path /nvme0 /nvme1", "offload env --json > bug-report.json"),
     )
-    env.add_argument("--disk-path", nargs="+", default=(), metavar="DIR", help="directories for the disk tier")
+    env.add_argument(
+        "--disk-path", nargs="+", action=Several, default=(), metavar="DIR", help="directories for the disk tier"
+    )
     env.add_argument("--json", action="store_true", help="one JSON object")
 
 
@@ -200,7 +202,9 @@ def _add_training(train: Parser, *, steps: int) -> None:
         help="where optimizer states are: host (default), device, disk, unified, auto, the host's share, as 0.7, or "
         "shares of several, as unified=0.6,host=0.4",
     )
-    train.add_argument("--disk-path", nargs="+", default=None, metavar="DIR", help="directories for what is on disk")
+    train.add_argument(
+        "--disk-path", nargs="+", action=Several, default=None, metavar="DIR", help="directories for what is on disk"
+    )
     train.add_argument("--host-budget", default=None, metavar="SIZE", help="on the host, as '8GiB' (default: measured)")
     train.add_argument(
         "--params",

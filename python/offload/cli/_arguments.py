@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Parser", "amount", "count", "ending", "place_or_share", "positive", "seed"]
+__all__ = ["Once", "Parser", "Several", "amount", "count", "ending", "place_or_share", "positive", "seed"]
 
 EXIT_USAGE = 2
 
@@ -60,6 +60,28 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"offload: {message}\n`{self.prog} --help` says more", file=sys.stderr)
         sys.exit(EXIT_USAGE)
+
+
+class Several(argparse.Action):
+    """Of an option with several values: given again it adds to them. What is given at all replaces the default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(() if before is self.default else before), *values])
+
+
+class Once(argparse.Action):
+    """Of an option with one value that has several elsewhere: given again it is an error."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, _: Any = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if before is not self.default:
+            raise argparse.ArgumentError(self, f"it takes one value here, and was given {before!r} and {values!r}")
+        setattr(namespace, self.dest, values)
 
 
 def positive(text: str) -> int:

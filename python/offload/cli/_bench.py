@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -36,12 +36,13 @@ PARTS = (
 )
 # What `all` asks of a part on the CPU, beside its defaults: there both tiers are one memory.
 _ON_CPU = {"largest": ("--device-budget", "1MiB", "--host-budget", "4MiB")}
+_STDOUT = Path("-")  # of --json
 # Options that no figure depends on; which device it was stands in the results.
 _NOT_MEASURED = {"json", "compare", "command", "part", "device"}
 
 
 def run_bench(options: argparse.Namespace) -> int:
-    """Measures `options.part` (or all of them), prints tables on stderr, and the JSON unless both are a terminal.
+    """Measures `options.part` (or all of them) and prints tables, with `--json -` on stderr, as JSON is on stdout then.
 
     The exit code is 1 if offloaded and resident losses were not equal bit for bit, if a part of `all` failed, or if a
     figure of ours is worse than in the result that `options.compare` names.
@@ -49,7 +50,9 @@ def run_bench(options: argparse.Namespace) -> int:
     The file that was asked for is written whenever a part has something new: a long run that is stopped leaves what
     it had.
     """
-    check_writable("--json", options.json)
+    in_place_of_tables = options.json == _STDOUT
+    path, tables = (None, sys.stderr) if in_place_of_tables else (options.json, sys.stdout)
+    check_writable("--json", path)
     chosen = PARTS if options.part == "all" else (options.part,)
     report: dict[str, Any] = {"schema_version": _SCHEMA_VERSION, "environment": environment(), "results": {}}
     report["quick"] = options.quick
@@ -63,19 +66,19 @@ def run_bench(options: argparse.Namespace) -> int:
         try:
             for result in _measured(part, _options_of(part, options)):
                 report["results"][part] = result
-                _write(options.json, report)
+                _write(path, report)
         except Exception as error:  # whatever fails in one part of `all` is to cost no other
             if options.part != "all":
                 raise
             missing = isinstance(error, ModuleNotFoundError)
             outcome = {"unavailable": str(error)} if missing else {"failed": f"{type(error).__name__}: {error}"}
             report["results"][part] = {**report["results"].get(part, {}), **outcome}
-        show(_pieces(part, report["results"][part]), file=sys.stderr)
+        show(_pieces(part, report["results"][part]), file=tables)
     worse = False
     if earlier is not None:
-        worse = _compare(earlier, report)
-    _write(options.json, report)
-    if not (sys.stdout.isatty() and sys.stderr.isatty()):  # it would bury the tables
+        worse = _compare(earlier, report, tables)
+    _write(path, report)
+    if in_place_of_tables:
         print(json.dumps(report, indent=2))
     results = report["results"].values()
     # Only `train` compares losses; other parts have no such key.
@@ -125,12 +128,12 @@ def _pieces(part: str, result: Mapping[str, Any]) -> list[Piece]:
     return [*shown, *absent_peers(result), ""]
 
 
-def _compare(earlier: Mapping[str, Any], report: dict[str, Any]) -> bool:
+def _compare(earlier: Mapping[str, Any], report: dict[str, Any], tables: TextIO) -> bool:
     """Adds the comparison to the report, shows it, and tells whether a figure of ours is worse."""
     from ._bench_compare import compare, comparison_lines, comparison_table
 
     report["comparison"] = compared = compare(earlier, report)
-    show([*comparison_table(compared), *comparison_lines(compared)], file=sys.stderr)
+    show([*comparison_table(compared), *comparison_lines(compared)], file=tables)
     return bool(compared["counts"]["worse"])
 
 

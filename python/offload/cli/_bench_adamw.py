@@ -194,7 +194,7 @@ def _torch_bf16(count: int) -> _Variant:
 
 
 def _deepspeed(count: int) -> _Variant:
-    with contextlib.redirect_stdout(sys.stderr):  # it builds its kernels aloud; stdout is for the JSON
+    with contextlib.redirect_stdout(sys.stderr):  # it builds its kernels aloud; stdout is for results
         adam = importlib.import_module("deepspeed.ops.adam").DeepSpeedCPUAdam
         parameter = torch.nn.Parameter(torch.randn(count))
         parameter.grad = torch.randn(count)

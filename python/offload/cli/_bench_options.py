@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._arguments import Parser, ending, positive
+from ._arguments import Once, Parser, Several, ending, positive
 
 __all__ = ["add_bench"]
 
@@ -20,7 +20,7 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         "bench",
         help="measure one part against its bound",
         description="Each part measures what the machine gives, what offload makes of it and what the peers that are "
-        "installed do, in turns, and checks the bytes that it moved. Tables go to stderr, JSON to stdout.",
+        "installed do, in turns, and checks the bytes that it moved. Shows tables; `--json` has all samples.",
         epilog=ending(
             "offload bench all --quick",
             "offload bench adamw --json result.json",
@@ -31,7 +31,13 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     shared = Parser(add_help=False)
     shared.add_argument("--quick", action="store_true", help="small sizes, few repeats: shows that it runs")
-    shared.add_argument("--json", type=Path, default=None, metavar="FILE", help="also write the result to FILE")
+    shared.add_argument(
+        "--json",
+        type=Path,
+        default=None,
+        metavar="FILE",
+        help="also write the result to FILE; with - to stdout, and tables to stderr",
+    )
     shared.add_argument(
         "--compare",
         type=Path,
@@ -71,14 +77,22 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def _add_bench_disk(disk: Parser) -> None:
-    disk.add_argument("--disk-path", default=".", metavar="DIR", help="a directory on the disk (default: this one)")
+    disk.add_argument(
+        "--disk-path", action=Once, default=".", metavar="DIR", help="a directory on the disk (default: this one)"
+    )
     disk.add_argument("--gib", type=positive, default=1, help="GiB of the file (default 1; with --quick 32 MiB)")
 
 
 def _add_bench_train(train: Parser) -> None:
     train.add_argument("--size", choices=("tiny", "1b", "8b"), default="tiny", help="of the model (default tiny)")
     train.add_argument(
-        "--tokens", type=positive, nargs="+", default=None, metavar="N", help="tokens a step (default: by size)"
+        "--tokens",
+        type=positive,
+        nargs="+",
+        action=Several,
+        default=None,
+        metavar="N",
+        help="tokens a step (default: by size)",
     )
     train.add_argument("--micro-batch", type=positive, default=None, help="tokens a backward (default: all of a step)")
     train.add_argument("--vocabulary", type=positive, default=None, help="of the model (default: by size)")
@@ -86,6 +100,7 @@ def _add_bench_train(train: Parser) -> None:
     train.add_argument(
         "--offload",
         nargs="*",
+        action=Several,
         default=["optimizer+gradients"],
         metavar="KINDS",
         help="placements: kinds on the host (optimizer, gradients, params, activations) joined by +, or a share of one "
@@ -95,6 +110,7 @@ def _add_bench_train(train: Parser) -> None:
     train.add_argument(
         "--beside",
         nargs="*",
+        action=Several,
         choices=("compute", "resident", "torch", "fsdp2", "torchao", "deepspeed"),
         default=None,
         metavar="RUN",

@@ -137,7 +137,7 @@ class DeepSpeed(_Peer):
         os.environ.update(RANK="0", LOCAL_RANK=str(device.index or 0), WORLD_SIZE="1")
         if device.type == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for the JSON
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
             deepspeed = _imported("deepspeed")
             # Master, two moments and gradient in fp32, a gradient of 16 bits twice.
             _require_host_bytes(20 * size.count, host_budget)

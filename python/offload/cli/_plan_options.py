@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._arguments import Parser, count, positive
+from ._arguments import Parser, Several, count, positive
 
 __all__ = ["add_plan"]
 
@@ -101,11 +101,14 @@ def _add_training(plan: Parser) -> None:
         "--batch",
         type=positive,
         nargs="+",
+        action=Several,
         default=[1, 4, 16],
         metavar="N",
         help="sequences a step and GPU, one or several numbers (default 1 4 16)",
     )
-    size.add_argument("--tokens", type=positive, nargs="+", metavar="N", help="or tokens a step and GPU")
+    size.add_argument(
+        "--tokens", type=positive, nargs="+", action=Several, metavar="N", help="or tokens a step and GPU"
+    )
     training.add_argument("--length", type=positive, default=2048, metavar="N", help="tokens a sequence (default 2048)")
     training.add_argument(
         "--no-checkpointing", action="store_true", help="keep activations instead of recomputing blocks in backward"

@@ -138,6 +138,10 @@ def resolve_scheduler(section: Mapping[str, Any], report: Report) -> Scheduler |
             "DeepSpeed does"
         )
         values["warmup_type"] = "log"
+    lists = {key: len(value) for key, value in values.items() if isinstance(value, list)}
+    if len(set(lists.values())) > 1 or 0 in lists.values():
+        told = ", ".join(f"{key} has {count} values" for key, count in lists.items())
+        report.errors.append(f"scheduler.params: {told}: write one number, or a list with one for each parameter group")
     return Scheduler(name, _constructor_arguments(values, values))
 
 

@@ -10,7 +10,7 @@ from ._sections import SECTIONS
 from ._surface import REQUIRED, Key, Section
 from ._surface_elsewhere import ENVIRONMENT
 from ._surface_training import REFUSED_OPTIMIZERS
-from ._values import kind_text
+from ._values import kind_text, limits_text
 
 __all__ = ["document"]
 
@@ -153,9 +153,7 @@ def _row(section: Section, key: Key) -> str:
         standing, text = "section", f"See [{_title(inside)}](#{_anchor(inside)})."
     if key.trainer:
         text += f" `auto`: {key.trainer}."
-    legal = kind_text(key.kind)
-    if key.low is not None:
-        legal += f", {key.low:g} to {key.high:g}" if key.high is not None else f", {key.low:g} or more"
+    legal = kind_text(key.kind) + limits_text(key)
     return "| " + " | ".join((name, legal, _default(key.default), standing, text)) + " |"
 
 

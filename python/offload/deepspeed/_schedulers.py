@@ -17,9 +17,14 @@ from torch.optim import Optimizer
 
 from offload import InvalidArgument
 
+from ._surface import Key
+from ._surface_training import SCHEDULERS
+from ._values import limits_text
+
 __all__ = ["LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR"]
 
 _WARMUP_TYPES = ("log", "linear")
+_SECTIONS = {section.path.removeprefix("scheduler."): section for section in SCHEDULERS}
 _ONE_CYCLE_BETA2 = 0.99  # what OneCycle makes of the second beta whenever it cycles the first
 
 
@@ -30,7 +35,7 @@ class _Schedule:
         if not isinstance(optimizer, Optimizer):
             raise InvalidArgument(f"optimizer is a {type(optimizer).__name__}; give a torch.optim.Optimizer")
         self.optimizer = optimizer
-        self.last_batch_iteration = _count("last_batch_iteration", last_batch_iteration, least=-1)
+        self.last_batch_iteration = self._count("last_batch_iteration", last_batch_iteration)
         self._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
 
     def _begin(self) -> None:
@@ -50,7 +55,7 @@ class _Schedule:
         """Goes on to the next iteration, or to the one given, and writes its values to the groups."""
         if last_batch_iteration is None:
             last_batch_iteration = self.last_batch_iteration + 1
-        self.last_batch_iteration = _count("last_batch_iteration", last_batch_iteration, least=-1)
+        self.last_batch_iteration = self._count("last_batch_iteration", last_batch_iteration)
         self._write()
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,7 +68,7 @@ class _Schedule:
                 f"{type(self).__name__} cannot load {sorted(state_dict)}: give what its state_dict() returned, "
                 "which has 'last_batch_iteration'"
             )
-        self.last_batch_iteration = _count("last_batch_iteration", state_dict["last_batch_iteration"], least=-1)
+        self.last_batch_iteration = self._count("last_batch_iteration", state_dict["last_batch_iteration"])
         self._last_lr = self.get_lr()
 
     def _write(self) -> None:
@@ -74,6 +79,37 @@ class _Schedule:
             else:
                 group["lr"] = lr
 
+    def _key(self, name: str) -> Key:
+        """The row of an argument in the table of keys, which says what numbers are legal in configs and here."""
+        sections = (_SECTIONS.get(kind.__name__) for kind in type(self).__mro__)  # a user's class may derive from it
+        found = next(section for section in sections if section is not None).find(name)
+        assert found is not None
+        return found
+
+    def _number(self, name: str, value: Any) -> float:
+        key = self._key(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and math.isfinite(value) and key.holds(value)):
+            raise InvalidArgument(f"{name} is {value!r}; give a finite number{limits_text(key)}")
+        return float(value)
+
+    def _count(self, name: str, value: Any) -> int:
+        """A whole number; JSON may write one as 1e6."""
+        key = self._key(name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not (is_number and key.holds(value) and value % 1 == 0):
+            raise InvalidArgument(f"{name} is {value!r}; give a whole number{limits_text(key)}")
+        return int(value)
+
+    def _by_group(self, name: str, value: Any) -> list[float]:
+        """One number for each group."""
+        count = len(self.optimizer.param_groups)
+        values: Iterable[Any] = value if isinstance(value, (list, tuple)) else [value] * count
+        numbers = [self._number(name, one) for one in values]
+        if len(numbers) != count:
+            raise InvalidArgument(f"{name} has {len(numbers)} values; give one number, or {count}: one for each group")
+        return numbers
+
 
 class _Warmup(_Schedule):
     """What the three schedules with a warm-up share. A warm-up of 1 step lasts 2, as DeepSpeed's; of 0, none."""
@@ -82,7 +118,7 @@ class _Warmup(_Schedule):
         self, optimizer: Optimizer, warmup_num_steps: int, warmup_type: str, last_batch_iteration: int
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
-        steps = _count("warmup_num_steps", warmup_num_steps, least=0)
+        steps = self._count("warmup_num_steps", warmup_num_steps)
         self.warmup_num_steps = max(2, steps) if steps else 0
         if warmup_type not in _WARMUP_TYPES:
             warnings.warn(
@@ -129,10 +165,8 @@ class WarmupLR(_Warmup):
         last_batch_iteration: int = -1,
     ) -> None:
         super().__init__(optimizer, warmup_num_steps, warmup_type, last_batch_iteration)
-        self.min_lrs = _by_group(optimizer, "warmup_min_lr", warmup_min_lr)
-        self.max_lrs = (
-            self.get_last_lr() if warmup_max_lr is None else _by_group(optimizer, "warmup_max_lr", warmup_max_lr)
-        )
+        self.min_lrs = self._by_group("warmup_min_lr", warmup_min_lr)
+        self.max_lrs = self.get_last_lr() if warmup_max_lr is None else self._by_group("warmup_max_lr", warmup_max_lr)
         self._begin()
 
     def get_lr(self) -> list[float]:
@@ -156,7 +190,7 @@ class WarmupDecayLR(WarmupLR):
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        self.total_num_steps = _count("total_num_steps", total_num_steps, least=1)
+        self.total_num_steps = self._count("total_num_steps", total_num_steps)
         super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration)
         self._warn_if_shorter_than_warmup(self.total_num_steps)
 
@@ -183,9 +217,9 @@ class WarmupCosineLR(_Warmup):
         last_batch_iteration: int = -1,
     ) -> None:
         super().__init__(optimizer, warmup_num_steps, warmup_type, last_batch_iteration)
-        self.total_num_steps = _count("total_num_steps", total_num_steps, least=1)
-        self.warmup_min_ratio = _number("warmup_min_ratio", warmup_min_ratio, least=0)
-        self.cos_min_ratio = _number("cos_min_ratio", cos_min_ratio, least=0)
+        self.total_num_steps = self._count("total_num_steps", total_num_steps)
+        self.warmup_min_ratio = self._number("warmup_min_ratio", warmup_min_ratio)
+        self.cos_min_ratio = self._number("cos_min_ratio", cos_min_ratio)
         self.org_lrs = self.get_last_lr()
         self._warn_if_shorter_than_warmup(self.total_num_steps)
         self._begin()
@@ -234,24 +268,22 @@ class OneCycle(_Schedule):
         last_batch_iteration: int = -1,
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
-        self.first_step_size = _number("cycle_first_step_size", cycle_first_step_size, least=0)
-        if self.first_step_size == 0:
-            raise InvalidArgument("cycle_first_step_size is 0; give a number of steps above 0")
+        self.first_step_size = self._number("cycle_first_step_size", cycle_first_step_size)
         self.second_step_size = self.first_step_size
         if cycle_second_step_size is not None:
-            self.second_step_size = _number("cycle_second_step_size", cycle_second_step_size, least=0)
+            self.second_step_size = self._number("cycle_second_step_size", cycle_second_step_size)
         self.total_size = self.first_step_size + self.second_step_size
-        self.first_stair_count = _count("cycle_first_stair_count", cycle_first_stair_count, least=0)
+        self.first_stair_count = self._count("cycle_first_stair_count", cycle_first_stair_count)
         self.second_stair_count = self.first_stair_count
         if cycle_second_stair_count is not None:
-            self.second_stair_count = _count("cycle_second_stair_count", cycle_second_stair_count, least=0)
-        self.decay_step_size = _number("decay_step_size", decay_step_size, least=0)
-        self.decay_lr_rate = _number("decay_lr_rate", decay_lr_rate, least=0)
-        self.decay_mom_rate = _number("decay_mom_rate", decay_mom_rate)
-        self.min_lrs = _by_group(optimizer, "cycle_min_lr", cycle_min_lr)
-        self.max_lrs = _by_group(optimizer, "cycle_max_lr", cycle_max_lr)
-        self.min_moms = _by_group(optimizer, "cycle_min_mom", cycle_min_mom)
-        self.max_moms = _by_group(optimizer, "cycle_max_mom", cycle_max_mom)
+            self.second_stair_count = self._count("cycle_second_stair_count", cycle_second_stair_count)
+        self.decay_step_size = self._number("decay_step_size", decay_step_size)
+        self.decay_lr_rate = self._number("decay_lr_rate", decay_lr_rate)
+        self.decay_mom_rate = self._number("decay_mom_rate", decay_mom_rate)
+        self.min_lrs = self._by_group("cycle_min_lr", cycle_min_lr)
+        self.max_lrs = self._by_group("cycle_max_lr", cycle_max_lr)
+        self.min_moms = self._by_group("cycle_min_mom", cycle_min_mom)
+        self.max_moms = self._by_group("cycle_max_mom", cycle_max_mom)
         self.cycle_momentum = cycle_momentum
         if cycle_momentum and "betas" not in optimizer.defaults:
             warnings.warn(
@@ -335,9 +367,9 @@ class LRRangeTest(_Schedule):
         last_batch_iteration: int = -1,
     ) -> None:
         super().__init__(optimizer, last_batch_iteration)
-        self.min_lr = _by_group(optimizer, "lr_range_test_min_lr", lr_range_test_min_lr)
-        self.step_size = _count("lr_range_test_step_size", lr_range_test_step_size, least=1)
-        self.step_rate = _number("lr_range_test_step_rate", lr_range_test_step_rate)
+        self.min_lr = self._by_group("lr_range_test_min_lr", lr_range_test_min_lr)
+        self.step_size = self._count("lr_range_test_step_size", lr_range_test_step_size)
+        self.step_rate = self._number("lr_range_test_step_rate", lr_range_test_step_rate)
         self.staircase = lr_range_test_staircase
         self._begin()
 
@@ -346,27 +378,3 @@ class LRRangeTest(_Schedule):
         if self.staircase:
             intervals = math.floor(intervals)
         return [low * (1 + self.step_rate * intervals) for low in self.min_lr]
-
-
-def _number(name: str, value: Any, least: float = -math.inf) -> float:
-    legal = f"a finite number of at least {least}" if math.isfinite(least) else "a finite number"
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < least:
-        raise InvalidArgument(f"{name} is {value!r}; give {legal}")
-    return float(value)
-
-
-def _count(name: str, value: Any, least: int) -> int:
-    """A whole number; JSON may write one as 1e6."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value < least or value % 1 != 0:
-        raise InvalidArgument(f"{name} is {value!r}; give a whole number of at least {least}")
-    return int(value)
-
-
-def _by_group(optimizer: Optimizer, name: str, value: Any) -> list[float]:
-    """One number for each group."""
-    count = len(optimizer.param_groups)
-    values: Iterable[Any] = value if isinstance(value, (list, tuple)) else [value] * count
-    numbers = [_number(name, one, least=0) for one in values]
-    if len(numbers) != count:
-        raise InvalidArgument(f"{name} has {len(numbers)} values; give one number, or {count}: one for each group")
-    return numbers

@@ -23,7 +23,7 @@ OBJECT = "object?"
 class Key:
     """One key of a section.
 
-    kind, default, low, high: what values are legal, both ends included; DeepSpeed's of the day.
+    kind, default, low, high, below: what values are legal, low and high included; DeepSpeed's of the day.
     text: honoured: what the key does here; accepted: why it has no effect; refused: what to write instead.
     harmless: of a refused key: the values that ask for nothing, and pass.
     also: a second spelling that DeepSpeed accepts without a word.
@@ -39,12 +39,21 @@ class Key:
     text: str
     low: float | None = None
     high: float | None = None
+    below: float | None = None
     harmless: tuple[Any, ...] = ()
     also: str | None = None
     now: str | None = None
     now_value: Any = None
     trainer: str | None = None
     aloud: bool = False
+
+    def holds(self, number: float) -> bool:
+        """Whether a number is within the limits."""
+        return (
+            (self.low is None or number >= self.low)
+            and (self.high is None or number <= self.high)
+            and (self.below is None or number < self.below)
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ._surface import Key, Kind
 
-__all__ = ["coerce", "kind_text", "switched_on"]
+__all__ = ["coerce", "kind_text", "limits_text", "switched_on"]
 
 _TRUE = ("true", "1", "on", "t", "y", "yes")
 _FALSE = ("false", "0", "off", "f", "n", "no")
@@ -32,8 +32,7 @@ def coerce(value: Any, key: Key, any_case: bool) -> Any:
             typed = _CONVERSIONS[name](value)
         except (ValueError, OverflowError):
             continue
-        low, high = key.low, key.high
-        if name in ("int", "float") and ((low is not None and typed < low) or (high is not None and typed > high)):
+        if name in _NUMBERS and not all(map(key.holds, typed if name == "numbers" else [typed])):
             break
         return typed
     raise ValueError(_rule(key))
@@ -45,6 +44,14 @@ def kind_text(kind: Kind) -> str:
         return " or ".join(str(choice) for choice in kind)
     words = [_WORDS[name] for name in kind.removesuffix("?").split("|")]
     return " or ".join([*words, "null"] if kind.endswith("?") else words)
+
+
+def limits_text(key: Key) -> str:
+    """What numbers a key takes, to be put behind the name of its type."""
+    if key.low is not None and key.high is not None:
+        return f" from {key.low:g} to {key.high:g}"
+    low = "" if key.low is None else f", {key.low:g} or more"
+    return low if key.below is None else f"{low} and less than {key.below:g}"
 
 
 def switched_on(value: Any) -> bool:
@@ -88,10 +95,7 @@ def _rule(key: Key) -> str:
     if isinstance(key.kind, tuple):
         names = [repr(choice) for choice in key.kind]
         return f"must be {', '.join(names[:-1])} or {names[-1]}"
-    text = f"must be {kind_text(key.kind)}"
-    if key.low is not None and key.high is not None:
-        return f"{text} from {key.low:g} to {key.high:g}"
-    return text if key.low is None else f"{text}, {key.low:g} or more"
+    return f"must be {kind_text(key.kind)}{limits_text(key)}"
 
 
 def _bool(value: Any) -> bool:
@@ -120,6 +124,10 @@ def _float(value: Any) -> float:
     return number
 
 
+def _numbers(value: Any) -> list[float]:
+    return [_float(one) for one in _of(list, tuple)(value)]
+
+
 def _of(*types: type) -> Callable[[Any], Any]:
     def conversion(value: Any) -> Any:
         if isinstance(value, types):
@@ -133,6 +141,7 @@ def _path(value: Any) -> Path:
     return Path(_of(str, Path)(value))
 
 
+_NUMBERS = ("int", "float", "numbers")  # what limits are of
 _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "bool": _bool,
     "int": _int,
@@ -140,6 +149,7 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "str": _of(str),
     "path": _path,
     "list": _of(list, tuple),
+    "numbers": _numbers,
     "object": _of(Mapping),
     "any": lambda value: value,
 }
@@ -150,6 +160,7 @@ _WORDS = {
     "str": "text",
     "path": "a path",
     "list": "a list",
+    "numbers": "a list of numbers",
     "object": "an object",
     "any": "anything",
 }
