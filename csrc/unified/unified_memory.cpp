@@ -32,9 +32,9 @@ constexpr unsigned kNonBlocking = 0x1;           // CU_STREAM_NON_BLOCKING
 constexpr CudaResult kNotSupported = 801;        // CUDA_ERROR_NOT_SUPPORTED
 constexpr size_t kLocationsAtMost = size_t{32};  // of one range: more devices than a host has
 
-// CUDA_ERROR_STREAM_CAPTURE_*: refused because a thread captures a CUDA graph.
-constexpr CudaResult kFirstOfCaptures = 900;
-constexpr CudaResult kLastOfCaptures = 908;
+// Refused because a thread captures a CUDA graph.
+constexpr CudaResult kFirstOfCaptures = 900;  // CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
+constexpr CudaResult kLastOfCaptures = 908;   // CUDA_ERROR_STREAM_CAPTURE_WRONG_THREAD
 
 // Memory of a block that ended while a CUDA graph was captured.
 struct Unfreed {

@@ -297,7 +297,7 @@ def _plan(
         measure=None if others else _measure(device, settings),
         notes=[f"{name}: what it keeps is not known before it runs, two fp32 moments are charged" for name in others],
     )
-    if plan.optimizer == "unified" and advised_against(memory_kind):
+    if advised_against(memory_kind) and plan.optimizer == "unified":
         why = next(line for line in plan.reason if line.startswith("unified: "))
         warnings.warn(f"optimizer='unified': {why}", stacklevel=3)  # the caller of wrap()
     return plan

@@ -224,15 +224,15 @@ def test_tables_of_the_commands_fit_without_breaking_a_word(room: int) -> None:
 # --- the commands: what is drawn has the cells of the plain text ----------------------------------------------------
 
 
-def both(monkeypatch: pytest.MonkeyPatch, command: Callable[[], object], stream: str = "stdout") -> tuple[str, str]:
+def both(monkeypatch: pytest.MonkeyPatch, command: Callable[[], object]) -> tuple[str, str]:
     """What a command writes to a wide terminal, and what to a pipe."""
     monkeypatch.setenv("COLUMNS", "400")
     with monkeypatch.context() as patch, Terminal(400) as terminal:
-        patch.setattr(sys, stream, terminal.file)
+        patch.setattr(sys, "stdout", terminal.file)
         command()
     with monkeypatch.context() as patch:
         pipe = io.StringIO()
-        patch.setattr(sys, stream, pipe)
+        patch.setattr(sys, "stdout", pipe)
         command()
     assert RULE in terminal.text() and RULE not in pipe.getvalue() and "\x1b" not in pipe.getvalue()
     return terminal.text(), pipe.getvalue()
@@ -297,7 +297,7 @@ def test_bench_compare(monkeypatch: pytest.MonkeyPatch) -> None:
     for figure in report["results"]["activations"]["figures"]:
         for key in ("median", "p20", "p80"):
             figure[key] *= 2
-    text, piped = both(monkeypatch, lambda: _bench._compare(measured("activations", 0), report), "stderr")
+    text, piped = both(monkeypatch, lambda: _bench._compare(measured("activations", 0), report, sys.stdout))
     assert cells(text) == cells(piped)
     assert ["part", "figure", "earlier", "now", "unit", "change", "verdict"] in cells(text)
 
