@@ -157,7 +157,7 @@ class Hybrid:
 def keep_fastest(states: Sequence[StateBytes], room_bytes: int, rates: Rates) -> Hybrid:
     """Keeps, in the model's order, each state that fits into `room_bytes` and makes the update shorter.
 
-    The first ones, as in `states_that_stay`: the next forward begins with them, and it would wait for the host.
+    The first ones, as in `states_that_fit`: the next forward begins with them, and it would wait for the host.
     """
     work = _Work(
         sum(state.to_host for state in states),

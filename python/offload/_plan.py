@@ -137,7 +137,7 @@ def make_plan(
     device_kind: `"cpu"`, `"cuda"`, ...; device_bytes: free device memory, including what these weights
     already take there; host_bytes: available host memory. Budgets of `config` replace the measured figures.
     gradient_itemsize: bytes of a gradient element, None for that of the parameter. memory_kind: what a CUDA device
-    shares with the host, for states in unified memory. measure: gives the machine's rates; asked once, where "auto"
+    shares with the host, for states that it updates there. measure: gives the machine's rates; asked once, where "auto"
     finds that not all states fit the device and may keep some of them there. notes: further reasons.
 
     Raises InvalidArgument when the device budget is too small for what was asked, or for anything under
