@@ -88,7 +88,7 @@ class Hooks:
 
     def register(self, model: nn.Module, units: Sequence[Unit]) -> None:
         engine = self._engine
-        self._handles.append(NoConversions(model, engine))
+        self._handles.append(NoConversions(model, engine, engine.lanes.device))
         if engine.streaming.residencies:
             self._give_and_take_values(model)
         for module in _with_parameters(model):
