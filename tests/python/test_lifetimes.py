@@ -21,7 +21,7 @@ from torch import nn
 import offload
 from offload import _copy_lanes
 from training import HOST, batches, loss_of, make_model, same_bits
-from what_lives import collect, threads
+from what_lives import collect, threads, threads_become
 
 # --- dropping -----------------------------------------------------------------------------------------------
 
@@ -36,9 +36,9 @@ def stepped(**options: Any) -> tuple[nn.Module, Any]:
     return model, optimizer
 
 
-def lanes() -> int:
+def lanes() -> list[str]:
     """The native threads that belong to engines; those of the shared worker pool stay."""
-    return len(threads("offload-to", "offload-step"))
+    return threads("offload-to", "offload-step")
 
 
 @pytest.mark.parametrize("order", [("model", "optimizer"), ("optimizer", "model")], ids=" first, ".join)
@@ -221,7 +221,8 @@ def test_a_traceback_that_keeps_everything_alive() -> None:
     before = lanes()
     error: Exception | None = fail()
     gc.collect()
-    assert lanes() == before + 3
+    made = ["offload-step", "offload-to_devi", "offload-to_host"]
+    assert threads_become(sorted([*before, *made]), "offload-to", "offload-step")
     del error
     gc.collect()
     assert lanes() == before
