@@ -89,20 +89,13 @@ void delete_capsule(PyObject* capsule) {
   delete_export(static_cast<dlpack::ManagedTensor*>(PyCapsule_GetPointer(capsule, dlpack::kCapsuleName)));
 }
 
-py::capsule capsule_of(const std::shared_ptr<UnifiedBlock>& block, const std::string& side_text,
-                       size_t offset, const std::optional<size_t>& bytes) {
+py::capsule capsule_of(const std::shared_ptr<UnifiedBlock>& block, const std::string& side_text) {
   const Side side = side_of(side_text);
-  const size_t whole = block->size_bytes();
-  if (offset > whole || bytes.value_or(0) > whole - offset) {
-    throw Error(ErrorKind::kInvalidArgument, std::to_string(bytes.value_or(0)) + " bytes from byte " +
-                                                 std::to_string(offset) + " on are not inside a block of " +
-                                                 std::to_string(whole));
-  }
   auto exported = std::make_unique<Export>();
   exported->block = block;
-  exported->shape[0] = static_cast<int64_t>(bytes.value_or(whole - offset));
+  exported->shape[0] = static_cast<int64_t>(block->size_bytes());
   exported->managed = {
-      .tensor = {.data = reinterpret_cast<void*>(block->address() + offset),
+      .tensor = {.data = reinterpret_cast<void*>(block->address()),
                  .device_type = side == Side::kHost ? dlpack::kCpu : dlpack::kCuda,
                  .device_id = side == Side::kHost ? 0 : block->index(),
                  .dimension_count = 1,
@@ -143,8 +136,7 @@ void bind_block(py::module_& module) {
                              [](const UnifiedBlock& self) {
                                return self.kind() == UnifiedKind::kManaged ? "managed" : "system";
                              })
-      .def("dlpack", &capsule_of, py::arg("side"), py::kw_only(), py::arg("offset") = 0,
-           py::arg("nbytes") = py::none())
+      .def("dlpack", &capsule_of, py::arg("side"))
       .def(
           "advise",
           [](const UnifiedBlock& self, uintptr_t address, size_t bytes,

@@ -512,8 +512,8 @@ class UnifiedBlock:
     def index(self) -> int: ...
     @property
     def kind(self) -> str: ...
-    def dlpack(self, side: Side, *, offset: int = 0, nbytes: int | None = None) -> Any:
-        """A DLPack capsule of bytes (uint8), on the CPU or the CUDA device; nbytes None: all from `offset` on."""
+    def dlpack(self, side: Side) -> Any:
+        """A DLPack capsule of the block's bytes (uint8), on the CPU or the CUDA device."""
     def advise(
         self,
         address: int,
