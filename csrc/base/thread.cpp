@@ -33,10 +33,10 @@ class AsyncSignalsBlocked {
 std::jthread start_thread(const std::string& name, std::function<void(std::stop_token)> body) {
   const AsyncSignalsBlocked inherited;
   try {
-    return std::jthread([short_name = name.substr(0, 15), body = std::move(body)](std::stop_token stop) {
-      pthread_setname_np(pthread_self(), short_name.c_str());
-      body(std::move(stop));
-    });
+    std::jthread thread(std::move(body));
+    // Not by the thread itself: it is found by its name from here on, however late it first runs.
+    pthread_setname_np(thread.native_handle(), name.substr(0, 15).c_str());
+    return thread;
   } catch (const std::system_error& refusal) {
     throw Error(
         ErrorKind::kState,

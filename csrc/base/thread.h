@@ -14,7 +14,8 @@
 
 namespace offload {
 
-// Throws kState when the system gives no more threads. The kernel keeps 15 characters of the name.
+// Throws kState when the system gives no more threads. The kernel keeps 15 characters of the name, which
+// the thread has when this returns.
 std::jthread start_thread(const std::string& name, std::function<void(std::stop_token)> body);
 
 }  // namespace offload

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import offload
 from offload import _native
 from training import HOST, RESIDENT, TinyLM, batches, loss_of, make_model, same_bits
-from what_lives import collect, open_files, pool_bytes, threads, threads_become
+from what_lives import collect, open_files, pool_bytes, threads
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -82,7 +82,7 @@ def test_nothing_of_ours_remains(dtype: torch.dtype, placement: dict[str, str], 
     model, optimizer = offload.wrap(model, plain, **placement)
     one_step(model, optimizer)
     assert hooks_of(model) != before[0] and optimizer_hooks(plain) != before[1]
-    optimizer.synchronize()  # a thread that has worked has its name
+    optimizer.synchronize()
     if placement is HOST:
         assert len(threads("offload")) >= 3 and pool_bytes() > before[3]
     engine = weakref.ref(optimizer._engine)
@@ -117,7 +117,7 @@ def test_shared_threads_end_with_the_last_engine_and_come_back() -> None:
     for model, optimizer in (first, second):
         one_step(model, optimizer)
         optimizer.synchronize()
-    assert threads_become(workers, "offload-worker")
+    assert threads("offload-worker") == workers
     offload.unwrap(*first)
     assert threads("offload-worker") == workers
     offload.unwrap(*second)
@@ -126,7 +126,7 @@ def test_shared_threads_end_with_the_last_engine_and_come_back() -> None:
     model, optimizer = wrapped()
     one_step(model, optimizer)
     optimizer.synchronize()
-    assert threads_become(workers, "offload-worker")
+    assert threads("offload-worker") == workers
     del model, optimizer
     collect()
     assert threads("offload-worker") == [], "an engine that is dropped ends them, too"

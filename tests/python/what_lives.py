@@ -55,16 +55,6 @@ def thread_numbers() -> set[str]:
     return {number for number, _ in _threads()}
 
 
-def threads_become(expected: list[str], *prefixes: str) -> bool:
-    """A new thread has its name a moment after it began."""
-    deadline = time.monotonic() + _HANG_S
-    while threads(*prefixes) != expected:
-        if time.monotonic() > deadline:
-            return False
-        os.sched_yield()
-    return True
-
-
 def open_files() -> set[tuple[str, str]]:
     """(descriptor, file) of each, but the one that lists them."""
     found = set()
