@@ -128,7 +128,12 @@ py::dict placement_dict(const UnifiedBlock& block, uintptr_t address, size_t byt
 
 void bind_block(py::module_& module) {
   py::class_<UnifiedBlock, std::shared_ptr<UnifiedBlock>>(module, "UnifiedBlock")
-      .def_static("find", &UnifiedBlock::find, py::arg("address"), py::arg("nbytes"))
+      .def_static(
+          "find",
+          [](uintptr_t address, size_t bytes) {
+            return let_go_without_gil(UnifiedBlock::find(address, bytes));
+          },
+          py::arg("address"), py::arg("nbytes"))
       .def_property_readonly("address", &UnifiedBlock::address)
       .def_property_readonly("nbytes", &UnifiedBlock::size_bytes)
       .def_property_readonly("index", &UnifiedBlock::index)
@@ -174,8 +179,8 @@ void bind_unified(py::module_& module) {
   bind_block(module);
   py::class_<UnifiedMemory, std::shared_ptr<UnifiedMemory>>(module, "UnifiedMemory")
       .def(py::init([](int index, const std::string& driver_path) {
-             GilReleased released;  // the first context of a device takes a second
-             return std::make_shared<UnifiedMemory>(index, driver_path);
+             GilReleased released;  // the first context of a device takes a second, its end too
+             return make_joining<UnifiedMemory>(index, driver_path);
            }),
            py::arg("index") = 0, py::kw_only(), py::arg("driver_path") = "")
       .def_property_readonly("live_managed_bytes", &UnifiedMemory::live_managed_bytes)
@@ -187,8 +192,12 @@ void bind_unified(py::module_& module) {
             const UnifiedKind kind = kind_of(kind_text);
             const PlacementHints hints =
                 hints_of(preferred_location, accessed_by_host, accessed_by_device, read_mostly);
-            GilReleased released;  // touches the pages of the kind 'system'
-            return self.allocate(bytes, kind, hints, host_bytes);
+            std::shared_ptr<UnifiedBlock> block;
+            {
+              GilReleased released;  // touches the pages of the kind 'system'
+              block = self.allocate(bytes, kind, hints, host_bytes);
+            }
+            return let_go_without_gil(std::move(block));
           },
           py::arg("nbytes"), py::arg("kind"), py::kw_only(), py::arg("preferred_location") = py::none(),
           py::arg("accessed_by_host") = false, py::arg("accessed_by_device") = false,

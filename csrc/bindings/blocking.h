@@ -74,4 +74,13 @@ std::shared_ptr<T> make_joining(Args&&... args) {
   return std::shared_ptr<T>(new T(std::forward<Args>(args)...), &delete_without_gil<T>);
 }
 
+// `owner` for Python, which lets go of it without the GIL: it may be the last one of what blocks as it ends.
+template <typename T>
+std::shared_ptr<T> let_go_without_gil(std::shared_ptr<T> owner) {
+  if (!owner) return owner;
+  T* const object = owner.get();
+  auto* const kept = new std::shared_ptr<T>(std::move(owner));
+  return std::shared_ptr<T>(object, [kept](T*) { delete_without_gil(kept); });
+}
+
 }  // namespace offload::bindings

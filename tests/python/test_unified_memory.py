@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -281,6 +282,35 @@ def test_memory_waits_for_the_work_of_the_device(double: DriverDouble) -> None:
     thread.join()
     assert ticket.wait()
     assert double.live("managed") == 0 and double.calls("cuCtxSynchronize") == 1
+
+
+@pytest.mark.parametrize("found", [False, True])
+def test_a_block_ends_without_the_interpreter(double: DriverDouble, found: bool) -> None:
+    """What the end waits for may itself need the interpreter."""
+    queue = _native.TransferQueue(_native.CudaDevice())
+    held = [_native.UnifiedMemory().allocate(1024, "managed", host_bytes=0)]
+    address = held[0].address
+    if found:  # by who looked for it while it was the tensor's
+        tensor = torch.utils.dlpack.from_dlpack(held.pop().dlpack("host"))
+        block = _native.UnifiedBlock.find(address, 1)
+        assert block is not None
+        held.append(block)
+        del tensor, block
+    source = torch.ones(1024, dtype=torch.uint8)
+    double.hold("to_device")
+    ticket = queue.submit_to_device(address, source.data_ptr(), 1024)
+
+    def release() -> None:
+        while double.calls("cuCtxSynchronize") == 0:
+            time.sleep(0.001)
+        double.release("to_device")
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    held.clear()
+    thread.join()
+    assert ticket.wait()
+    assert double.live("managed") == 0
 
 
 def test_the_context_goes_with_the_last_block(double: DriverDouble) -> None:
