@@ -208,10 +208,16 @@ int cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
 int cuMemHostRegister_v2(void* address, size_t bytes, unsigned flags) {
   Call call("cuMemHostRegister_v2", Needs::kContext);
   if (call.refused()) return call.code();
-  constexpr unsigned kLegalFlags = 0x0F;  // portable, mapped, I/O memory, read-only
+  constexpr unsigned kReadOnly = 0x08;
+  constexpr unsigned kLegalFlags = 0x07 | kReadOnly;  // portable, mapped, I/O memory
   if (address == nullptr || bytes == 0 || (flags & ~kLegalFlags) != 0) return kInvalidValue;
+  if ((flags & kReadOnly) != 0) return kNotSupported;  // the device has not the attribute for it
   State& all = state();
   const auto begin = reinterpret_cast<uintptr_t>(address);
+  if (!is_mapped(begin, bytes)) {
+    all.misuse("registering memory that is not there");
+    return kInvalidValue;
+  }
   for (const auto& [start, registration] : all.registrations) {
     if (begin < start + registration->bytes && start < begin + bytes) {
       all.misuse("registering memory that is registered already");
@@ -263,7 +269,7 @@ int cuStreamDestroy_v2(void* handle) {
 int cuStreamWaitEvent(void* stream_handle, void* event_handle, unsigned flags) {
   Call call("cuStreamWaitEvent", Needs::kContext);
   if (call.refused()) return call.code();
-  if (flags > 1) return kInvalidValue;
+  if (flags != 0) return kInvalidValue;  // CU_EVENT_WAIT_EXTERNAL is for captures alone
   std::shared_ptr<Stream> stream;
   if (stream_handle != nullptr && !(stream = stream_of("cuStreamWaitEvent", stream_handle))) {
     return kInvalidHandle;
@@ -284,7 +290,8 @@ int cuStreamWaitEvent(void* stream_handle, void* event_handle, unsigned flags) {
 int cuEventCreate(void** event, unsigned flags) {
   Call call("cuEventCreate", Needs::kContext);
   if (call.refused()) return call.code();
-  if (flags > 7) return kInvalidValue;
+  constexpr unsigned kUntimed = 2, kInterprocess = 4;
+  if (flags > 7 || ((flags & kInterprocess) != 0 && (flags & kUntimed) == 0)) return kInvalidValue;
   State& all = state();
   const uintptr_t handle = all.next_handle += 16;
   all.events.emplace(handle, Event{.ordinal = pushed().back(), .timed = (flags & 2) == 0, .latest = nullptr});

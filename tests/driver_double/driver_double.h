@@ -4,9 +4,8 @@
 // default stream, and others that torch computes on, are the calling thread, as compute is on the CPU: what
 // waits on them waits in the call. A pageable source is read by the call, which then waits for what its
 // stream has before it, and a copy into pageable memory ends in the call; but where the device reads all
-// memory
-// ("hmm", "ats"), they are as any other. Every entry counts its calls and can be made to fail; nothing here
-// links to the code under test.
+// memory ("hmm", "ats"), they are as any other. Every entry counts its calls and can be made to fail; nothing
+// here links to the code under test.
 //
 // Threads: every control may be called from any thread, but not in a forked child, which has no driver.
 // Ownership: the library is loaded once a process; double_reset() between tests.
@@ -46,7 +45,8 @@ int double_hold(const char* direction);
 int double_release(const char* direction);
 
 // From now on, until 0, a thread of the process captures a CUDA graph in the global mode, torch's own: calls
-// that a capture does not see are refused in every thread whose mode is not the relaxed one.
+// that a capture does not see are refused in every thread whose mode is not the relaxed one, and a wait for
+// the whole context in every thread.
 void double_set_capturing(int capturing);
 
 size_t double_calls(const char* entry);  // since double_reset()
@@ -59,10 +59,10 @@ size_t double_live(const char* what);
 
 // How often a rule of the real driver was broken since double_reset(), and the first case in words ("" if
 // none): a call without a current context, use of a destroyed stream or event or of one of another context, a
-// copy from or to host memory that is only partly in one registration, registering overlapping ranges,
-// unregistering what is not registered or what a queued copy uses, a stream that is not non-blocking, freeing
-// what is not allocated or what a queued copy uses, a batch in the legacy stream, a batch whose copies share
-// bytes, a call during a capture that the capture does not see.
+// copy from or to host memory that is only partly in one registration, registering overlapping ranges or what
+// is no memory, unregistering what is not registered or what a queued copy uses, a stream that is not
+// non-blocking, freeing what is not allocated or what a queued copy uses, a batch in the legacy stream, a
+// batch whose copies share bytes, a call during a capture that the capture refuses.
 size_t double_misuses();
 const char* double_first_misuse();
 

@@ -1,5 +1,6 @@
 #include "driver_double/state.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -18,13 +19,15 @@ constexpr std::chrono::microseconds kQuiet{1000};
 constexpr std::chrono::milliseconds kLatest{50};
 
 // What a capture does not see, and may be invalidated by: cuda.h names allocation alone, and
-// at::cuda::CUDAStreamCaptureModeGuard of torch stands around the questions after events.
-bool is_unsafe_in_capture(const std::string& entry) {
+// at::cuda::CUDAStreamCaptureModeGuard of torch stands around the questions after events. A thread in the
+// relaxed mode may do it all the same, but for what "necessarily conflicts with stream capture": a wait for
+// the whole context, the stream that is captured included.
+bool is_refused_in_capture(const std::string& entry) {
   static const std::set<std::string> unsafe = {
-      "cuEventQuery",        "cuEventSynchronize", "cuCtxSynchronize",  "cuMemHostRegister_v2",
+      "cuEventQuery",        "cuEventSynchronize", "cuMemHostRegister_v2",
       "cuMemHostUnregister", "cuMemFree_v2",       "cuMemAllocManaged",
   };
-  return unsafe.contains(entry);
+  return entry == "cuCtxSynchronize" || (capture_mode() != kRelaxed && unsafe.contains(entry));
 }
 
 // A real driver answers so from its exit on.
@@ -203,7 +206,7 @@ int Call::admit(const char* entry, Needs needs) {
     all.misuse(std::string(entry) + " in a context that was given back");
     return kContextIsDestroyed;
   }
-  if (all.capturing && capture_mode() != kRelaxed && is_unsafe_in_capture(entry)) {
+  if (all.capturing && is_refused_in_capture(entry)) {
     all.misuse(std::string(entry) + " while a CUDA graph is captured");
     return kCaptureUnsupported;
   }
@@ -235,6 +238,12 @@ std::shared_ptr<Registration> registration_of(const void* address, size_t bytes,
     if (begin < end && start < begin + bytes) partly = true;
   }
   return nullptr;
+}
+
+bool is_mapped(uintptr_t address, size_t bytes) {
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = address / page * page;
+  return msync(reinterpret_cast<void*>(begin), address + bytes - begin, MS_ASYNC) == 0;
 }
 
 bool reads_pageable() { return state().kind == "hmm" || state().kind == "ats"; }

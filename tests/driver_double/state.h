@@ -206,7 +206,8 @@ uintptr_t start_stream(int ordinal, bool computes = false);
 // copy may do; two adjacent ones do not make one.
 std::shared_ptr<Registration> registration_of(const void* address, size_t bytes, bool& partly);
 
-bool reads_pageable();  // the device reads any memory of the host
+bool reads_pageable();                            // the device reads any memory of the host
+bool is_mapped(uintptr_t address, size_t bytes);  // memory of the process
 
 // Fills in what a copy needs to run. Returns 0 or what a refused copy returns.
 int check_copy(Operation& copy);

@@ -72,9 +72,11 @@ const Symbol kSymbols[] = {
 
 enum QueryResult { kFound = 0, kNotKnown = 1, kVersionTooOld = 2 };
 
+// Null in `address` for what is not there. Returns kInvalidValue for a version that is newer than the driver.
 int find(const char* name, void** address, int version, QueryResult& result) {
   *address = nullptr;
   result = kNotKnown;
+  if (version > state().version) return kInvalidValue;
   const std::vector<std::string>& hidden = state().hidden;
   for (const Symbol& symbol : kSymbols) {
     if (std::strcmp(symbol.name, name) != 0) continue;
@@ -82,7 +84,7 @@ int find(const char* name, void** address, int version, QueryResult& result) {
     result = version >= symbol.version ? kFound : kVersionTooOld;
     if (result == kFound) *address = symbol.address;
   }
-  return result == kFound ? kSuccess : kNotFound;
+  return kSuccess;
 }
 
 }  // namespace
@@ -102,10 +104,13 @@ extern "C" {
 int cuGetProcAddress(const char* name, void** address, int version, unsigned long long) {
   Call call("cuGetProcAddress", Needs::kNothing);
   if (call.refused()) return call.code();
+  if (state().proc_address_level < 1) return kNotSupported;
   QueryResult result;
-  return state().proc_address_level >= 1 ? find(name, address, version, result) : kNotSupported;
+  const int code = find(name, address, version, result);
+  return code == kSuccess && result != kFound ? kNotFound : code;
 }
 
+// Success for what it does not find, too: the address is null then.
 int cuGetProcAddress_v2(const char* name, void** address, int version, unsigned long long, int* result) {
   Call call("cuGetProcAddress_v2", Needs::kNothing);
   if (call.refused()) return call.code();

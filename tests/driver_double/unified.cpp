@@ -23,7 +23,7 @@ uintptr_t page_end(uintptr_t end) { return (end + kPage - 1) / kPage * kPage; }
 bool migrates() { return state().kind != "integrated"; }
 
 // 0 when the driver takes the range: all of it in one allocation, or `system` memory where the device reads
-// it.
+// it ("a valid, host-accessible region").
 int check_range(uintptr_t address, size_t bytes, bool system = true) {
   if (bytes == 0) return kInvalidValue;
   const auto& managed = state().managed;
@@ -32,7 +32,7 @@ int check_range(uintptr_t address, size_t bytes, bool system = true) {
     --found;
     return address + bytes <= found->first + found->second ? kSuccess : kInvalidValue;
   }
-  return system && reads_pageable() ? kSuccess : kInvalidValue;
+  return system && reads_pageable() && is_mapped(address, bytes) ? kSuccess : kInvalidValue;
 }
 
 int check_location(int location) {
