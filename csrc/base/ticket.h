@@ -46,7 +46,8 @@ class Ticket {
   std::exception_ptr error() const noexcept;
 
   // Runs `callback` once with error(): on the thread that ends the work, or here when it has ended.
-  // The callback must neither block nor throw.
+  // The callback must neither block nor throw. It may submit what follows, so whoever ends a ticket holds no
+  // lock that a submission takes.
   void on_end(std::function<void(const std::exception_ptr& error)> callback) const;
 
   void complete() const noexcept;

@@ -91,12 +91,14 @@ Ticket Sequencer::speculate(StepJob job, void* backup) {
 
 Ticket Sequencer::discard(const std::vector<int64_t>& slots) {
   Ticket last;
+  std::vector<Ticket> forgotten;
   {
     std::lock_guard lock(mutex_);
+    for (const int64_t number : slots) static_cast<void>(slot_of(number));  // all of them or none
     if (!slots.empty()) require_thread();
     for (const int64_t number : slots) {
       Slot& slot = slot_of(number);
-      forget_what_has_not_begun(slot);
+      forget_what_has_not_begun(slot, forgotten);
       last = Ticket::pending();
       queue_.push_back({.slot = &slot,
                         .job = {},
@@ -107,6 +109,7 @@ Ticket Sequencer::discard(const std::vector<int64_t>& slots) {
     }
   }
   changed_.notify_one();
+  for (const Ticket& ticket : forgotten) ticket.complete();  // not under the lock: see Ticket::on_end
   return last;
 }
 
@@ -167,11 +170,11 @@ void Sequencer::require_thread() {
   thread_ = start_thread("offload-step", [this](std::stop_token stop) { run(stop); });
 }
 
-// Under mutex_. Updates ahead of the slot that nobody takes up.
-void Sequencer::forget_what_has_not_begun(const Slot& slot) {
+// Under mutex_. Updates ahead of the slot that nobody takes up; their tickets are the caller's to end.
+void Sequencer::forget_what_has_not_begun(const Slot& slot, std::vector<Ticket>& forgotten) {
   std::erase_if(queue_, [&](const QueuedJob& queued) {
     if (queued.task != Task::kUpdateAhead || queued.slot != &slot) return false;
-    queued.ticket.complete();
+    forgotten.push_back(queued.ticket);
     return true;
   });
 }

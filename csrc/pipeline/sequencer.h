@@ -101,7 +101,7 @@ class Sequencer {
   Slot& slot_of(int64_t number);
   void expect_chunks(int64_t number, const Slot& slot, bool backwards);
   void require_thread();
-  void forget_what_has_not_begun(const Slot& slot);
+  void forget_what_has_not_begun(const Slot& slot, std::vector<Ticket>& forgotten);
 
   // the thread's
   void run(std::stop_token stop);

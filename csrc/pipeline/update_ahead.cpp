@@ -98,7 +98,7 @@ void UpdateAhead::keep(size_t begin, size_t count) {
 
 bool UpdateAhead::is(const StepJob& job, const std::vector<Factor>& factors) const {
   const auto is_one = [](const Factor& factor) { return factor.value == 1.0f; };
-  return kept_count_ == states_.count && job_.gradient == job.gradient &&
+  return kept_count_ == states_.count && job_.weight == job.weight && job_.gradient == job.gradient &&
          job_.gradient_format == job.gradient_format && job_.scalars == job.scalars &&
          job_.flush_denormals == job.flush_denormals &&
          (factors.empty() || (!job.flush_denormals && std::all_of(factors.begin(), factors.end(), is_one)));

@@ -1,11 +1,12 @@
 // An update that was begun before its job may run, and can be undone to the byte.
 //
 // [Note: updates ahead of the step] The states are updated in place, behind a backup of what they were. The
-// slot's next job takes the update up when it is the same: of the same gradient, whose bytes nobody has
-// changed, in the same format, mode and with the same scalars, and with factors that are 1, as clipping gives
-// for gradients that it leaves alone. Otherwise, and when it is discarded, the states become what they were.
-// A gradient that fails touches none. Jobs may be submitted before the updates ahead of them have begun, as a
-// thread that is far ahead of its accelerator does: they begin for as long as the step's next job must wait.
+// slot's next job takes the update up when it is the same: of the same weight and gradient, whose bytes
+// nobody has changed, in the same format, mode and with the same scalars, and with factors that are 1, as
+// clipping gives for gradients that it leaves alone. Otherwise, and when it is discarded, the states become
+// what they were. A gradient that fails touches none. Jobs may be submitted before the updates ahead of them
+// have begun, as a thread that is far ahead of its accelerator does: they begin for as long as the step's
+// next job must wait.
 //
 // Ownership: borrows states, backup and what the job borrows.
 // Threads: the sequencer's alone; copies run on the shared WorkerPool.

@@ -189,6 +189,21 @@ void another_gradient_is_another_update() {
   CHECK(f.states.is(expected) && f.counted(0, 1));
 }
 
+void another_weight_is_another_update() {
+  Fixture f(MasterFormat::kSplit);
+  States expected(MasterFormat::kSplit, MomentFormat::kFloat32);
+  const std::vector<uint16_t> before = f.states.weight;
+  std::vector<uint16_t> elsewhere = before;
+  f.begin();
+  StepJob job = f.job();
+  job.weight = elsewhere.data();
+  f.pipeline->wait(f.pipeline->submit({job}, 0));
+  expected.update();
+  CHECK(f.counted(0, 1));
+  CHECK(elsewhere == expected.weight && f.states.weight == before);
+  CHECK(f.states.master == expected.master);
+}
+
 void a_failed_gradient_touches_no_states() {
   Fixture f;
   const States before(MasterFormat::kSplit, MomentFormat::kFloat32);
@@ -209,6 +224,19 @@ void a_job_that_fails_leaves_the_states_of_the_last_step() {
   const Ticket job = f.pipeline->submit({f.job(factor)}, 0)[0];
   CHECK_THROWS(ErrorKind::kDevice, "'w': its gradient did not arrive", f.pipeline->wait({job}));
   CHECK(f.states.is(before) && f.counted(0, 1));
+}
+
+void what_follows_a_discarded_one_may_come_back_to_the_pipeline() {
+  Fixture f;
+  f.pipeline->hold();
+  size_t seen = 0;
+  const Ticket ahead = f.speculate();
+  ahead.on_end([&](const std::exception_ptr&) { seen = f.pipeline->backup_bytes(f.slot); });
+  const Ticket discarded = f.pipeline->discard({f.slot});
+  CHECK(ahead.done());
+  CHECK_EQ(seen, f.backup.size());
+  f.pipeline->release();
+  CHECK(discarded.wait());
 }
 
 void a_failed_upload_fails_the_job_that_kept_the_update() {
@@ -326,7 +354,10 @@ void illegal_ones_are_refused() {
   StepJob job = f.job();
   job.factors = {{FactorKind::kMultiply, nullptr, 1.0f}};
   CHECK_THROWS(ErrorKind::kInvalidArgument, "without factors", f.pipeline->speculate(job, f.backup.data()));
-  CHECK_THROWS(ErrorKind::kInvalidArgument, "slot 5 does not exist", f.pipeline->discard({5}));
+  f.begin();
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "slot 5 does not exist", f.pipeline->discard({f.slot, 5}));
+  f.step();
+  CHECK(f.counted(1, 0));  // the slot that is there has kept its update
 }
 
 }  // namespace
@@ -338,8 +369,10 @@ int main() {
   what_is_not_kept_is_undone();
   a_clip_that_did_not_clip_changes_nothing();
   another_gradient_is_another_update();
+  another_weight_is_another_update();
   a_failed_gradient_touches_no_states();
   a_job_that_fails_leaves_the_states_of_the_last_step();
+  what_follows_a_discarded_one_may_come_back_to_the_pipeline();
   a_failed_upload_fails_the_job_that_kept_the_update();
   it_waits_for_the_slots_last_upload();
   it_begins_while_the_step_that_was_submitted_waits();
