@@ -35,7 +35,7 @@ uint64_t StateLayout::record_bytes(size_t count) const noexcept {
 }
 
 size_t StateLayout::chunk_count() const noexcept {
-  return (element_count_ + chunk_elements_ - 1) / chunk_elements_;
+  return element_count_ / chunk_elements_ + (element_count_ % chunk_elements_ != 0 ? 1 : 0);
 }
 
 StateChunk StateLayout::chunk(size_t index) const noexcept {

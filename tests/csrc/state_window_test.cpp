@@ -201,6 +201,8 @@ void layouts() {
   CHECK(last.array_offsets[1] == kStateAlignment);
   CHECK(layout.bytes() == 16384 + 512 && layout.chunk_bytes() == 6144);
   CHECK(!layout.has(StateArray::kExpAvgSq));
+  const StateLayout whole({4, 4, 4}, 5, SIZE_MAX, 4096);  // all in one chunk, however large it might be
+  CHECK(whole.chunk_count() == 1 && whole.chunk(0).count == 5 && whole.bytes() == 3 * kStateAlignment);
   CHECK_THROWS(ErrorKind::kInvalidArgument, "names no array", StateLayout({0, 0, 0}, 1, 1024, 4096));
   CHECK_THROWS(ErrorKind::kInvalidArgument, "chunk_elements=0", StateLayout({4, 4, 4}, 1, 0, 4096));
 }
