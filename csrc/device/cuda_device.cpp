@@ -131,7 +131,12 @@ void CudaDevice::pin(void* address, size_t bytes) {
   if (const CudaResult code = driver_.MemHostRegister(address, bytes, kPortable | kDeviceMap); code != 0) {
     throw driver_.error(code, what, code == kAlreadyRegistered ? kAlreadyPinnedRemedy : kPinRemedy);
   }
-  pinned_.add(reinterpret_cast<uintptr_t>(address), bytes);
+  try {
+    pinned_.add(reinterpret_cast<uintptr_t>(address), bytes);
+  } catch (...) {  // nobody would give it back
+    static_cast<void>(driver_.MemHostUnregister(address));
+    throw;
+  }
 }
 
 void CudaDevice::unpin(void* address, size_t) noexcept {

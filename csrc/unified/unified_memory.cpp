@@ -211,8 +211,8 @@ UnifiedBlock::~UnifiedBlock() {
   try {
     const CudaDriver& driver = context_->driver();
     CudaPrimaryContext::Current current(*context_);
-    // Nothing tells which streams still use the memory, and neither cuMemFree nor munmap waits for them. An
-    // error of it is one of earlier work, which that work's owner sees.
+    // Nothing tells which streams still use the memory. munmap waits for none of them, and cuMemFree only
+    // may. An error of it is one of earlier work, which that work's owner sees.
     const CudaResult code = driver.CtxSynchronize();
     if (code >= kFirstOfCaptures && code <= kLastOfCaptures) {
       // No thread may wait for a device while a graph is captured, and nothing told so before: that capture
@@ -329,6 +329,7 @@ bool UnifiedBlock::discard(uintptr_t address, size_t bytes, CudaStreamHandle str
       after->record(own);
       after->hold_back(stream);
     } catch (...) {
+      static_cast<void>(driver.CtxSynchronize());  // the legacy stream may not come behind it
       static_cast<void>(driver.StreamDestroy(own));
       throw;
     }

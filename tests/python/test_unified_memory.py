@@ -263,6 +263,12 @@ def test_a_refused_discard(double: DriverDouble) -> None:
     with pytest.raises(DeviceError, match="cuMemDiscardBatchAsync failed"):
         unified.discard(tensor)
     assert bool((tensor == 1).all()) and double.live("streams") == 0
+    # The one behind the discard: what is written next must not be discarded.
+    waits = double.calls("cuCtxSynchronize")
+    double.fail("cuEventRecord", 2, 999)
+    with pytest.raises(DeviceError, match="cuEventRecord failed"):
+        unified.discard(tensor)
+    assert double.calls("cuCtxSynchronize") == waits + 1 and double.live("streams") == 0
 
 
 # --- lifetimes --------------------------------------------------------------------------------------------
