@@ -3,6 +3,7 @@
 #include "unified/unified_memory.h"
 
 #include <cstring>
+#include <iterator>
 #include <string>
 #include <thread>
 #include <vector>
@@ -77,6 +78,118 @@ void a_block_that_ends_in_a_capture_is_freed_with_the_next(UnifiedKind kind) {
   double_reset();
 }
 
+// All that a block can do, in the legacy stream and in one that torch computes on.
+void use_everything(CudaStreamHandle stream) {
+  const UnifiedMemory memory(0, DRIVER_DOUBLE_PATH);
+  PlacementHints hints;
+  hints.read_mostly = true;
+  hints.preferred_location = Side::kHost;
+  const auto block = memory.allocate(kBytes, UnifiedKind::kManaged, hints, kBytes);
+  const auto system = memory.allocate(kBytes, UnifiedKind::kSystem, {}, kBytes);
+  const uintptr_t address = block->address();
+  for (CudaStreamHandle one : {CudaStreamHandle{nullptr}, stream}) {
+    block->prefetch(address, kBytes, Side::kDevice, one);
+    block->discard(address, kBytes, one);
+  }
+  block->placement(address, kBytes);
+  block->advise(address, kBytes, {});
+}
+
+// The nth call of every entry fails: a typed error or none, nothing left alive but what the failing call
+// should have given back, and the next block works.
+void every_entry_may_fail_at_every_call() {
+  struct Case {
+    const char* entry;
+    bool gives_back;  // or is needed to: then what it refused to give back stays
+  };
+  const Case cases[] = {
+      {"cuDeviceGetAttribute", false},
+      {"cuDevicePrimaryCtxRetain", false},
+      {"cuDevicePrimaryCtxRelease_v2", true},
+      {"cuCtxPushCurrent_v2", true},
+      {"cuThreadExchangeStreamCaptureMode", false},
+      {"cuMemGetInfo_v2", false},
+      {"cuMemAllocManaged", false},
+      {"cuMemFree_v2", true},
+      {"cuMemAdvise", false},
+      {"cuMemPrefetchAsync", false},
+      {"cuMemRangeGetAttribute", false},
+      {"cuMemDiscardBatchAsync", false},
+      {"cuCtxSynchronize", false},
+      {"cuStreamCreateWithPriority", false},
+      {"cuStreamDestroy_v2", true},
+      {"cuStreamWaitEvent", false},
+      {"cuEventCreate", false},
+      {"cuEventRecord", false},
+      {"cuEventDestroy_v2", true},
+  };
+  const char* const kinds[] = {"contexts", "streams", "events", "managed", "pushed_contexts"};
+  double_reset();
+  const auto stream = reinterpret_cast<CudaStreamHandle>(double_compute_stream());
+  size_t fault_count = 0;
+  for (const Case& fault : cases) {
+    for (const int lasting : {0, 1}) {
+      for (size_t nth = 1;; ++nth) {
+        double_reset();
+        double_set_kind("ats");
+        size_t before[std::size(kinds)];
+        for (size_t i = 0; i < std::size(kinds); ++i) before[i] = double_live(kinds[i]);
+        double_fail(fault.entry, nth, 719, lasting);
+        try {
+          use_everything(stream);
+        } catch (const Error& error) {
+          CHECK(error.kind() == ErrorKind::kDevice);
+          CHECK(std::string(error.what()).find("code 719") != std::string::npos);
+        }
+        const bool reached = double_calls(fault.entry) >= nth;
+        fault_count += reached;
+        double_fail(fault.entry, 0, 0, 0);
+        CHECK_EQ(std::string(double_first_misuse()), "");
+        for (size_t i = 0; i < std::size(kinds); ++i) {
+          if (!fault.gives_back && double_live(kinds[i]) != before[i]) {
+            test::report_failure(__FILE__, __LINE__,
+                                 std::string(fault.entry) + " leaves one of the " + kinds[i]);
+          }
+        }
+        if (!reached) break;
+      }
+    }
+  }
+  CHECK(fault_count > 60);
+  double_reset();
+}
+
+void what_the_device_has_not_is_refused() {
+  double_reset();
+  double_set_free_bytes(kBytes);
+  const UnifiedMemory memory(0, DRIVER_DOUBLE_PATH);
+  const auto allocate = [&](size_t bytes, UnifiedKind kind) { return memory.allocate(bytes, kind, {}, 0); };
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "ask for at least 1", allocate(0, UnifiedKind::kManaged));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "does not read the system's own memory",
+               allocate(kBytes, UnifiedKind::kSystem));
+  const auto block = allocate(kBytes - 1, UnifiedKind::kManaged);
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "Ask for at most 1 bytes", allocate(2, UnifiedKind::kManaged));
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "Ask for at most 1 bytes",
+               allocate(SIZE_MAX, UnifiedKind::kManaged));
+  CHECK(allocate(1, UnifiedKind::kManaged) != nullptr);
+  for (const size_t bytes : {size_t{0}, kBytes, SIZE_MAX}) {
+    CHECK_THROWS(ErrorKind::kInvalidArgument, "are not inside the block",
+                 block->prefetch(block->address(), bytes, Side::kHost, nullptr));
+  }
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "are not inside the block",
+               block->placement(block->address() - 1, 1));
+  CHECK(UnifiedBlock::find(block->address(), SIZE_MAX) == nullptr);
+  double_set_kind("integrated");
+  const UnifiedMemory shared(0, DRIVER_DOUBLE_PATH);
+  PlacementHints hints;
+  hints.accessed_by_host = true;
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "takes no hints",
+               shared.allocate(kBytes, UnifiedKind::kManaged, hints, 2 * kBytes));
+  CHECK_THROWS(ErrorKind::kOutOfHostMemory, "the host has 10000 bytes for it",
+               shared.allocate(kBytes, UnifiedKind::kManaged, {}, kBytes));
+  double_reset();
+}
+
 }  // namespace
 }  // namespace offload
 
@@ -89,5 +202,7 @@ int main() {
   CHECK_EQ(last_refusal(0), "");
   a_block_that_ends_in_a_capture_is_freed_with_the_next(UnifiedKind::kManaged);
   a_block_that_ends_in_a_capture_is_freed_with_the_next(UnifiedKind::kSystem);
+  every_entry_may_fail_at_every_call();
+  what_the_device_has_not_is_refused();
   return test::result();
 }
