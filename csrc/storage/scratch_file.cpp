@@ -187,8 +187,7 @@ int ScratchFile::try_to_reserve(uint64_t bytes) {
   const uint64_t more_bytes = bytes - size_bytes_;
   struct statfs facts{};
   int result = calls_->file_system(file_, &facts);
-  // Compared first: fallocate may take all that is left, from everybody, before it finds that it is too
-  // little.
+  // Compared first: fallocate may take all that is left, from everybody, before it finds it too little.
   // Blocks are counted in fragments, which f_bsize, the best transfer of a network file system, may exceed.
   const auto fragment_bytes = static_cast<uint64_t>(facts.f_frsize != 0 ? facts.f_frsize : facts.f_bsize);
   const uint64_t free_bytes = static_cast<uint64_t>(facts.f_bavail) * fragment_bytes;

@@ -14,8 +14,7 @@ struct KnownCode {
 
 constexpr char kFailingDrive[] =
     "The drive or its connection is failing: see the kernel's log (dmesg), name another disk_path and go on "
-    "from the "
-    "last checkpoint.";
+    "from the last checkpoint.";
 constexpr char kNoPermission[] = "Give this user the right to write there, or name another disk_path.";
 
 constexpr KnownCode kKnownCodes[] = {
