@@ -320,6 +320,22 @@ void a_refused_registration_changes_nothing() {
   CHECK_EQ(f.on_device[63], 'm');
 }
 
+void a_device_that_registers_no_memory_copies_it_all_the_same() {
+  double_reset();
+  double_set_attribute(99, 0);  // CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED
+  CudaDeviceOptions options;
+  options.driver_path = DRIVER_DOUBLE_PATH;
+  CudaDevice device(options);
+  CHECK(!device.facts().can_pin);
+  std::vector<char> memory(64, 'm'), on_device(64);
+  CHECK_THROWS(ErrorKind::kDevice, "does not register host memory", device.pin(memory.data(), 64));
+  CHECK_EQ(device.pinned_bytes(), 0u);
+  CHECK_EQ(double_calls("cuMemHostRegister_v2"), 0u);
+  const auto stream = device.create_stream("to_device");
+  CHECK(device.submit_copy(*stream, Direction::kToDevice, on_device.data(), memory.data(), 64).wait(kHangNs));
+  CHECK(on_device == memory);
+}
+
 // --- faults -----------------------------------------------------------------------------------------------
 
 void a_copy_that_fails_while_it_runs_loses_the_context() {
@@ -557,6 +573,7 @@ int main() {
   a_pageable_source_is_read_after_the_copy_that_writes_it();
   a_copy_across_registrations_is_cut();
   a_refused_registration_changes_nothing();
+  a_device_that_registers_no_memory_copies_it_all_the_same();
   a_copy_that_fails_while_it_runs_loses_the_context();
   a_refused_wait_is_owed_to_the_next_copy();
   no_ticket_ends_before_its_bytes();

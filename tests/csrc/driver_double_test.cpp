@@ -330,6 +330,14 @@ void test_devices_belong_to_contexts() {
   CHECK_EQ(value, 5);
   double_set_version(12010);
   CHECK_EQ(driver().DeviceGetAttribute(&value, 134, 0), 1);
+  CudaAddress managed = 0;
+  int other = 0;
+  double_set_attribute(83, 0);  // CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY
+  CHECK_EQ(driver().DeviceGetAttribute(&value, 83, 0), 0);
+  CHECK_EQ(value, 0);
+  CHECK_EQ(driver().MemAllocManaged(&managed, 8, 1), 801);
+  double_set_attribute(99, 0);  // CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED
+  CHECK_EQ(driver().MemHostRegister(&other, sizeof(other), 1), 801);
 }
 
 void test_a_capture_refuses_what_it_does_not_see() {

@@ -179,6 +179,10 @@ void what_the_device_has_not_is_refused() {
   CHECK_THROWS(ErrorKind::kInvalidArgument, "are not inside the block",
                block->placement(block->address() - 1, 1));
   CHECK(UnifiedBlock::find(block->address(), SIZE_MAX) == nullptr);
+  double_set_attribute(83, 0);  // CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY
+  CHECK_THROWS(ErrorKind::kInvalidArgument, "has no managed memory: use pinned host memory",
+               UnifiedMemory(0, DRIVER_DOUBLE_PATH).allocate(8, UnifiedKind::kManaged, {}, kBytes));
+  double_set_attribute(83, 1);
   double_set_kind("integrated");
   const UnifiedMemory shared(0, DRIVER_DOUBLE_PATH);
   PlacementHints hints;

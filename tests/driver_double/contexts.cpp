@@ -211,7 +211,11 @@ int cuMemHostRegister_v2(void* address, size_t bytes, unsigned flags) {
   constexpr unsigned kReadOnly = 0x08;
   constexpr unsigned kLegalFlags = 0x07 | kReadOnly;  // portable, mapped, I/O memory
   if (address == nullptr || bytes == 0 || (flags & ~kLegalFlags) != 0) return kInvalidValue;
-  if ((flags & kReadOnly) != 0) return kNotSupported;  // the device has not the attribute for it
+  constexpr int kSupported = 99, kReadOnlySupported = 113;  // CU_DEVICE_ATTRIBUTE_*_HOST_REGISTER_SUPPORTED
+  const bool is_supported = attribute_of_devices(kSupported) != 0;
+  if (!is_supported || ((flags & kReadOnly) != 0 && attribute_of_devices(kReadOnlySupported) == 0)) {
+    return kNotSupported;
+  }
   State& all = state();
   const auto begin = reinterpret_cast<uintptr_t>(address);
   if (!is_mapped(begin, bytes)) {

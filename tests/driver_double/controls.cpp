@@ -65,6 +65,11 @@ int double_set_kind(const char* kind) {
   return 1;
 }
 
+void double_set_attribute(int attribute, int value) {
+  const auto lock = locked();
+  state().attributes.insert_or_assign(attribute, value);
+}
+
 void double_set_version(int version) {
   const auto lock = locked();
   state().version = version;

@@ -1,7 +1,6 @@
 // The entries that need no context: the driver itself, its errors, its devices and its symbols.
 #include <unistd.h>
 
-#include <climits>
 #include <cstdio>
 #include <cstring>
 #include <string>
@@ -15,8 +14,6 @@ namespace {
 constexpr size_t kTotalBytes = size_t{8} << 30;
 
 bool is_device(int ordinal) { return ordinal >= 0 && ordinal < state().device_count; }
-
-constexpr int kUnknown = INT_MIN;  // an attribute that the driver has not: CUDA_ERROR_INVALID_VALUE
 
 int attribute(const std::string& kind, int which) {
   const bool ats = kind == "ats";
@@ -38,6 +35,7 @@ int attribute(const std::string& kind, int which) {
     case 99: return 1;                     // HOST_REGISTER_SUPPORTED
     case 100: return ats;                  // PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
     case 101: return ats;                  // DIRECT_MANAGED_MEM_ACCESS_FROM_HOST
+    case 113: return 0;                    // READ_ONLY_HOST_REGISTER_SUPPORTED
     case 134: return state().version >= 12020 ? state().host_numa_node : kUnknown;  // HOST_NUMA_ID
     default: return kUnknown;
   }
@@ -92,6 +90,11 @@ int error_text(const char* entry, int code, const char** result, const char* Err
 }
 
 }  // namespace
+
+int driver_double::attribute_of_devices(int which) {
+  const auto found = state().attributes.find(which);
+  return found != state().attributes.end() ? found->second : attribute(state().kind, which);
+}
 
 extern "C" {
 
@@ -156,7 +159,7 @@ int cuDeviceGetAttribute(int* value, int which, int device) {
   Call call("cuDeviceGetAttribute", Needs::kDriver);
   if (call.refused()) return call.code();
   if (!is_device(device)) return kInvalidDevice;
-  const int known = attribute(state().kind, which);
+  const int known = attribute_of_devices(which);
   if (known == kUnknown) return kInvalidValue;
   *value = known;
   return kSuccess;

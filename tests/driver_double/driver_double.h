@@ -23,6 +23,8 @@ void double_reset();
 // What cuDeviceGetAttribute tells of memory: "discrete", "hmm", "ats" (Grace Hopper) or "integrated". 0 if
 // unknown.
 int double_set_kind(const char* kind);
+// What cuDeviceGetAttribute says of this one (CU_DEVICE_ATTRIBUTE_*) of every device, whatever the kind.
+void double_set_attribute(int attribute, int value);
 void double_set_version(int version);      // of cuDriverGetVersion: 12040 is CUDA 12.4
 void double_set_device_count(int count);   // at most 8
 void double_set_host_numa_node(int node);  // next to every device; -1, as at first: the driver does not say

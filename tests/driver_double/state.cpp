@@ -156,6 +156,7 @@ void State::forget() {
   proc_address_level = 2;
   kind = "discrete";
   host_numa_node = -1;
+  attributes.clear();
   hidden.clear();
   free_bytes = size_t{6} << 30;
   capturing = false;

@@ -11,6 +11,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <climits>
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -129,7 +130,8 @@ struct State {
   int device_count = 0;
   int proc_address_level = 0;
   std::string kind;
-  int host_numa_node = -1;  // of every device
+  int host_numa_node = -1;        // of every device
+  std::map<int, int> attributes;  // set by a test
   std::vector<std::string> hidden;
 
   std::map<int, size_t> retains;  // by ordinal
@@ -205,6 +207,10 @@ uintptr_t start_stream(int ordinal, bool computes = false);
 // The registration that holds the whole range, null if none does. `partly`: one holds a part of it, which no
 // copy may do; two adjacent ones do not make one.
 std::shared_ptr<Registration> registration_of(const void* address, size_t bytes, bool& partly);
+
+// What the driver says of an attribute (CU_DEVICE_ATTRIBUTE_*); kUnknown for one that it has not.
+constexpr int kUnknown = INT_MIN;
+int attribute_of_devices(int attribute);
 
 bool reads_pageable();                            // the device reads any memory of the host
 bool is_mapped(uintptr_t address, size_t bytes);  // memory of the process

@@ -68,6 +68,8 @@ int cuCtxSynchronize() {
 int cuMemAllocManaged(unsigned long long* address, size_t bytes, unsigned flags) {
   Call call("cuMemAllocManaged", Needs::kContext);
   if (call.refused()) return call.code();
+  constexpr int kManagedMemory = 83;  // CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY
+  if (attribute_of_devices(kManagedMemory) == 0) return kNotSupported;
   if (bytes == 0 || (flags != 1 && flags != 2)) return kInvalidValue;
   void* memory = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   if (memory == nullptr) return kOutOfMemory;
