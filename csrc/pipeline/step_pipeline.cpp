@@ -80,6 +80,7 @@ std::vector<Ticket> StepPipeline::submit(std::vector<StepJob> jobs, uintptr_t co
 }
 
 size_t StepPipeline::backup_bytes(int64_t slot) {
+  owner_.require_owner("this StepPipeline");
   return UpdateAhead::backup_bytes(sequencer_->slot(slot).span);
 }
 

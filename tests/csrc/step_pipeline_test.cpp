@@ -1,5 +1,8 @@
 #include "pipeline/step_pipeline.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <cmath>
 #include <memory>
 #include <string>
@@ -400,6 +403,29 @@ void destruction_gives_up_what_cannot_end() {
   CHECK(parameter.same_states(before));
 }
 
+// Before any lock, which a thread of the parent may hold for good.
+void a_forked_child_is_refused() {
+  Parameter parameter(500);
+  Fixture f;
+  const int64_t slot = f.pipeline->add_slot(parameter.slot("w"));
+  const pid_t child = fork();
+  if (child == 0) {
+    CHECK_THROWS(ErrorKind::kState, "forked child", f.pipeline->add_slot(parameter.slot("v")));
+    CHECK_THROWS(ErrorKind::kState, "forked child", f.submit(slot, parameter));
+    CHECK_THROWS(ErrorKind::kState, "forked child", f.pipeline->backup_bytes(slot));
+    CHECK_THROWS(ErrorKind::kState, "forked child", f.pipeline->speculate({}, nullptr));
+    CHECK_THROWS(ErrorKind::kState, "forked child", f.pipeline->discard({slot}));
+    CHECK_THROWS(ErrorKind::kState, "forked child", f.pipeline->states_written(slot));
+    CHECK_THROWS(ErrorKind::kState, "forked child", f.pipeline->hold());
+    CHECK_THROWS(ErrorKind::kState, "forked child", f.pipeline->release());
+    f.pipeline.reset();
+    _exit(test::result());
+  }
+  int status = -1;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK_EQ(status, 0);
+}
+
 }  // namespace
 }  // namespace offload
 
@@ -422,5 +448,6 @@ int main() {
   illegal_jobs_are_refused_as_a_whole();
   destruction_finishes_what_was_submitted();
   destruction_gives_up_what_cannot_end();
+  a_forked_child_is_refused();
   return test::result();
 }
