@@ -160,25 +160,24 @@ CudaDriver::CudaDriver(const std::string& path) : path_(path) {
 }
 
 const CudaDriver& CudaDriver::load(const std::string& path) {
-  struct Loaded {
-    ForkGuard owner;
-    std::unique_ptr<CudaDriver> driver;
+  // A child's own: the first use of a driver takes a second, and a thread of the parent may be in it for
+  // good. A driver that the parent has initialised refuses to be so in the child.
+  struct Tables {
+    const ForkGuard owner;
+    std::mutex mutex;
+    std::map<std::string, std::unique_ptr<CudaDriver>> by_path;  // guarded by mutex
   };
-  static std::mutex mutex;
-  // Leaked on purpose: devices that static destructors still use point into it.
-  static auto& tables = *new std::map<std::string, Loaded>();
+  static OnePerProcess<Tables> tables_of_process;
+  Tables& tables = tables_of_process.get();
 
   const char* variable = std::getenv(kPathVariable);
   const std::string chosen = !path.empty()                                ? path
                              : variable != nullptr && variable[0] != '\0' ? variable
                                                                           : kDefaultPath;
-  std::lock_guard lock(mutex);
-  auto found = tables.find(chosen);
-  if (found == tables.end()) {
-    found = tables.emplace(chosen, Loaded{{}, std::unique_ptr<CudaDriver>(new CudaDriver(chosen))}).first;
-  }
-  found->second.owner.require_owner("the CUDA driver");
-  return *found->second.driver;
+  std::lock_guard lock(tables.mutex);
+  std::unique_ptr<CudaDriver>& table = tables.by_path[chosen];
+  if (!table) table.reset(new CudaDriver(chosen));
+  return *table;
 }
 
 Error CudaDriver::error(CudaResult code, const std::string& doing, const std::string& remedy) const {

@@ -1,6 +1,9 @@
 // The driver table: how it is loaded, and what its errors say.
 #include "device/cuda_driver.h"
 
+#include <sys/wait.h>
+#include <unistd.h>
+
 #include <string>
 
 #include "check.h"
@@ -66,6 +69,19 @@ void what_is_no_usable_driver_is_refused() {
   CHECK_EQ(CudaDriver::load(path).version(), 13000);  // a refusal is not remembered
 }
 
+void a_forked_child_is_told_so() {
+  double_reset();
+  CudaDriver::load(DRIVER_DOUBLE_PATH);
+  const pid_t child = fork();
+  if (child == 0) {
+    CHECK_THROWS(ErrorKind::kDevice, "CUDA does not survive fork()", CudaDriver::load(DRIVER_DOUBLE_PATH));
+    _exit(test::result());
+  }
+  int status = -1;
+  CHECK_EQ(waitpid(child, &status, 0), child);
+  CHECK_EQ(status, 0);
+}
+
 void errors_say_what_to_do() {
   double_reset();
   const CudaDriver& driver = CudaDriver::load(fresh_path());
@@ -96,6 +112,7 @@ int main() {
   using namespace offload;
   entries_are_found_by_every_way();
   what_is_no_usable_driver_is_refused();
+  a_forked_child_is_told_so();
   errors_say_what_to_do();
   return test::result();
 }
