@@ -202,8 +202,10 @@ void bind_host_device(py::module_& module) {
 
 void bind_transfer_queue(py::module_& module) {
   py::class_<TransferQueue, std::shared_ptr<TransferQueue>>(module, "TransferQueue")
-      .def(py::init(
-               [](std::shared_ptr<Device> device) { return make_joining<TransferQueue>(std::move(device)); }),
+      .def(py::init([](std::shared_ptr<Device> device) {
+             GilReleased released;  // makes two streams of the driver
+             return make_joining<TransferQueue>(std::move(device));
+           }),
            py::arg("device"))
       .def("submit_to_host", &submit<Direction::kToHost>, py::arg("destination"), py::arg("source"),
            py::arg("nbytes"), py::arg("compute_stream") = 0, py::arg("after") = py::none(),
