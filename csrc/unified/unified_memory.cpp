@@ -212,7 +212,7 @@ UnifiedBlock::~UnifiedBlock() {
     const CudaDriver& driver = context_->driver();
     CudaPrimaryContext::Current current(*context_);
     // Nothing tells which streams still use the memory. munmap waits for none of them, and cuMemFree only
-    // may. An error of it is one of earlier work, which that work's owner sees.
+    // may. An error of this wait is one of earlier work, which that work's owner sees.
     const CudaResult code = driver.CtxSynchronize();
     if (code >= kFirstOfCaptures && code <= kLastOfCaptures) {
       // No thread may wait for a device while a graph is captured, and nothing told so before: that capture
