@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <map>
 #include <memory>
@@ -160,14 +161,16 @@ CudaDriver::CudaDriver(const std::string& path) : path_(path) {
 }
 
 const CudaDriver& CudaDriver::load(const std::string& path) {
-  // A child's own: the first use of a driver takes a second, and a thread of the parent may be in it for
-  // good. A driver that the parent has initialised refuses to be so in the child.
   struct Tables {
     const ForkGuard owner;
     std::mutex mutex;
     std::map<std::string, std::unique_ptr<CudaDriver>> by_path;  // guarded by mutex
   };
   static OnePerProcess<Tables> tables_of_process;
+  // Who has initialised a driver, or is about to: CUDA does not survive fork(), and a thread of the parent
+  // may hold the mutex, or the driver's own, for good.
+  static std::atomic<const ForkGuard*> initialised_by{nullptr};
+  if (const ForkGuard* owner = initialised_by.load()) owner->require_owner("the CUDA driver");
   Tables& tables = tables_of_process.get();
 
   const char* variable = std::getenv(kPathVariable);
@@ -176,7 +179,15 @@ const CudaDriver& CudaDriver::load(const std::string& path) {
                                                                           : kDefaultPath;
   std::lock_guard lock(tables.mutex);
   std::unique_ptr<CudaDriver>& table = tables.by_path[chosen];
-  if (!table) table.reset(new CudaDriver(chosen));
+  if (!table) {
+    const ForkGuard* const before = initialised_by.exchange(&tables.owner);
+    try {
+      table.reset(new CudaDriver(chosen));
+    } catch (...) {
+      initialised_by = before;
+      throw;
+    }
+  }
   return *table;
 }
 

@@ -98,9 +98,9 @@ struct CudaCopyAttributes {  // CUmemcpyAttributes
 class CudaDriver {
  public:
   // The table of `path` (empty: OFFLOAD_CUDA_DRIVER, or else libcuda.so.1), loaded and initialised at the
-  // first call of the process for that path. Throws kDevice, and tries again at the next call, when there is
-  // no driver, it is older than kOldestVersion, lacks an entry, or refuses to initialise, as in a forked
-  // child.
+  // first call for that path. Throws kDevice, and tries again at the next call, when there is no driver, it
+  // is older than kOldestVersion, lacks an entry, or refuses to initialise; kState in a child that was forked
+  // after that, or during it.
   static const CudaDriver& load(const std::string& path = "");
 
   // cuGetProcAddress came with 11.3 and cuDeviceGetUuid_v2 with 11.4; torch 2.6 needs 11.8.
