@@ -14,6 +14,7 @@ import offload
 from offload import _native
 from test_streaming import streamed
 from training import RESIDENT, batches, loss_of, make_model
+from what_lives import collect
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -59,6 +60,7 @@ def test_copies_end_while_another_model_is_captured(device: torch.device, driver
 
 def test_a_pool_grows_and_goes_while_another_model_is_captured(driver_double: DriverDouble) -> None:
     """Registering memory is refused during a capture, too, in all threads that are not exempt from it."""
+    collect()  # models of other tests hold memory of the double
     native = _native.CudaDevice(driver_path=driver_double.path)
     driver_double.set_capturing(True)
     pool = _native.HostPool(native, budget_bytes=1 << 20, slab_bytes=1 << 20, pin=True)
