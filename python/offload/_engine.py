@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from . import _native
 from ._activation_format import open_format
@@ -206,6 +207,24 @@ class Engine:
                 f"{name}: strides {parameter.stride()} of shape {tuple(parameter.shape)} are not dense; "
                 "make the parameter contiguous before wrapping"
             )
+
+    def make_room(self, parameters: Sequence[Parameter], kind: type[ParameterState]) -> None:
+        """Before parameters of a new group are adopted: pages and disk space for all of them, or none.
+
+        Raises as `adopt` would for one of them, and for one that is not where the model computes.
+        """
+        for parameter in parameters:
+            if is_lazy(parameter) or parameter.device != self.lanes.device:
+                what = "has no shape yet" if is_lazy(parameter) else f"is on {parameter.device}"
+                raise InvalidArgument(
+                    f"a parameter of the new group {what}: this model trains on {self.lanes.device}; make or move it "
+                    "there first"
+                )
+            self.check_trainable(parameter)
+        new = [parameter for parameter in parameters if id(parameter) not in self.states]
+        if self.homes.store is not None:
+            self.homes.store.reserve(sum(self.homes.disk_bytes(parameter, kind) for parameter in new))
+        self.lanes.reserve(sum(self.homes.host_bytes(parameter, kind) for parameter in new))
 
     def adopt(self, parameter: Parameter, kind: type[State]) -> State:
         """Makes the state of a parameter: its master is its present value, its moments are zero.

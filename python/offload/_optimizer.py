@@ -40,6 +40,10 @@ class Updater(Protocol):
 
     engine: Engine
 
+    @staticmethod
+    def state_kind_of(optimizer: torch.optim.Optimizer) -> type[ParameterState]:
+        """Of which kind the states of this optimizer are."""
+
     @property
     def announces_updates(self) -> bool:
         """Whether the engine asks before each update of a step (`Engine.watch`)."""
@@ -118,7 +122,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._joined = True
         self._dumps = False
         # Their gradients are to leave: torch watches none of a parameter that needs no gradient yet.
-        self._frozen: list[Parameter] = []
+        self._frozen = list[Parameter]()
         # Of copies: torch adds to groups what defaults have gained since, as they do in a load.
         super().__init__([dict(group) for group in original.param_groups], dict(original.defaults))
         self.param_groups = original.param_groups
@@ -148,6 +152,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def _watch(self) -> None:
         engine = self._engine
+        self._frozen = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if engine.config.grad_dtype is not None:  # one that is frozen may be trained later
@@ -173,16 +178,18 @@ class OffloadOptimizer(torch.optim.Optimizer):
         if not self._adopting:
             super().add_param_group(param_group)
             return
+        updater = self._updater
         self._original.add_param_group(param_group)  # its class may have checks and defaults of its own
+        group = self.param_groups[-1]
         try:
-            self._updater.check_group(self.param_groups[-1])
-            for parameter in self.param_groups[-1]["params"]:
-                if parameter.requires_grad:
-                    self._updater.adopt(parameter)
-        except Exception:
+            updater.check_group(group)
+            trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+            updater.engine.make_room(trained, updater.state_kind_of(self._original))
+            for parameter in trained:
+                updater.adopt(parameter)
+        except BaseException:
             self.param_groups.pop()
             raise
-        self._frozen.clear()
         self._watch()
 
     # --- the step -------------------------------------------------------------------------------------------
@@ -216,8 +223,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def _usable_scale(self, scale: float | Tensor) -> GradScale:
         """A tensor on the device as a copy in fp32, which the update may read after the caller's next write to it."""
-        if isinstance(scale, Tensor) and scale.numel() != 1:
-            raise InvalidArgument(f"grad_scale has the shape {tuple(scale.shape)}: give a number, or one element")
+        if isinstance(scale, Tensor) and (scale.numel() != 1 or scale.is_meta or scale.is_complex()):
+            what = f"is {scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
+            raise InvalidArgument(f"grad_scale {what}: give a number, or one real element")
         if not isinstance(scale, Tensor) or scale.device != self._engine.lanes.device:
             try:
                 return float(scale)
@@ -323,6 +331,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
         return self._updater.dump([group]).get(key, {})
 
     def _take_state(self, key: Any, values: SavedState | None) -> None:
+        if isinstance(key, Tensor):
+            name = self._engine.name_of(key)
+            if all(p is not key for group in self.param_groups for p in group["params"]):
+                raise InvalidArgument(f"{name} is in no group of this optimizer: it has no state here")
+            if not isinstance(values, Mapping | None):
+                raise InvalidArgument(f"{name}: its state became {values!r}; it must be a dict of its entries")
         self._engine.synchronize()
         self._engine.announce_change()
         self._updater.take(key, values)
@@ -355,6 +369,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         and NaN; nothing is changed then.
         """
         engine, own = self._engine, self._own_states()
+        if not isinstance(parameter, Tensor) or not isinstance(values, Mapping):
+            what = f"a {type(parameter).__name__} and a {type(values).__name__}"
+            raise InvalidArgument(f"write_state was given {what}: give a parameter and a dict of entries of its state")
         name = engine.name_of(parameter)
         if all(state.parameter is not parameter for state in own):
             raise InvalidArgument(f"{name} has no optimizer state: it is not trained, or by another optimizer")

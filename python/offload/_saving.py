@@ -194,7 +194,8 @@ def _watch(
         for handle in handles:
             handle.remove()
         for engine in asked:
-            engine.watch_states(None)
+            if engine.watch is watch:  # else that of the next save: a thread that waited for this one is late
+                engine.watch_states(None)
         if (still := guarding()) is not None:
             still.end()
 

@@ -308,13 +308,14 @@ class Streaming:
 
     def begin_step(self) -> None:
         """Empties the window for a step: the weights on the host are the present ones."""
-        if self._holds:
-            raise StateError(
-                "optim.step() inside `offload.full_params`: the weights on the device would miss the step; leave the "
-                "context first"
-            )
+        self.refuse_while_present("optim.step()", "the weights on the device would miss the step")
         self._forget_copies()
         self.empty()
+
+    def refuse_while_present(self, call: str, why: str) -> None:
+        """Raises `StateError` inside `present()`."""
+        if self._holds:
+            raise StateError(f"{call} inside `offload.full_params`: {why}; leave the context first")
 
     def rest(self) -> None:
         """Empties the window and sends for the units that the next forward begins with."""

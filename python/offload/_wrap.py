@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from ._host_grad import HostGrad
 from ._hybrid import Rates
 from ._interrupts import Uninterrupted
 from ._model_sizes import parameter_sizes
+from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
 from ._plan import Plan, make_plan
 from ._probe import probe_device, probe_host
@@ -103,21 +105,24 @@ def wrap(
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
     check_placement(plan, optimizers)
+    _check_other_models(model, plan)
     ask_before_torch_func()
 
     engine = Engine(device, plan, settings, units)
-    kinds = [(optimizer, updater_of(optimizer)) for optimizer in optimizers]
-    trained = [
-        (parameter, kind.state_kind_of(optimizer))
-        for optimizer, kind in kinds
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad or optimizer.state.get(parameter)
-    ]
-    updaters = [kind(optimizer, engine) for optimizer, kind in kinds]
-    move = ResidentMove(model, device, engine.streaming)
     hooks = Hooks(model, engine)
+    updaters: list[NativeUpdater | TorchUpdater] = []
+    move: ResidentMove | None = None
     try:
+        kinds = [(optimizer, updater_of(optimizer)) for optimizer in optimizers]
+        trained = [
+            (parameter, kind.state_kind_of(optimizer))
+            for optimizer, kind in kinds
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad or optimizer.state.get(parameter)
+        ]
+        updaters += [kind(optimizer, engine) for optimizer, kind in kinds]
+        move = ResidentMove(model, device, engine.streaming)
         hooks.register(model, units)
         wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
         move.commit()
@@ -132,7 +137,8 @@ def wrap(
             updaters.clear()  # what they and the states hold may be needed for the weights that come back
             engine.drop_states()
             engine.streaming.give_back()
-            move.undo()
+            if move is not None:
+                move.undo()
             engine.close()
         raise
     with Uninterrupted():
@@ -155,8 +161,8 @@ def unwrap(
     ready to load a checkpoint. States or weights on disk that cannot be read raise `StorageError` and count as such a
     failure: the next call gives those up too.
 
-    Raises `StateError` if the model is not wrapped, `InvalidArgument` if `optim` is not what wrap returned with it, and
-    the error of an update in flight; nothing was changed then.
+    Raises `StateError` if the model is not wrapped, or inside `full_params`, `InvalidArgument` if `optim` is not what
+    wrap returned with it, and the error of an update in flight; nothing was changed then.
     """
     engine, hooks, known = _parts_of(model)
     wrapped = as_list(optim)
@@ -167,7 +173,11 @@ def unwrap(
             if known
             else f"unwrap was given {given}: this model was wrapped without an optimizer, pass None"
         )
-    held = [(p, p.grad.cell) for p in model.parameters() if isinstance(p.grad, HostGrad)]
+    engine.streaming.refuse_while_present("offload.unwrap()", "what was written to the weights would be lost")
+    # Also those that a group has and the model has not, or no more.
+    trained = (p for one in known for group in one.param_groups for p in group["params"])
+    parameters = {id(p): p for p in itertools.chain(model.parameters(), trained)}
+    held = [(p, p.grad.cell) for p in parameters.values() if isinstance(p.grad, HostGrad)]
     engine.announce_end()
     lossy = engine.has_failed
     if lossy:
@@ -212,6 +222,10 @@ def full_params(
     """
     engine, *_ = _parts_of(model)
     if parameters is not None:
+        if not isinstance(parameters, Iterable):
+            raise InvalidArgument(
+                f"full_params was given {parameters!r}: give parameters of the model, or None for all"
+            )
         parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
         known = set(map(id, model.parameters()))
         for number, parameter in enumerate(parameters):
@@ -239,7 +253,11 @@ def as_list(optim: _Optim | Sequence[_Optim] | None) -> list[_Optim]:
         return [optim]
     if not isinstance(optim, Iterable):
         raise InvalidArgument(f"optim={optim!r}: give a torch.optim.Optimizer, a list of them, or None")
-    return list(optim)
+    optimizers = list(optim)
+    for number, one in enumerate(optimizers):
+        if not isinstance(one, torch.optim.Optimizer):
+            raise InvalidArgument(f"optimizer {number} is a {type(one).__name__}: give torch.optim.Optimizer")
+    return optimizers
 
 
 def _given_as(optim: Any, results: tuple[_Optim, ...]) -> Any:
@@ -251,6 +269,18 @@ def _given_as(optim: Any, results: tuple[_Optim, ...]) -> Any:
 
 def _described(given: Any) -> str:
     return f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+
+
+def _check_other_models(model: nn.Module, plan: Plan) -> None:
+    """Raises `StateError` where weights would come and go for two models, of which neither knows of the other."""
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    for other, (engine, *_) in list(_wrapped.items()):
+        for parameter in other.parameters():
+            if id(parameter) in own and (plan.params != "device" or parameter in engine.streaming):
+                raise StateError(
+                    f"{own[id(parameter)]} belongs to a {type(other).__name__} that is wrapped too, and weights come "
+                    "and go for one model alone: call offload.unwrap on that first, or wrap both with params='device'"
+                )
 
 
 def _parts_of(model: nn.Module) -> _Parts:
