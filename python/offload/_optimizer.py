@@ -136,6 +136,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._original.state.clear()
         setattr(self._original, _STEP_PRE_HOOKS, OrderedDict())
         self._original.register_step_pre_hook(_refuse_step)
+        # These hooks are of both.
+        self._refusals = (
+            self._original.register_state_dict_pre_hook(_refuse_state_dict),
+            self._original.register_load_state_dict_pre_hook(_refuse_load_state_dict, prepend=True),
+        )
 
     @property
     def _updater(self) -> Updater:
@@ -445,6 +450,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def release(self, states: Mapping[Any, Any]) -> torch.optim.Optimizer:
         """Gives `states` to the wrapped optimizer and returns it; this one refuses everything from now on."""
+        for refusal in self._refusals:
+            refusal.remove()
         setattr(self._original, _STEP_PRE_HOOKS, getattr(self, _STEP_PRE_HOOKS))
         self._updater.release(states)
         self._running = None
@@ -453,6 +460,22 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    raise StateError(
-        f"this {type(optimizer).__name__} was given to offload.wrap: call step() of the optimizer that wrap returned"
-    )
+    _refuse(optimizer, "step()")
+
+
+def _refuse_state_dict(optimizer: torch.optim.Optimizer) -> None:
+    """It has no states to save."""
+    _refuse(optimizer, "state_dict()")
+
+
+def _refuse_load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
+    """Nothing would use what it loads."""
+    _refuse(optimizer, "load_state_dict()")
+
+
+def _refuse(optimizer: torch.optim.Optimizer, call: str) -> None:
+    if not isinstance(optimizer, OffloadOptimizer):
+        raise StateError(
+            f"this {type(optimizer).__name__} was given to offload.wrap: call {call} of the optimizer that wrap "
+            "returned"
+        )

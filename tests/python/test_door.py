@@ -77,12 +77,22 @@ def test_wrapping_twice() -> None:
         offload.wrap(make_model(), wrapped)
 
 
-def test_the_original_optimizer_refuses_to_step() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_original_optimizer_refuses_to_step_to_save_and_to_load(kind: type[torch.optim.Optimizer]) -> None:
+    """It has no states: what it saved would be empty, and nothing would use what it loaded."""
     model = make_model()
-    optimizer = adamw(model)
-    offload.wrap(model, optimizer, **HOST)
-    with pytest.raises(offload.StateError, match="optimizer that wrap returned"):
-        optimizer.step()
+    optimizer = kind(model.parameters(), lr=1e-2)
+    before = optimizer.state_dict()
+    _, wrapped = offload.wrap(model, optimizer, **HOST)
+    train(model, wrapped, steps=2)
+    saved = wrapped.state_dict()
+    for call in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict(before)):
+        with pytest.raises(offload.StateError, match=rf"this {kind.__name__} was given .* that wrap returned"):
+            call()
+    wrapped.load_state_dict(saved)
+    offload.unwrap(model, wrapped)
+    assert optimizer.state_dict()["state"].keys() == saved["state"].keys()
+    optimizer.load_state_dict(saved)
 
 
 def test_a_refused_wrap_leaves_nothing_for_the_garbage_collector(tmp_path: Path) -> None:
