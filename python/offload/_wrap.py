@@ -22,7 +22,6 @@ from ._host_grad import HostGrad
 from ._hybrid import Rates
 from ._interrupts import Uninterrupted
 from ._model_sizes import parameter_sizes
-from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
 from ._plan import Plan, make_plan
 from ._probe import probe_device, probe_host
@@ -33,6 +32,7 @@ from ._torch_updater import TorchUpdater
 from ._unified import classify
 from ._unified_plan import MemoryKind, advised_against
 from ._units import Unit, check_module, find_units
+from ._updater import Updater
 from ._wrap_checks import (
     check_formats,
     check_model,
@@ -110,7 +110,7 @@ def wrap(
 
     engine = Engine(device, plan, settings, units)
     hooks = Hooks(model, engine)
-    updaters: list[NativeUpdater | TorchUpdater] = []
+    updaters: list[Updater] = []
     move: ResidentMove | None = None
     try:
         kinds = [(optimizer, updater_of(optimizer)) for optimizer in optimizers]

@@ -14,7 +14,7 @@ import offload
 from offload import Machine, UnitWork, _simulator, forecast
 from offload._activation_order import activation_order
 from offload._forecast import StepForecast
-from offload._simulator import window_schedule
+from offload._simulated_windows import window_schedule
 from offload._touch_order import TouchOrder
 
 # A second a byte, so that bytes are seconds.
