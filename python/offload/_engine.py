@@ -125,6 +125,12 @@ class Engine:
                 form=open_format(config.activation_format, device),
                 poison=config.poison_enabled,
             )
+        # What may be refused is made by now, and goes with the exception: nothing that lasts refers to the engine yet.
+        if plan.weight_cache is None:
+            self.weights = WeightLane(self)
+        else:
+            assert self.disk is not None
+            self.weights = DiskWeightLane(self, self.disk, plan.weight_cache)
         self.watch: StateWatch | None = None
         self.isa = _native.active_isa()
         self.step = EngineStep(self)
@@ -151,10 +157,6 @@ class Engine:
         # Units in the order in which the latest forward touched them: the order of the next update.
         self._touched: dict[EngineUnit, None] = {}
         streamed = units if plan.params != "device" else ()
-        self.weights = WeightLane(self)
-        if plan.weight_cache is not None:
-            assert self.disk is not None
-            self.weights = DiskWeightLane(self, self.disk, plan.weight_cache)
         poison = config.poison_enabled
         self.streaming = Streaming(streamed, self.weights, device, prefetch=plan.prefetch, poison=poison)
         self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)

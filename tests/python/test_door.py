@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import offload
-from offload import _activations, _engine, _native, _wrap
+from offload import _activations, _engine, _native, _state_store, _weight_cache, _wrap
 from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
 from what_lives import open_files, pool_bytes, thread_numbers
 
@@ -103,6 +103,28 @@ def test_a_refused_wrap_leaves_nothing_for_the_garbage_collector(tmp_path: Path)
     gc.disable()
     try:
         refused(offload.InvalidArgument, "are not dense", model, adamw(model), optimizer="disk", disk_path=tmp_path)
+        assert (thread_numbers(), open_files(), pool_bytes()) == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("part", ["weights", "states"])
+def test_a_refusal_of_pages_leaves_nothing_for_the_garbage_collector(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may refuse what the budget allows."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise offload.OutOfHostMemory("the system refuses to map")
+
+    what = _weight_cache.WeightCache if part == "weights" else _state_store.StateStore
+    monkeypatch.setattr(what, "__init__", refuse)
+    model = make_model()
+    before = thread_numbers(), open_files(), pool_bytes()
+    gc.disable()
+    try:
+        places = {"optimizer": "disk", "params": "disk", "disk_path": tmp_path}
+        refused(offload.OutOfHostMemory, "refuses to map", model, adamw(model), **places)
         assert (thread_numbers(), open_files(), pool_bytes()) == before
     finally:
         gc.enable()
