@@ -112,6 +112,7 @@ def wrap(
     hooks = Hooks(model, engine)
     updaters: list[Updater] = []
     move: ResidentMove | None = None
+    taken: list[tuple[OffloadOptimizer, dict[Any, Any]]] = []  # with the states that the wrapped ones had
     try:
         kinds = [(optimizer, updater_of(optimizer)) for optimizer in optimizers]
         trained = [
@@ -131,8 +132,17 @@ def wrap(
             check_reach(classify(device), engine.pool.stats())
         for updater in updaters:
             updater.begin()
-    except BaseException:
         with Uninterrupted():
+            for one, optimizer in zip(wrapped, optimizers, strict=True):
+                taken.append((one, dict(optimizer.state)))
+                one.take_over()
+            _wrapped[model] = (engine, hooks, wrapped)
+        return model, _given_as(optim, wrapped)
+    except BaseException:  # Ctrl-C at the end, too: nobody has what would be returned
+        with Uninterrupted():
+            _wrapped.pop(model, None)
+            for one, states in taken:
+                one.release(states)
             hooks.remove()
             updaters.clear()  # what they and the states hold may be needed for the weights that come back
             engine.drop_states()
@@ -141,11 +151,6 @@ def wrap(
                 move.undo()
             engine.close()
         raise
-    with Uninterrupted():
-        for one in wrapped:
-            one.take_over()
-        _wrapped[model] = (engine, hooks, wrapped)
-    return model, _given_as(optim, wrapped)
 
 
 def unwrap(
