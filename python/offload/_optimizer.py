@@ -117,7 +117,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 self._frozen = reading_metadata(lambda: [p for p in self._frozen if not p.requires_grad])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the states of the new parameters are made at once, within the host budget."""
+        """As in torch; the states of the new parameters are made at once, within the host budget.
+
+        Raises `InvalidArgument` for parameters that cannot be trained or lie where the model does not compute,
+        `OutOfHostMemory` and `StorageError`; nothing was changed then.
+        """
         if not self._adopting:
             super().add_param_group(param_group)
             return
