@@ -211,9 +211,9 @@ def _device(device: str | torch.device | None) -> torch.device:
             f"device={device!r}: there is no such device here: torch sees {torch.cuda.device_count()} CUDA devices; "
             "'cpu' is legal everywhere"
         )
-    if place.type == "cuda" and place.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return place
+    if place.type == "cpu":
+        return torch.device("cpu")  # as its tensors say: none would be found to lie on "cpu:0"
+    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
 
 
 def _size(name: str, value: int | float | str) -> int:

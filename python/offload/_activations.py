@@ -12,24 +12,21 @@ _activation_order.py is the same rule over sizes alone.
 from __future__ import annotations
 
 import contextlib
-import functools
-import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.utils import checkpoint
 
 from ._activation_format import ActivationFormat, may_be_rounded
 from ._activation_order import DEFAULT_KEEP, IN_FLIGHT_BYTES
+from ._checkpoint_inputs import check_checkpoints_are_recognised, in_checkpoint
 from ._cuda_graphs import refuse_capture
-from ._errors import OffloadError, OutOfHostMemory, StateError
+from ._errors import OffloadError, OutOfHostMemory
 from ._host_grad import HostBytes
 from ._interrupts import Uninterrupted
 from ._saved_ranges import (
@@ -120,7 +117,7 @@ class Activations:
         poison: bool = False,
     ) -> None:
         if checkpoints_only:
-            _check_checkpoints_are_recognised()
+            check_checkpoints_are_recognised()
         self._lanes = lanes
         self._device = device
         self._budget = budget
@@ -213,7 +210,7 @@ class Activations:
             and torch._C._current_graph_task_id() == -1  # what a recompute in backward saves is used at once
             and not is_weight(tensor)
             and tensor.untyped_storage()._cdata not in self._weights
-            and (not self._checkpoints_only or _in_checkpoint())
+            and (not self._checkpoints_only or in_checkpoint())
         )
 
     def _find(self, key: RangeKey) -> SavedRange | None:
@@ -393,37 +390,3 @@ class Activations:
             with Uninterrupted():
                 saved.copy = None
                 self._device_bytes -= saved.nbytes
-
-
-def _in_checkpoint() -> bool:
-    """Whether torch.utils.checkpoint saves the inputs of a block right now, in either of its kinds.
-
-    It does so from its own file, and no module is called in between. What the block saves does not come here.
-    """
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not nn.Module._call_impl.__code__:
-        if frame.f_code.co_filename == checkpoint.__file__:
-            return True
-        frame = frame.f_back
-    return False
-
-
-@functools.cache
-def _check_checkpoints_are_recognised() -> None:
-    """Runs a checkpoint of each kind: another torch may save their inputs in another way."""
-
-    def pack(tensor: Tensor) -> Tensor:
-        seen[-1] = seen[-1] or _in_checkpoint()
-        return tensor.detach()
-
-    seen: list[bool] = []
-    for reentrant in (False, True):
-        seen.append(False)
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            block_input = torch.ones(1, device="cpu", requires_grad=True)
-            checkpoint.checkpoint(torch.sin, block_input, use_reentrant=reentrant, preserve_rng_state=False)
-    if not all(seen):
-        raise StateError(
-            f"activations='checkpoints': torch {torch.__version__} saves the inputs of its checkpoints in a way that "
-            "is not known here; use activations='host', or a share"
-        )

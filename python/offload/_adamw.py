@@ -154,6 +154,16 @@ def check_gradient(name: str, gradient: Tensor) -> None:
         raise InvalidArgument(f"{name}: gradient has dtype {gradient.dtype}; legal are float32, bfloat16 and float16")
 
 
+def check_settings(betas: Any, **others: Any) -> None:
+    """Raises `InvalidArgument` for what is no pair of betas, and of the others for what is no number from 0 on."""
+    for name, value in others.items():
+        if not isinstance(value, (int, float, Tensor)) or not value >= 0.0:
+            raise InvalidArgument(f"{name}={value!r}: must be >= 0")
+    numbers = betas if isinstance(betas, (tuple, list)) else ()
+    if len(numbers) != 2 or not all(isinstance(b, (int, float, Tensor)) and 0.0 <= b < 1.0 for b in numbers):
+        raise InvalidArgument(f"betas={betas!r}: must be two numbers in [0, 1)")
+
+
 class AdamW(torch.optim.Optimizer):
     """AdamW for parameters in host memory, one SIMD pass over fp32, bf16 or fp16 parameters.
 
@@ -181,14 +191,7 @@ class AdamW(torch.optim.Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
     ) -> None:
-        if not lr >= 0.0:
-            raise InvalidArgument(f"lr={lr}: must be >= 0")
-        if not eps >= 0.0:
-            raise InvalidArgument(f"eps={eps}: must be >= 0")
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise InvalidArgument(f"betas={betas}: must be two numbers in [0, 1)")
-        if not weight_decay >= 0.0:
-            raise InvalidArgument(f"weight_decay={weight_decay}: must be >= 0")
+        check_settings(betas, lr=lr, eps=eps, weight_decay=weight_decay)
         if amsgrad:
             raise InvalidArgument("amsgrad=True is not supported: pass amsgrad=False")
         # The keys that torch.optim.AdamW's groups have, so that a state_dict moves freely between the two.

@@ -55,15 +55,26 @@ def pair(
         raise InvalidArgument(
             "this is no optimizer state: it needs the keys 'state' and 'param_groups', as optimizer.state_dict() has"
         )
-    saved_groups = state_dict["param_groups"]
+    saved_groups, saved_states = state_dict["param_groups"], state_dict["state"]
+    if (
+        not isinstance(saved_groups, (list, tuple))
+        or not all(isinstance(group, Mapping) and "params" in group for group in saved_groups)
+        or not isinstance(saved_states, Mapping)
+    ):
+        raise InvalidArgument(
+            "this is no optimizer state: it needs a list of dicts with 'params' as 'param_groups' and a dict as "
+            "'state', as optimizer.state_dict() has"
+        )
     counts = [len(group["params"]) for group in groups]
     saved_counts = [len(group["params"]) for group in saved_groups]
     if counts != saved_counts:
         raise InvalidArgument(f"the loaded state has groups of {saved_counts} parameters, this optimizer of {counts}")
-    saved_states = state_dict["state"]
     indices = [index for group in saved_groups for index in group["params"]]
     parameters = [parameter for group in groups for parameter in group["params"]]
     pairs = [(parameter, saved_states.get(index)) for parameter, index in zip(parameters, indices, strict=True)]
+    for _, saved in pairs:
+        if not isinstance(saved, Mapping | None):
+            raise InvalidArgument(f"the loaded state has {saved!r} for a parameter; it must be a dict of its entries")
     known = set(indices)
     return pairs, {key: value for key, value in saved_states.items() if key not in known}
 

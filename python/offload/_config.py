@@ -41,15 +41,23 @@ _MOST_DISK_BLOCK = 1 << 30
 _MOST_DISK_DEPTH = 4096
 _UNIT_BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _UNIT_BYTES |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
+_MOST_BYTES = 1 << 62  # what the native core counts with
 
 
 def parse_size(size: int | str) -> int:
     """Bytes of a size such as `"24GiB"`, `"1.5 GB"`, `"512"` or an int.
 
     KiB, MiB, GiB, TiB are powers of 1024; kB, MB, GB, TB (and K, M, G, T) powers of 1000. Fractions of a
-    byte are dropped. Raises InvalidArgument for anything else, negative numbers included.
+    byte are dropped. Raises InvalidArgument for anything else, negative numbers and more than 2**62 included.
     """
+    nbytes = _read_size(size)
+    if nbytes > _MOST_BYTES:
+        raise InvalidArgument(f"size {size!r} is more than any machine has: give bytes or text such as '24GiB'")
+    return nbytes
+
+
+def _read_size(size: int | str) -> int:
     if isinstance(size, int) and not isinstance(size, bool):
         if size < 0:
             raise InvalidArgument(f"size {size} is negative: give bytes >= 0 or text such as '24GiB'")
@@ -333,7 +341,7 @@ def _check_optimizer(value: Any, supported: tuple[str, ...]) -> Any:
 
 
 def _check_tier(kind: str, value: object, supported: tuple[str, ...]) -> None:
-    if value in _TIERS and value not in supported:
+    if isinstance(value, str) and value in _TIERS and value not in supported:
         raise InvalidArgument(f"{kind}={value!r}: not yet in this release; legal now: {_quoted(supported)}")
     _check_choice(kind, value, supported)
 
@@ -369,9 +377,9 @@ def _check_units(units: Any) -> Any:
 def _check_activations(value: object) -> None:
     if _is_share(value):
         return
-    if value == "disk":
+    if isinstance(value, str) and value == "disk":
         raise InvalidArgument(f"activations='disk': not yet in this release; legal now: {_quoted(_ACTIVATION_PLACES)}")
-    if value in _ACTIVATION_PLACES:
+    if isinstance(value, str) and value in _ACTIVATION_PLACES:
         return
     try:
         parse_size(value)  # type: ignore[arg-type]
@@ -389,7 +397,7 @@ def check_activation_form(name: str, value: object) -> None:
 
 def _check_choice(name: str, value: object, legal: tuple[object, ...]) -> None:
     # Identity for the flags: 1 == True would let integers pass for booleans.
-    if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in legal):
+    if not any(value is choice for choice in legal) and not (isinstance(value, str) and value in legal):
         raise InvalidArgument(f"{name}={value!r}: legal values are {_quoted(legal)}")
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.nn.parameter import is_lazy
 
 from . import _native
 from ._activation_format import open_format
@@ -124,6 +125,12 @@ class Engine:
                 form=open_format(config.activation_format, device),
                 poison=config.poison_enabled,
             )
+        # What may be refused is made by now, and goes with the exception: nothing that lasts refers to the engine yet.
+        if plan.weight_cache is None:
+            self.weights = WeightLane(self)
+        else:
+            assert self.disk is not None
+            self.weights = DiskWeightLane(self, self.disk, plan.weight_cache)
         self.watch: StateWatch | None = None
         self.isa = _native.active_isa()
         self.step = EngineStep(self)
@@ -150,10 +157,6 @@ class Engine:
         # Units in the order in which the latest forward touched them: the order of the next update.
         self._touched: dict[EngineUnit, None] = {}
         streamed = units if plan.params != "device" else ()
-        self.weights = WeightLane(self)
-        if plan.weight_cache is not None:
-            assert self.disk is not None
-            self.weights = DiskWeightLane(self, self.disk, plan.weight_cache)
         poison = config.poison_enabled
         self.streaming = Streaming(streamed, self.weights, device, prefetch=plan.prefetch, poison=poison)
         self.homes = StateHomes(plan, config, self.pool, self.streaming, store, self._names)
@@ -206,6 +209,24 @@ class Engine:
                 f"{name}: strides {parameter.stride()} of shape {tuple(parameter.shape)} are not dense; "
                 "make the parameter contiguous before wrapping"
             )
+
+    def make_room(self, parameters: Sequence[Parameter], kind: type[ParameterState]) -> None:
+        """Before parameters of a new group are adopted: pages and disk space for all of them, or none.
+
+        Raises as `adopt` would for one of them, and for one that is not where the model computes.
+        """
+        for parameter in parameters:
+            if is_lazy(parameter) or parameter.device != self.lanes.device:
+                what = "has no shape yet" if is_lazy(parameter) else f"is on {parameter.device}"
+                raise InvalidArgument(
+                    f"a parameter of the new group {what}: this model trains on {self.lanes.device}; make or move it "
+                    "there first"
+                )
+            self.check_trainable(parameter)
+        new = [parameter for parameter in parameters if id(parameter) not in self.states]
+        if self.homes.store is not None:
+            self.homes.store.reserve(sum(self.homes.disk_bytes(parameter, kind) for parameter in new))
+        self.lanes.reserve(sum(self.homes.host_bytes(parameter, kind) for parameter in new))
 
     def adopt(self, parameter: Parameter, kind: type[State]) -> State:
         """Makes the state of a parameter: its master is its present value, its moments are zero.

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from ._activation_order import DEFAULT_KEEP, IN_FLIGHT_BYTES, RING_BYTES
 from ._errors import InvalidArgument
-from ._simulator import Settings, simulate, uncached_share, window_schedule
+from ._simulated_windows import uncached_share, window_schedule
+from ._simulator import Settings, simulate
 from ._step_work import Machine, UnitWork
 
 __all__ = ["StepForecast", "forecast"]

@@ -136,7 +136,7 @@ class Hooks:
             self._handles.append(module.register_load_state_dict_pre_hook(before))  # type: ignore[no-untyped-call]
             give = ModuleHook(functools.partial(streaming.begin_copies, id(module)))
             self._handles.append(module.register_state_dict_pre_hook(give))  # type: ignore[no-untyped-call]
-            end = ModuleHook(functools.partial(streaming.end_copies, id(module)))
+            end = ModuleHook(functools.partial(streaming.copies.end, id(module)))
             self._handles.append(module.register_state_dict_post_hook(end))  # type: ignore[no-untyped-call]
 
     def watch_gradient(self, parameter: Parameter) -> None:

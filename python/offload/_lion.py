@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._adamw import check_settings
 from ._errors import InvalidArgument
 
 
@@ -98,12 +99,7 @@ class Lion(torch.optim.Optimizer):
         *,
         maximize: bool = False,
     ) -> None:
-        if not lr >= 0.0:
-            raise InvalidArgument(f"lr={lr}: must be >= 0")
-        if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-            raise InvalidArgument(f"betas={betas}: must be two numbers in [0, 1)")
-        if not weight_decay >= 0.0:
-            raise InvalidArgument(f"weight_decay={weight_decay}: must be >= 0")
+        check_settings(betas, lr=lr, weight_decay=weight_decay)
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ _KINDS: dict[type[torch.optim.Optimizer], type[NativeState]] = {
 
 
 class NativeUpdater:
-    """Updates through the engine's states; see `_optimizer.Updater`."""
+    """Updates through the engine's states; see `_updater.Updater`."""
 
     def __init__(self, original: torch.optim.Optimizer, engine: Engine) -> None:
         self.engine = engine

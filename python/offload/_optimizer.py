@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from . import _checkpoint
 from ._adamw import round_to_weight
-from ._checkpoint import Groups, SavedState
+from ._checkpoint import SavedState
 from ._engine import Engine
 from ._engine_stats import allocator_bytes, engine_stats
 from ._errors import InvalidArgument, StateError
@@ -29,65 +29,7 @@ from ._pending import reading_metadata
 from ._plan import Plan
 from ._probe import probe_process
 from ._stats import Stats
-
-
-class Updater(Protocol):
-    """Runs the arithmetic of one wrapped optimizer and owns what it keeps of each parameter.
-
-    Making one checks the optimizer and its parameters. `groups` are always the user's own; `pairs` are their parameters
-    with what a state_dict holds of each, `others` its entries of no parameter.
-    """
-
-    engine: Engine
-
-    @property
-    def announces_updates(self) -> bool:
-        """Whether the engine asks before each update of a step (`Engine.watch`)."""
-
-    def begin(self) -> None:
-        """Makes the states of its parameters, which are where they will be, and takes copies of those it has."""
-
-    def check_group(self, group: Mapping[str, Any]) -> None:
-        """Raises `InvalidArgument` for settings that cannot be run."""
-
-    def adopt(self, parameter: Parameter) -> None:
-        """Makes the state of a parameter. Idempotent."""
-
-    def step(self, groups: Groups, grad_scale: GradScale) -> None:
-        """Updates every parameter that has a gradient, or submits that; it reads them times `grad_scale`, in fp32."""
-
-    def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
-        """What `optimizer.state` shows, by parameter; submitted updates have ended. A master is joined if asked."""
-
-    def dump_one(self, parameter: Parameter) -> dict[str, Any]:
-        """The same of one parameter that has a state, before its first update too."""
-
-    def keys(self, groups: Groups) -> list[Any]:
-        """Those of `dump`."""
-
-    def take(self, key: Any, saved: SavedState | None) -> None:
-        """Takes a copy of what is to be one entry of `dump`; None: it starts anew. Raises `InvalidArgument` first."""
-
-    def check(
-        self,
-        groups: Groups,
-        saved_groups: Groups,
-        pairs: Iterable[tuple[Parameter, SavedState | None]],
-        others: Mapping[Any, Any],
-    ) -> None:
-        """Raises `InvalidArgument` for what load() cannot take."""
-
-    def load(
-        self, groups: Groups, pairs: Iterable[tuple[Parameter, SavedState | None]], others: Mapping[Any, Any]
-    ) -> None:
-        """Takes copies of checked states; without one a parameter starts anew. The groups are loaded already."""
-
-    def plain_states(self) -> dict[Any, Any]:
-        """The states as stock torch would hold them, by parameter."""
-
-    def release(self, states: Mapping[Any, Any]) -> None:
-        """Gives the wrapped optimizer these states, and its attributes as they are now."""
-
+from ._updater import Updater
 
 _STEP_PRE_HOOKS = "_optimizer_step_pre_hooks"
 _HOOKS = (
@@ -118,7 +60,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._joined = True
         self._dumps = False
         # Their gradients are to leave: torch watches none of a parameter that needs no gradient yet.
-        self._frozen: list[Parameter] = []
+        self._frozen = list[Parameter]()
         # Of copies: torch adds to groups what defaults have gained since, as they do in a load.
         super().__init__([dict(group) for group in original.param_groups], dict(original.defaults))
         self.param_groups = original.param_groups
@@ -132,6 +74,11 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._original.state.clear()
         setattr(self._original, _STEP_PRE_HOOKS, OrderedDict())
         self._original.register_step_pre_hook(_refuse_step)
+        # These hooks are of both.
+        self._refusals = (
+            self._original.register_state_dict_pre_hook(_refuse_state_dict),
+            self._original.register_load_state_dict_pre_hook(_refuse_load_state_dict, prepend=True),
+        )
 
     @property
     def _updater(self) -> Updater:
@@ -148,6 +95,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def _watch(self) -> None:
         engine = self._engine
+        self._frozen = []
         for group in self.param_groups:
             for parameter in group["params"]:
                 if engine.config.grad_dtype is not None:  # one that is frozen may be trained later
@@ -169,20 +117,26 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 self._frozen = reading_metadata(lambda: [p for p in self._frozen if not p.requires_grad])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the states of the new parameters are made at once, within the host budget."""
+        """As in torch; the states of the new parameters are made at once, within the host budget.
+
+        Raises `InvalidArgument` for parameters that cannot be trained or lie where the model does not compute,
+        `OutOfHostMemory` and `StorageError`; nothing was changed then.
+        """
         if not self._adopting:
             super().add_param_group(param_group)
             return
+        updater = self._updater
         self._original.add_param_group(param_group)  # its class may have checks and defaults of its own
+        group = self.param_groups[-1]
         try:
-            self._updater.check_group(self.param_groups[-1])
-            for parameter in self.param_groups[-1]["params"]:
-                if parameter.requires_grad:
-                    self._updater.adopt(parameter)
-        except Exception:
+            updater.check_group(group)
+            trained = [parameter for parameter in group["params"] if parameter.requires_grad]
+            updater.engine.make_room(trained, updater.state_kind_of(self._original))
+            for parameter in trained:
+                updater.adopt(parameter)
+        except BaseException:
             self.param_groups.pop()
             raise
-        self._frozen.clear()
         self._watch()
 
     # --- the step -------------------------------------------------------------------------------------------
@@ -216,8 +170,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def _usable_scale(self, scale: float | Tensor) -> GradScale:
         """A tensor on the device as a copy in fp32, which the update may read after the caller's next write to it."""
-        if isinstance(scale, Tensor) and scale.numel() != 1:
-            raise InvalidArgument(f"grad_scale has the shape {tuple(scale.shape)}: give a number, or one element")
+        if isinstance(scale, Tensor) and (scale.numel() != 1 or scale.is_meta or scale.is_complex()):
+            what = f"is {scale.dtype} of shape {tuple(scale.shape)} on {scale.device}"
+            raise InvalidArgument(f"grad_scale {what}: give a number, or one real element")
         if not isinstance(scale, Tensor) or scale.device != self._engine.lanes.device:
             try:
                 return float(scale)
@@ -323,6 +278,12 @@ class OffloadOptimizer(torch.optim.Optimizer):
         return self._updater.dump([group]).get(key, {})
 
     def _take_state(self, key: Any, values: SavedState | None) -> None:
+        if isinstance(key, Tensor):
+            name = self._engine.name_of(key)
+            if all(p is not key for group in self.param_groups for p in group["params"]):
+                raise InvalidArgument(f"{name} is in no group of this optimizer: it has no state here")
+            if not isinstance(values, Mapping | None):
+                raise InvalidArgument(f"{name}: its state became {values!r}; it must be a dict of its entries")
         self._engine.synchronize()
         self._engine.announce_change()
         self._updater.take(key, values)
@@ -355,6 +316,9 @@ class OffloadOptimizer(torch.optim.Optimizer):
         and NaN; nothing is changed then.
         """
         engine, own = self._engine, self._own_states()
+        if not isinstance(parameter, Tensor) or not isinstance(values, Mapping):
+            what = f"a {type(parameter).__name__} and a {type(values).__name__}"
+            raise InvalidArgument(f"write_state was given {what}: give a parameter and a dict of entries of its state")
         name = engine.name_of(parameter)
         if all(state.parameter is not parameter for state in own):
             raise InvalidArgument(f"{name} has no optimizer state: it is not trained, or by another optimizer")
@@ -428,6 +392,8 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     def release(self, states: Mapping[Any, Any]) -> torch.optim.Optimizer:
         """Gives `states` to the wrapped optimizer and returns it; this one refuses everything from now on."""
+        for refusal in self._refusals:
+            refusal.remove()
         setattr(self._original, _STEP_PRE_HOOKS, getattr(self, _STEP_PRE_HOOKS))
         self._updater.release(states)
         self._running = None
@@ -436,6 +402,22 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    raise StateError(
-        f"this {type(optimizer).__name__} was given to offload.wrap: call step() of the optimizer that wrap returned"
-    )
+    _refuse(optimizer, "step()")
+
+
+def _refuse_state_dict(optimizer: torch.optim.Optimizer) -> None:
+    """It has no states to save."""
+    _refuse(optimizer, "state_dict()")
+
+
+def _refuse_load_state_dict(optimizer: torch.optim.Optimizer, state_dict: Any) -> None:
+    """Nothing would use what it loads."""
+    _refuse(optimizer, "load_state_dict()")
+
+
+def _refuse(optimizer: torch.optim.Optimizer, call: str) -> None:
+    if not isinstance(optimizer, OffloadOptimizer):
+        raise StateError(
+            f"this {type(optimizer).__name__} was given to offload.wrap: call {call} of the optimizer that wrap "
+            "returned"
+        )

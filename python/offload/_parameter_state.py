@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -34,6 +33,7 @@ from ._adamw import round_to_weight, split_master, write_weight
 from ._errors import StateError
 from ._old_weight import OldWeight, same_bits
 from ._parameter_size import MasterFormat
+from ._state_pieces import Piece, Stretch, whole
 from ._state_store import StateStore, StoredArrays
 from ._stored_values import SplitMaster, StoredValue, StoredWeight, flat
 
@@ -52,41 +52,6 @@ class WeightHome(Protocol):
 
     def stored(self) -> StoredWeight:
         """For who reads it later, from disk."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Elements of a state that are in memory together.
-
-    `weight` is the host's working copy, where there is one beside the master; `of` gives the same elements of any
-    tensor of the parameter's shape, in storage order those from `begin` on.
-    """
-
-    weight: Tensor | None
-    master: Tensor | None
-    remainder: Tensor | None
-    moments: Mapping[str, Any]
-    of: Callable[[Tensor], Tensor]
-    begin: int = 0
-
-    def set_master(self, value: Tensor) -> None:
-        if self.remainder is not None:
-            weight, low = split_master(value)
-            self.remainder.copy_(low)
-            assert self.weight is not None
-            self.weight.copy_(weight)
-            return
-        if self.master is not None:
-            self.master.copy_(value)
-        if self.weight is not None:
-            self.weight.copy_(round_to_weight(value, self.weight.dtype))
-
-    def adopt(self, changed: Tensor, weight: Tensor) -> None:
-        """The 16-bit `weight` is the master where it has changed."""
-        if self.remainder is not None:
-            self.remainder.masked_fill_(changed, 0)
-        elif self.master is not None:
-            self.master.copy_(torch.where(changed, weight.to(torch.float32), self.master))
 
 
 class ParameterState:
@@ -194,10 +159,10 @@ class ParameterState:
     def pieces(self, *, read: bool = True, write: bool = True) -> Iterator[Piece]:
         """All of the state, a piece at a time. read: with its values; write: changes are kept."""
         if self.stored is None:
-            yield Piece(self._weight_copy(), self.master, self.remainder, self.moments, _whole)
+            yield Piece(self._weight_copy(), self.master, self.remainder, self.moments, whole)
             return
         for chunk, arrays in self.stored.edit(read=read, write=write):
-            of = _Stretch(self.parameter, chunk.begin, chunk.count)
+            of = Stretch(self.parameter, chunk.begin, chunk.count)
             master = arrays.pop("master", None)
             is_split = master is not None and master.dtype == torch.int16
             weight = self._weight_copy()
@@ -299,7 +264,7 @@ class ParameterState:
     def _set_master_beside(self, value: Tensor) -> None:
         """The weight stays what it is."""
         if self._old_weight is not None:
-            self._old_weight.keep(lambda begin, n: split_master(_Stretch(self.parameter, begin, n)(value))[0])
+            self._old_weight.keep(lambda begin, n: split_master(Stretch(self.parameter, begin, n)(value))[0])
         for piece in self.pieces():
             if piece.remainder is not None:
                 piece.remainder.copy_(split_master(piece.of(value))[1])
@@ -406,24 +371,3 @@ class ParameterState:
         """The fp32 master was written: the working weight becomes its rounded value."""
         if self.parameter.dtype != torch.float32:
             write_weight(self.working_weight(), self.master_value())
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-@dataclass(frozen=True)
-class _Stretch:
-    """`count` elements from `begin` on, in the storage order of `parameter`, of tensors of its shape."""
-
-    parameter: Parameter
-    begin: int
-    count: int
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        like = self.parameter
-        if tensor.stride() != like.stride() and not (tensor.is_contiguous() and like.is_contiguous()):
-            tensor = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
-                tensor
-            )
-        return flat(tensor)[self.begin : self.begin + self.count]

@@ -300,22 +300,14 @@ def _check_masters(parameters: Sequence[ParameterSize], config: Config) -> None:
 def _candidates(config: Config, *, may_store: bool = True) -> list[_Choice]:
     """Placements of (optimizer, gradients, params) that the config allows, the least offloaded first, disk last."""
     optimizer = _optimizer_of(config)
-    order: list[tuple[OptimizerPlacement, Placement]] = [
-        ("device", "device"),
-        ("host", "device"),
-        ("mixed", "device"),
-        ("unified", "device"),
-        ("device", "host"),
-        ("host", "host"),
-        ("mixed", "host"),
-        ("unified", "host"),
-    ]
+    states: tuple[OptimizerPlacement, ...] = ("device", "host", "mixed", "unified")
+    places: tuple[Placement, ...] = ("device", "host")
+    order = [(one, place) for place in places for one in states]
     if optimizer == config.gradients == "auto":
         order.remove(("device", "host"))  # optimizer states go first
     pairs = [pair for pair in order if _allows(optimizer, pair[0]) and _allows(config.gradients, pair[1])]
     on_disk: list[tuple[OptimizerPlacement, Placement]] = []
     if optimizer == "disk" or (optimizer == "auto" and config.disk_path is not None and may_store):
-        places: tuple[Placement, ...] = ("device", "host")
         on_disk = [("disk", place) for place in places if _allows(config.gradients, place)]
     choices = _with_params(pairs, config) + _with_params(on_disk, config)
     if config.params == "auto" and config.disk_path is not None and may_store:

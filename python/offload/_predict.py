@@ -17,7 +17,7 @@ from ._model_sizes import parameter_sizes, token_costs
 from ._native_state import AdagradState, AdamWState, LionState, NativeState
 from ._parameter_size import ParameterSize
 from ._plan import Plan, make_plan
-from ._prediction import Prediction, make_prediction, plan_on
+from ._prediction import Prediction, check_arguments, make_prediction, plan_on
 from ._probe import probe_device, probe_host
 from ._rates import measure_rates
 from ._units import Unit, check_module, find_units
@@ -114,7 +114,8 @@ def predict(
     check_module(model)
     hardware = _known(hardware)
     settings = Config.resolve(config, options)
-    if optimizer_class not in _STATES:
+    check_arguments(settings, batches, length, checkpointing, gpus, interconnect)
+    if not isinstance(optimizer_class, str) or optimizer_class not in _STATES:
         raise InvalidArgument(f"optimizer_class={optimizer_class!r}: legal are {', '.join(map(repr, _STATES))}")
     units = find_units(model, settings.units)
     sizes = _sizes(model, units, settings, optimizer_class)

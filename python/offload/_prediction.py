@@ -15,7 +15,7 @@ from ._predicted_step import WORTHWHILE, Job, StepPrediction
 from ._tier_bytes import TierBytes
 from ._token_costs import TokenCosts
 
-__all__ = ["PlacedBytes", "Prediction", "make_prediction", "plan_on"]
+__all__ = ["PlacedBytes", "Prediction", "check_arguments", "make_prediction", "plan_on"]
 
 # What there is to choose from, the least offloaded first.
 _PLACEMENTS = (
@@ -126,7 +126,6 @@ def make_prediction(
     interconnect: str | None = None,
 ) -> Prediction:
     """See `offload.predict`; what `config` places as "auto" is tried everywhere."""
-    _check(config, batches, length, checkpointing, gpus, interconnect)
     plan, refusal = None, None
     if gpus == 1:
         try:
@@ -208,7 +207,7 @@ def _step(job: Job, candidate: _Candidate, number: int, batch: int) -> StepPredi
     )
 
 
-def _check(
+def check_arguments(
     config: Config,
     batches: Sequence[int],
     length: int,
@@ -216,16 +215,17 @@ def _check(
     gpus: int,
     interconnect: str | None,
 ) -> None:
+    """Raises `InvalidArgument` for what `make_prediction` cannot count with."""
     if config.activations == "checkpoints" and not checkpointing:
         raise InvalidArgument(
             "activations='checkpoints' and checkpointing=False: there are no checkpoints to leave; pass "
             "checkpointing=True, or activations='host'"
         )
-    for name, value in {"length": length, "gpus": gpus, **{f"batch {b}": b for b in batches}}.items():
+    if not isinstance(batches, Sequence) or isinstance(batches, str) or not batches:
+        raise InvalidArgument(f"batches={batches!r}: give numbers of sequences a step, such as (1, 4, 16)")
+    for name, value in [("length", length), ("gpus", gpus), *((f"batch {b}", b) for b in batches)]:
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidArgument(f"{name} is {value!r}; give a whole number, 1 or more")
-    if not batches:
-        raise InvalidArgument("batches is empty; give numbers of sequences a step, such as (1, 4, 16)")
     if gpus > 1 and interconnect not in INTERCONNECTS:
         raise InvalidArgument(f"interconnect={interconnect!r} for {gpus} GPUs: give one of {', '.join(INTERCONNECTS)}")
 

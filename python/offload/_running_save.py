@@ -24,22 +24,24 @@ class CheckpointSave:
     @property
     def is_done(self) -> bool:
         """Whether the checkpoint is on disk, or was given up."""
-        return self._thread is None or not self._thread.is_alive()
+        thread = self._thread  # another one may be in wait()
+        return thread is None or not thread.is_alive()
 
     def wait(self) -> None:
         """Returns when the checkpoint is on disk; raises, once, what kept it from being saved."""
-        if self._thread is not None:
-            self._thread.join()
+        thread, end = self._thread, self._end  # several threads may wait
+        if thread is not None:
+            thread.join()
             self._thread = None
-        if self._end is not None:
-            self._end()
+        if end is not None:
+            end()
             self._end = None
-        if self._error is not None:
-            error, self._error = self._error, None
+        error, self._error = self._error, None
+        if error is not None:
             raise error
 
     def start(self, write: Callable[[], None], end: Callable[[], None]) -> None:
-        """Runs `write` on a thread that the interpreter waits for at exit; `end` is called by `wait`."""
+        """Runs `write` on a thread that the interpreter waits for at exit; `wait` calls the idempotent `end`."""
 
         def run() -> None:
             try:

@@ -194,7 +194,8 @@ def _watch(
         for handle in handles:
             handle.remove()
         for engine in asked:
-            engine.watch_states(None)
+            if engine.watch is watch:  # else that of the next save: a thread that waited for this one is late
+                engine.watch_states(None)
         if (still := guarding()) is not None:
             still.end()
 
@@ -261,7 +262,7 @@ def _staged(value: Value) -> Value:
 def model_values(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
     """The tensors of the model's state_dict, live where they can be; what else is in it; and its versions by module."""
     engine = engine_of(model)
-    with engine.streaming.lending() if engine is not None else contextlib.nullcontext():
+    with engine.streaming.copies.lending() if engine is not None else contextlib.nullcontext():
         everything = model.state_dict()
     tensors = {name: value for name, value in everything.items() if isinstance(value, Tensor)}
     extra = {name: value for name, value in everything.items() if name not in tensors}

@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ._autocast_cache import AutocastCache
 from ._away import AwayParameter
 from ._cuda_graphs import refuse_capture
 from ._errors import OffloadError, StateError
 from ._residency import Residency, group_by_units, trim_heap
-from ._stored_values import LentWeight, StoredWeight
+from ._stored_values import StoredWeight
 from ._touch_order import TouchOrder
 from ._units import Unit
+from ._weight_copies import WeightCopies
 from ._weight_window import WeightStore, WeightWindow
 
 __all__ = ["Streaming"]
@@ -50,19 +52,14 @@ class Streaming:
         self._needs = [_unique(self._residency_of.get(id(p)) for _, p in unit.parameters) for unit in units]
         self._parents: list[set[int]] = [set() for _ in units]
         self._open: list[int] = []
-        self.saw_autocast = False
-        # How many units were open when the cache of autocast was turned off; None: it is as the user has it.
-        self._uncached_since: int | None = None
+        self.autocast = AutocastCache(device)
         self._pinned: set[int] = set()
         self._training, self._evaluation = TouchOrder(), TouchOrder()
         self._order = self._training
         self._forward_runs = False
         self._backward: weakref.ref[_BackwardEnd] | None = None
         self._holds = 0
-        # While state_dict() runs: a copy of each parameter that it has come to, and the id of its module.
-        self._copies: dict[int, Tensor] | None = None
-        self._copied = 0
-        self._lends = False
+        self.copies = WeightCopies(store, self.window)
 
     def __contains__(self, parameter: object) -> bool:
         return id(parameter) in self._residency_of
@@ -157,7 +154,7 @@ class Streaming:
         self._order = self._training if torch.is_grad_enabled() else self._evaluation
         self._order.begin()
         self._close_all()
-        self._forget_copies()
+        self.copies.forget()
         self._forward_runs = True
         self._backward = None
         for unit in self._pinned:
@@ -180,9 +177,7 @@ class Streaming:
             self._parents[unit].update(other for other in self._open if other != unit)
         self._touch(unit, in_backward=in_backward)
         self._open.append(unit)
-        if torch.is_autocast_enabled(self.device.type):
-            self.saw_autocast = True
-            self._turn_the_cache_off()
+        self.autocast.enter(len(self._open))
 
     def exit(self, unit: int, *, in_backward: bool) -> None:
         """The forward of `unit` ended, or raised. Who reads its weights from now on is seen, and pins it.
@@ -191,7 +186,7 @@ class Streaming:
         """
         if unit in self._open:
             self._open.remove(unit)
-            self._turn_the_cache_on()
+            self.autocast.exit(len(self._open))
         if in_backward or self._holds:
             return
         used: set[Residency] = set()
@@ -204,24 +199,7 @@ class Streaming:
     def _close_all(self) -> None:
         """Those left open are of a forward that Ctrl-C ended."""
         self._open.clear()
-        if torch.is_autocast_enabled(self.device.type):
-            self._turn_the_cache_on()
-        self._uncached_since = None  # or the context of autocast that was left has turned it on
-
-    def _turn_the_cache_off(self) -> None:
-        """The cache would hold the 16-bit cast of every weight until the end of the autocast context.
-
-        Only while autocast is on: no hook is called after Ctrl-C, and the end of that context then turns it on again.
-        """
-        if self._uncached_since is None and torch.is_autocast_cache_enabled():
-            self._uncached_since = len(self._open)
-            torch.set_autocast_cache_enabled(False)
-
-    def _turn_the_cache_on(self) -> None:
-        """Where the unit in which it was turned off has ended."""
-        if self._uncached_since is not None and len(self._open) < self._uncached_since:
-            self._uncached_since = None
-            torch.set_autocast_cache_enabled(True)
+        self.autocast.forget()
 
     def touch_in_backward(self, unit: int) -> None:
         """Backward is about to run nodes of `unit`. Inside `present()` what they save of weights is kept."""
@@ -308,13 +286,14 @@ class Streaming:
 
     def begin_step(self) -> None:
         """Empties the window for a step: the weights on the host are the present ones."""
-        if self._holds:
-            raise StateError(
-                "optim.step() inside `offload.full_params`: the weights on the device would miss the step; leave the "
-                "context first"
-            )
-        self._forget_copies()
+        self.refuse_while_present("optim.step()", "the weights on the device would miss the step")
+        self.copies.forget()
         self.empty()
+
+    def refuse_while_present(self, call: str, why: str) -> None:
+        """Raises `StateError` inside `present()`."""
+        if self._holds:
+            raise StateError(f"{call} inside `offload.full_params`: {why}; leave the context first")
 
     def rest(self) -> None:
         """Empties the window and sends for the units that the next forward begins with."""
@@ -330,8 +309,7 @@ class Streaming:
         """Inside the context these parameters (None: all) are on the device, for reading and writing."""
         wanted = self.residencies if parameters is None else self._those_of(parameters)
         self._holds += 1
-        if self._copies is not None:
-            self._copies.clear()  # of what may be written to now
+        self.copies.clear()  # of what may be written to now
         try:
             self.window.bring(wanted)
             self.window.make_ready(wanted)
@@ -366,7 +344,7 @@ class Streaming:
         """Brings these parameters; what is written to them goes to the host at the next touch, step or state_dict()."""
         wanted = self._those_of(parameters)
         if wanted:
-            self._forget_copies()
+            self.copies.forget()
             self._free_all_but(wanted)
             self.window.bring(wanted)
             self.window.make_ready(wanted)
@@ -378,48 +356,14 @@ class Streaming:
         self.window.make_ready(wanted)
 
     def begin_copies(self, module: int) -> None:
-        """state_dict() of a module begins: parameters give copies of their values until that of the outermost ends."""
+        """state_dict() of a module begins."""
         if not self._holds:
             self.empty()
-        if self._copies is None or self._copied == module:  # or an error ended the last one
-            self._copies = {}
-            self._copied = module
+        self.copies.begin(module)
 
     def copy_of(self, parameter: Parameter) -> Tensor:
         """A copy of its value in host memory, the same one while one state_dict() runs."""
-        self.window.flush()
-        self._store.settle_updates([parameter])
-        known = None if self._copies is None else self._copies.get(id(parameter))
-        if known is None:
-            residency = self._residency_of[id(parameter)]
-            stored = self._store.stored_weight(residency, parameter) if self._lends else None
-            with torch.inference_mode(False):
-                known = self.host_weight(parameter) if stored is None else LentWeight(stored)
-                if not self._lends:
-                    known = known.clone()
-            if self._copies is not None:
-                self._copies[id(parameter)] = known
-        return known
-
-    def end_copies(self, module: int) -> None:
-        if self._copied == module:
-            self._copies = None
-
-    def _forget_copies(self) -> None:
-        """Values change: a state_dict() whose copies are still there has ended by an error, which no hook tells."""
-        self._copies = None
-
-    @contextlib.contextmanager
-    def lending(self) -> Iterator[None]:
-        """Inside the context state_dict() gives the host bytes themselves, to be read before a weight changes.
-
-        Weights on disk are `LentWeight`s.
-        """
-        self._lends = True
-        try:
-            yield
-        finally:
-            self._lends = False
+        return self.copies.of(self._residency_of[id(parameter)], parameter)
 
     def _those_of(self, parameters: Iterable[Parameter]) -> list[Residency]:
         return _unique(self._residency_of.get(id(parameter)) for parameter in parameters)
@@ -432,7 +376,7 @@ class Streaming:
 
     def read_away(self, parameter: Parameter) -> Tensor | None:
         """Somebody reads a parameter that is not there; returns what stands for it, None when it is there now."""
-        if self._copies is not None:
+        if self.copies.are_asked:
             return self.copy_of(parameter)
         if not self._forward_runs and torch._C._current_graph_task_id() != -1:  # in a hook of the user's
             self._watch_end_of_backward()

@@ -34,7 +34,7 @@ _SEARCH_DEPTH = 3
 
 
 class TorchUpdater:
-    """Steps a twin of `original`; see the module's text and `_optimizer.Updater`."""
+    """Steps a twin of `original`; see the module's text and `_updater.Updater`."""
 
     def __init__(self, original: Optimizer, engine: Engine) -> None:
         self.engine = engine

@@ -44,7 +44,8 @@ class WeightCasts:
         streaming = self._streaming()
         if streaming is None or not streaming.residencies:
             return False
-        expected = not self._is_known or streaming.saw_autocast or torch.is_autocast_enabled(streaming.device.type)
+        is_on = torch.is_autocast_enabled(streaming.device.type)
+        expected = not self._is_known or streaming.autocast.saw_autocast or is_on
         self._is_known |= torch.is_grad_enabled()
         return expected
 

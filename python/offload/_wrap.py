@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,6 +32,7 @@ from ._torch_updater import TorchUpdater
 from ._unified import classify
 from ._unified_plan import MemoryKind, advised_against
 from ._units import Unit, check_module, find_units
+from ._updater import Updater
 from ._wrap_checks import (
     check_formats,
     check_model,
@@ -86,7 +88,8 @@ def wrap(
         InvalidArgument: an option, model or optimizer that is not legal, or a budget that is too small.
         OutOfHostMemory: the host budget cannot hold what the plan puts there.
         StorageError: `disk_path` cannot be used, or has no space for the states.
-        StateError: the model or optimizer is wrapped already.
+        StateError: the model or optimizer is wrapped already, or shares weights with another wrapped model while those
+            of one of the two are off the device.
         In every case the model and `optim` are as they were: weights that had left have come back, in new memory.
     """
     optimizers = as_list(optim)
@@ -103,21 +106,25 @@ def wrap(
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
     check_placement(plan, optimizers)
+    _check_other_models(model, plan)
     ask_before_torch_func()
 
     engine = Engine(device, plan, settings, units)
-    kinds = [(optimizer, updater_of(optimizer)) for optimizer in optimizers]
-    trained = [
-        (parameter, kind.state_kind_of(optimizer))
-        for optimizer, kind in kinds
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-        if parameter.requires_grad or optimizer.state.get(parameter)
-    ]
-    updaters = [kind(optimizer, engine) for optimizer, kind in kinds]
-    move = ResidentMove(model, device, engine.streaming)
     hooks = Hooks(model, engine)
+    updaters: list[Updater] = []
+    move: ResidentMove | None = None
+    taken: list[tuple[OffloadOptimizer, dict[Any, Any]]] = []  # with the states that the wrapped ones had
     try:
+        kinds = [(optimizer, updater_of(optimizer)) for optimizer in optimizers]
+        trained = [
+            (parameter, kind.state_kind_of(optimizer))
+            for optimizer, kind in kinds
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad or optimizer.state.get(parameter)
+        ]
+        updaters += [kind(optimizer, engine) for optimizer, kind in kinds]
+        move = ResidentMove(model, device, engine.streaming)
         hooks.register(model, units)
         wrapped = tuple(OffloadOptimizer(o, u, hooks, model) for o, u in zip(optimizers, updaters, strict=True))
         move.commit()
@@ -126,20 +133,25 @@ def wrap(
             check_reach(classify(device), engine.pool.stats())
         for updater in updaters:
             updater.begin()
-    except BaseException:
         with Uninterrupted():
+            for one, optimizer in zip(wrapped, optimizers, strict=True):
+                taken.append((one, dict(optimizer.state)))
+                one.take_over()
+            _wrapped[model] = (engine, hooks, wrapped)
+        return model, _given_as(optim, wrapped)
+    except BaseException:  # Ctrl-C at the end, too: nobody has what would be returned
+        with Uninterrupted():
+            _wrapped.pop(model, None)
+            for one, states in taken:
+                one.release(states)
             hooks.remove()
             updaters.clear()  # what they and the states hold may be needed for the weights that come back
             engine.drop_states()
             engine.streaming.give_back()
-            move.undo()
+            if move is not None:
+                move.undo()
             engine.close()
         raise
-    with Uninterrupted():
-        for one in wrapped:
-            one.take_over()
-        _wrapped[model] = (engine, hooks, wrapped)
-    return model, _given_as(optim, wrapped)
 
 
 def unwrap(
@@ -155,8 +167,8 @@ def unwrap(
     ready to load a checkpoint. States or weights on disk that cannot be read raise `StorageError` and count as such a
     failure: the next call gives those up too.
 
-    Raises `StateError` if the model is not wrapped, `InvalidArgument` if `optim` is not what wrap returned with it, and
-    the error of an update in flight; nothing was changed then.
+    Raises `StateError` if the model is not wrapped, or inside `full_params`, `InvalidArgument` if `optim` is not what
+    wrap returned with it, and the error of an update in flight; nothing was changed then.
     """
     engine, hooks, known = _parts_of(model)
     wrapped = as_list(optim)
@@ -167,7 +179,11 @@ def unwrap(
             if known
             else f"unwrap was given {given}: this model was wrapped without an optimizer, pass None"
         )
-    held = [(p, p.grad.cell) for p in model.parameters() if isinstance(p.grad, HostGrad)]
+    engine.streaming.refuse_while_present("offload.unwrap()", "what was written to the weights would be lost")
+    # Also those that a group has and the model has not, or no more.
+    trained = (p for one in known for group in one.param_groups for p in group["params"])
+    parameters = {id(p): p for p in itertools.chain(model.parameters(), trained)}
+    held = [(p, p.grad.cell) for p in parameters.values() if isinstance(p.grad, HostGrad)]
     engine.announce_end()
     lossy = engine.has_failed
     if lossy:
@@ -212,6 +228,10 @@ def full_params(
     """
     engine, *_ = _parts_of(model)
     if parameters is not None:
+        if not isinstance(parameters, Iterable):
+            raise InvalidArgument(
+                f"full_params was given {parameters!r}: give parameters of the model, or None for all"
+            )
         parameters = [parameters] if isinstance(parameters, nn.Parameter) else list(parameters)
         known = set(map(id, model.parameters()))
         for number, parameter in enumerate(parameters):
@@ -239,7 +259,11 @@ def as_list(optim: _Optim | Sequence[_Optim] | None) -> list[_Optim]:
         return [optim]
     if not isinstance(optim, Iterable):
         raise InvalidArgument(f"optim={optim!r}: give a torch.optim.Optimizer, a list of them, or None")
-    return list(optim)
+    optimizers = list(optim)
+    for number, one in enumerate(optimizers):
+        if not isinstance(one, torch.optim.Optimizer):
+            raise InvalidArgument(f"optimizer {number} is a {type(one).__name__}: give torch.optim.Optimizer")
+    return optimizers
 
 
 def _given_as(optim: Any, results: tuple[_Optim, ...]) -> Any:
@@ -251,6 +275,18 @@ def _given_as(optim: Any, results: tuple[_Optim, ...]) -> Any:
 
 def _described(given: Any) -> str:
     return f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
+
+
+def _check_other_models(model: nn.Module, plan: Plan) -> None:
+    """Raises `StateError` where weights would come and go for two models, of which neither knows of the other."""
+    own = {id(parameter): name for name, parameter in model.named_parameters()}
+    for other, (engine, *_) in list(_wrapped.items()):
+        for parameter in other.parameters():
+            if id(parameter) in own and (plan.params != "device" or parameter in engine.streaming):
+                raise StateError(
+                    f"{own[id(parameter)]} belongs to a {type(other).__name__} that is wrapped too, and weights come "
+                    "and go for one model alone: call offload.unwrap on that first, or wrap both with params='device'"
+                )
 
 
 def _parts_of(model: nn.Module) -> _Parts:

@@ -80,8 +80,6 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
     for index, optimizer in enumerate(optimizers):
         if isinstance(optimizer, OffloadOptimizer):
             raise StateError("this optimizer is wrapped already: call offload.unwrap(model, optim) first")
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InvalidArgument(f"optimizer {index} is a {type(optimizer).__name__}: give torch.optim.Optimizer")
         if updater_of(optimizer) is TorchUpdater:
             check_torch_optimizer(optimizer, model)
         if not any(group["params"] for group in optimizer.param_groups):
@@ -216,6 +214,6 @@ def _parse_device(name: str | torch.device) -> torch.device:
             f"device={name!r}: there is no such device here; legal are 'cpu'"
             + "".join(f", 'cuda:{index}'" for index in range(torch.cuda.device_count()))
         )
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
+    if device.type == "cpu":
+        return torch.device("cpu")  # as its tensors say: none would be found to lie on "cpu:0"
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -39,9 +39,9 @@ CSRC_FLOORS = {
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid",
-     "_plan_sizes", "_plan", "_activation_order", "_step_work", "_simulated_lanes", "_simulator", "_forecast",
-     "_hardware", "_token_costs", "_predicted_step", "_prediction", "_stats", "_memory", "_intervals", "_trace_records",
-     "_trace_advice", "_trace_report", "_trace_file", "_trace_page"),
+     "_plan_sizes", "_plan", "_activation_order", "_step_work", "_simulated_lanes", "_simulated_windows",
+     "_simulator", "_forecast", "_hardware", "_token_costs", "_predicted_step", "_prediction", "_stats", "_memory",
+     "_intervals", "_trace_records", "_trace_advice", "_trace_report", "_trace_file", "_trace_page"),
     (
         "_units", "_pending", "_torch_func", "_conversions", "_interrupts", "_cuda_graphs", "_adamw", "_lion",
         "_adagrad", "_kernels", "_unified", "_unified_pool", "_disk", "_disk_snapshot", "_state_store",
@@ -50,13 +50,14 @@ PYTHON_FLOORS = (
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),
     (
         "_host_grad", "_grad_cell", "_grad_face", "_grad_factors", "_touch_order", "_residency", "_weight_window",
-        "_streaming", "_away", "_activations", "_activation_format", "_saved_ranges", "_weight_casts",
-        "_old_weight", "_parameter_state", "_moments", "_native_state",
+        "_weight_copies", "_autocast_cache", "_streaming", "_away", "_checkpoint_inputs", "_activations",
+        "_activation_format", "_saved_ranges", "_weight_casts", "_old_weight", "_state_pieces", "_parameter_state",
+        "_moments", "_native_state",
     ),
     ("_copy_lanes", "_gradient_lanes"),
     ("_weight_cache", "_weight_lane", "_state_homes", "_engine", "_engine_step", "_speculation", "_engine_stats"),
     ("_checkpoint",),
-    ("_activation_region", "_hooks", "_live_states", "_optimizer", "_native_updater", "_torch_updater",
+    ("_activation_region", "_hooks", "_live_states", "_updater", "_optimizer", "_native_updater", "_torch_updater",
      "_resident_move", "_model_sizes"),
     ("_clocks", "_trace_units", "_tracing"),
     ("_wrap_checks", "_wrap", "_predict"),

@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 import offload
 from activation_models import MODELS, llama
 from copy_schedule import CopySchedule
-from offload import _activations
+from offload import _activations, _checkpoint_inputs
 from test_exceptions import PACKAGE, QUIET_FILES, QUIET_FUNCTIONS
 from test_memory import Allocations
 from training import HOST, RESIDENT, same_bits
@@ -138,10 +138,10 @@ def test_only_the_inputs_of_checkpoints_leave(name: str) -> None:
 
 
 def test_a_torch_whose_checkpoints_are_not_recognised_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = _activations._check_checkpoints_are_recognised
+    check = _checkpoint_inputs.check_checkpoints_are_recognised
     check.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(_activations.checkpoint, "__file__", "elsewhere.py")
+        patch.setattr(_checkpoint_inputs.checkpoint, "__file__", "elsewhere.py")
         with pytest.raises(offload.StateError, match=r"activations='checkpoints': torch .* is not known here"):
             Training("checkpointed", HOST | {"activations": "checkpoints"})
     Training("checkpointed", HOST | {"activations": "checkpoints"})

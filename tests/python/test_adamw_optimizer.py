@@ -35,6 +35,10 @@ def steps(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, given: list
     [
         ({"lr": -1.0}, "lr=-1.0: must be >= 0"),
         ({"lr": float("nan")}, "lr=nan"),
+        ({"lr": "1e-3"}, "lr='1e-3': must be >= 0"),
+        ({"eps": None}, "eps=None: must be >= 0"),
+        ({"betas": 0.9}, "betas=0.9: must be two numbers"),
+        ({"betas": ("a", "b")}, r"betas=\('a', 'b'\): must be two numbers"),
         ({"eps": -1e-8}, "eps=-1e-08"),
         ({"betas": (0.9, 1.0)}, r"betas=\(0.9, 1.0\): must be two numbers in \[0, 1\)"),
         ({"betas": (0.9,)}, r"betas=\(0.9,\)"),

@@ -42,6 +42,36 @@ def test_the_bits_are_those_of_the_call(
     assert_holds(tmp_path, placement, expected)
 
 
+def test_a_thread_that_ends_a_save_late_leaves_the_next_one_alone(held: HeldWriter, tmp_path: Path) -> None:
+    model, optimizer = wrapped(torch.bfloat16, HOST)
+    steps(model, optimizer)
+    held.release()
+    first = offload.save_checkpoint(tmp_path, model, optimizer, tag="one", async_save=True)
+    real, late, gate = first._end, threading.Event(), threading.Event()
+    assert real is not None
+
+    def end() -> None:
+        if threading.current_thread() is waiter:
+            late.set()
+            assert gate.wait(60)
+        real()
+
+    first._end = end
+    waiter = threading.Thread(target=first.wait)
+    waiter.start()
+    assert late.wait(60)
+    held.hold()
+    expected = bits_of(model, optimizer)
+    second = offload.save_checkpoint(tmp_path, model, optimizer, tag="two", async_save=True)
+    gate.set()
+    waiter.join()
+    steps(model, optimizer, seed=3)
+    assert not second.is_done and first.is_done
+    held.release()
+    second.wait()
+    assert_holds(tmp_path, HOST, expected)
+
+
 def test_weights_alone_are_copied_at_the_call(held: HeldWriter, tmp_path: Path) -> None:
     """Nobody watches the optimizer then."""
     model, optimizer = wrapped(torch.bfloat16, HOST)

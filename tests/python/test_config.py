@@ -37,7 +37,9 @@ def test_parse_size(text: int | str, expected: int) -> None:
     assert parse_size(text) == expected
 
 
-@pytest.mark.parametrize("bad", ["", "GiB", "-1GiB", "1 GiBs", "1e9", "ten", -1, 1.5, True, None])
+@pytest.mark.parametrize(
+    "bad", ["", "GiB", "-1GiB", "1 GiBs", "1e9", "ten", -1, 1.5, True, None, "9" * 5000, 2**70, "9" * 20]
+)
 def test_parse_size_refuses(bad: object) -> None:
     with pytest.raises(offload.InvalidArgument, match=r"24GiB|negative"):
         parse_size(bad)  # type: ignore[arg-type]
@@ -77,6 +79,11 @@ def test_budgets_and_device_are_normalised() -> None:
         ({"disk_block": "2GiB"}, ["disk_block='2GiB'", "1GiB"]),
         ({"disk_queue_depth": 0}, ["disk_queue_depth=0", "1 to 4096"]),
         ({"gradients": "disk"}, ["gradients='disk'", "not yet"]),
+        ({"gradients": torch.ones(2)}, ["gradients=tensor", "'device', 'host', 'auto'"]),
+        ({"optimizer": torch.ones(2)}, ["optimizer=tensor", "a share"]),
+        ({"activations": torch.ones(2)}, ["activations=tensor", "a share"]),
+        ({"moments": torch.ones(2)}, ["moments=tensor", "'fp32', 'bf16', 'int8'"]),
+        ({"host_budget": 2**70}, ["host_budget", "more than any machine has"]),
         ({"params": "disk"}, ["params='disk'", "disk_path"]),
         ({"prefetch": 0}, ["prefetch=0", "1 or more"]),
         ({"units": "blocks"}, ["units='blocks'", "classes and names"]),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +12,9 @@ import torch
 from torch import nn
 
 import offload
-from offload import _engine, _native, _wrap
+from offload import _activations, _engine, _native, _state_store, _weight_cache, _wrap
 from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
+from what_lives import open_files, pool_bytes, thread_numbers
 
 
 def untouched(model: nn.Module) -> None:
@@ -73,12 +77,80 @@ def test_wrapping_twice() -> None:
         offload.wrap(make_model(), wrapped)
 
 
-def test_the_original_optimizer_refuses_to_step() -> None:
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_the_original_optimizer_refuses_to_step_to_save_and_to_load(kind: type[torch.optim.Optimizer]) -> None:
+    """It has no states: what it saved would be empty, and nothing would use what it loaded."""
     model = make_model()
-    optimizer = adamw(model)
-    offload.wrap(model, optimizer, **HOST)
-    with pytest.raises(offload.StateError, match="optimizer that wrap returned"):
-        optimizer.step()
+    optimizer = kind(model.parameters(), lr=1e-2)
+    before = optimizer.state_dict()
+    _, wrapped = offload.wrap(model, optimizer, **HOST)
+    train(model, wrapped, steps=2)
+    saved = wrapped.state_dict()
+    for call in (optimizer.step, optimizer.state_dict, lambda: optimizer.load_state_dict(before)):
+        with pytest.raises(offload.StateError, match=rf"this {kind.__name__} was given .* that wrap returned"):
+            call()
+    wrapped.load_state_dict(saved)
+    offload.unwrap(model, wrapped)
+    assert optimizer.state_dict()["state"].keys() == saved["state"].keys()
+    optimizer.load_state_dict(saved)
+
+
+def test_a_refused_wrap_leaves_nothing_for_the_garbage_collector(tmp_path: Path) -> None:
+    """Also where the refusal comes after the engine was made: its threads, files and pages go with the call."""
+    model = make_model()
+    model.head.weight.data = torch.empty(80, 24)[::2]
+    before = thread_numbers(), open_files(), pool_bytes()
+    gc.disable()
+    try:
+        refused(offload.InvalidArgument, "are not dense", model, adamw(model), optimizer="disk", disk_path=tmp_path)
+        assert (thread_numbers(), open_files(), pool_bytes()) == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("part", ["weights", "states"])
+def test_a_refusal_of_pages_leaves_nothing_for_the_garbage_collector(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system may refuse what the budget allows."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise offload.OutOfHostMemory("the system refuses to map")
+
+    what = _weight_cache.WeightCache if part == "weights" else _state_store.StateStore
+    monkeypatch.setattr(what, "__init__", refuse)
+    model = make_model()
+    before = thread_numbers(), open_files(), pool_bytes()
+    gc.disable()
+    try:
+        places = {"optimizer": "disk", "params": "disk", "disk_path": tmp_path}
+        refused(offload.OutOfHostMemory, "refuses to map", model, adamw(model), **places)
+        assert (thread_numbers(), open_files(), pool_bytes()) == before
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("number", ["cpu:0", "cpu"])
+def test_the_cpu_has_no_number(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors say "cpu" whatever was asked for: the engine has to look for them there."""
+    monkeypatch.setattr(_activations, "MIN_BYTES", 1)
+    model = make_model()
+    run = wrapped_run(model, {**HOST, "activations": "host", "device": number})
+    assert run.optimizer.stats().activations["offloaded_bytes"] > 0
+    with offload.offload_activations(keep=0, device=number) as activations:
+        loss_of(model, next(batches(1))).backward()
+    assert activations.stats()["offloaded_bytes"] > 0
+
+
+@pytest.mark.parametrize("first, second", [("host", "device"), ("device", "host"), ("host", "host")])
+def test_weights_come_and_go_for_one_model_alone(first: str, second: str) -> None:
+    for outer_first in (True, False):
+        model = make_model()
+        parts = [model, model.blocks[1]] if outer_first else [model.blocks[1], model]
+        kept = offload.wrap(parts[0], adamw(parts[0]), params=first, **HOST)
+        with pytest.raises(offload.StateError, match=r"norm.weight belongs to a (TinyLM|Block) that is wrapped too"):
+            offload.wrap(parts[1], adamw(parts[1]), params=second, **HOST)
+        train(*kept) if outer_first else offload.unwrap(*kept)
 
 
 @pytest.mark.parametrize("absent", ["cuda:77", "tpu", "meta"])
@@ -259,6 +331,77 @@ def test_add_param_group_after_wrap() -> None:
     with pytest.raises(offload.InvalidArgument, match="amsgrad"):
         wrapped.add_param_group({"params": list(model.norm.parameters()), "amsgrad": True})
     assert len(wrapped.param_groups) == 2
+
+
+UNTRAINABLE: dict[str, tuple[Callable[[], nn.Parameter], str]] = {
+    "no values": (lambda: nn.Parameter(torch.ones(3, device="meta")), "is on meta: this model trains on"),
+    "no shape": (lambda: nn.UninitializedParameter(), "has no shape yet"),
+    "float64": (lambda: nn.Parameter(torch.ones(3).double()), "float64 cannot be trained"),
+    "not dense": (lambda: nn.Parameter(torch.ones(4, 4)[::2]), "are not dense"),
+    "too large": (lambda: nn.Parameter(torch.ones(1 << 22)), "the host budget cannot hold"),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("make, message", UNTRAINABLE.values(), ids=UNTRAINABLE.keys())
+def test_a_refused_group_leaves_nothing(
+    kind: type[torch.optim.Optimizer], make: Callable[[], nn.Parameter], message: str
+) -> None:
+    """Also of the parameters before the one that is refused."""
+
+    def run(refuses: bool) -> tuple[Any, dict[str, int]]:
+        model = make_model()
+        model, optimizer = offload.wrap(model, kind(model.blocks.parameters(), lr=1e-2), **HOST, host_budget="8MiB")
+        if refuses:
+            with pytest.raises(offload.OffloadError, match=message):
+                optimizer.add_param_group({"params": [model.head.weight, make()]})
+        assert len(optimizer.param_groups) == 1
+        return train(model, optimizer, clip=None), optimizer.stats().host_bytes
+
+    (refused_run, its_bytes), (plain_run, plain_bytes) = run(True), run(False)
+    assert_same_bits(refused_run, plain_run)
+    assert its_bytes == plain_bytes
+
+
+MALFORMED: dict[str, tuple[Any, str]] = {
+    "no groups": ({"state": {}, "param_groups": None}, "needs a list of dicts with 'params'"),
+    "groups of numbers": ({"state": {}, "param_groups": [1]}, "needs a list of dicts with 'params'"),
+    "groups without parameters": ({"state": {}, "param_groups": [{}]}, "needs a list of dicts with 'params'"),
+    "a list of states": ({"state": [], "param_groups": [{"params": [0]}]}, "and a dict as 'state'"),
+    "a number as a state": ({"state": {0: 3}, "param_groups": [{"params": [0]}]}, "has 3 for a parameter"),
+}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("state, message", MALFORMED.values(), ids=MALFORMED.keys())
+def test_what_is_no_state_is_not_loaded(kind: type[torch.optim.Optimizer], state: Any, message: str) -> None:
+    model = nn.Linear(3, 2, bias=False)
+    _, optimizer = offload.wrap(model, kind(model.parameters(), lr=1e-2), **HOST)
+    with pytest.raises(offload.InvalidArgument, match=message):
+        optimizer.load_state_dict(state)
+
+
+def test_arguments_of_the_optimizers_methods(tmp_path: Path) -> None:
+    model = make_model()
+    model, optimizer = offload.wrap(model, adamw(model), **HOST)
+    loss_of(model, next(batches(1))).backward()
+    for scale in (torch.ones((), device="meta"), torch.tensor(1j), torch.ones(2)):
+        with pytest.raises(offload.InvalidArgument, match="grad_scale is torch.* give a number, or one real element"):
+            optimizer.step(grad_scale=scale)
+    weight = model.head.weight
+    for parameter, values in ((None, {}), ("head.weight", {}), (weight, None)):
+        with pytest.raises(offload.InvalidArgument, match="write_state was given a .*: give a parameter and a dict"):
+            optimizer.write_state(parameter, values)  # type: ignore[arg-type]
+    with pytest.raises(offload.InvalidArgument, match="head.weight: its state became 3; it must be a dict"):
+        optimizer.state[weight] = 3
+    with pytest.raises(offload.InvalidArgument, match="is in no group of this optimizer"):
+        optimizer.state[nn.Parameter(torch.ones(3))] = {}
+    with pytest.raises(offload.InvalidArgument, match="full_params was given 3"), offload.full_params(model, 3):  # type: ignore[arg-type]
+        pass
+    for call in (offload.save_checkpoint, offload.load_checkpoint):
+        with pytest.raises(offload.InvalidArgument, match="optimizer 0 is a str: give torch.optim.Optimizer"):
+            call(tmp_path, model, ["adamw"], tag="one")  # type: ignore[operator]
+    optimizer.step()
 
 
 def test_auto_offloads_the_least_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:

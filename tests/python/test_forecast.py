@@ -14,7 +14,7 @@ import offload
 from offload import Machine, UnitWork, _simulator, forecast
 from offload._activation_order import activation_order
 from offload._forecast import StepForecast
-from offload._simulator import window_schedule
+from offload._simulated_windows import window_schedule
 from offload._touch_order import TouchOrder
 
 # A second a byte, so that bytes are seconds.
@@ -358,14 +358,14 @@ def test_a_disk_that_writes_for_many_micro_batches_is_waited_for_as_if_each_was_
 
 def test_a_step_of_very_many_micro_batches_is_not_played_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     played = 0
-    forward = _simulator._Pipeline._forward
+    forward = _simulator.Pipeline._forward
 
     def counted(pipeline: Any) -> Any:
         nonlocal played
         played += 1
         return forward(pipeline)
 
-    monkeypatch.setattr(_simulator._Pipeline, "_forward", counted)
+    monkeypatch.setattr(_simulator.Pipeline, "_forward", counted)
     step = forecast([streamed(activation_bytes=3)] * 4, ONE, micro_batches=65_536)
     assert step.seconds >= 65_536 and played < 200
 

@@ -6,6 +6,7 @@ gradients and its states are compared bit for bit with a run that was never inte
 
 from __future__ import annotations
 
+import copy
 import inspect
 import signal
 import sys
@@ -304,3 +305,41 @@ def test_another_thread_leaves_the_handlers_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("params", ["device", "host"])
+def test_ctrl_c_at_the_end_of_wrap_undoes_it(
+    kind: type[torch.optim.Optimizer], params: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has the optimizer that it would have returned, without which nothing could unwrap the model."""
+    options = {"lr": 1e-2, **({"momentum": 0.9} if kind is torch.optim.SGD else {})}
+    trained: list[list[Tensor]] = []
+    for interrupted in (True, False):
+        model = make_model(torch.bfloat16)
+        optimizer = kind(model.parameters(), **options)
+        loss_of(model, next(batches(1))).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if interrupted:
+            before = [copy.deepcopy(state) for state in optimizer.state.values()]
+            take_over = offload.OffloadOptimizer.take_over
+
+            def interrupt(one: offload.OffloadOptimizer, take_over: Callable[[Any], None] = take_over) -> None:
+                take_over(one)
+                signal.raise_signal(signal.SIGINT)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(offload.OffloadOptimizer, "take_over", interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    offload.wrap(model, optimizer, params=params, **HOST)
+            for state, known in zip(optimizer.state.values(), before, strict=True):
+                assert state.keys() == known.keys()
+                assert all(torch.equal(state[key], known[key]) for key in known if isinstance(known[key], Tensor))
+            assert all(type(p) is nn.Parameter and not p._post_accumulate_grad_hooks for p in model.parameters())
+            assert not any(module._forward_pre_hooks for module in model.modules())
+        model, wrapped = offload.wrap(model, optimizer, params=params, **HOST)
+        loss_of(model, next(batches(1, seed=2))).backward()
+        wrapped.step()
+        trained.append([value.clone() for value in model.state_dict().values()])
+    assert all(same_bits(one, other) for one, other in zip(*trained, strict=True))

@@ -337,7 +337,10 @@ def test_activations_that_fit_nowhere_are_a_refusal(llama: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batches": []}, "batches is empty"),
+        ({"batches": []}, r"batches=\[\]: give numbers of sequences a step"),
+        ({"batches": 4}, "batches=4: give numbers of sequences a step"),
+        ({"length": None}, "length is None"),
+        ({"optimizer_class": ["adamw"]}, r"optimizer_class=\['adamw'\]: legal are"),
         ({"batches": [0]}, "batch 0 is 0"),
         ({"length": -1}, "length is -1"),
         ({"gpus": 2}, "interconnect=None for 2 GPUs: give one of 10gbe"),

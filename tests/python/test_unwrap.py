@@ -304,3 +304,31 @@ def test_a_failed_engine_dies_with_its_model() -> None:
     model = fail()
     gc.collect()
     assert model() is None
+
+
+def test_inside_full_params_it_is_refused() -> None:
+    """What was written there is on the device until the context ends."""
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), params="host", **HOST)
+    with offload.full_params(model), torch.no_grad():
+        model.head.weight.fill_(3.0)
+        with pytest.raises(offload.StateError, match=r"offload.unwrap\(\) inside .* leave the context first"):
+            offload.unwrap(model, optimizer)
+    offload.unwrap(model, optimizer)
+    assert bool((model.head.weight == 3.0).all())
+
+
+def test_gradients_of_parameters_outside_the_model_become_plain() -> None:
+    """Those of a group that was added, and of a part that the model has lost since."""
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
+    outside, lost = nn.Parameter(torch.ones(5)), model.head.weight
+    optimizer.add_param_group({"params": [outside]})
+    (loss_of(model, next(batches(1))) + 2 * outside.sum()).backward()
+    expected = lost.grad.clone()
+    model.head = nn.Linear(24, 40, bias=False)
+    _, stock = offload.unwrap(model, optimizer)
+    for parameter, gradient in ((outside, torch.full((5,), 2.0)), (lost, expected)):
+        assert type(parameter.grad) is Tensor and same_bits(parameter.grad, gradient)
+        assert type(parameter) is nn.Parameter and not parameter._post_accumulate_grad_hooks
+    stock.step()
