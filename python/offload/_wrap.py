@@ -38,6 +38,7 @@ from ._wrap_checks import (
     check_placement,
     check_process,
     check_reach,
+    check_shared,
     device_of,
     updater_of,
 )
@@ -86,7 +87,7 @@ def wrap(
         InvalidArgument: an option, model or optimizer that is not legal, or a budget that is too small.
         OutOfHostMemory: the host budget cannot hold what the plan puts there.
         StorageError: `disk_path` cannot be used, or has no space for the states.
-        StateError: the model or optimizer is wrapped already.
+        StateError: the model or optimizer is wrapped already, or a weight that is streamed in another model.
         In every case the model and `optim` are as they were: weights that had left have come back, in new memory.
     """
     optimizers = as_list(optim)
@@ -103,6 +104,7 @@ def wrap(
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
     check_placement(plan, optimizers)
+    check_shared(model, plan, [(other, engine.plan) for other, (engine, *_) in _wrapped.items()])
     ask_before_torch_func()
 
     engine = Engine(device, plan, settings, units)

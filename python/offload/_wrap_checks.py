@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ __all__ = [
     "check_placement",
     "check_process",
     "check_reach",
+    "check_shared",
     "device_of",
     "updater_of",
 ]
@@ -102,6 +103,19 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
                     raise InvalidArgument(
                         f"parameter {position} of group {number} is in two optimizers: each parameter needs one"
                     )
+
+
+def check_shared(model: nn.Module, plan: Plan, others: Iterable[tuple[nn.Module, Plan]]) -> None:
+    """others: what is wrapped already. A weight that comes and goes for one model is away when another needs it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for other, its_plan in others:
+        shared = [names[id(parameter)] for parameter in other.parameters() if id(parameter) in names]
+        if shared and (plan.params != "device" or its_plan.params != "device"):
+            raise StateError(
+                f"{shared[0]} is a weight of a {type(other).__name__} that is wrapped already, and weights that come "
+                "and go do so for one wrapped model: wrap a module that holds both, with the optimizers of both in one "
+                "tuple; or pass params='device' for both"
+            )
 
 
 def check_formats(settings: Config, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import offload
 from offload import _engine, _native, _wrap
-from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
+from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, same_bits, train, wrapped_run
 
 
 def untouched(model: nn.Module) -> None:
@@ -71,6 +71,41 @@ def test_wrapping_twice() -> None:
         offload.wrap(model, adamw(model))
     with pytest.raises(offload.StateError, match="wrapped already"):
         offload.wrap(make_model(), wrapped)
+
+
+@pytest.mark.parametrize("of_first", ["device", "host"])
+def test_a_streamed_weight_of_another_wrapped_model(of_first: str) -> None:
+    """Both may keep it on the device: then each trains it as plain models do."""
+
+    def pair() -> tuple[nn.Module, nn.Module, torch.optim.AdamW, torch.optim.AdamW]:
+        first, second = make_model(), make_model(seed=1)
+        second.embedding.weight = first.embedding.weight
+        own = [p for p in second.parameters() if p is not first.embedding.weight]
+        return first, second, adamw(first, lr=1e-2), torch.optim.AdamW(own, lr=1e-2)
+
+    def trained(placement: dict[str, str]) -> list[torch.Tensor]:
+        first, second, of_one, of_other = pair()
+        wrapped = [
+            offload.wrap(first, of_one, **placement)[1],
+            offload.wrap(second, of_other, **placement)[1],
+        ]
+        for tokens in batches(3):
+            (loss_of(first, tokens) + loss_of(second, tokens)).backward()
+            for one in wrapped:
+                one.step()
+                one.zero_grad()
+        return [p.detach().clone() for model in (first, second) for p in model.parameters()]
+
+    first, second, of_one, of_other = pair()
+    first, wrapped = offload.wrap(first, of_one, **HOST, params=of_first)
+    with pytest.raises(offload.StateError, match="embedding.weight is a weight of a TinyLM that is wrapped already"):
+        offload.wrap(second, of_other, **HOST, params="host")
+    if of_first == "host":
+        with pytest.raises(offload.StateError, match="pass params='device' for both"):
+            offload.wrap(second, of_other, **RESIDENT)
+    loss_of(first, next(batches(1))).backward()
+    wrapped.step()
+    assert all(map(same_bits, trained(HOST), trained(RESIDENT)))
 
 
 def test_the_original_optimizer_refuses_to_step() -> None:
