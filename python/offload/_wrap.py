@@ -33,6 +33,7 @@ from ._unified_plan import MemoryKind, advised_against
 from ._units import Unit, check_module, find_units
 from ._wrap_checks import (
     check_formats,
+    check_memory,
     check_model,
     check_optimizers,
     check_placement,
@@ -105,6 +106,7 @@ def wrap(
     plan = _plan(model, units, optimizers, settings, device)
     check_placement(plan, optimizers)
     check_shared(model, plan, [(other, engine.plan) for other, (engine, *_) in _wrapped.items()])
+    check_memory(model, plan, optimizers)
     ask_before_torch_func()
 
     engine = Engine(device, plan, settings, units)

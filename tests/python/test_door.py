@@ -10,6 +10,7 @@ from torch import nn
 
 import offload
 from offload import _engine, _native, _wrap
+from plain_optimizers import plain_optimizer
 from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, same_bits, train, wrapped_run
 
 
@@ -71,6 +72,45 @@ def test_wrapping_twice() -> None:
         offload.wrap(model, adamw(model))
     with pytest.raises(offload.StateError, match="wrapped already"):
         offload.wrap(make_model(), wrapped)
+
+
+@pytest.mark.parametrize("what", ["weights", "part", "frozen", "buffer"])
+@pytest.mark.parametrize("placement", [HOST, HOST | {"params": "host"}], ids=["host", "streamed"])
+def test_weights_in_one_memory(what: str, placement: dict[str, str]) -> None:
+    """The second of them would not see the update of the first; where the device updates in place it does."""
+
+    def model() -> nn.Module:
+        model = make_model()
+        if what == "part":
+            model.norm.bias = nn.Parameter(model.embedding.weight.data[0])
+        elif what == "buffer":
+            model.norm.register_buffer("part", model.norm.weight.data[2:4])
+        else:
+            model.head.weight = nn.Parameter(model.embedding.weight.data, requires_grad=what == "weights")
+        return model
+
+    names = {"part": "norm.bias|embedding.weight", "buffer": "norm.weight|norm.part"}
+    match = f"({names.get(what, 'head.weight|embedding.weight')}) and .* share memory"
+    one = model()
+    refused(offload.InvalidArgument, match, one, adamw(one), **placement)
+    plain = model()
+    found = train(*offload.wrap(one, adamw(one, lr=1e-2), **RESIDENT))
+    assert_same_bits(found, train(plain, plain_optimizer("AdamW", list(plain.parameters()))))
+
+
+def test_weights_side_by_side_in_one_memory() -> None:
+    def model() -> nn.Module:
+        model = make_model()
+        memory = torch.linspace(0, 1, 48)
+        model.norm.weight, model.norm.bias = nn.Parameter(memory[:24]), nn.Parameter(memory[24:])
+        return model
+
+    runs = []
+    for placement in (HOST, HOST | {"params": "host"}, RESIDENT):
+        one = model()
+        runs.append(train(*offload.wrap(one, adamw(one), **placement)))
+    assert_same_bits(runs[0], runs[2])
+    assert_same_bits(runs[1], runs[2])
 
 
 @pytest.mark.parametrize("of_first", ["device", "host"])
