@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, Literal, Protocol
@@ -31,6 +30,7 @@ from ._host_grad import HostBytes
 from ._interrupts import Uninterrupted
 from ._saved_ranges import (
     DeviceCopy,
+    Ending,
     KeptTensor,
     RangeKey,
     SavedRange,
@@ -69,7 +69,7 @@ class Forward:
     """
 
     def __init__(self, expected: dict[int, int | None], expected_count: int) -> None:
-        self.ranges: list[weakref.ref[SavedRange]] = []
+        self.ranges: list[Ending] = []
         self.saved_bytes = 0
         self.left_bytes = 0
         self.sent_bytes = 0
@@ -100,8 +100,8 @@ class Activations:
     activation stays. keep: device bytes that may stay, or their share of what was saved. min_bytes: smaller ones stay.
     checkpoints_only: only what torch.utils.checkpoint saves leaves. form: what is rounded, and to what; None: nothing.
 
-    Any thread may pack and unpack. A range refers to its `Activations`, never the other way round: what the graph
-    gives up is gone, whether backward ever read it or not.
+    Any thread may pack and unpack. Nothing here keeps a range: what the graph gives up is gone, whether backward ever
+    read it or not, and is counted out before anything is counted on.
     """
 
     def __init__(
@@ -129,9 +129,11 @@ class Activations:
         self._lock = threading.RLock()
         self._weights: frozenset[int] = frozenset()
         self._forward = Forward({}, 0)
-        self._known: weakref.WeakValueDictionary[RangeKey, SavedRange] = weakref.WeakValueDictionary()
-        self._recent: deque[weakref.ref[SavedRange]] = deque()  # on the device, the oldest first
-        self._ahead: dict[int, weakref.ref[SavedRange]] = {}  # prefetched and not read, by id, the oldest first
+        self._living: dict[int, Ending] = {}  # by id; kept here, as one that is gone itself tells nothing
+        self._ended: deque[Ending] = deque()  # not counted out yet
+        self._known: dict[RangeKey, Ending] = {}
+        self._recent: deque[Ending] = deque()  # on the device, the oldest first
+        self._ahead: dict[int, Ending] = {}  # prefetched and not read, by id, the oldest first
         # Bytes of live ranges: of all that may leave, of those on the device (before or after their way), on the host.
         self._live_bytes = 0
         self._live_peak_bytes = 0  # in this pass
@@ -148,7 +150,26 @@ class Activations:
         with torch._C.DisableTorchFunctionSubclass():
             self._weights = frozenset(tensor.untyped_storage()._cdata for tensor in resident)
         with self._lock:
+            self.settle()
             self._begin_pass()
+
+    def settle(self) -> None:
+        """Counts out what nothing refers to any more: its graph is gone."""
+        if not self._ended:
+            return
+        with self._lock, Uninterrupted():
+            while self._ended:
+                ending = self._ended.popleft()
+                if self._living.pop(id(ending), None) is None:
+                    continue  # its making failed
+                self._live_bytes -= ending.live_bytes
+                self._device_bytes -= ending.device_bytes
+                self._refused_bytes -= ending.refused_bytes
+                self._host_bytes -= ending.host_bytes
+                if self._known.get(ending.key) is ending:
+                    del self._known[ending.key]
+                self._ahead.pop(id(ending), None)
+                ending.storage = None
 
     def stats(self) -> dict[str, int]:
         """Of the latest forward: bytes that could leave, that left, what these were on their way, and what the host
@@ -171,6 +192,7 @@ class Activations:
 
     def device_bytes(self) -> tuple[dict[str, int], dict[str, int]]:
         """Of what is saved, and of copies that take it away, the bytes on the device: now, and the most at once."""
+        self.settle()
         # A range on its way back counts as one that is there, for whom its copy is.
         leaving = sum(self._lanes.in_ring(leaving_only=True).values())
         now = {"activations": self._on_device(), "copies": leaving}
@@ -194,6 +216,7 @@ class Activations:
         if key.nbytes < self._min_bytes:  # expanded
             return KeptTensor(tensor)
         with self._lock:
+            self.settle()
             saved = self._find(own) or self._find(key)
             if saved is None:
                 saved = self._save(key, tensor)
@@ -214,7 +237,8 @@ class Activations:
         )
 
     def _find(self, key: RangeKey) -> SavedRange | None:
-        found = self._known.get(key)
+        ending = self._known.get(key)
+        found = None if ending is None else ending()
         # A `.data` alias counts its own versions: equal numbers do not make equal counters.
         return found if found is not None and found.witness._version == key.version else None
 
@@ -223,16 +247,15 @@ class Activations:
         forward = self._forward
         stream = self._lanes.compute_stream()
         with Uninterrupted():
-            saved = SavedRange(key, tensor, stream, forward, len(forward.ranges))
-            saved.owner = self
+            saved = SavedRange(key, tensor, stream, forward, len(forward.ranges), self._ended.append)
+            self._living[id(saved.ending)] = saved.ending
             forward.saved_bytes += saved.nbytes
             self._device_bytes += saved.nbytes
             self._live_bytes += saved.nbytes
             self._live_peak_bytes = max(self._live_peak_bytes, self._live_bytes)
-            reference = weakref.ref(saved)
-            forward.ranges.append(reference)
-            self._recent.append(reference)
-            self._known[key] = saved
+            forward.ranges.append(saved.ending)
+            self._recent.append(saved.ending)
+            self._known[key] = saved.ending
             self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
         return saved
 
@@ -274,8 +297,9 @@ class Activations:
                 held = self._lanes.send(self._departing(saved), "activations", saved.stream, self._room())
         with Uninterrupted():
             self._device_bytes -= saved.nbytes
+            saved.ending.device_bytes = 0
             if held is None:
-                saved.stays = True
+                saved.ending.refused_bytes = saved.nbytes
                 self._refused_bytes += saved.nbytes
                 saved.forward.refused_bytes += saved.nbytes
                 return
@@ -283,6 +307,7 @@ class Activations:
             saved.source = None
             saved.forward.left_bytes += saved.nbytes
             saved.forward.sent_bytes += saved.sent_bytes
+            saved.ending.host_bytes = saved.host_bytes
             self._host_bytes += saved.host_bytes
             self._host_peak_bytes = max(self._host_peak_bytes, self._host_bytes)
 
@@ -291,18 +316,6 @@ class Activations:
             return saved.departing()
         with self._lanes.on_stream(saved.stream):  # whose memory it packs, and takes for the packed bytes
             return saved.departing()
-
-    def forget(self, saved: SavedRange) -> None:
-        """Nothing refers to `saved` any more: its graph is gone."""
-        with self._lock, Uninterrupted():
-            self._live_bytes -= saved.nbytes
-            if saved.stays:
-                self._refused_bytes -= saved.nbytes
-            if saved.copy is not None or (saved.source is not None and not saved.stays):
-                self._device_bytes -= saved.nbytes
-            if saved.held is not None:
-                self._host_bytes -= saved.host_bytes
-            self._ahead.pop(id(saved), None)
 
     # --- backward -------------------------------------------------------------------------------------------
 
@@ -317,6 +330,7 @@ class Activations:
             return packed.tensor
         saved = packed.range
         with self._lock:
+            self.settle()
             copy = self._bring(saved)
             source = saved.source
             if saved.note_read(packed):
@@ -345,7 +359,7 @@ class Activations:
             if self._device_bytes + saved.nbytes > self._allowance():
                 self._evict()
             self._start_return(saved, stream)
-        self._ahead.pop(id(saved), None)
+        self._ahead.pop(id(saved.ending), None)
         if not was_here or forward.furthest is None:
             forward.furthest = saved.index
         self._prefetch(forward, stream)
@@ -360,7 +374,8 @@ class Activations:
         ticket = self._lanes.start_upload(saved.held, memory, 2 * self._room())
         with Uninterrupted():
             if saved.copy is None:
-                self._device_bytes += saved.nbytes  # of what is packed too: it will be
+                saved.ending.device_bytes = saved.nbytes  # of what is packed too: it will be
+                self._device_bytes += saved.nbytes
             saved.copy = DeviceCopy(memory, memory._version, ticket, stream, saved.key.form)
             self._device_peak_bytes = max(self._device_peak_bytes, self._on_device())
 
@@ -375,7 +390,7 @@ class Activations:
                 if self._ahead and self._device_bytes + saved.nbytes > allowance:
                     return
                 self._start_return(saved, stream)
-                self._ahead[id(saved)] = weakref.ref(saved)
+                self._ahead[id(saved.ending)] = saved.ending
             forward.furthest = following
 
     def _evict(self) -> None:
@@ -389,4 +404,5 @@ class Activations:
         if saved.copy is not None:
             with Uninterrupted():
                 saved.copy = None
+                saved.ending.device_bytes = 0
                 self._device_bytes -= saved.nbytes

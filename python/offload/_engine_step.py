@@ -71,7 +71,9 @@ class EngineStep:
         of_host.sort(key=lambda pair: next_use(pair[0]))
         if self._goes_backwards([state for state, _ in of_host]):
             of_host.reverse()
-        self._update(of_host, [pair for pair in work if pair[0].by_device], grad_scale)
+        of_device = [pair for pair in work if pair[0].by_device]
+        without_elements = [s for s in states if not s.by_device and s.parameter.numel() == 0]
+        self._update(of_host, of_device, without_elements, grad_scale)
         self._engine.streaming.rest()
 
     @staticmethod
@@ -172,8 +174,14 @@ class EngineStep:
             self._engine.add_slot(state)
         state.adopt_parameter()
 
-    def _update(self, of_host: Sequence[_Work], of_device: Sequence[_Work], grad_scale: GradScale) -> None:
-        """The host's part first: it runs while the device updates its own."""
+    def _update(
+        self,
+        of_host: Sequence[_Work],
+        of_device: Sequence[_Work],
+        without_elements: Sequence[NativeState],
+        grad_scale: GradScale,
+    ) -> None:
+        """The host's part first: it runs while the device updates its own. One without elements counts its steps."""
         jobs, read = self._host_jobs(of_host, grad_scale)
         states = [state for state, _ in of_host]
         speculation = self._engine.speculation
@@ -199,6 +207,8 @@ class EngineStep:
                     state.step += 1
                     self._engine.wrote(state)
                 self._await_device([state for state, _ in of_device])
+                for state in without_elements:
+                    state.step += 1
                 self.count += 1
                 begun = False
         except BaseException as error:  # part of the step is done, or it is not known any more who is pending

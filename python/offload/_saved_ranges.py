@@ -6,6 +6,8 @@ host, and come back as other memory, of which every `SavedView` is rebuilt with 
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,20 +95,21 @@ class SavedRange:
     stream: the compute stream it was made on.
     index: its place in the order of its forward pass.
     copy: the memory it came back to, kept until all views of one backward pass have been read.
+    ending: counts its bytes. ended: called with it when nothing refers to the range any more.
     """
 
     __slots__ = (
-        "__weakref__", "copy", "forward", "held", "host_bytes", "index", "key", "nbytes", "owner", "sent_bytes",
-        "source", "stays", "storage", "stream", "turn", "unread", "views", "witness",
+        "__weakref__", "copy", "ending", "forward", "held", "host_bytes", "index", "key", "nbytes", "sent_bytes",
+        "source", "stream", "turn", "unread", "views", "witness",
     )  # fmt: skip
 
-    def __init__(self, key: RangeKey, tensor: Tensor, stream: int, forward: Any, index: int) -> None:
-        self.owner: Any = None  # who counts its bytes
+    def __init__(
+        self, key: RangeKey, tensor: Tensor, stream: int, forward: Any, index: int, ended: Callable[[Any], None]
+    ) -> None:
         self.key = key
         self.nbytes = key.nbytes
         self.sent_bytes = key.sent_bytes
         self.host_bytes = -(-self.sent_bytes // HOST_BLOCK_BYTES) * HOST_BLOCK_BYTES
-        self.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]  # holds the address that the key names
         self.witness = version_witness(tensor)
         self.source: Tensor | None = tensor.detach()
         self.held: HostBytes | None = None
@@ -114,15 +117,14 @@ class SavedRange:
         self.stream = stream
         self.forward = forward
         self.index = index
-        self.stays = False
         self.views = 0
         self.unread = 0
         self.turn = 0
-
-    def __del__(self) -> None:
-        owner = getattr(self, "owner", None)  # not set where making it failed
-        if owner is not None:
-            owner.forget(self)
+        self.ending = Ending(self, ended)
+        self.ending.key = key
+        self.ending.storage = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+        self.ending.live_bytes = self.ending.device_bytes = self.nbytes
+        self.ending.refused_bytes = self.ending.host_bytes = 0
 
     def add_view(self, tensor: Tensor) -> SavedView:
         """What autograd keeps in place of `tensor`, which lies in this range."""
@@ -147,6 +149,23 @@ class SavedRange:
         assert self.source is not None
         values = self.source.as_strided((self.key.count,), (1,), self.key.begin)
         return values if self.key.form is None else self.key.form.pack(values)
+
+
+class Ending(weakref.ref[SavedRange]):
+    """A weak reference to a range, with the bytes that it has in each place, to be counted out when it is gone.
+
+    A range has no `__del__`, and no callback in Python: a signal handler may run in either, as soon as the node of a
+    graph has ended that held the range, and what it raises there is lost.
+    storage: holds the address that the key names.
+    """
+
+    __slots__ = ("device_bytes", "host_bytes", "key", "live_bytes", "refused_bytes", "storage")
+    key: RangeKey
+    storage: StorageWeakRef | None
+    live_bytes: int
+    device_bytes: int
+    refused_bytes: int
+    host_bytes: int
 
 
 class SavedView:

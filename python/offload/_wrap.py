@@ -35,11 +35,13 @@ from ._units import Unit, check_module, find_units
 from ._updater import Updater
 from ._wrap_checks import (
     check_formats,
+    check_memory,
     check_model,
     check_optimizers,
     check_placement,
     check_process,
     check_reach,
+    check_shared,
     device_of,
     updater_of,
 )
@@ -106,7 +108,8 @@ def wrap(
     units = find_units(model, settings.units)
     plan = _plan(model, units, optimizers, settings, device)
     check_placement(plan, optimizers)
-    _check_other_models(model, plan)
+    check_shared(model, plan, [(other, engine.plan) for other, (engine, *_) in _wrapped.items()])
+    check_memory(model, plan, optimizers)
     ask_before_torch_func()
 
     engine = Engine(device, plan, settings, units)
@@ -275,18 +278,6 @@ def _given_as(optim: Any, results: tuple[_Optim, ...]) -> Any:
 
 def _described(given: Any) -> str:
     return f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else f"a {type(given).__name__}"
-
-
-def _check_other_models(model: nn.Module, plan: Plan) -> None:
-    """Raises `StateError` where weights would come and go for two models, of which neither knows of the other."""
-    own = {id(parameter): name for name, parameter in model.named_parameters()}
-    for other, (engine, *_) in list(_wrapped.items()):
-        for parameter in other.parameters():
-            if id(parameter) in own and (plan.params != "device" or parameter in engine.streaming):
-                raise StateError(
-                    f"{own[id(parameter)]} belongs to a {type(other).__name__} that is wrapped too, and weights come "
-                    "and go for one model alone: call offload.unwrap on that first, or wrap both with params='device'"
-                )
 
 
 def _parts_of(model: nn.Module) -> _Parts:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._config import Config, format_size
 from ._errors import DeviceError, InvalidArgument, StateError
@@ -22,11 +23,13 @@ from ._units import check_module
 
 __all__ = [
     "check_formats",
+    "check_memory",
     "check_model",
     "check_optimizers",
     "check_placement",
     "check_process",
     "check_reach",
+    "check_shared",
     "device_of",
     "updater_of",
 ]
@@ -100,6 +103,46 @@ def check_optimizers(model: nn.Module, optimizers: list[torch.optim.Optimizer]) 
                     raise InvalidArgument(
                         f"parameter {position} of group {number} is in two optimizers: each parameter needs one"
                     )
+
+
+def check_shared(model: nn.Module, plan: Plan, others: Iterable[tuple[nn.Module, Plan]]) -> None:
+    """others: what is wrapped already. A weight that comes and goes for one model is away when another needs it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for other, its_plan in others:
+        shared = [names[id(parameter)] for parameter in other.parameters() if id(parameter) in names]
+        if shared and (plan.params != "device" or its_plan.params != "device"):
+            raise StateError(
+                f"{shared[0]} is a weight of a {type(other).__name__} that is wrapped already, and weights that come "
+                "and go do so for one wrapped model: wrap a module that holds both, with the optimizers of both in one "
+                "tuple; or pass params='device' for both"
+            )
+
+
+def check_memory(model: nn.Module, plan: Plan, optimizers: list[torch.optim.Optimizer]) -> None:
+    """A weight whose update runs elsewhere has its memory for itself: what shares it would not know of the update."""
+    if plan.optimizer == "device":
+        return
+    given = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    trained = {id(p) for p in given if p.requires_grad}
+    places = []
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.layout is torch.strided and tensor.numel() > 0 and not is_traceable_wrapper_subclass(tensor):
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            begin = tensor.data_ptr()
+            places.append((begin, begin + (last + 1) * tensor.element_size(), id(tensor) in trained, name))
+    places.sort()
+    reach, of_trained = (0, ""), (0, "")  # how far what came before goes, with its name
+    for begin, end, is_trained, name in places:
+        until, before = reach if is_trained else of_trained
+        if begin < until:
+            raise InvalidArgument(
+                f"{name} and {before} share memory, and the optimizer updates {name if is_trained else before}: "
+                "with optimizer='device' alone the other would change with it; make them one parameter "
+                "(`b.weight = a.weight`), or give one memory of its own (`p.data = p.data.clone()`)"
+            )
+        reach = max(reach, (end, name))
+        if is_trained:
+            of_trained = max(of_trained, (end, name))
 
 
 def check_formats(settings: Config, optimizers: list[torch.optim.Optimizer]) -> None:

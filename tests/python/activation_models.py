@@ -163,8 +163,9 @@ def assert_nothing_left(region: ActivationRegion) -> None:
     while pool_of(region).stats()["live_count"] > 0 and time.monotonic() < end:
         time.sleep(0.001)
     assert pool_of(region).stats()["live_count"] == 0
+    activations.settle()
     assert (activations._live_bytes, activations._device_bytes, activations._host_bytes) == (0, 0, 0)
-    assert not activations._ahead and not activations._known
+    assert not activations._ahead and not activations._known and not activations._living
 
 
 def train(name: str, region: Any, autocast: bool = False) -> tuple[list[float], list[Tensor]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import offload
 from activation_models import Watch, assert_equal_runs, assert_nothing_left, pool_of, region_of, small, train
@@ -196,4 +197,28 @@ def test_over_the_host_budget_an_activation_stays(device: torch.device) -> None:
     assert stats["refused_bytes"] + stats["offloaded_bytes"] == stats["saved_bytes"]
     assert pool_of(region).stats()["peak_used_bytes"] <= 8192
     assert_equal_runs(run, train("tiny", nullcontext()))
+    assert_nothing_left(region)
+
+
+def test_no_python_runs_as_a_graph_gives_up_what_it_saved(device: torch.device) -> None:
+    """A signal's handler would run there, and Python drops what is raised in a `__del__` or in a callback: Ctrl-C was
+    lost, and the bytes of the range counted for ever. What has ended is counted out by whoever counts next.
+    """
+    region = region_of(device)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16)), torch.ones(4, 16, requires_grad=True)
+    with region:
+        read, unread = model(x).sum(), model(x).sum()
+    entered: list[str] = []
+    before = sys.gettrace()
+    sys.settrace(lambda frame, *_: entered.append(frame.f_code.co_name))
+    try:
+        unread = None
+    finally:
+        sys.settrace(before)
+    assert unread is None and entered == []
+    counted = region._activations._live_bytes
+    region._activations.settle()
+    assert 0 < region._activations._live_bytes < counted
+    read.backward()
+    del read
     assert_nothing_left(region)

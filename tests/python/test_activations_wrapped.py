@@ -89,6 +89,7 @@ def assert_same(one: Training, other: Training) -> None:
 def assert_nothing_left(training: Training) -> None:
     assert not hooks_are_active()
     activations = training.activations
+    activations.settle()
     assert (activations._live_bytes, activations._device_bytes, activations._host_bytes) == (0, 0, 0)
     assert training.optimizer.stats().host_bytes["activations"] == 0
 
@@ -330,7 +331,7 @@ def functions_entered(training: Training) -> Callable[[int], int]:
         def enter(frame: FrameType, event: str, _: Any) -> None:
             nonlocal count
             code = frame.f_code
-            quiet = code.co_name in (*QUIET_FUNCTIONS, "forget") or code.co_filename.endswith(QUIET_FILES)
+            quiet = code.co_name in QUIET_FUNCTIONS or code.co_filename.endswith(QUIET_FILES)
             if code.co_filename.startswith(PACKAGE) and not quiet:
                 count += 1
                 if count == nth:

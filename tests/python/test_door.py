@@ -13,7 +13,8 @@ from torch import nn
 
 import offload
 from offload import _activations, _engine, _native, _state_store, _weight_cache, _wrap
-from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
+from plain_optimizers import plain_optimizer
+from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, same_bits, train, wrapped_run
 from what_lives import open_files, pool_bytes, thread_numbers
 
 
@@ -75,6 +76,80 @@ def test_wrapping_twice() -> None:
         offload.wrap(model, adamw(model))
     with pytest.raises(offload.StateError, match="wrapped already"):
         offload.wrap(make_model(), wrapped)
+
+
+@pytest.mark.parametrize("what", ["weights", "part", "frozen", "buffer"])
+@pytest.mark.parametrize("placement", [HOST, HOST | {"params": "host"}], ids=["host", "streamed"])
+def test_weights_in_one_memory(what: str, placement: dict[str, str]) -> None:
+    """The second of them would not see the update of the first; where the device updates in place it does."""
+
+    def model() -> nn.Module:
+        model = make_model()
+        if what == "part":
+            model.norm.bias = nn.Parameter(model.embedding.weight.data[0])
+        elif what == "buffer":
+            model.norm.register_buffer("part", model.norm.weight.data[2:4])
+        else:
+            model.head.weight = nn.Parameter(model.embedding.weight.data, requires_grad=what == "weights")
+        return model
+
+    names = {"part": "norm.bias|embedding.weight", "buffer": "norm.weight|norm.part"}
+    match = f"({names.get(what, 'head.weight|embedding.weight')}) and .* share memory"
+    one = model()
+    refused(offload.InvalidArgument, match, one, adamw(one), **placement)
+    plain = model()
+    found = train(*offload.wrap(one, adamw(one, lr=1e-2), **RESIDENT))
+    assert_same_bits(found, train(plain, plain_optimizer("AdamW", list(plain.parameters()))))
+
+
+def test_weights_side_by_side_in_one_memory() -> None:
+    def model() -> nn.Module:
+        model = make_model()
+        memory = torch.linspace(0, 1, 48)
+        model.norm.weight, model.norm.bias = nn.Parameter(memory[:24]), nn.Parameter(memory[24:])
+        return model
+
+    runs = []
+    for placement in (HOST, HOST | {"params": "host"}, RESIDENT):
+        one = model()
+        runs.append(train(*offload.wrap(one, adamw(one), **placement)))
+    assert_same_bits(runs[0], runs[2])
+    assert_same_bits(runs[1], runs[2])
+
+
+@pytest.mark.parametrize("of_first", ["device", "host"])
+def test_a_streamed_weight_of_another_wrapped_model(of_first: str) -> None:
+    """Both may keep it on the device: then each trains it as plain models do."""
+
+    def pair() -> tuple[nn.Module, nn.Module, torch.optim.AdamW, torch.optim.AdamW]:
+        first, second = make_model(), make_model(seed=1)
+        second.embedding.weight = first.embedding.weight
+        own = [p for p in second.parameters() if p is not first.embedding.weight]
+        return first, second, adamw(first, lr=1e-2), torch.optim.AdamW(own, lr=1e-2)
+
+    def trained(placement: dict[str, str]) -> list[torch.Tensor]:
+        first, second, of_one, of_other = pair()
+        wrapped = [
+            offload.wrap(first, of_one, **placement)[1],
+            offload.wrap(second, of_other, **placement)[1],
+        ]
+        for tokens in batches(3):
+            (loss_of(first, tokens) + loss_of(second, tokens)).backward()
+            for one in wrapped:
+                one.step()
+                one.zero_grad()
+        return [p.detach().clone() for model in (first, second) for p in model.parameters()]
+
+    first, second, of_one, of_other = pair()
+    first, wrapped = offload.wrap(first, of_one, **HOST, params=of_first)
+    with pytest.raises(offload.StateError, match="embedding.weight is a weight of a TinyLM that is wrapped already"):
+        offload.wrap(second, of_other, **HOST, params="host")
+    if of_first == "host":
+        with pytest.raises(offload.StateError, match="pass params='device' for both"):
+            offload.wrap(second, of_other, **RESIDENT)
+    loss_of(first, next(batches(1))).backward()
+    wrapped.step()
+    assert all(map(same_bits, trained(HOST), trained(RESIDENT)))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
@@ -148,7 +223,7 @@ def test_weights_come_and_go_for_one_model_alone(first: str, second: str) -> Non
         model = make_model()
         parts = [model, model.blocks[1]] if outer_first else [model.blocks[1], model]
         kept = offload.wrap(parts[0], adamw(parts[0]), params=first, **HOST)
-        with pytest.raises(offload.StateError, match=r"norm.weight belongs to a (TinyLM|Block) that is wrapped too"):
+        with pytest.raises(offload.StateError, match=r"norm.weight is a weight of a (TinyLM|Block) that is wrapped"):
             offload.wrap(parts[1], adamw(parts[1]), params=second, **HOST)
         train(*kept) if outer_first else offload.unwrap(*kept)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import any_order_looks
 import offload
 from offload._native_updater import NativeUpdater
 from training import HOST, RESIDENT, assert_offloaded, batches, loss_of, make_model, same_bits
@@ -159,3 +160,26 @@ def test_as_a_mapping() -> None:
     file.seek(0)
     loaded = torch.load(file, weights_only=True)
     assert all(type(entries) is dict for entries in loaded["state"].values())
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("placement", [HOST, STREAMED], ids=["host", "streamed"])
+def test_a_parameter_without_elements_has_the_state_of_every_other_placement(
+    placement: dict[str, Any], kind: type[torch.optim.Optimizer]
+) -> None:
+    def states(placement: dict[str, Any]) -> Any:
+        model = make_model(torch.bfloat16)
+        model.nothing = nn.Parameter(torch.empty(0, 3, dtype=torch.bfloat16))
+        model, optimizer = offload.wrap(model, kind(model.parameters(), lr=1e-2), **placement)
+        for tokens in batches(2):
+            (loss_of(model, tokens) + model.nothing.sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        saved = copy.deepcopy(optimizer.state_dict()["state"])
+        optimizer.load_state_dict(optimizer.state_dict())
+        offload.unwrap(model, optimizer)
+        return saved
+
+    found, expected = states(placement), states(RESIDENT)
+    assert expected[0]["step"] == 2.0 and expected[0]["master"].shape == (0, 3)
+    assert any_order_looks.difference(expected, found) is None
