@@ -104,6 +104,28 @@ def test_a_repeated_option_of_one_value_is_refused(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        ([*PLAN, "--host-memory", "64"], "argument --host-memory: '64' is a number of bytes: give a unit, as 64GiB"),
+        ([*PLAN, "--gpu-memory", "-24GiB"], "argument --gpu-memory: '-24GiB' is negative: give a size such as 24GiB"),
+        (["train", "--size", "-5M"], "argument --size: -5M parameters: give 1 to"),
+        (["train", "--steps", "-3"], "argument --steps: '-3' is not a positive whole number"),
+    ],
+)
+def test_numbers_that_cannot_be_meant(capsys: pytest.CaptureFixture[str], arguments: list[str], words: str) -> None:
+    assert words in refused(capsys, *arguments)
+
+
+def test_a_placement_is_refused_before_the_model_is_built(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.cli._training.build_model", pytest.fail)
+    assert main(["train", *TINY, "--optimizer", "gpu"]) == 2
+    assert "optimizer='gpu': legal values are" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["plan", "./not/there"], "MODEL './not/there': there is no such file or directory; give a Hugging Face"),
         (["train", *TINY, "--hidden", "130"], "--hidden 130: give a multiple of 64"),
         (
             ["train", *TINY, "--size", "1e15", "--hidden", "1000000"],

@@ -73,6 +73,10 @@ def test_duplicates_in_hjson(tmp_path: Path) -> None:
         load(path)
 
 
+def test_comments_are_no_settings() -> None:
+    quiet({**BATCH, "_read_the_docs": "https://...", "comment": "of one card", "aio": {"//": "as measured"}})
+
+
 @pytest.mark.parametrize("config", ["no/such/file.json", "bm90IGpzb24gYXQgYWxs\u00e9", "x" * 5000])
 def test_a_path_that_leads_nowhere(config: str) -> None:
     assert "give the path" in refusal(config)

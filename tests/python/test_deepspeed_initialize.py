@@ -102,7 +102,7 @@ def test_a_share_of_the_states_needs_an_optimizer_that_can_have_it(make: Any, na
 
 def test_the_options_of_wrap_that_a_config_means(tmp_path: Path) -> None:
     zero = {"stage": 3, "offload_optimizer": {"device": "cpu", "pin_memory": False, "ratio": 0.5}}
-    config = config_of(zero=zero, data_types={"grad_accum_dtype": "fp32"}, train_batch_size="auto")
+    config = {"zero_optimization": zero, "data_types": {"grad_accum_dtype": "fp32"}}
     options = offload.deepspeed.wrap_options(config)
     assert options == {
         "optimizer": 0.5, "gradients": "host", "params": "device", "activations": "device", "pin": False,
@@ -123,3 +123,17 @@ def test_the_options_of_wrap_that_a_config_means(tmp_path: Path) -> None:
     assert (options["params"], options["disk_path"]) == ("disk", (str(tmp_path),))
     with pytest.raises(offload.InvalidArgument, match="elasticity"):
         offload.deepspeed.wrap_options(config | {"elasticity": {"enabled": True}})
+
+
+def test_what_the_options_of_wrap_leave_to_the_trainer_is_named(recwarn: pytest.WarningsRecorder) -> None:
+    """Sizes of eight processes and a schedule that is not known do not matter to who brings others."""
+    auto = {"train_batch_size": "auto", "gradient_clipping": "auto", "optimizer": {"params": {"lr": "auto"}}}
+    zero = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert offload.deepspeed.wrap_options(zero | auto) == (options := offload.deepspeed.wrap_options(zero))
+    assert options["gradients"] == "host" and not recwarn.list
+    sizes = {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}
+    schedule = {"scheduler": {"type": "cosine"}, "bf16": {"enabled": True}}
+    with pytest.warns(
+        UserWarning, match=r"nothing else: train_batch_size=64, .*, gradient_clipping=0.1, scheduler, bf16"
+    ):
+        assert offload.deepspeed.wrap_options(zero | sizes | schedule | {"gradient_clipping": 0.1}) == options

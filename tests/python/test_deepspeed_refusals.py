@@ -87,6 +87,16 @@ FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32
         ({**BATCH, "amp": {"enabled": True}}, "amp.enabled=True: not available. Write `bf16`"),
         ({**BATCH, "gradient_clipping": "auto"}, "gradient_clipping='auto': nothing filled it in (Hugging Face's"),
         ({"train_batch_size": "auto"}, "train_batch_size='auto'"),
+        ({"train_batch_size": "auto"}, "write a value, or pass auto={'train_batch_size': ...}"),
+        (
+            {"train_batch_size": 128, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 16},
+            "a step of 4 processes, and there is one: write gradient_accumulation_steps: 64 for the same step, or "
+            "train_batch_size: 32",
+        ),
+        (
+            {"train_batch_size": 9, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2},
+            "train_batch_size must be train_micro_batch_size_per_gpu times gradient_accumulation_steps",
+        ),
         (adam(lr="auto"), "optimizer.params.lr='auto'"),
         (adam(max_grad_norm=1.0), "optimizer.params.max_grad_norm=1.0: not available. Write `gradient_clipping`"),
         (adam(learning_rate=1.0), "optimizer.params.learning_rate: unknown key"),
@@ -95,6 +105,8 @@ FP32_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32
         (adam(bias_correction=False), "optimizer.params.bias_correction"),
         ({**BATCH, "optimizer": {"type": "sgd"}}, "optimizer.type='sgd': no class of torch.optim"),
         ({**BATCH, "optimizer": {"type": "AdmaW"}}, "did you mean 'AdamW'?"),
+        ({**BATCH, "optimizer": {"type": "DeepSpeedCPUAdam"}}, "did you mean 'Adam'?"),
+        ({**BATCH, "optimizer": {"type": "adamw_torch_fused"}}, "did you mean 'AdamW'?"),
         ({**BATCH, "optimizer": {"type": "SGD", "params": {"momentun": 1}}}, "did you mean 'momentum'?"),
         *[
             ({**BATCH, "optimizer": {"type": name}}, f"optimizer.type={name!r}: not available")
@@ -149,6 +161,7 @@ def test_every_error_comes_at_once() -> None:
     [
         ({**BATCH, "zero_optimisation": {}}, "did you mean 'zero_optimization'?"),
         ({**BATCH, "offload_optimizer": {}}, "did you mean 'zero_optimization.offload_optimizer'?"),
+        ({**BATCH, "max_grad_norm": 0.5}, "did you mean 'gradient_clipping'?"),
         ({**BATCH, "aio": {"block_sise": 1}}, "aio.block_sise: unknown key, which has no effect"),
         (
             {**BATCH, "qqq": 1},

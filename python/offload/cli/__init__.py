@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from ._arguments import Parser, Several, amount, count, ending, place_or_share, positive, seed
+from ._arguments import Parser, Several, amount, count, ending, memory_size, place_or_share, positive, seed
 from ._bench_options import add_bench
 from ._plan_options import add_plan
 
@@ -205,7 +205,13 @@ def _add_training(train: Parser, *, steps: int) -> None:
     train.add_argument(
         "--disk-path", nargs="+", action=Several, default=None, metavar="DIR", help="directories for what is on disk"
     )
-    train.add_argument("--host-budget", default=None, metavar="SIZE", help="on the host, as '8GiB' (default: measured)")
+    train.add_argument(
+        "--host-budget",
+        type=memory_size,
+        default=None,
+        metavar="SIZE",
+        help="on the host, as '8GiB' (default: measured)",
+    )
     train.add_argument(
         "--params",
         choices=("auto", "device", "host", "disk"),
@@ -214,6 +220,7 @@ def _add_training(train: Parser, *, steps: int) -> None:
     )
     train.add_argument(
         "--device-budget",
+        type=memory_size,
         default=None,
         metavar="SIZE",
         help="for weights on the device, as '24GiB' (default: measured)",

@@ -5,11 +5,23 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["Once", "Parser", "Several", "amount", "count", "ending", "place_or_share", "positive", "seed"]
+__all__ = [
+    "Once",
+    "Parser",
+    "Several",
+    "amount",
+    "count",
+    "ending",
+    "memory_size",
+    "place_or_share",
+    "positive",
+    "seed",
+]
 
 EXIT_USAGE = 2
 
@@ -20,6 +32,8 @@ _EXITS = (
 
 # No model has so many; to build one of far more, even without weights, takes forever.
 _MOST_PARAMETERS = 10**15
+# What has fewer is no memory for tensors, and its unit was left out.
+_FEWEST_BYTES = 10_000
 
 
 def ending(*examples: str, title: str = "examples", exits: str = _EXITS) -> str:
@@ -41,6 +55,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"formatter_class": _Formatter} | options)
+        # So that -64GiB is a value, and told what is wrong with it: argparse takes plain numbers alone for that.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -115,6 +131,15 @@ def seed(text: str) -> int:
     if not -(2**63) <= value < 2**64:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 64 bits")
     return value
+
+
+def memory_size(text: str) -> str:
+    """Bytes as text such as 24GiB, which `offload` itself reads."""
+    if text.startswith("-"):
+        raise argparse.ArgumentTypeError(f"{text!r} is negative: give a size such as 24GiB")
+    if text.isdigit() and 0 < int(text) < _FEWEST_BYTES:  # 64 where 64GiB was meant
+        raise argparse.ArgumentTypeError(f"{text!r} is a number of bytes: give a unit, as {text}GiB")
+    return text
 
 
 def place_or_share(text: str) -> str | float | dict[str, float]:

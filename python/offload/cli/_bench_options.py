@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ._arguments import Once, Parser, Several, ending, positive
+from ._arguments import Once, Parser, Several, ending, memory_size, positive
 
 __all__ = ["add_bench"]
 
@@ -119,6 +119,7 @@ def _add_bench_train(train: Parser) -> None:
     )
     train.add_argument(
         "--host-budget",
+        type=memory_size,
         default=None,
         metavar="SIZE",
         help="for offload, and what peers may take, as '110GiB' (default: measured)",

@@ -76,6 +76,11 @@ def model_of(options: argparse.Namespace) -> nn.Module:
     name = published_name(options.model)
     if name is not None:
         return published(name, dtype)
+    if options.model.startswith(("/", ".", "~")) or options.model.endswith(".json"):
+        raise offload.InvalidArgument(
+            f"MODEL {options.model!r}: there is no such file or directory; give a Hugging Face config.json or the "
+            "directory that has one"
+        )
     near = nearest_name(options.model)
     raise offload.InvalidArgument(
         f"MODEL {options.model!r} is no file or directory here, no Python function and no name that is known"
@@ -236,7 +241,8 @@ def _from_config(path: Path, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = build(config)
     except Exception as error:  # whatever transformers, or the model's own code, meets in a config that it trusts
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__  # the rest are lists of all that it has
+        # Of several lines the others are lists of all that it has.
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise offload.InvalidArgument(
             f"{file}: transformers {transformers.__version__} refuses it: {reason}; give the config of a language "
             "model that it knows, a function as package.module:function, or --params, --layers and --hidden"

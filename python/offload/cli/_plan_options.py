@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ._arguments import Parser, Several, count, positive
+from ._arguments import Parser, Several, count, memory_size, positive
 
 __all__ = ["add_plan"]
 
@@ -122,8 +122,10 @@ def _add_hardware(plan: Parser) -> None:
     hardware.add_argument(
         "--hardware", metavar="NAME", help=f"one of {', '.join(Hardware.PRESETS)} (default: this machine, measured)"
     )
-    hardware.add_argument("--gpu-memory", metavar="SIZE", help="in the place of the preset's or what is free, as 24GiB")
-    hardware.add_argument("--host-memory", metavar="SIZE", help="available to a GPU, as 110GiB")
+    hardware.add_argument(
+        "--gpu-memory", type=memory_size, metavar="SIZE", help="in the place of the preset's or what is free, as 24GiB"
+    )
+    hardware.add_argument("--host-memory", type=memory_size, metavar="SIZE", help="available to a GPU, as 110GiB")
     hardware.add_argument(
         "--link", metavar="RATE", help=f"GB/s of copies each way, as 25, or one of {', '.join(Hardware.LINKS)}"
     )

@@ -218,6 +218,8 @@ def _prepare(
     options: argparse.Namespace, placement: str | None, device: torch.device
 ) -> tuple[nn.Module, torch.optim.Optimizer, offload.OffloadOptimizer | None]:
     """Model and optimizer of a run; the third is the optimizer again when it is an offloading one."""
+    where = _placement(options, placement)
+    offload.Config(**where)  # what is not legal is told before the model is built
     model = build_model(options)  # on the CPU: wrap takes each weight to where it will be
     settings: dict[str, Any] = {"lr": options.lr, "betas": _BETAS, "weight_decay": _WEIGHT_DECAY}
     if placement is None:
@@ -225,7 +227,13 @@ def _prepare(
         model.to(device)
         return model, kind(list(model.parameters()), **settings), None
     optimizer = torch.optim.AdamW(model.parameters(), **settings)
-    where: dict[str, Any] = {"optimizer": "device", "params": "device"}
+    model, offloaded = offload.wrap(model, optimizer, device=device, **where)
+    return model, offloaded, offloaded
+
+
+def _placement(options: argparse.Namespace, placement: str | None) -> dict[str, Any]:
+    """The options of `wrap`."""
+    where: dict[str, Any] = {"optimizer": "device", "params": "device", "gradients": placement or "device"}
     where |= {"moments": options.moments, "master": options.master}
     if placement == "host":
         where |= {
@@ -237,8 +245,7 @@ def _prepare(
             "activations": options.activations,
             "activation_format": options.activation_format,
         }
-    model, offloaded = offload.wrap(model, optimizer, gradients=placement, device=device, **where)
-    return model, offloaded, offloaded
+    return where
 
 
 def _live_bytes(model: nn.Module, optimizer: offload.OffloadOptimizer) -> int:

@@ -14,6 +14,8 @@ from ._values import coerce, switched_on
 
 __all__ = ["Entry", "Report", "check", "fill", "joined", "missing"]
 
+_COMMENTS = ("_", "//", "#", "comment")  # how names of keys begin that people put into JSON for each other
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -148,7 +150,7 @@ def _report_auto(section: Section, key: Key, report: Report, where: str) -> None
     else:
         report.note(where, "auto", key, "Nothing fills it in.")
         found = report.doubts if key.standing == "accepted" else report.errors
-        found.append(f"{where}='auto': nothing filled it in{filler}: write a value")
+        found.append(f"{where}='auto': nothing filled it in{filler}: write a value, or pass auto={{{where!r}: ...}}")
 
 
 def _report_unknown(section: Section, name: str, value: Any, report: Report, path: str) -> None:
@@ -161,6 +163,8 @@ def _report_unknown(section: Section, name: str, value: Any, report: Report, pat
     if section.strict or section.arguments:
         report.entries.append(Entry(where, value, "refused", f"Unknown key: {hint}"))
         report.errors.append(f"{where}: unknown key, which DeepSpeed refuses: {hint}")
+    elif str(name).startswith(_COMMENTS):
+        report.entries.append(Entry(where, value, "accepted", "A comment."))
     else:
         report.entries.append(Entry(where, value, "accepted", f"Unknown key, ignored: {hint}"))
         report.doubts.append(f"{where}: unknown key, which has no effect, and DeepSpeed says nothing about it: {hint}")

@@ -133,6 +133,7 @@ def _batch_sizes(values: Mapping[str, Any], report: Report) -> BatchSizes:
         if not any(error.startswith(_BATCH_KEYS) for error in report.errors):
             report.errors.append(
                 f"{given or 'no batch size is given'}: write train_batch_size or train_micro_batch_size_per_gpu"
+                + ("; `wrap_options` needs none" if report.for_trainer else "")
             )
         return unknown
     if micro is None:
@@ -144,8 +145,12 @@ def _batch_sizes(values: Mapping[str, Any], report: Report) -> BatchSizes:
     elif accumulation is None:
         accumulation = train // micro
     if train != micro * accumulation or not micro or not accumulation:
+        processes, rest = divmod(train, micro * accumulation) if micro and accumulation else (0, 0)
         report.errors.append(
-            f"{given}: train_batch_size must be train_micro_batch_size_per_gpu times gradient_accumulation_steps "
+            f"{given}: a step of {processes} processes, and there is one: write gradient_accumulation_steps: "
+            f"{train // micro} for the same step, or train_batch_size: {micro * accumulation}"
+            if processes > 1 and not rest
+            else f"{given}: train_batch_size must be train_micro_batch_size_per_gpu times gradient_accumulation_steps "
             "(there is one process)"
         )
     return BatchSizes(train, micro, accumulation)

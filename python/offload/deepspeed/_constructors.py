@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -21,6 +22,8 @@ _NATIVE = {"adam": "Adam", "adamw": "AdamW", "lion": "Lion", "adagrad": "Adagrad
 _OPTIMIZERS = {section.path.removeprefix("optimizer."): section for section in OPTIMIZERS}
 _OPTIMIZERS["AdamW"] = _OPTIMIZERS["Adam"]
 _SCHEDULERS = {section.path.removeprefix("scheduler."): section for section in SCHEDULERS}
+# What classes that do the same elsewhere have around a name: FusedAdam, DeepSpeedCPUAdam, adamw_torch_fused, AdamW8bit.
+_DECORATION = re.compile(r"deepspeed|hybrid|fused|cpu|torch|paged|8bit|32bit|bnb|hf|_")
 _TRAINER_FILLS = {key.name: key.trainer for key in _OPTIMIZERS["Adam"].keys}
 
 
@@ -178,7 +181,8 @@ def _torch_arguments(kind: str, name: str, report: Report) -> Section | None:
         own = _OPTIMIZERS if kind == "optimizer" else _SCHEDULERS
         torchs = [other for other in dir(home) if isinstance(getattr(home, other), type) and other[0].isupper()]
         spelt = {other.lower(): other for other in (*torchs, *own)}
-        near = difflib.get_close_matches(name.lower(), spelt, n=1)
+        plain = _DECORATION.sub("", name.lower())
+        near = [plain] if plain in spelt else difflib.get_close_matches(name.lower(), spelt, n=1)
         hint = f"did you mean {spelt[near[0]]!r}?" if near else f"write one of {', '.join(own)}"
         module = "torch.optim" if kind == "optimizer" else "torch.optim.lr_scheduler"
         report.errors.append(f"{joined(kind, 'type')}={name!r}: no class of {module}, nor of DeepSpeed's: {hint}")

@@ -53,7 +53,8 @@ The machine decides how fast, the config decides what is learnt: where tensors l
   log says so. Write `0.0` to clip nothing.
 - **`Adam` decays weights as `AdamW` does** unless `adam_w_mode` is false, as in DeepSpeed.
 - **One process**: the world size is 1, so `train_batch_size` is `train_micro_batch_size_per_gpu` times
-  `gradient_accumulation_steps`. Give two of them, or one of the first two; the rest follows.
+  `gradient_accumulation_steps`. Give two of them, or one of the first two; the rest follows. Three that are those of
+  several processes are refused, with the `gradient_accumulation_steps` that makes the same step of one.
 - **`nvme`**: optimizer states and weights live in files that have a checksum for each block, are private, and go with
   the process. Host memory is a cache of the weights. Gradients are in host memory.
 - **`warmup_num_steps: 0` works.**
@@ -62,18 +63,20 @@ The machine decides how fast, the config decides what is learnt: where tensors l
 
 A config is a dict, the path of a file, or base64 text. Files may be strict JSON or Hjson: comments, trailing commas
 and bare keys are legal. Duplicate keys are errors. Numbers and flags convert as in DeepSpeed: `5e8` is a whole number,
-`"3"` and `"true"` are what they look like; `530841.6` is not a whole number.
+`"3"` and `"true"` are what they look like; `530841.6` is not a whole number. Where DeepSpeed ignores unknown keys,
+those that begin with `_`, `//`, `#` or `comment` are comments.
 
 ### `auto`
 
 Hugging Face's Trainer and Accelerate fill in keys that say `"auto"` before DeepSpeed sees them. `offload config` knows
-which they are and shows what fills them in. A script without the Trainer must write values: where DeepSpeed would take
-its default, offload does and warns; elsewhere an `auto` that nothing filled in is an error.
+which they are and shows what fills them in. A script without the Trainer must write values, or pass them:
+`initialize(..., auto={"optimizer.params.lr": 1e-4})`. Where DeepSpeed would take its default, offload does and warns;
+elsewhere an `auto` that nothing filled in is an error.
 
 ### Hugging Face's Trainer and Accelerate
 
-`TrainingArguments(deepspeed="ds_config.json")` and Accelerate's `DeepSpeedPlugin` ask for the package `deepspeed`
-itself and bring its engine. Leave them out, and let the same file say where tensors live:
+`TrainingArguments(deepspeed="ds_config.json")`, Accelerate's `DeepSpeedPlugin` and Lightning's `DeepSpeedStrategy` ask
+for the package `deepspeed` itself and bring its engine. Leave them out, and let the same file say where tensors live:
 
 ```python
 model, optim = offload.wrap(model, optim, **offload.deepspeed.wrap_options("ds_config.json"))
@@ -81,7 +84,9 @@ trainer = Trainer(model=model, args=arguments, train_dataset=data, optimizers=(o
 ```
 
 Batch sizes, accumulation, clipping, optimizer, schedule and checkpoints are then Trainer's own arguments, and its
-`auto` has nothing left to fill in. With Accelerate give the two to `prepare`. Two things differ:
+`auto` has nothing left to fill in; where the file says more than `auto` of these, a warning names what is not read.
+With Accelerate give the two to `prepare`; with Lightning [wrap where the optimizer is
+made](placement.md#in-frameworks). Two things differ:
 
 - **16 bits**: DeepSpeed's `bf16` casts the model. Load it so (`from_pretrained(..., dtype=torch.bfloat16)`) and leave
   `TrainingArguments(bf16=...)` out, which is autocast: a 16-bit weight has an fp32 master here too.

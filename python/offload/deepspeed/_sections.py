@@ -15,9 +15,18 @@ SECTIONS: dict[str, Section] = {
     for section in module.SECTIONS
 }
 
+# Keys that people write for others, as their own scripts or other libraries call them.
+_MEANT = {
+    "max_grad_norm": "gradient_clipping",
+    "clip_grad_norm": "gradient_clipping",
+    "gradient_checkpointing": "model.gradient_checkpointing_enable()",
+}
+
 
 def nearest(name: str, section: Section) -> str | None:
     """What an unknown key of this section was probably meant to be: a near spelling, or the same key elsewhere."""
+    if section.path == "" and name in _MEANT:
+        return _MEANT[name]
     known = [spelling for key in section.keys for spelling in (key.name, key.also) if spelling]
     words = set(name.split("_"))
     same_words = [spelling for spelling in known if words <= set(spelling.split("_"))]
