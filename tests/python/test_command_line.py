@@ -150,6 +150,7 @@ def test_a_placement_is_refused_before_the_model_is_built(
         ),
         (["bench", "report", "r.json", "--out", "/"], "--out /: give a file in a folder"),
         (["checkpoint", "export", "/not/there", "--out", "x"], "there is no checkpoint in /not/there"),
+        (["checkpoint", "export", "/not/there", "--out", "/"], "--out /: give a file in a folder"),
     ],
 )
 def test_errors_name_the_option_and_what_to_do(

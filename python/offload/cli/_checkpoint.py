@@ -8,6 +8,7 @@ import sys
 
 import offload
 
+from ._outputs import check_writable
 from ._progress import shown
 
 __all__ = ["run_checkpoint"]
@@ -23,6 +24,7 @@ def run_checkpoint(options: argparse.Namespace) -> int:
                 described = offload.describe_checkpoint(options.directory, tag=options.tag)
             print(json.dumps({"schema_version": 1, **described}, indent=2))
         else:
+            check_writable("--out", options.out)
             with shown("offload checkpoint export"):
                 path = offload.export_checkpoint(options.directory, options.out, dtype=options.dtype, tag=options.tag)
             size = path.stat().st_size
