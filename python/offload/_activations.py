@@ -28,6 +28,7 @@ from ._cuda_graphs import refuse_capture
 from ._errors import OffloadError, OutOfHostMemory
 from ._host_grad import HostBytes
 from ._interrupts import Uninterrupted
+from ._pending import reading_metadata
 from ._saved_ranges import (
     DeviceCopy,
     Ending,
@@ -147,8 +148,7 @@ class Activations:
     def begin(self, resident: Iterable[Tensor] = ()) -> None:
         """Called before a forward: parameters and buffers of the model, whose memory is not to leave."""
         refuse_capture("activations that come and go: keep them on the device (activations='device')")
-        with torch._C.DisableTorchFunctionSubclass():
-            self._weights = frozenset(tensor.untyped_storage()._cdata for tensor in resident)
+        self._weights = reading_metadata(lambda: frozenset(t.untyped_storage()._cdata for t in resident))
         with self._lock:
             self.settle()
             self._begin_pass()

@@ -26,14 +26,15 @@ _LOCK_FILE = ".lock"
 _RECORD = struct.Struct("hhqqi")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-_guard = threading.Lock()
+# Reentrant: Ctrl-C at the end of a block leaves it taken, and the garbage collector may end another lock within one.
+_guard = threading.RLock()
 # Of this process, by device and inode of the directory.
 _held: weakref.WeakValueDictionary[tuple[int, int], DirectoryLock] = weakref.WeakValueDictionary()
 
 
 def _forget_in_child() -> None:
     global _guard
-    _guard = threading.Lock()  # the parent's may have been taken
+    _guard = threading.RLock()  # the parent's may have been taken
     _held.clear()
 
 

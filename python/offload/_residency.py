@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ._errors import StateError
-from ._pending import Away, can_be_pending, make_all_pending, restore_all
+from ._pending import Away, can_be_pending, make_all_pending, reading_metadata, restore_all
 from ._units import Unit, is_dense
 
 __all__ = ["Residency", "can_be_streamed", "group_by_units", "host_runs", "trim_heap", "why_resident"]
@@ -339,9 +339,8 @@ def can_be_streamed(parameter: Parameter) -> bool:
 
 
 def _storage_of(tensor: Tensor) -> int:
-    with torch._C.DisableTorchFunctionSubclass():
-        key: int = tensor.untyped_storage()._cdata
-        return key
+    key: int = reading_metadata(lambda: tensor.untyped_storage()._cdata)
+    return key
 
 
 def _bytes(count: int, device: torch.device) -> Tensor:

@@ -58,7 +58,7 @@ class Streaming:
         self._order = self._training
         self._forward_runs = False
         self._backward: weakref.ref[_BackwardEnd] | None = None
-        self._holds = 0
+        self._holds = set[object]()  # one for each `present()` that runs
         self.copies = WeightCopies(store, self.window)
 
     def __contains__(self, parameter: object) -> bool:
@@ -308,14 +308,15 @@ class Streaming:
     def present(self, parameters: Iterable[Parameter] | None = None) -> Iterator[None]:
         """Inside the context these parameters (None: all) are on the device, for reading and writing."""
         wanted = self.residencies if parameters is None else self._those_of(parameters)
-        self._holds += 1
-        self.copies.clear()  # of what may be written to now
+        hold = object()
         try:
+            self._holds.add(hold)
+            self.copies.clear()  # of what may be written to now
             self.window.bring(wanted)
             self.window.make_ready(wanted)
             yield
         finally:
-            self._holds -= 1
+            self._holds.discard(hold)
             with contextlib.ExitStack() as ends:  # all of it, whatever one of them raises
                 if not self._holds:
                     ends.callback(self.empty)

@@ -16,7 +16,7 @@ import pytest
 from torch import nn
 
 import offload
-from offload import _durable_files
+from offload import _directory_lock, _durable_files
 from offload._directory_lock import DirectoryLock
 
 MODEL = nn.Linear(2, 2)
@@ -169,3 +169,18 @@ def test_a_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(offload.StorageError, match="the checkpoint was not saved"):
         save(tmp_path / "file")
+
+
+def test_a_lock_may_end_while_its_thread_takes_another_one(tmp_path: Path) -> None:
+    """As the garbage collector does it, which comes at any allocation; and as after Ctrl-C at the end of a block."""
+    lock = DirectoryLock(tmp_path)
+    ended = threading.Event()
+
+    def nested() -> None:
+        with _directory_lock._guard:
+            lock.release()
+        ended.set()
+
+    threading.Thread(target=nested, daemon=True).start()
+    assert ended.wait(60)
+    DirectoryLock(tmp_path).release()

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -305,6 +305,49 @@ def test_another_thread_leaves_the_handlers_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
+
+
+@pytest.mark.parametrize("file", ["_residency.py", "_weight_window.py", "_weight_copies.py"])
+def test_ctrl_c_inside_full_params(file: str) -> None:
+    """At every line of these: nobody reads a weight that is away, the context has ended, and training goes on."""
+    tokens = next(batches(1, vocabulary=11, size=2, length=3))
+    trainer, twin = (Trainer({**place, **HOST}, torch.bfloat16, scaled=False) for place in ({"params": "host"}, {}))
+    path = f"{PACKAGE}/{file}"
+
+    def look(one: Trainer) -> None:
+        with offload.full_params(one.model), torch.no_grad():
+            for parameter in one.model.parameters():
+                parameter.add_(0)
+
+    counts: Counter[str] = Counter()
+    for one in (trainer, twin):
+        one.step(tokens)
+        with each_line(lambda line: counts.update([line]), path) if one is trainer else nullcontext():
+            look(one)
+        one.step(tokens)
+    interrupted = 0
+    for line, count in counts.items():
+        seen, nth = 0, 1 + sum(map(ord, line)) % count
+
+        def on_line(here: str, line: str = line, nth: int = nth) -> None:
+            nonlocal seen
+            if here == line:
+                seen += 1
+                if seen == nth:
+                    signal.raise_signal(signal.SIGINT)
+
+        with suppress(KeyboardInterrupt), each_line(on_line, path):
+            look(trainer)
+        interrupted += seen >= nth  # some lines run only while a copy is on its way
+        torch.set_grad_enabled(True)  # torch's own: its `no_grad` may not have come to its end
+        look(twin)
+        for mine, other in zip(trainer.model.parameters(), twin.model.parameters(), strict=True):
+            with suppress(offload.StateError):  # it is away, or here still
+                assert same_bits(mine.clone(), other.clone()), line
+        trainer.step(tokens)
+        twin.step(tokens)
+        assert equal(trainer.values(), twin.values()), line
+    assert interrupted
 
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
