@@ -103,14 +103,16 @@ std::shared_ptr<UnifiedBlock> UnifiedMemory::allocate(size_t bytes, UnifiedKind 
   context_->owner().require_owner("this UnifiedMemory");
   if (bytes == 0) throw Error(ErrorKind::kInvalidArgument, "0 bytes of unified memory; ask for at least 1");
   require_kind(kind);
-  std::lock_guard making(registry().making);
-  require_room(bytes, kind, host_bytes);
-  std::shared_ptr<UnifiedBlock> block(new UnifiedBlock(index_, ordinal_, facts_, context_, kind, bytes));
+  std::shared_ptr<UnifiedBlock> block;
   {
+    std::lock_guard making(registry().making);
+    require_room(bytes, kind, host_bytes);
+    block.reset(new UnifiedBlock(index_, ordinal_, facts_, context_, kind, bytes));
     std::lock_guard lock(registry().mutex);
     registry().blocks.insert_or_assign(block->address(),
                                        Registry::Entry{bytes, kind, &driver_, ordinal_, block});
   }
+  // Without the locks: a block whose hints are refused ends here, and waits for the device.
   if (hints.any()) block->advise(block->address(), bytes, hints);
   return block;
 }
