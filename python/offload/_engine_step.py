@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,9 +51,12 @@ class EngineStep:
         self.count = 0
         self.peak_gradient_bytes = 0  # of those on the device, which are all there at a step
 
-    def submit(self, updates: Sequence[Update], kind: type[NativeState], grad_scale: GradScale = 1.0) -> None:
+    def submit(
+        self, updates: Sequence[Update], adopt: Callable[[Parameter], NativeState], grad_scale: GradScale = 1.0
+    ) -> None:
         """Submits the updates in the order in which the next forward needs them, and returns.
 
+        adopt: gives the state of a parameter, made as its optimizer begins one where there is none yet.
         Parameters are pending from here until their unit's next forward, or any other access, waits for them.
         All of the step happens, or none: Ctrl-C comes before it or after it. Raises before anything is changed when a
         gradient cannot be used.
@@ -61,7 +64,7 @@ class EngineStep:
         self._engine.refuse_after_failure()
         self.check_gradients([update.parameter for update in updates])
         self._engine.streaming.begin_step()
-        states = [self._engine.adopt(update.parameter, kind) for update in updates]
+        states = [adopt(update.parameter) for update in updates]
         self._reseed_written([state for state in states if state.on_host or not state.streamed])
         work = list(zip(states, updates, strict=True))
         of_host = reading_metadata(lambda: [pair for pair in work if self._runs_on_host(pair[0])])

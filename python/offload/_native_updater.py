@@ -126,7 +126,7 @@ class NativeUpdater:
             gradients = reading_metadata(lambda: [p.grad for p in group["params"]])  # noqa: B023  # called now
             pairs = zip(group["params"], gradients, strict=True)
             updates += [Update(parameter, hyper) for parameter, grad in pairs if grad is not None]
-        self.engine.step.submit(updates, self._kind, grad_scale)
+        self.engine.step.submit(updates, self._adopted, grad_scale)
 
     # --- states ---------------------------------------------------------------------------------------------
 

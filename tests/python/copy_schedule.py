@@ -58,9 +58,9 @@ class CopySchedule:
         self._chained: dict[int, tuple[Any, list[_Gated | _native.Ticket]]] = {}
         self.awaited_count = 0
         self.early_count = 0
+        monkeypatch.setattr(_native.TransferQueue, "submit_all_to_host", self._submitting_all())
         for lane in ("to_host", "to_device"):
             monkeypatch.setattr(_native.TransferQueue, f"submit_{lane}", self._submitting(lane))
-        monkeypatch.setattr(_native.TransferQueue, "submit_all_to_host", self._submitting_all())
         monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
         monkeypatch.setattr(_native.HostPool, "acquire", self._acquiring())
         monkeypatch.setattr(_native.StepPipeline, "__init__", self._opening())
@@ -105,14 +105,23 @@ class CopySchedule:
         return call
 
     def _submitting_all(self) -> Any:
-        """Copies of one submission run in any order, and each is known to have run by its own ticket alone."""
+        """Copies of one submission run in any order, and have one ticket: it tells of each that fails."""
+        submit_all, submit = _native.TransferQueue.submit_all_to_host, _native.TransferQueue.submit_to_host
 
         def call(queue: Any, copies: list[Any], stream: int = 0, trace_name: int = 0) -> None:
+            if not copies:
+                return
             taken = self._random.sample(copies, len(copies))
             copies.clear()
-            for destination, source, nbytes, ticket, buffer in taken:
+            for destination, _, nbytes, *_ in taken:
                 ctypes.memset(destination, 0xFF, nbytes)  # NaN until it has run
-                queue.submit_to_host(destination, source, nbytes, stream, None, ticket, buffer)
+            (ticket,) = {id(ticket): ticket for *_, ticket, _ in taken}.values()
+            gate = _native.Ticket.pending()
+            submit(queue, 0, 0, 0, 0, gate)
+            submit_all(queue, taken, stream, trace_name)
+            end = submit(queue, 0, 0, 0, 0)
+            self._queues[id(queue), "to_host"].append(_Gated(gate, ticket, end, []))
+            self._go_on()
 
         return call
 

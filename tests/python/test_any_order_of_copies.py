@@ -281,3 +281,29 @@ def test_copies_that_a_weight_goes_behind_are_let_go_before_it(monkeypatch: pyte
         monkeypatch.undo()
         offload.unwrap(model, optimizer)
     assert all(map(same_bits, *seen))
+
+
+def test_a_copy_that_fails_among_others_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else gradients of another step, or none, would count."""
+    model = make_model()
+    loss_of(model, next(batches(1))).backward()
+    expected = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    told = 0
+    for nth in range(1, 8):
+        model = make_model()
+        schedule = CopySchedule(monkeypatch, seed=nth, progress=0.0)
+        model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
+        optimizer._engine.device.fail_copy("to_host", nth)
+        loss_of(model, next(batches(1))).backward()
+        for p, value in zip(model.parameters(), expected, strict=True):
+            assert p.grad is not None
+            try:
+                assert same_bits(p.grad.clone(), value)
+            except offload.DeviceError as error:
+                assert "asked for by fail_copy" in str(error)
+                told += 1
+        optimizer.zero_grad()
+        schedule.finish()
+        monkeypatch.undo()
+        offload.unwrap(model, optimizer)
+    assert told > 0

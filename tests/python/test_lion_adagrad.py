@@ -224,6 +224,24 @@ def test_adagrad_begins_with_its_initial_value_at_the_first_step_and_in_later_gr
 
 
 @usefixtures
+@pytest.mark.parametrize("placement", [HOST, RESIDENT], ids=["host", "device"])
+def test_adagrad_begins_with_its_initial_value_where_a_later_group_was_frozen(placement: dict[str, str]) -> None:
+    """Its state is made by the first step that it has a gradient in."""
+    model = make_model()
+    rest = [p for p in model.parameters() if p is not model.norm.weight]
+    optimizer = torch.optim.Adagrad(rest, lr=1e-2, initial_accumulator_value=0.5)
+    model, wrapped = offload.wrap(model, optimizer, **placement)
+    late = model.norm.weight.requires_grad_(False)
+    wrapped.add_param_group({"params": [late]})
+    late.requires_grad_(True)
+    loss_of(model, torch.arange(8).view(2, 4)).backward()
+    assert late.grad is not None
+    expected = 0.5 + late.grad.square()
+    wrapped.step()
+    assert late.grad.any() and same_bits(wrapped.state[late]["sum"], expected)
+
+
+@usefixtures
 @pytest.mark.parametrize(("name", "moments"), [("Lion", 1), ("Adagrad", 1)])
 @pytest.mark.parametrize("placement", [HOST, RESIDENT], ids=["host", "resident"])
 def test_one_moment_is_planned_and_kept(name: str, moments: int, placement: dict[str, str]) -> None:
