@@ -105,6 +105,13 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert ran >= 8
 
 
+def test_the_plan_that_the_readme_shows_is_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "README.md").read_text()
+    command, shown = re.findall(r"`offload (plan [^`]*)` predicts:\n\n```text\n(.*?)```", text, re.DOTALL)[0]
+    assert main(shlex.split(command)) == 0
+    assert capsys.readouterr().out.startswith(shown)
+
+
 @pytest.mark.parametrize("command", [command for command in commands() if command.startswith("offload ")])
 def test_words_of_a_command_are_known(command: str) -> None:
     _parser().parse_args(shlex.split(re.sub(r"<\w+>", "x", command))[1:])
