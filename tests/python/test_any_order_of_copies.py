@@ -307,3 +307,17 @@ def test_a_copy_that_fails_among_others_is_told(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.undo()
         offload.unwrap(model, optimizer)
     assert told > 0
+
+
+def test_a_mark_behind_held_copies_lets_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unified states end with one: whoever reads them would wait for ever for gradients of another optimizer."""
+    monkeypatch.setattr(_copy_lanes, "_SMALL_BYTES", 0)  # each gradient leaves alone
+    model = make_model()
+    schedule = CopySchedule(monkeypatch, seed=0, progress=0.0)
+    optimizers = [torch.optim.AdamW(part.parameters(), lr=1e-2) for part in (model.head, model.embedding)]
+    model, (first, second) = offload.wrap(model, optimizers, optimizer="unified", gradients="host", params="device")
+    loss_of(model, next(batches(1))).backward()
+    first.step()
+    assert first.state[model.head.weight]["step"] == 1.0 and schedule.awaited_count > 1
+    schedule.finish()
+    offload.unwrap(model, (first, second))
