@@ -131,6 +131,11 @@ class ReferenceAdagrad(Reference, torch.optim.Adagrad):
         if self._is_made:
             self.begin(p for p in self.param_groups[-1]["params"] if p.requires_grad)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        had = list(self.state)
+        super().load_state_dict(state_dict)
+        self.begin(p for p in had if p not in self.state)  # without a saved one: as the wrapped optimizer does
+
     def begin(self, parameters: Iterable[Tensor]) -> None:
         """Anew."""
         for p in parameters:
