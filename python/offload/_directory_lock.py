@@ -26,7 +26,7 @@ _LOCK_FILE = ".lock"
 _RECORD = struct.Struct("hhqqi")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-# Reentrant: Ctrl-C at the end of a block leaves it taken, and the garbage collector may end another lock within one.
+# Reentrant: the garbage collector may end another lock within its blocks.
 _guard = threading.RLock()
 # Of this process, by device and inode of the directory.
 _held: weakref.WeakValueDictionary[tuple[int, int], DirectoryLock] = weakref.WeakValueDictionary()

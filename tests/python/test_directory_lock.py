@@ -172,7 +172,7 @@ def test_a_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -
 
 
 def test_a_lock_may_end_while_its_thread_takes_another_one(tmp_path: Path) -> None:
-    """As the garbage collector does it, which comes at any allocation; and as after Ctrl-C at the end of a block."""
+    """As the garbage collector does it, which comes at any allocation."""
     lock = DirectoryLock(tmp_path)
     ended = threading.Event()
 
