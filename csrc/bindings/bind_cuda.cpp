@@ -1,5 +1,7 @@
 #include <memory>
+#include <span>
 #include <string>
+#include <string_view>
 
 #include "bindings/bindings.h"
 #include "bindings/blocking.h"
@@ -37,14 +39,22 @@ py::dict facts_dict(const CudaDevice& device) {
 
 void bind_cuda(py::module_& module) {
   py::class_<CudaDevice, Device, std::shared_ptr<CudaDevice>>(module, "CudaDevice")
-      .def(py::init([](int index, const std::string& driver_path) {
+      .def(py::init([](int index, const std::string& driver_path, bool takes_batches) {
              GilReleased released;  // the first use of a device takes a second
              CudaDeviceOptions options;
              options.index = index;
              options.driver_path = driver_path;
+             options.takes_batches = takes_batches;
              return make_joining<CudaDevice>(options);
            }),
-           py::arg("index") = 0, py::kw_only(), py::arg("driver_path") = "")
+           py::arg("index") = 0, py::kw_only(), py::arg("driver_path") = "", py::arg("takes_batches") = true)
+      .def(
+          "load_copy_kernel",
+          [](CudaDevice& device, std::string_view cubin) {
+            GilReleased released;
+            device.load_copy_kernel(std::as_bytes(std::span(cubin)));
+          },
+          py::arg("cubin"))
       .def("facts", &facts_dict)
       .def_property_readonly("pinned_bytes", &CudaDevice::pinned_bytes);
 }

@@ -22,6 +22,15 @@ namespace py = pybind11;
 namespace offload::bindings {
 namespace {
 
+const char* name_of(CopiesTogether way) {
+  switch (way) {
+    case CopiesTogether::kInOneCall: return "in one call";
+    case CopiesTogether::kByKernel: return "by a kernel";
+    case CopiesTogether::kOneByOne: return "one by one";
+  }
+  return "";
+}
+
 int64_t timeout_ns(std::optional<double> timeout_s) {
   if (!timeout_s) return -1;
   if (!(*timeout_s >= 0)) {
@@ -162,7 +171,8 @@ void bind_base(py::module_& module) {
 void bind_host_device(py::module_& module) {
   py::class_<Device, std::shared_ptr<Device>>(module, "Device")
       .def_property_readonly("kind", &Device::kind)
-      .def_property_readonly("sends_batches", &Device::sends_batches);
+      .def_property_readonly("copies_together",
+                             [](const Device& device) { return name_of(device.copies_together()); });
 
   py::class_<HostDevice, Device, std::shared_ptr<HostDevice>>(module, "HostDevice")
       .def(py::init([](std::shared_ptr<ManualClock> clock, double to_host_rate, double to_device_rate) {

@@ -32,10 +32,25 @@ CudaPrimaryContext::~CudaPrimaryContext() {
     for (const Events& events : events_) {
       for (CudaEventHandle event : events.free) static_cast<void>(driver_.EventDestroy(event));
     }
+    copy_kernel_.reset();
     CudaContext popped = nullptr;
     static_cast<void>(driver_.CtxPopCurrent(&popped));
   }
   static_cast<void>(driver_.DevicePrimaryCtxRelease(ordinal_));
+}
+
+CopiesTogether CudaPrimaryContext::copies_together() const noexcept {
+  if (sends_batches_) return CopiesTogether::kInOneCall;
+  return sends_by_kernel_ ? CopiesTogether::kByKernel : CopiesTogether::kOneByOne;
+}
+
+void CudaPrimaryContext::load_copy_kernel(std::span<const std::byte> cubin) {
+  std::lock_guard lock(mutex_);
+  if (copy_kernel_ != nullptr) throw Error(ErrorKind::kState, "this CudaDevice has its kernel for copies");
+  Current current(*this);
+  const OutsideCaptures exempt(driver_);
+  copy_kernel_ = std::make_unique<CudaCopyKernel>(driver_, cubin);
+  sends_by_kernel_ = true;
 }
 
 std::shared_ptr<CudaEvent> CudaPrimaryContext::acquire_event(bool timed) {

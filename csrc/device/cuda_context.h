@@ -1,8 +1,9 @@
 // The primary context of one CUDA device, as torch uses it, and the events that live in it; and a scope for
 // what must not touch a capture.
 //
-// Ownership: retains the context and owns every event; held by devices, streams and events, and given back
-//            with the last of them. Leaked in a forked child, where the driver no longer works.
+// Ownership: retains the context and owns every event and the kernel for small copies; held by devices,
+//            streams and events, and given back with the last of them. Leaked in a forked child, where the
+//            driver no longer works.
 // Threads: every member may be called from any thread.
 // Invariants: a context is current on a thread only within a Current. Events are never destroyed before the
 //             context: a free one serves again. An event may be recorded again as soon as the waits for it
@@ -10,12 +11,16 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "base/fork_guard.h"
+#include "device/cuda_copy_kernel.h"
 #include "device/cuda_driver.h"
+#include "device/device.h"
 
 namespace offload {
 
@@ -64,9 +69,14 @@ class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContex
   const CudaDriver& driver() const noexcept { return driver_; }
   const ForkGuard& owner() const noexcept { return owner_; }
 
-  // Whether several copies go in one call: the driver has it and has not refused it.
-  bool sends_batches() const noexcept { return sends_batches_; }
+  // How several copies go in one submission: the best that is there and was not refused yet.
+  CopiesTogether copies_together() const noexcept;
   void refuse_batches() noexcept { sends_batches_ = false; }
+  void refuse_copy_kernel() noexcept { sends_by_kernel_ = false; }
+
+  // Throws kDevice when the driver refuses it, kState after the first call that worked.
+  void load_copy_kernel(std::span<const std::byte> cubin);
+  const CudaCopyKernel& copy_kernel() const noexcept { return *copy_kernel_; }  // where copies go by it
 
   // A new event, or one that nobody holds any more. The context must be current. Only a timed one tells when
   // it happened; it is dearer to record.
@@ -86,10 +96,12 @@ class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContex
   const CudaOrdinal ordinal_;
   CudaContext handle_ = nullptr;
   std::atomic<bool> sends_batches_;
+  std::atomic<bool> sends_by_kernel_{false};
 
   std::mutex mutex_;
   // guarded by mutex_
-  Events events_[2];  // without and with time
+  Events events_[2];                             // without and with time
+  std::unique_ptr<CudaCopyKernel> copy_kernel_;  // for good once it is there; read without the mutex then
 };
 
 class CudaEvent {

@@ -52,7 +52,9 @@ CudaDevice::CudaDevice(const CudaDeviceOptions& options)
       index_(options.index),
       drain_ns_(options.drain_ns),
       ordinal_(find_cuda_device(driver_, options.index)),
-      context_(std::make_shared<CudaPrimaryContext>(driver_, ordinal_)) {}
+      context_(std::make_shared<CudaPrimaryContext>(driver_, ordinal_)) {
+  if (!options.takes_batches) context_->refuse_batches();
+}
 
 CudaDevice::~CudaDevice() {
   if (context_->owner().forked()) return;
@@ -152,6 +154,17 @@ void CudaDevice::unpin(void* address, size_t) noexcept {
 }
 
 bool CudaDevice::can_pin() const { return attribute(kHostRegisterSupported) != 0; }
+
+void CudaDevice::load_copy_kernel(std::span<const std::byte> cubin) {
+  context_->owner().require_owner("this CudaDevice");
+  if (!read_memory_facts(driver_, ordinal_).reads_page_locked_memory) {
+    throw Error(
+        ErrorKind::kDevice,
+        "this device does not reach registered memory at the host's addresses, so small copies go one "
+        "by one");
+  }
+  context_->load_copy_kernel(cubin);
+}
 
 CudaFacts CudaDevice::facts() const {
   context_->owner().require_owner("this CudaDevice");

@@ -9,7 +9,9 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <memory>
+#include <span>
 #include <string>
 
 #include "device/cuda_context.h"
@@ -23,6 +25,7 @@ struct CudaDeviceOptions {
   int index = 0;
   std::string driver_path;           // empty: see CudaDriver::load
   int64_t drain_ns = 5'000'000'000;  // how long a dying stream waits for a device on which nothing ends
+  bool takes_batches = true;         // false: as if the driver had no cuMemcpyBatchAsync
 };
 
 struct CudaFacts {
@@ -50,12 +53,17 @@ class CudaDevice final : public Device {
   const char* kind() const noexcept override { return "cuda"; }
   std::unique_ptr<Stream> create_stream(const std::string& name) override;
   Ticket submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) override;
-  bool sends_batches() const noexcept override { return context_->sends_batches(); }
+  CopiesTogether copies_together() const noexcept override { return context_->copies_together(); }
   void wait_ticket(Stream& stream, const Ticket& ticket) override;
   void wait_compute(Stream& stream, uintptr_t compute_stream) override;
   bool compute_wait(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns = -1) override;
   void pin(void* address, size_t bytes) override;
   void unpin(void* address, size_t bytes) noexcept override;
+
+  // Small copies go by this kernel where the driver takes no batches: kernels/copies.cu, compiled for the
+  // device. Throws kDevice when the driver refuses it, or kernels do not reach registered memory at the
+  // host's addresses; kState when there is one.
+  void load_copy_kernel(std::span<const std::byte> cubin);
 
   CudaFacts facts() const;
   size_t pinned_bytes() const;

@@ -21,6 +21,8 @@ using CudaOrdinal = int;
 using CudaContext = struct CudaContextOpaque*;
 using CudaStreamHandle = struct CudaStreamOpaque*;  // null: the legacy default stream
 using CudaEventHandle = struct CudaEventOpaque*;
+using CudaModule = struct CudaModuleOpaque*;
+using CudaFunction = struct CudaFunctionOpaque*;
 using CudaAddress = unsigned long long;
 
 struct CudaUuid {
@@ -76,6 +78,14 @@ struct CudaCopyAttributes {  // CUmemcpyAttributes
     (CudaAddress destination, const void* source, size_t bytes, CudaStreamHandle stream))                \
   X(MemcpyDtoHAsync, cuMemcpyDtoHAsync_v2, 3020,                                                         \
     (void* destination, CudaAddress source, size_t bytes, CudaStreamHandle stream))                      \
+  X(ModuleLoadData, cuModuleLoadData, 2000, (CudaModule * module, const void* image))                    \
+  X(ModuleGetFunction, cuModuleGetFunction, 2000,                                                        \
+    (CudaFunction * function, CudaModule module, const char* function_name))                             \
+  X(ModuleUnload, cuModuleUnload, 2000, (CudaModule module))                                             \
+  X(LaunchKernel, cuLaunchKernel, 4000,                                                                  \
+    (CudaFunction function, unsigned blocks_x, unsigned blocks_y, unsigned blocks_z, unsigned threads_x, \
+     unsigned threads_y, unsigned threads_z, unsigned shared_bytes, CudaStreamHandle stream,             \
+     void** arguments, void** extra))                                                                    \
   X(CtxSynchronize, cuCtxSynchronize, 2000, ())                                                          \
   X(MemAllocManaged, cuMemAllocManaged, 6000, (CudaAddress * address, size_t bytes, unsigned flags))     \
   X(MemFree, cuMemFree_v2, 3020, (CudaAddress address))                                                  \

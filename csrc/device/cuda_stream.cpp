@@ -4,6 +4,7 @@
 #include <chrono>
 #include <condition_variable>
 #include <deque>
+#include <iterator>
 #include <thread>
 #include <utility>
 
@@ -98,6 +99,7 @@ class CudaStream::Worker : public std::enable_shared_from_this<Worker> {
   void arm(const Wait& wait, Copy& copy);
   void send(const Copy& copy);
   bool sent_as_batch(const Copy& copy);
+  bool small_sent_by_kernel(const Copy& copy);
   bool saw_end(Copy& copy) noexcept;
   void end(Copy& copy) noexcept;
   void trace(const Copy& copy) const noexcept;
@@ -250,8 +252,12 @@ void CudaStream::Worker::arm(const Wait& wait, Copy& copy) {
 }
 
 void CudaStream::Worker::send(const Copy& copy) {
-  if (copy.parts.size() > 1 && copy.pinned && sent_as_batch(copy)) return;
-  for (const auto& [destination, source, bytes] : copy.parts) {
+  const bool several = copy.parts.size() > 1 && copy.pinned;
+  if (several && sent_as_batch(copy)) return;
+  const bool small_sent = several && small_sent_by_kernel(copy);
+  for (const CopySpan& part : copy.parts) {
+    if (small_sent && CudaCopyKernel::takes(part)) continue;
+    const auto& [destination, source, bytes] = part;
     const CudaResult code =
         copy.direction == Direction::kToHost
             ? driver_.MemcpyDtoHAsync(destination, reinterpret_cast<CudaAddress>(source), bytes, handle_)
@@ -263,7 +269,7 @@ void CudaStream::Worker::send(const Copy& copy) {
 // False when the parts are to be sent one by one. Should the driver have taken some of them before it
 // refused, that writes the same bytes again.
 bool CudaStream::Worker::sent_as_batch(const Copy& copy) {
-  if (!context_->sends_batches()) return false;
+  if (context_->copies_together() != CopiesTogether::kInOneCall) return false;
   std::vector<CudaAddress> destinations, sources;
   std::vector<size_t> sizes;
   for (const auto& [destination, source, bytes] : copy.parts) {
@@ -280,6 +286,17 @@ bool CudaStream::Worker::sent_as_batch(const Copy& copy) {
     return true;
   }
   context_->refuse_batches();
+  return false;
+}
+
+// False when they are to be sent one by one, as above.
+bool CudaStream::Worker::small_sent_by_kernel(const Copy& copy) {
+  if (context_->copies_together() != CopiesTogether::kByKernel) return false;
+  std::vector<CopySpan> small;
+  std::ranges::copy_if(copy.parts, std::back_inserter(small), CudaCopyKernel::takes);
+  if (small.size() < 2) return false;
+  if (context_->copy_kernel().launch(small, handle_) == 0) return true;
+  context_->refuse_copy_kernel();
   return false;
 }
 

@@ -25,6 +25,9 @@ struct CopySpan {
   size_t bytes;
 };
 
+// What small copies of one submission cost: one call of the driver, one launch, or a call each.
+enum class CopiesTogether { kInOneCall, kByKernel, kOneByOne };
+
 class Stream {
  public:
   virtual ~Stream() = default;
@@ -41,8 +44,7 @@ class Device {
   // all bytes are in place or a copy has failed; then any of them may have run.
   virtual Ticket submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) = 0;
 
-  // Whether copies of one submission cost one submission, and not one each.
-  virtual bool sends_batches() const noexcept = 0;
+  virtual CopiesTogether copies_together() const noexcept = 0;
 
   Ticket submit_copy(Stream& stream, Direction direction, void* destination, const void* source,
                      size_t bytes) {

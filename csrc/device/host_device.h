@@ -39,7 +39,7 @@ class HostDevice final : public Device {
   const char* kind() const noexcept override { return "cpu"; }
   std::unique_ptr<Stream> create_stream(const std::string& name) override;
   Ticket submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) override;
-  bool sends_batches() const noexcept override { return true; }
+  CopiesTogether copies_together() const noexcept override { return CopiesTogether::kInOneCall; }
   void wait_ticket(Stream& stream, const Ticket& ticket) override;
   void wait_compute(Stream& stream, uintptr_t compute_stream) override;
   bool compute_wait(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns = -1) override;

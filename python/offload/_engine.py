@@ -31,6 +31,7 @@ from ._engine_step import EngineStep
 from ._errors import InvalidArgument, OffloadError, StateError
 from ._gradient_lanes import GradientLanes
 from ._interrupts import Uninterrupted
+from ._kernels import load_copy_kernel
 from ._native_state import NativeState
 from ._parameter_state import ParameterState
 from ._pending import can_be_pending, make_pending, reading_metadata, restore
@@ -99,6 +100,7 @@ class Engine:
         self.plan = plan
         self.config = config
         self.device = open_device(device)
+        self.copy_kernel_refusal = load_copy_kernel(self.device)
         options = {"pin": config.pins_on(device.type), "poison": config.poison_enabled}
         budget_bytes = plan.host_capacity - plan.activation_host_bytes
         self.pool = _native.HostPool(self.device, budget_bytes=budget_bytes, **options)

@@ -66,8 +66,10 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
     pin_refusal = next((pool["pin_refusal"] for pool in pools if pool["pin_refused"]), "")
     if pin_refusal:
         fallbacks.append(f"host memory is pageable: {pin_refusal}")
-    if not engine.device.sends_batches:
-        fallbacks.append("small weights are uploaded one by one: batches of copies need a driver for CUDA 12.8")
+    if engine.device.copies_together == "one by one":
+        missing = engine.copy_kernel_refusal
+        older = f"several at once need a driver for CUDA 12.8, or a kernel ({missing})"
+        fallbacks.append(f"small copies go one by one: {older if missing else 'the driver refused to take several'}")
     activations = {} if engine.activations is None else engine.activations.stats()
     if activations.get("refused_bytes"):
         fallbacks.append(

@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _native
 from ._adamw import FORMATS, MOMENT_FORMATS
 from ._errors import DeviceError
 
@@ -34,6 +35,7 @@ __all__ = [
     "how_to_install",
     "kernel_source",
     "known_architectures",
+    "load_copy_kernel",
     "locale_of_thread_kept",
 ]
 
@@ -159,13 +161,29 @@ def find_kernels(device: torch.device, source: Source = "update") -> Found:
         return Found(None, f"kernels are for CUDA devices, this is {device}")
     try:
         return Found(Kernels(_cuda_launch(device, source)), None)
-    except ImportError as error:
-        refusal = f"{error}: {how_to_install(torch.version.cuda)}"
     except Exception as error:  # the compiler's, the driver's and cuda.core's own: whichever, torch's operations remain
-        refusal = f"{type(error).__name__}: {error}" + _other_bindings()
+        refusal = _in_words(error)
     work = _WORK[source].format(device=device)
     warnings.warn(f"{work} by separate torch operations: {refusal}", stacklevel=2)
     return Found(None, refusal)
+
+
+def load_copy_kernel(device: _native.Device) -> str | None:
+    """Has `device` send small copies by kernels/copies.cu if its driver takes no batches; what refuses it, in words."""
+    if not isinstance(device, _native.CudaDevice) or device.copies_together != "one by one":
+        return None
+    major, minor = device.facts()["compute_capability"]
+    try:
+        device.load_copy_kernel(_cubin("copies", f"sm_{major}{minor}"))
+    except Exception as error:  # as above; copies go one by one then
+        return _in_words(error)
+    return None
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return f"{error}: {how_to_install(torch.version.cuda)}"
+    return f"{type(error).__name__}: {error}" + _other_bindings()
 
 
 def how_to_install(of_torch: str | None) -> str:

@@ -50,8 +50,8 @@ class Device:
     @property
     def kind(self) -> str: ...
     @property
-    def sends_batches(self) -> bool:
-        """Whether copies of one submission cost one submission, and not one each."""
+    def copies_together(self) -> Literal["in one call", "by a kernel", "one by one"]:
+        """How the driver is given small copies of one submission."""
 
 @final
 class HostDevice(Device):
@@ -81,15 +81,22 @@ class HostDevice(Device):
 class CudaDevice(Device):
     """A CUDA device by its ordinal, through the driver API; `driver_path` loads another driver (see csrc/device).
 
+    takes_batches: False, as where the driver is older than CUDA 12.8, measures what is done there.
+
     Raises `DeviceError` with the driver's own words and the remedy when there is no driver, it is too old, or the
     device is not there. Holds the primary context, as torch does.
     """
 
-    def __init__(self, index: int = 0, *, driver_path: str = "") -> None: ...
+    def __init__(self, index: int = 0, *, driver_path: str = "", takes_batches: bool = True) -> None: ...
     def facts(self) -> dict[str, Any]:
         """name, uuid, index, memory_kind ("discrete", "hmm", "ats", "integrated"), compute_capability (major, minor),
         multiprocessor_count, copy_engine_count, total_bytes, free_bytes, driver_version, can_pin,
         pageable_copy_count (copies so far whose host memory is not registered)."""
+    def load_copy_kernel(self, cubin: bytes) -> None:
+        """Small copies of one submission go by kernels/copies.cu where the driver takes no batches.
+
+        Raises `DeviceError` when the driver refuses it, `StateError` when there is one.
+        """
     @property
     def pinned_bytes(self) -> int: ...
 

@@ -41,7 +41,8 @@ class AnyDevice {
     if (pinned_) device->unpin(host_memory.data(), host_memory.size());
     device.reset();
     if (cpu_) return;
-    for (const char* what : {"contexts", "streams", "events", "registrations", "pushed_contexts"}) {
+    for (const char* what :
+         {"contexts", "streams", "events", "registrations", "modules", "pushed_contexts"}) {
       if (double_live(what) != 0) report_failure(__FILE__, __LINE__, std::string("left alive: ") + what);
     }
     if (double_misuses() != 0) report_failure(__FILE__, __LINE__, double_first_misuse());

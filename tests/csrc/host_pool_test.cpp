@@ -30,7 +30,7 @@ class PinningDevice final : public Device {
   const char* kind() const noexcept override { return "fake"; }
   std::unique_ptr<Stream> create_stream(const std::string&) override { return nullptr; }
   Ticket submit_copies(Stream&, Direction, std::span<const CopySpan>) override { return {}; }
-  bool sends_batches() const noexcept override { return true; }
+  CopiesTogether copies_together() const noexcept override { return CopiesTogether::kInOneCall; }
   void wait_ticket(Stream&, const Ticket&) override {}
   void wait_compute(Stream&, uintptr_t) override {}
   bool compute_wait(uintptr_t, const Ticket&, int64_t) override { return true; }

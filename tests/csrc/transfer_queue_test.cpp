@@ -88,7 +88,7 @@ class RecordingDevice final : public Device {
     record(reinterpret_cast<uintptr_t>(copies.front().destination));
     return {};
   }
-  bool sends_batches() const noexcept override { return true; }
+  CopiesTogether copies_together() const noexcept override { return CopiesTogether::kInOneCall; }
   void wait_ticket(Stream&, const Ticket&) override { std::this_thread::yield(); }
   void wait_compute(Stream&, uintptr_t compute_stream) override {
     record(compute_stream);
@@ -167,7 +167,7 @@ class SlowDevice final : public Device {
     leaves.wait();
     return Ticket();
   }
-  bool sends_batches() const noexcept override { return true; }
+  CopiesTogether copies_together() const noexcept override { return CopiesTogether::kInOneCall; }
   void wait_ticket(Stream&, const Ticket&) override {}
   void wait_compute(Stream&, uintptr_t) override {}
   bool compute_wait(uintptr_t, const Ticket& ticket, int64_t) override { return ticket.wait(); }

@@ -155,6 +155,7 @@ size_t double_live(const char* what) {
     return sum;
   }
   if (wanted == "plain_batches") return all.plain_batches;
+  if (wanted == "modules") return all.modules.size();
   if (wanted == "managed") return all.managed.size();
   if (wanted == "streams") {
     return static_cast<size_t>(

@@ -54,9 +54,9 @@ void double_set_capturing(int capturing);
 size_t double_calls(const char* entry);  // since double_reset()
 
 // What is alive now: "contexts" (retains not released), "streams", "events", "registrations",
-// "registered_bytes", "managed" (allocations), "managed_bytes", "pending_copies", "pushed_contexts" of
-// the calling thread, and since double_reset() "plain_batches" (which did not ask to leave the
-// multiprocessors to compute). SIZE_MAX if unknown.
+// "registered_bytes", "modules", "managed" (allocations), "managed_bytes", "pending_copies",
+// "pushed_contexts" of the calling thread, and since double_reset() "plain_batches" (which did not ask to
+// leave the multiprocessors to compute). SIZE_MAX if unknown.
 size_t double_live(const char* what);
 
 // How often a rule of the real driver was broken since double_reset(), and the first case in words ("" if
@@ -64,7 +64,8 @@ size_t double_live(const char* what);
 // copy from or to host memory that is only partly in one registration, registering overlapping ranges or what
 // is no memory, unregistering what is not registered or what a queued copy uses, a stream that is not
 // non-blocking, freeing what is not allocated or what a queued copy uses, a batch in the legacy stream, a
-// batch whose copies share bytes, a call during a capture that the capture refuses.
+// batch or a kernel whose copies share bytes, a kernel that uses host memory which is not registered, a call
+// during a capture that the capture refuses.
 size_t double_misuses();
 const char* double_first_misuse();
 

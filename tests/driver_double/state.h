@@ -36,10 +36,12 @@ enum Code : int {
   kDeinitialized = 4,
   kNoDevice = 100,
   kInvalidDevice = 101,
+  kInvalidImage = 200,
   kInvalidContext = 201,
   kInvalidHandle = 400,
   kNotFound = 500,
   kNotReady = 600,
+  kIllegalAddress = 700,
   kContextIsDestroyed = 709,
   kAlreadyRegistered = 712,
   kNotRegistered = 713,
@@ -140,6 +142,7 @@ struct State {
   std::map<uintptr_t, Event> events;
   std::map<uintptr_t, std::shared_ptr<Registration>> registrations;  // by address
   std::vector<std::weak_ptr<Stream>> queues;                         // destroyed streams too
+  std::set<uintptr_t> modules;
 
   size_t free_bytes = 0;                // of every device
   std::map<uintptr_t, size_t> managed;  // bytes by address
@@ -226,6 +229,11 @@ int wait_done(std::unique_lock<std::mutex>& lock, const std::shared_ptr<Completi
 void note_work();  // the host has given a stream some
 
 bool is_stream(void* handle);  // a live one
+// The live stream of a handle in the current context; null otherwise, which is a misuse of the entry.
+std::shared_ptr<Stream> stream_of(const char* entry, void* handle);
+// Whether what the stream is given ends in the call: it is one that torch computes on, the default one (null)
+// or not.
+inline bool ends_in_call(const std::shared_ptr<Stream>& stream) { return !stream || stream->computes; }
 bool has_queued_work();
 bool is_copied(uintptr_t address, size_t bytes);  // by a copy that is queued or running
 // Waits until no stream has any; a late double does it now. Returns 0, or what the context was lost with.

@@ -40,6 +40,10 @@ using namespace driver_double;
   X("cuMemcpyHtoDAsync", cuMemcpyHtoDAsync_v2, 3020)                               \
   X("cuMemcpyDtoHAsync", cuMemcpyDtoHAsync_v2, 3020)                               \
   X("cuMemcpyBatchAsync", cuMemcpyBatchAsync, 12080)                               \
+  X("cuModuleLoadData", cuModuleLoadData, 2000)                                    \
+  X("cuModuleGetFunction", cuModuleGetFunction, 2000)                              \
+  X("cuModuleUnload", cuModuleUnload, 2000)                                        \
+  X("cuLaunchKernel", cuLaunchKernel, 4000)                                        \
   X("cuCtxSynchronize", cuCtxSynchronize, 2000)                                    \
   X("cuMemAllocManaged", cuMemAllocManaged, 6000)                                  \
   X("cuMemFree", cuMemFree_v2, 3020)                                               \

@@ -34,7 +34,7 @@ def test_link_reports_every_size_and_direction(tmp_path: Path, capsys: pytest.Ca
     for row in result["host_memory"]:
         assert row["gb_per_s"] > 0
         assert (row["copies_gb_per_s"] is None) == (row["copies"] is None)
-    assert result["pin_refusal"] is None and result["sends_batches"] is True
+    assert result["pin_refusal"] is None and result["copies_together"] == "in one call"
     assert "of raw copies" in capsys.readouterr().out
 
 

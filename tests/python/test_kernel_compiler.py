@@ -34,6 +34,7 @@ ARCHITECTURES = {"sm_80": (11, 0), "sm_90": (11, 8), "sm_100": (12, 8), "sm_120"
 KERNELS = {
     "update": {"adamw", "adamw_bf16", "adamw_int8", "lion", "lion_bf16", "lion_int8", "adagrad"},
     "activations": {"encode_int8", "decode_int8", "encode_fp8", "decode_fp8"},
+    "copies": {"copy_spans"},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -161,9 +162,56 @@ def test_small_weights_go_in_batches_where_the_driver_takes_them(
     assert double.misuses() == (0, "")
 
 
+@pytest.mark.parametrize("clip", [None, 0.1], ids=["plain", "clipped"])
+def test_small_copies_go_by_a_kernel_where_the_driver_takes_no_batches(
+    double: DriverDouble, monkeypatch: pytest.MonkeyPatch, nvrtc: None, gathered: Callable[[], None], clip: float | None
+) -> None:
+    gathered()
+    model = make_model(depth=1)
+    together = wrapped_run(model, PINNED, steps=2, clip=clip)
+    engine_calls = ("cuMemcpyDtoHAsync_v2", "cuMemcpyHtoDAsync_v2")
+    sent = [double.calls(name) for name in engine_calls]
+    batches_sent = double.calls("cuMemcpyBatchAsync")
+    assert batches_sent > 0
+
+    def older(_: torch.device) -> _native.CudaDevice:
+        return _native.CudaDevice(driver_path=double.path, takes_batches=False)
+
+    monkeypatch.setattr(_engine, "open_device", older)
+    by_kernel = wrapped_run(model, PINNED, steps=2, clip=clip)
+    assert by_kernel.optimizer.stats().fallbacks == ()
+    # As many submissions as batches, and no copy more one by one.
+    assert double.calls("cuLaunchKernel") == batches_sent == double.calls("cuMemcpyBatchAsync")
+    assert [double.calls(name) for name in engine_calls] == [2 * count for count in sent]
+    assert_same_bits(together, by_kernel)
+    double.fail("cuLaunchKernel", 3, 701)  # CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES
+    refused = wrapped_run(model, PINNED, steps=2, clip=clip)
+    assert refused.optimizer.stats().fallbacks == ("small copies go one by one: the driver refused to take several",)
+    assert_same_bits(together, refused)
+    assert double.misuses() == (0, "")
+
+
+def test_without_batches_and_without_the_kernel_stats_say_why(
+    double: DriverDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(_: torch.device) -> _native.CudaDevice:
+        return _native.CudaDevice(driver_path=double.path, takes_batches=False)
+
+    monkeypatch.setattr(_engine, "open_device", older)
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    model = make_model(depth=1)
+    one_by_one = wrapped_run(model, PINNED, steps=1)
+    (said,) = one_by_one.optimizer.stats().fallbacks
+    assert said.startswith("small copies go one by one: several at once need a driver for CUDA 12.8, or a kernel (")
+    assert "pip install 'offload[cuda]' 'cuda-bindings<13'" in said
+    assert double.calls("cuLaunchKernel") == double.calls("cuMemcpyBatchAsync") == 0
+    assert_same_bits(one_by_one, wrapped_run(model, RESIDENT, steps=1))
+
+
 def test_everything_is_given_back(double: DriverDouble) -> None:
     collect()  # of other tests
-    kinds = ("contexts", "streams", "events", "registrations", "pending_copies")
+    kinds = ("contexts", "streams", "events", "registrations", "modules", "pending_copies")
     before = {kind: double.live(kind) for kind in kinds}
     model = make_model(depth=1)
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **PINNED)

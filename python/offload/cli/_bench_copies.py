@@ -22,6 +22,7 @@ from torch import Tensor
 import offload
 
 from .. import _native
+from .._kernels import load_copy_kernel
 from ._bench_spread import summary
 
 __all__ = ["MODES", "Copy", "Link", "Side", "busy_link", "raw_bytes_per_s"]
@@ -175,6 +176,7 @@ class Link:
         self.facts: dict[str, Any] = {}
         if on_cuda:
             native = cuda = _native.CudaDevice(device.index)
+            load_copy_kernel(cuda)
             self.facts = cuda.facts()
         else:
             native = _native.HostDevice()
@@ -199,6 +201,10 @@ class Link:
         self.pin_refusal: str = pinned_pool.stats()["pin_refusal"]
         if on_cuda:  # the CPU has no such difference
             self.sides["lanes, pageable"] = side(lanes, partial(pooled, _native.HostPool(native)))
+            older = _native.CudaDevice(device.index, takes_batches=False)
+            if load_copy_kernel(older) is None:
+                registered = _native.HostPool(older, pin=True)
+                self.sides["kernel"] = side(Batches(older, compute_stream), partial(pooled, registered))
             torch.cuda.synchronize()  # the zeros above are written on the compute stream, raw copies on another
 
     def measure(self, names: Sequence[str], mode: str, nbytes: int, rounds: int) -> dict[str, list[float]]:

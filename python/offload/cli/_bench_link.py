@@ -24,6 +24,10 @@ _KIB, _MIB = 2**10, 2**20
 _SIZES = tuple(64 * _KIB * 4**power for power in range(7))  # 64 KiB to 256 MiB
 _QUICK_SIZES = _SIZES[:4]
 _SMALL_SIZES = (4 * _KIB, 16 * _KIB, 64 * _KIB)  # of what shares a submission
+_TOGETHER = (
+    "batches",
+    "kernel",
+)  # sides that share submissions: as the driver takes them, as older ones are given them
 _SUBMISSION_BYTES = 4 * _KIB  # of a copy whose submission is timed: the copy itself costs next to nothing
 _UPDATE_FORMAT = "split"  # of what host memory streams meanwhile: as the update of bf16 weights
 
@@ -42,10 +46,11 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         side.check()
     rows: list[dict[str, Any]] = []
     for mode, nbytes in itertools.product(MODES, sizes):
-        row = _row(link, [name for name in link.sides if name != "batches"], mode, nbytes, rounds)
+        row = _row(link, [name for name in link.sides if name not in _TOGETHER], mode, nbytes, rounds)
         row["share_of_raw"] = row["gb_per_s"]["lanes"]["median"] / row["gb_per_s"]["raw"]["median"]
         rows.append(row)
     small = itertools.product(("to_host", "to_device"), _SMALL_SIZES)
+    sides_of_small = [name for name in ("lanes", *_TOGETHER, "raw") if name in link.sides]
     yield {
         "name": "link",
         "device": str(device),
@@ -53,8 +58,8 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "pin_refusal": link.pin_refusal or None,
         "raw": "cuMemcpyAsync from page-locked memory" if device.type == "cuda" else "memmove in a thread",
         "rows": rows,
-        "sends_batches": link.native.sends_batches,
-        "small": [_row(link, ("lanes", "batches", "raw"), mode, nbytes, rounds) for mode, nbytes in small],
+        "copies_together": link.native.copies_together,
+        "small": [_row(link, sides_of_small, mode, nbytes, rounds) for mode, nbytes in small],
         "submission_us": _submission_us(link, rounds),
         "host_memory": _host_memory(link, options.quick),
     }
@@ -88,7 +93,8 @@ def _host_memory(link: Link, quick: bool) -> list[dict[str, Any]]:
 
 def _submission_us(link: Link, rounds: int) -> dict[str, Any]:
     """By side and lane; the raw side of the CPU hands over all copies in one call and has no such cost."""
-    names = ["lanes", "batches", *(["raw"] if link.device.type == "cuda" else [])]
+    names = [name for name in ("lanes", *_TOGETHER) if name in link.sides]
+    names += ["raw"] if link.device.type == "cuda" else []
     samples: dict[str, dict[str, list[float]]] = {name: {lane: [] for lane in MODES["both"]} for name in names}
     for number, name, lane in itertools.product(range(rounds + 1), names, MODES["both"]):
         side = link.sides[name]
