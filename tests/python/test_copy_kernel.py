@@ -65,8 +65,9 @@ def copy_all(native: _native.CudaDevice | None, host_kernels_library: Path) -> C
 
     def submitted(destination: Tensor, source: Tensor, copies: Copies) -> None:
         addressed = [(destination.data_ptr() + to, source.data_ptr() + at, nbytes) for to, at, nbytes in copies]
-        stream = torch.cuda.current_stream(destination.device if destination.is_cuda else source.device).cuda_stream
-        queue.submit_batch("to_device" if destination.is_cuda else "to_host", addressed, stream).wait()
+        to_device = destination.device.type != "cpu"
+        stream = torch.cuda.current_stream((destination if to_device else source).device).cuda_stream
+        queue.submit_batch("to_device" if to_device else "to_host", addressed, stream).wait()
         # Neither refused nor left to the copy engines.
         assert native.copies_together == "by a kernel" and native.facts()["pageable_copy_count"] == 0
 
