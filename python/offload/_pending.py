@@ -21,6 +21,8 @@ from torch.autograd import graph
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
+from ._uncompiled import not_compiled
+
 _RESOLVE = "_offload_resolve"  # in the parameter's __dict__ while it is pending: a call that makes it current
 
 
@@ -88,6 +90,7 @@ class PendingParameter(Parameter):
     """A parameter whose new value is on its way; see the module's text. Never constructed, only worn."""
 
     @classmethod
+    @not_compiled
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
