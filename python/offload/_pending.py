@@ -193,18 +193,19 @@ def noted_on(parameter: Parameter) -> dict[str, Any]:
 
 def make_current(parameter: Parameter) -> Parameter:
     """Waits for the value of a pending parameter. Raises what the update raised, and the parameter stays pending."""
-    resolve = parameter.__dict__.get(_RESOLVE)
-    if resolve is not None:
-        resolve()
-    restore(parameter)
+    value_of(parameter)
     return parameter
 
 
 def value_of(parameter: Parameter) -> Tensor:
     """The parameter, whose value is there now, or what is read in its place."""
-    stand_in: Tensor | None = parameter.__dict__[_RESOLVE]() if _RESOLVE in parameter.__dict__ else None
-    if stand_in is not None:
-        return stand_in
+    while (resolve := parameter.__dict__.get(_RESOLVE)) is not None:
+        stand_in: Tensor | None = resolve()
+        if stand_in is not None:
+            return stand_in
+        if parameter.__dict__.get(_RESOLVE) is resolve:
+            break
+        # Else it is current; or the training thread has submitted its next step meanwhile, which is waited for too.
     restore(parameter)
     return parameter
 
