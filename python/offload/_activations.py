@@ -19,7 +19,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from ._activation_format import ActivationFormat, may_be_rounded
 from ._activation_order import DEFAULT_KEEP, IN_FLIGHT_BYTES
@@ -40,6 +39,7 @@ from ._saved_ranges import (
     is_weight,
     keys_of,
 )
+from ._uncompiled import not_compiled
 
 __all__ = ["MIN_BYTES", "Activations", "Lanes"]
 
@@ -207,7 +207,7 @@ class Activations:
 
     # --- forward --------------------------------------------------------------------------------------------
 
-    @_disable_dynamo  # compiled code calls it between its graphs
+    @not_compiled  # compiled code calls it between its graphs
     def pack(self, tensor: Tensor) -> KeptTensor | SavedView:
         """What autograd keeps in place of `tensor`."""
         if not self._may_leave(tensor):
@@ -319,7 +319,7 @@ class Activations:
 
     # --- backward -------------------------------------------------------------------------------------------
 
-    @_disable_dynamo
+    @not_compiled
     def unpack(self, packed: KeptTensor | SavedView) -> Tensor:
         """The tensor that `packed` stands for. Raises `RuntimeError`, as torch, when it was written to since.
 

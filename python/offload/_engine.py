@@ -317,8 +317,6 @@ class Engine:
         if self.speculation is not None:
             self.speculation.settle()
         self.finish(list(self.states.values()))
-        for unit in self.units:
-            unit.pending = False
         self.weights.check(wait=True)
 
     def await_update(self, state: ParameterState, ticket: _native.Ticket) -> None:
@@ -355,21 +353,25 @@ class Engine:
 
     def finish(self, states: Sequence[ParameterState]) -> None:
         """Waits for the submitted updates of these states; their parameters are plain again."""
-        waiting = [state for state in states if id(state.parameter) in self._tickets]
+        tickets = self._tickets
+        waiting = [(state, ticket) for state in states if (ticket := tickets.get(id(state.parameter))) is not None]
         if not waiting:
             return
         try:
-            self.pipeline.wait([self._tickets[id(state.parameter)] for state in waiting])
+            self.pipeline.wait([ticket for _, ticket in waiting])
         except OffloadError as error:
             self.refuse_after_failure()
-            name = next((state.name for state in waiting if _has_failed(self._tickets[id(state.parameter)])), "")
+            name = next((state.name for state, ticket in waiting if _has_failed(ticket)), "")
             if name in str(error):
                 self._failure = str(error)
                 raise
             self._failure = f"{name}: {error}"
             raise type(error)(self._failure) from error
-        for state in waiting:
-            self._tickets.pop(id(state.parameter), None)  # another thread may have waited too
+        for state, ticket in waiting:
+            # Another thread may have waited too, and the next step may have been submitted since: that is not over.
+            if tickets.get(id(state.parameter), ticket) is not ticket:
+                continue
+            tickets.pop(id(state.parameter), None)
             if can_be_pending(state.parameter) and not state.streamed:
                 restore(state.parameter)
 
@@ -377,11 +379,12 @@ class Engine:
         """The last submitted update of these parameters: jobs run in that order, so it ends after the others."""
         if not self._tickets:
             return None
-        waiting = [id(parameter) for parameter in parameters if id(parameter) in self._tickets]
+        tickets = self._tickets
+        waiting = {key: ticket for key in map(id, parameters) if (ticket := tickets.get(key)) is not None}
         if self.plan.unified_states and len({self.states[key].by_device for key in waiting}) > 1:
             # Of a unit that shares a weight with another: the host and the device each keep to an order of their own.
-            self.pipeline.wait([self._tickets[key] for key in waiting if self.states[key].by_device])
-        return self._tickets[max(waiting, key=self._submitted.__getitem__)] if waiting else None
+            self.pipeline.wait([ticket for key, ticket in waiting.items() if self.states[key].by_device])
+        return waiting[max(waiting, key=self._submitted.__getitem__)] if waiting else None
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
         """The updates of these parameters have ended afterwards."""

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.utils import _foreach_utils
 
 from ._errors import StateError
 from ._grad_cell import GradCell
 from ._grad_factors import SCALES, UNSCALE, Factor, make_factor
+from ._uncompiled import not_compiled
 from ._units import is_dense
 
 __all__ = ["HostGrad", "face_of", "total_norm"]
@@ -151,7 +151,7 @@ def _traits(func: Any) -> _Traits:
     )
 
 
-@_disable_dynamo
+@not_compiled
 def _dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     serve = _SERVED.get(func)
     if serve is not None:

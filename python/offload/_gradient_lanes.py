@@ -24,6 +24,7 @@ from ._errors import OffloadError
 from ._grad_factors import MULTIPLY_WIDE, GradScale, apply_factor
 from ._host_grad import HostBytes, HostGrad, hold
 from ._pending import PendingParameter, reading_metadata
+from ._uncompiled import not_compiled
 
 # Factors are fp32 scalars.
 _SCALAR_BYTES = 4
@@ -124,6 +125,7 @@ class GradientLanes(CopyLanes):
         """Whether a gradient that has left is not submitted yet."""
         return bool(self._departures.copies)
 
+    @not_compiled
     def _end_backward(self) -> None:
         self._departures.submit()
         if self.on_end is not None:

@@ -19,24 +19,9 @@ from ._conversions import NoConversions
 from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
 from ._grad_dtype import WideGradient
+from ._uncompiled import not_compiled
 from ._units import Unit
 from ._weight_casts import WeightCasts
-
-
-def _not_compiled(hook: Callable[..., None]) -> Callable[..., None]:
-    """Compiled code breaks its graph at `hook` and calls it, and nothing that it calls is compiled.
-
-    torch's own way to say so costs every call of a hook two microseconds, compiled or not. Where torch has it, its
-    evaluation of frames is told so once, of the code of `hook`.
-    """
-    frames = torch._C._dynamo.eval_frame
-    if not all(hasattr(frames, name) for name in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")):
-        uncompiled: Callable[..., None] = torch._disable_dynamo(hook)  # type: ignore[attr-defined]
-        return uncompiled
-    skip = frames._FrameAction.SKIP
-    frames.set_code_exec_strategy(hook.__code__, frames._FrameExecStrategy(skip, skip))
-    hook._torchdynamo_disable = True  # type: ignore[attr-defined]  # where another function is compiled that calls it
-    return hook
 
 
 class ModuleHook:
@@ -45,7 +30,7 @@ class ModuleHook:
     def __init__(self, call: Callable[[], None] | None) -> None:
         self.call = call  # what it does; a trace replaces it for a while
 
-    @_not_compiled
+    @not_compiled
     def __call__(self, *_: Any) -> None:
         if self.call is not None:
             self.call()
@@ -64,7 +49,7 @@ class ForwardHook(ModuleHook):
     def __init__(self, call: Callable[[Any], None] | None) -> None:
         self._call_with = call
 
-    @_not_compiled
+    @not_compiled
     def __call__(self, *arguments: Any) -> None:
         if self._call_with is not None:
             self._call_with(arguments[-1])
@@ -149,6 +134,7 @@ class Hooks:
         # collector does not see through these hooks: what they refer to would never die.
         its_lanes, itself = weakref.ref(self._engine.lanes), weakref.ref(parameter)
 
+        @not_compiled
         def take(_: Tensor) -> None:
             lanes, parameter = its_lanes(), itself()
             if lanes is not None and parameter is not None:
@@ -209,6 +195,7 @@ def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Call
     weakly, number = weakref.ref(engine), unit.number  # graphs must not keep the engine, nor a unit's states
     modules = list(module.modules())
 
+    @not_compiled
     def touch(_: Any) -> None:
         engine = weakly()
         if engine is not None:

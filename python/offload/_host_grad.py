@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from . import _trace
 from ._errors import InvalidArgument, StateError
 from ._grad_cell import GradCell, GradStore, Owner, StepGradient
 from ._grad_face import HostGrad, face_of, total_norm
 from ._grad_factors import HostBytes
+from ._uncompiled import not_compiled
 from ._units import is_dense
 
 __all__ = ["GradCell", "GradStore", "HostBytes", "HostGrad", "StepGradient", "hold", "total_norm"]
@@ -25,12 +23,6 @@ _DEVICE = Owner.DEVICE
 _STRIDED = torch.strided
 _graph_task = torch._C._current_graph_task_id
 _is_inference = torch.is_inference_mode_enabled
-
-# What torch.compile has put in place of Python's own evaluation of frames, None where nothing has. Asked only where the
-# answer was seen to be a reference of its own: torch 2.6 gives one away that it lacks, and None dies of it in the end.
-_frame_evaluation: Callable[[], Any] = (
-    torch._C._dynamo.eval_frame.get_eval_frame_callback if torch.__version__ >= "2.13" else lambda: True
-)
 
 
 def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
@@ -43,11 +35,6 @@ def hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
     Raises InvalidArgument for a sparse or complex gradient, StateError when another thread's backward pass is writing
     the same gradient; both name the parameter.
     """
-    # To switch off what is off already would take two microseconds a gradient.
-    return (_hold if _frame_evaluation() is None else _hold_uncompiled)(parameter, name, store)
-
-
-def _hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
     gradient = parameter.grad
     if type(gradient) is HostGrad:  # the classes of tensors make isinstance() slow
         cell = gradient.cell
@@ -65,9 +52,6 @@ def _hold(parameter: Tensor, name: str, store: GradStore) -> GradCell | None:
     del gradient  # the cell is to be the only one that refers to it
     _settle_in_backward(cell)
     return cell
-
-
-_hold_uncompiled = _disable_dynamo(_hold)
 
 
 def _can_hold(gradient: Tensor, name: str) -> bool:
@@ -103,6 +87,7 @@ class _BackwardPass:
         self.unsettled: GradCell | None = None
         self.unit = ""  # that made it, for traces
 
+    @not_compiled
     def __call__(self) -> None:
         """Called at the end of the pass."""
         self.settle_previous()

@@ -127,15 +127,22 @@ def model_state_dict(contents: Contents) -> OrderedDict[str, Any]:
     return weights
 
 
+def _listed(names: Sequence[str]) -> str:
+    """The first of the names, and how many there are where some are left out."""
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown}, ... ({len(names)} names)"
+
+
 def _check_model(model: nn.Module, weights: Mapping[str, Any], excluded: set[str], *, strict: bool) -> None:
     """torch copies what fits before it refuses the rest: so that is looked at first."""
     own, extra, _ = model_values(model)
     missing = sorted((own.keys() | extra.keys()) - weights.keys() - excluded)
     unexpected = sorted(weights.keys() - (own.keys() | extra.keys()))
     if strict and (missing or unexpected):
+        lacks = [f"it has no {_listed(missing)}"] if missing else []
+        lacks += [f"this model has no {_listed(unexpected)}"] if unexpected else []
         raise InvalidArgument(
-            f"the checkpoint is of another model: it has no {missing[:5]}, and this model no {unexpected[:5]} "
-            f"({len(missing)} and {len(unexpected)} names); strict=False loads the rest"
+            f"the checkpoint is of another model: {', and '.join(lacks)}; strict=False loads the rest"
         )
     for name, value in own.items():
         saved = weights.get(name)

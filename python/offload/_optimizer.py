@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
 from . import _checkpoint
@@ -29,6 +28,7 @@ from ._pending import reading_metadata
 from ._plan import Plan
 from ._probe import probe_process
 from ._stats import Stats
+from ._uncompiled import not_compiled
 from ._updater import Updater
 
 _STEP_PRE_HOOKS = "_optimizer_step_pre_hooks"
@@ -142,6 +142,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
     # --- the step -------------------------------------------------------------------------------------------
 
     @torch.no_grad()
+    @not_compiled
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float | Tensor = 1.0) -> Any:
         """Submits one update of every parameter that has a gradient; returns what `closure` returned.
 
@@ -180,6 +181,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
                 raise InvalidArgument(f"grad_scale={scale!r}: give a number, or a tensor of one element") from error
         return scale.detach().reshape(()).to(torch.float32, copy=True)
 
+    @not_compiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As torch's. Gradients may be set to None while their parameters are pending."""
         if self._running is not None and self._running.engine.speculation is not None:
@@ -189,23 +191,27 @@ class OffloadOptimizer(torch.optim.Optimizer):
         else:
             super().zero_grad(set_to_none=False)
 
+    @not_compiled
     def gradients(self) -> list[Tensor]:
         """`p.grad` of the parameters that have one, in the order of the groups: in one go, of pending ones too."""
         read: list[Tensor | None] = reading_metadata(lambda: [p.grad for g in self.param_groups for p in g["params"]])
         return [gradient for gradient in read if gradient is not None]
 
     @torch.no_grad()
+    @not_compiled
     def grad_norm(self) -> Tensor:
         """The L2 norm over all elements of all gradients, summed in fp32: a scalar on their device; nothing is waited
         for. Once asked for it is taken as gradients leave, as that of `clip_grad_norm_` is.
         """
         return total_norm(self.gradients())
 
+    @not_compiled
     def synchronize(self) -> None:
         """Waits for the submitted update: every parameter and state is current afterwards."""
         self._engine.synchronize()
 
     @torch.no_grad()
+    @not_compiled
     def resync(self) -> None:
         """Re-seeds the masters from the model's weights: call it after writing through `parameter.data`.
 
@@ -223,12 +229,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
         """What was placed where, in bytes, and why."""
         return self._engine.plan
 
+    @not_compiled
     def stats(self) -> Stats:
         """Bytes by tier, transfers, and how much of the host update was hidden, so far."""
         model = self._model()
         buffers = {} if model is None else dict(model.named_buffers())
         return engine_stats(self._engine, self._all_parameters, buffers)
 
+    @not_compiled
     def memory_summary(self) -> MemorySummary:
         """Who owns which bytes in which tier, now and at most, beside what the plan predicted; `print` shows tables.
 
@@ -288,7 +296,7 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._engine.announce_change()
         self._updater.take(key, values)
 
-    @_disable_dynamo
+    @not_compiled
     def state_dict(self) -> dict[str, Any]:
         """As torch's: the values that `state` shows, in plain dicts."""
         self._dumps = True

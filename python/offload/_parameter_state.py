@@ -141,8 +141,8 @@ class ParameterState:
         layout = (parameter.dtype, parameter.shape, parameter.stride(), parameter.device)
         if layout != self.layout:
             raise StateError(
-                f"{self.name}: became {layout} after wrap, its state is for {self.layout}; call offload.unwrap before "
-                "model.to(), .half() and the like, and wrap again"
+                f"{self.name}: became {_described(layout)} after wrap, its state is for {_described(self.layout)}; "
+                "call offload.unwrap before what changes shape, dtype or device of a parameter, and wrap again"
             )
         return True
 
@@ -371,3 +371,8 @@ class ParameterState:
         """The fp32 master was written: the working weight becomes its rounded value."""
         if self.parameter.dtype != torch.float32:
             write_weight(self.working_weight(), self.master_value())
+
+
+def _described(layout: tuple[torch.dtype, torch.Size, tuple[int, ...], torch.device]) -> str:
+    dtype, shape, strides, device = layout
+    return f"{dtype} of shape {tuple(shape)}, strides {strides}, on {device}"

@@ -21,6 +21,8 @@ from torch.autograd import graph
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map
 
+from ._uncompiled import not_compiled
+
 _RESOLVE = "_offload_resolve"  # in the parameter's __dict__ while it is pending: a call that makes it current
 
 
@@ -88,6 +90,7 @@ class PendingParameter(Parameter):
     """A parameter whose new value is on its way; see the module's text. Never constructed, only worn."""
 
     @classmethod
+    @not_compiled
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -190,18 +193,19 @@ def noted_on(parameter: Parameter) -> dict[str, Any]:
 
 def make_current(parameter: Parameter) -> Parameter:
     """Waits for the value of a pending parameter. Raises what the update raised, and the parameter stays pending."""
-    resolve = parameter.__dict__.get(_RESOLVE)
-    if resolve is not None:
-        resolve()
-    restore(parameter)
+    value_of(parameter)
     return parameter
 
 
 def value_of(parameter: Parameter) -> Tensor:
     """The parameter, whose value is there now, or what is read in its place."""
-    stand_in: Tensor | None = parameter.__dict__[_RESOLVE]() if _RESOLVE in parameter.__dict__ else None
-    if stand_in is not None:
-        return stand_in
+    while (resolve := parameter.__dict__.get(_RESOLVE)) is not None:
+        stand_in: Tensor | None = resolve()
+        if stand_in is not None:
+            return stand_in
+        if parameter.__dict__.get(_RESOLVE) is resolve:
+            break
+        # Else it is current; or the training thread has submitted its next step meanwhile, which is waited for too.
     restore(parameter)
     return parameter
 

@@ -30,6 +30,7 @@ from ._errors import OffloadError, StateError
 from ._residency import Residency, group_by_units, trim_heap
 from ._stored_values import StoredWeight
 from ._touch_order import TouchOrder
+from ._uncompiled import not_compiled
 from ._units import Unit
 from ._weight_copies import WeightCopies
 from ._weight_window import WeightStore, WeightWindow
@@ -404,6 +405,7 @@ class _BackwardEnd:
     def __init__(self, streaming: Streaming) -> None:
         self._streaming = streaming
 
+    @not_compiled
     def __call__(self) -> None:
         self._streaming.empty()
 

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.nn import Parameter
 
 from ._activations import Activations
 from ._pending import PendingParameter
 from ._saved_ranges import KeptTensor, check_version, is_plain, version_witness
 from ._streaming import Streaming
+from ._uncompiled import not_compiled
 
 __all__ = ["WeightCasts"]
 
@@ -55,7 +55,7 @@ class WeightCasts:
         if streaming is not None and streaming.residencies:
             streaming.refuse_torch_func([p for p in map(_unwrapped, parameters) if isinstance(p, PendingParameter)])
 
-    @_disable_dynamo  # compiled code calls it between its graphs
+    @not_compiled  # compiled code calls it between its graphs
     def pack(self, tensor: Tensor) -> Any:
         """What autograd keeps in place of `tensor`."""
         self.asked_count += 1
@@ -69,7 +69,7 @@ class WeightCasts:
                 return SavedCast(self._streaming, weight, tensor)
         return KeptTensor(tensor) if self._activations is None else self._activations.pack(tensor)
 
-    @_disable_dynamo
+    @not_compiled
     def unpack(self, packed: Any) -> Tensor:
         """The tensor that `packed` stands for. Raises `RuntimeError`, as torch, when it was written to since."""
         if isinstance(packed, SavedCast):

@@ -94,13 +94,13 @@ def wrap(
             of one of the two are off the device.
         In every case the model and `optim` are as they were: weights that had left have come back, in new memory.
     """
-    optimizers = as_list(optim)
     settings = Config.resolve(config, options)
     check_process()
     check_grad_dtype(settings.grad_dtype)
     if engine_of(model) is not None:
         raise StateError("this model is wrapped already: call offload.unwrap(model, optim) first")
     check_model(model)
+    optimizers = as_list(optim)  # after the model: who gives both the wrong way round is told of that
     if optim is not None:
         check_optimizers(model, optimizers)
         check_formats(settings, optimizers)

@@ -43,8 +43,8 @@ PYTHON_FLOORS = (
      "_simulator", "_forecast", "_hardware", "_token_costs", "_predicted_step", "_prediction", "_stats", "_memory",
      "_intervals", "_trace_records", "_trace_advice", "_trace_report", "_trace_file", "_trace_page"),
     (
-        "_units", "_pending", "_torch_func", "_conversions", "_interrupts", "_cuda_graphs", "_adamw", "_lion",
-        "_adagrad", "_kernels", "_unified", "_unified_pool", "_disk", "_disk_snapshot", "_state_store",
+        "_uncompiled", "_units", "_pending", "_torch_func", "_conversions", "_interrupts", "_cuda_graphs", "_adamw",
+        "_lion", "_adagrad", "_kernels", "_unified", "_unified_pool", "_disk", "_disk_snapshot", "_state_store",
         "_stored_values", "_probe", "_environment", "_rates", "_trace", "_grad_dtype",
     ),
     ("_durable_files", "_safetensors", "_directory_lock", "_checkpoint_directory"),

@@ -180,3 +180,20 @@ def test_a_compiled_model_trains_while_another_is_refused() -> None:
     with pytest.raises(offload.StateError, match="would become"):
         model.half()
     step(model, optimizer, 2)
+
+
+@pytest.mark.parametrize("placement", [RESIDENT, HOST], ids=["resident", "host"])
+def test_a_parameter_of_another_shape_is_told_in_words(placement: dict[str, str]) -> None:
+    """As transformers' `resize_token_embeddings` makes one: by another value for `.data`."""
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **placement)
+    weight = model[1].weight
+    where = str(weight.device)
+    weight.data = torch.zeros(5, 3, device=weight.device)
+    weight.grad = torch.ones_like(weight)
+    told = (
+        rf"^1\.weight: became torch\.float32 of shape \(5, 3\), strides \(3, 1\), on {where} after wrap, its state is "
+        rf"for torch\.float32 of shape \(2, 3\), strides \(3, 1\), on {where}; call offload\.unwrap before"
+    )
+    with pytest.raises(offload.StateError, match=told):
+        optimizer.step()

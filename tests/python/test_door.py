@@ -44,6 +44,13 @@ def test_no_optimizer() -> None:
     refused(offload.InvalidArgument, "optimizer 0 is a str", make_model(), ["adamw"])
 
 
+def test_model_and_optimizer_the_wrong_way_round() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))  # has a length and items, as a list of optimizers has
+    with pytest.raises(offload.InvalidArgument, match="model is a AdamW: give a torch.nn.Module"):
+        offload.wrap(adamw(model), model)  # type: ignore[call-overload]
+    untouched(model)
+
+
 @pytest.mark.parametrize("flag", ["capturable", "differentiable"])
 def test_flags_that_change_the_arithmetic(flag: str) -> None:
     model = make_model()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +131,54 @@ def test_torch_save_of_a_pending_model() -> None:
         assert type(value) is nn.Parameter and same_bits(value.detach(), expected[name])
     loss_of(loaded, next(batches(1))).backward()
     assert type(loaded.blocks[0].up.weight.grad) is torch.Tensor
+
+
+def test_a_thread_that_reads_leaves_the_next_step_pending() -> None:
+    """It has waited for one step, and gets to go on when the training thread has submitted the next."""
+    model, optimizer, _ = submitted()
+    pipeline = optimizer._engine.pipeline
+    seen: queue.Queue[str] = queue.Queue()
+    goes_on = threading.Event()
+
+    class Late:
+        def wait(self, tickets: Any) -> None:
+            reads = threading.current_thread() is reader
+            if reads and goes_on.is_set():
+                seen.put("waits again")
+            pipeline.wait(tickets)
+            if reads and not goes_on.is_set():
+                seen.put("waited")
+                assert goes_on.wait(60)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(pipeline, name)
+
+    weight = model.blocks[1].up.weight
+    values: list[float] = []
+
+    def read() -> None:
+        values.append(weight.norm().item())
+        seen.put("read")
+
+    reader = threading.Thread(target=read)
+    optimizer._engine.pipeline = Late()
+    reader.start()
+    pipeline.release()
+    try:
+        assert seen.get(timeout=60) == "waited"
+        optimizer.zero_grad()
+        loss_of(model, next(batches(1, seed=2))).backward()
+        pipeline.hold()
+        optimizer.step()
+        goes_on.set()
+        assert seen.get(timeout=60) == "waits again"
+        assert type(weight) is PendingParameter
+        assert optimizer._engine.is_waiting(optimizer._engine.states[id(weight)])
+    finally:
+        goes_on.set()
+        pipeline.release()
+        reader.join()
+    assert values == [weight.norm().item()]
 
 
 def test_evaluation_forward_full_params_and_optimizer_state() -> None:

@@ -188,6 +188,20 @@ def test_parameters_are_found_by_name(tmp_path: Path) -> None:
         assert torch.equal(turned.state[parameter]["momentum_buffer"], optimizer.state[parameter]["momentum_buffer"])
 
 
+def test_a_checkpoint_of_another_model_is_told_by_names(tmp_path: Path) -> None:
+    def layers(*numbers: int) -> nn.Module:
+        return nn.ModuleDict({str(number): nn.Linear(2, 2) for number in numbers})
+
+    offload.save_checkpoint(tmp_path, layers(0, 1), tag="one")
+    for numbers, told in (
+        ([0], "of another model: this model has no 1.bias, 1.weight; strict=False loads the rest"),
+        ([0, 2], "it has no 2.bias, 2.weight, and this model has no 1.bias, 1.weight; strict"),
+        ([0, 1, 2, 3, 4], r"it has no 2.bias, 2.weight, 3.bias, 3.weight, 4.bias, ... \(6 names\); strict"),
+    ):
+        with pytest.raises(offload.InvalidArgument, match=told):
+            offload.load_checkpoint(tmp_path, layers(*numbers))
+
+
 def test_refusals_of_a_load_change_nothing(tmp_path: Path) -> None:
     model, optimizers = busy(2, False)
     offload.save_checkpoint(tmp_path, model, optimizers, tag="one")
