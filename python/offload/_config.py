@@ -111,8 +111,9 @@ class Config:
     device_budget: what weights, optimizer states and gradients may take on the device (`"24GiB"` or bytes);
         None measures the free memory and leaves a quarter of it to activations and workspace.
     host_budget: what offload may take on the host; None measures.
-    disk_path: a directory, or several on drives of their own, for the files of what lives on disk: private ones that
-        no other process sees, and that go with this one. Not in memory (tmpfs), and not shared with another process.
+    disk_path: a directory that is there, or several on drives of their own, for the files of what lives on disk:
+        private ones that no other process sees, and that go with this one. Not in memory (tmpfs), and not shared with
+        another process.
     disk_window: the host bytes (`"4GiB"`, an int) that states on disk pass through, within host_budget; None: half of
         what the host budget leaves, at most 1 GiB. What they held last is not read again.
     disk_block: bytes of one transfer to or from the disk, a multiple of 4096: each has a checksum.

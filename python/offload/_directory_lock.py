@@ -109,7 +109,7 @@ class DirectoryLock:
             warnings.warn(
                 f"{self.directory} is on a file system without locks ({error}): nothing keeps two processes from "
                 "saving there at once",
-                stacklevel=4,  # the caller of save_checkpoint()
+                stacklevel=5,  # the caller of save_checkpoint()
             )
         finally:
             if self._file is None:

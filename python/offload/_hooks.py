@@ -18,6 +18,7 @@ from ._activation_region import ModelRegion, in_torch_func
 from ._conversions import NoConversions
 from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
+from ._foreign_steps import ForeignSteps
 from ._grad_dtype import WideGradient
 from ._uncompiled import not_compiled
 from ._units import Unit
@@ -67,13 +68,14 @@ class Hooks:
         self.model = weakref.ref(model)
         # The name of its unit, each module, and the hook that makes the unit ready.
         self.modules: list[tuple[str, weakref.ref[nn.Module], ModuleHook]] = []
-        self._handles: list[RemovableHandle | WideGradient | NoConversions] = []
+        self._handles: list[RemovableHandle | WideGradient | NoConversions | ForeignSteps] = []
         self._watched: set[int] = set()
         self._widened: set[int] = set()
 
     def register(self, model: nn.Module, units: Sequence[Unit]) -> None:
         engine = self._engine
         self._handles.append(NoConversions(model, engine, engine.lanes.device))
+        self._handles.append(ForeignSteps(engine))
         if engine.streaming.residencies:
             self._give_and_take_values(model)
         for module in _with_parameters(model):

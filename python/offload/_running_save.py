@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["CheckpointSave", "finish_saves", "remember", "wait_until_written"]
+__all__ = ["CheckpointSave", "beginning", "finish_saves", "remember", "wait_until_written"]
 
 
 class CheckpointSave:
@@ -56,6 +56,13 @@ class CheckpointSave:
 
 # The save that may still be running: there is one at a time.
 _running: CheckpointSave | None = None
+# Reentrant: a signal's handler may save where this thread begins to.
+_beginning = threading.RLock()
+
+
+def beginning() -> threading.RLock:
+    """Whoever has this lock begins a save: no other thread takes what the model has, or starts a writer, meanwhile."""
+    return _beginning
 
 
 def finish_saves() -> None:
@@ -87,8 +94,9 @@ def _report_at_exit() -> None:
 
 
 def _forget_in_child() -> None:
-    global _running
+    global _running, _beginning
     _running = None  # the thread that writes is the parent's
+    _beginning = threading.RLock()  # and so may be the one that begins a save
 
 
 atexit.register(_report_at_exit)

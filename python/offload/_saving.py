@@ -40,7 +40,7 @@ from ._errors import InvalidArgument
 from ._moments import Int8Moment
 from ._optimizer import OffloadOptimizer
 from ._probe import probe_host
-from ._running_save import CheckpointSave, finish_saves, remember, wait_until_written
+from ._running_save import CheckpointSave, beginning, finish_saves, remember, wait_until_written
 from ._snapshot import CopyBeforeChange, TensorFile, Value, copied, shared_names
 from ._stored_values import LentWeight, SplitMaster, StoredValue
 from ._units import check_module
@@ -99,10 +99,39 @@ def save_checkpoint(
     check_module(model)
     if client_state is not None and not isinstance(client_state, Mapping):
         raise InvalidArgument(f"client_state={client_state!r}: give a dict, or None")
-    finish_saves()
     optimizers = as_list(optim)
+    with beginning():
+        finish_saves()
+        begun, write = _begin(
+            Path(directory).absolute(),  # the program may change its directory meanwhile
+            model,
+            optimizers,
+            tag=tag,
+            client_state=dict(client_state or {}),
+            async_save=async_save,
+            save_latest=save_latest,
+            keep=keep,
+            exclude_frozen=exclude_frozen,
+        )
+    write()
+    return begun
+
+
+def _begin(
+    directory: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    *,
+    tag: str,
+    client_state: dict[str, Any],
+    async_save: bool,
+    save_latest: bool,
+    keep: int | None,
+    exclude_frozen: bool,
+) -> tuple[CheckpointSave, Callable[[], None]]:
+    """The save, whose writer runs if it is asynchronous, and what is left for the caller to do."""
     state_bytes, optimizer_file, model_file = _contents(
-        model, optimizers, dict(client_state or {}), staged=async_save, exclude_frozen=exclude_frozen
+        model, optimizers, client_state, staged=async_save, exclude_frozen=exclude_frozen
     )
 
     def write(folder: Path) -> Mapping[str, WrittenFile]:
@@ -112,7 +141,7 @@ def save_checkpoint(
             written[name] = durable.write_file(folder / name, file.nbytes, file.take)
         return written
 
-    lock = DirectoryLock(Path(directory).absolute())  # the program may change its directory meanwhile
+    lock = DirectoryLock(directory)
     nbytes = len(state_bytes) + optimizer_file.nbytes + model_file.nbytes
     snapshot: DiskSnapshot | None = None
 
@@ -129,8 +158,7 @@ def save_checkpoint(
 
     running = CheckpointSave(lock.directory / tag)
     if not async_save:
-        save()
-        return running
+        return running, save
 
     files = (optimizer_file, model_file)
     try:
@@ -148,7 +176,7 @@ def save_checkpoint(
             end()
         raise
     remember(running)
-    return running
+    return running, lambda: None
 
 
 def _engines_of(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> list[Engine]:

@@ -79,8 +79,12 @@ class StateStore:
         return -(-self.layout(arrays, element_count).nbytes // block) * block
 
     def reserve(self, nbytes: int) -> None:
-        """Space for so many bytes of states; raises `StorageError`, and changes nothing, without it."""
-        self._reserved = self.store.allocate(nbytes)
+        """Space for so many bytes of states; raises `StorageError`, and changes nothing, without it.
+
+        What was reserved for others that were refused is taken first, for a file gives nothing back.
+        """
+        if nbytes > self._reserved.nbytes:
+            self._reserved = self.store.allocate(nbytes)
 
     def place(self, name: str, arrays: Mapping[str, torch.dtype], element_count: int) -> StoredArrays:
         """Where the arrays of a parameter will be: in what was reserved while that lasts. They have no values yet."""

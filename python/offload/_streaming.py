@@ -387,7 +387,8 @@ class Streaming:
         if not self._forward_runs:
             raise StateError(
                 f"{self._store.name_of(parameter)} is on the host or on disk (params=): read and write weights inside "
-                "`with offload.full_params(model):`; call offload.unwrap before model.to(), .half() and the like"
+                "`with offload.full_params(model):`; train them with the optimizer that offload.wrap returned; call "
+                "offload.unwrap before model.to(), .half() and the like"
             )
         # A weight of a unit that is used from outside of its forward: nothing announces that, so it stays from now on.
         residency = self._residency_of[id(parameter)]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ._config import Config, format_size
@@ -19,7 +19,7 @@ from ._optimizer import OffloadOptimizer
 from ._plan import Plan
 from ._torch_updater import TorchUpdater, check_torch_optimizer
 from ._unified import MemoryFacts
-from ._units import check_module
+from ._units import check_module, is_dense
 
 __all__ = [
     "check_formats",
@@ -124,25 +124,57 @@ def check_memory(model: nn.Module, plan: Plan, optimizers: list[torch.optim.Opti
         return
     given = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     trained = {id(p) for p in given if p.requires_grad}
-    places = []
+    places, with_gaps = [], []
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.layout is torch.strided and tensor.numel() > 0 and not is_traceable_wrapper_subclass(tensor):
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             begin = tensor.data_ptr()
-            places.append((begin, begin + (last + 1) * tensor.element_size(), id(tensor) in trained, name))
+            if id(tensor) in trained or is_dense(tensor):
+                places.append((begin, begin + (last + 1) * tensor.element_size(), id(tensor) in trained, name))
+            else:
+                with_gaps.append((name, tensor))
     places.sort()
     reach, of_trained = (0, ""), (0, "")  # how far what came before goes, with its name
     for begin, end, is_trained, name in places:
         until, before = reach if is_trained else of_trained
         if begin < until:
-            raise InvalidArgument(
-                f"{name} and {before} share memory, and the optimizer updates {name if is_trained else before}: "
-                "with optimizer='device' alone the other would change with it; make them one parameter "
-                "(`b.weight = a.weight`), or give one memory of its own (`p.data = p.data.clone()`)"
-            )
+            raise _shared(name, before, name if is_trained else before)
         reach = max(reach, (end, name))
         if is_trained:
             of_trained = max(of_trained, (end, name))
+    for name, tensor in with_gaps:  # in which a weight may lie
+        for begin, end, is_trained, weight in places:
+            if is_trained and _has_bytes_in(tensor, begin, end):
+                raise _shared(name, weight, weight)
+
+
+def _shared(one: str, other: str, trained: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"{one} and {other} share memory, and the optimizer updates {trained}: "
+        "with optimizer='device' alone the other would change with it; make them one parameter "
+        "(`b.weight = a.weight`), or give one memory of its own (`p.data = p.data.clone()`)"
+    )
+
+
+def _has_bytes_in(tensor: Tensor, begin: int, end: int) -> bool:
+    """Whether an element of `tensor` has bytes in that range of addresses."""
+    itemsize = tensor.element_size()
+    low = begin - itemsize + 1  # where an element begins that ends in it
+    sizes = zip(tensor.stride(), tensor.shape, strict=True)
+    steps = sorted(((stride * itemsize, size) for stride, size in sizes if stride and size > 1), reverse=True)
+
+    def begins_there(place: int, depth: int) -> bool:
+        if depth == len(steps):
+            return low <= place < end
+        stride, size = steps[depth]
+        inner = sum(step * (count - 1) for step, count in steps[depth + 1 :])
+        index = max(0, -((place - low) // stride))  # the first that does not begin before it
+        if index < size and place + index * stride < end:
+            return True
+        first = max(0, -((place + inner - low) // stride))  # of those that begin before it and may come to it
+        return any(begins_there(place + number * stride, depth + 1) for number in range(first, min(index, size)))
+
+    return begins_there(tensor.data_ptr(), 0)
 
 
 def check_formats(settings: Config, optimizers: list[torch.optim.Optimizer]) -> None:

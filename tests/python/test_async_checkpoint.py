@@ -72,6 +72,63 @@ def test_a_thread_that_ends_a_save_late_leaves_the_next_one_alone(held: HeldWrit
     assert_holds(tmp_path, HOST, expected)
 
 
+class ToldLock:
+    """A lock that tells when somebody has to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.awaited = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.awaited.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def test_two_threads_begin_their_saves_one_after_the_other(
+    held: HeldWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one model, into two directories: the second save would be watched for, and the first would be torn."""
+    model, optimizer = wrapped(torch.bfloat16, HOST)
+    steps(model, optimizer)
+    expected = bits_of(model, optimizer)
+    lock, inside, gate = ToldLock(), threading.Event(), threading.Event()
+    monkeypatch.setattr(_running_save, "_beginning", lock)
+    real = _saving._contents
+
+    def contents(*given: Any, **options: Any) -> Any:
+        found = real(*given, **options)
+        if not inside.is_set():
+            inside.set()
+            assert gate.wait(60)
+        return found
+
+    monkeypatch.setattr(_saving, "_contents", contents)
+    saves: dict[str, offload.CheckpointSave] = {}
+
+    def save(name: str) -> None:
+        saves[name] = offload.save_checkpoint(tmp_path / name, model, optimizer, tag="one", async_save=True)
+
+    threads = {name: threading.Thread(target=save, args=(name,)) for name in ("first", "second")}
+    threads["first"].start()
+    assert inside.wait(60)
+    threads["second"].start()
+    assert lock.awaited.wait(60)
+    gate.set()
+    threads["first"].join()
+    assert not saves["first"].is_done and "second" not in saves
+    steps(model, optimizer, seed=3)
+    held.release()
+    threads["second"].join()
+    for one in saves.values():
+        one.wait()
+    assert_holds(tmp_path / "first", HOST, expected)
+    assert_holds(tmp_path / "second", HOST, bits_of(model, optimizer))
+
+
 def test_weights_alone_are_copied_at_the_call(held: HeldWriter, tmp_path: Path) -> None:
     """Nobody watches the optimizer then."""
     model, optimizer = wrapped(torch.bfloat16, HOST)

@@ -116,6 +116,10 @@ def test_without_an_optimizer_there_are_no_rates() -> None:
         ("checkpoint_tag_validation_enabled", "save_checkpoint"),
         ("sparse_allreduce", "parameter.grad"),
         ("client_lr_scheduler", "engine.lr_scheduler"),
+        ("sparse_tensor_module_names", "earlier releases of DeepSpeed had it"),
+        ("pld_enabled", "leave it out"),
+        ("curriculum_scheduler_legacy", "belong to the data loader"),
+        ("tensorboard_enabled", "write csv_monitor or tensorboard"),
     ],
 )
 def test_what_is_not_there_names_what_to_use(trained: Any, name: str, instead: str) -> None:

@@ -112,6 +112,16 @@ def test_explain_names_class_and_placement(capsys: pytest.CaptureFixture[str], m
     assert ["samples", "a", "step", "16", "=", "2", "a", "micro-batch", "x", "8"] in lines
 
 
+def test_explain_does_not_send_its_reader_to_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its table says of each key why it has no effect; the log of initialize names them and this command."""
+    file = tmp_path / "config.json"
+    file.write_text('{"train_batch_size": 4, "zero_optimization": {"stage": 3, "overlap_comm": true}}')
+    for options in ([], ["--json"]):
+        assert main(["config", "explain", str(file), *options]) == 0
+        shown = capsys.readouterr().out
+        assert "zero_optimization.overlap_comm" in shown and "config explain" not in shown
+
+
 def test_explain_knows_what_the_trainer_fills_in(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +328,17 @@ def test_a_later_group_gets_space_of_its_own(tmp_path: Path) -> None:
         return train(model, wrapped, steps=3)
 
     assert_same_bits(trained(on_disk(tmp_path)), trained(HOST))
+
+
+def test_a_refused_group_leaves_its_space_to_the_next(tmp_path: Path) -> None:
+    """A file gives nothing back before its end: what was reserved for the one must not be lost for the other."""
+    model = wide()
+    optimizer = torch.optim.AdamW(model.blocks.parameters(), lr=1e-2)
+    model, wrapped = offload.wrap(model, optimizer, **on_disk(tmp_path, host_budget="16MiB"))
+    disk, too_large = wrapped._engine.disk, nn.Parameter(torch.ones(1 << 23))
+    before, taken = disk.allocated_bytes, []
+    for parameters in ([model.head.weight, too_large], [model.head.weight, too_large], [model.head.weight]):
+        with nullcontext() if len(parameters) == 1 else pytest.raises(offload.OutOfHostMemory):
+            wrapped.add_param_group({"params": parameters, "lr": 1e-3})
+        taken.append(disk.allocated_bytes - before)
+    assert taken[0] > 0 and taken == [taken[0]] * 3

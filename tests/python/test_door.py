@@ -85,7 +85,7 @@ def test_wrapping_twice() -> None:
         offload.wrap(make_model(), wrapped)
 
 
-@pytest.mark.parametrize("what", ["weights", "part", "frozen", "buffer"])
+@pytest.mark.parametrize("what", ["weights", "part", "frozen", "buffer", "gaps"])
 @pytest.mark.parametrize("placement", [HOST, HOST | {"params": "host"}], ids=["host", "streamed"])
 def test_weights_in_one_memory(what: str, placement: dict[str, str]) -> None:
     """The second of them would not see the update of the first; where the device updates in place it does."""
@@ -96,11 +96,13 @@ def test_weights_in_one_memory(what: str, placement: dict[str, str]) -> None:
             model.norm.bias = nn.Parameter(model.embedding.weight.data[0])
         elif what == "buffer":
             model.norm.register_buffer("part", model.norm.weight.data[2:4])
+        elif what == "gaps":
+            model.norm.register_buffer("part", model.norm.weight.data[::7])
         else:
             model.head.weight = nn.Parameter(model.embedding.weight.data, requires_grad=what == "weights")
         return model
 
-    names = {"part": "norm.bias|embedding.weight", "buffer": "norm.weight|norm.part"}
+    names = {"part": "norm.bias|embedding.weight", "buffer": "norm.weight|norm.part", "gaps": "norm.part"}
     match = f"({names.get(what, 'head.weight|embedding.weight')}) and .* share memory"
     one = model()
     refused(offload.InvalidArgument, match, one, adamw(one), **placement)
@@ -114,6 +116,9 @@ def test_weights_side_by_side_in_one_memory() -> None:
         model = make_model()
         memory = torch.linspace(0, 1, 48)
         model.norm.weight, model.norm.bias = nn.Parameter(memory[:24]), nn.Parameter(memory[24:])
+        around = torch.linspace(0, 1, 4 * 40)
+        model.head.bias = nn.Parameter(around[1:41])
+        model.register_buffer("ends", around.as_strided((2, 2), (80, 41)))  # begins before it and ends behind it
         return model
 
     runs = []

@@ -164,6 +164,15 @@ def compiled(placement: dict[str, str]) -> Any:
     return one.end()
 
 
+def step_compiled(placement: dict[str, str]) -> Any:
+    """Compiled code calls the wrapped optimizer's step, and compiles nothing of it."""
+    one = Training(placement).wrap()
+    one.optimizer.step = torch.compile(one.optimizer.step, backend="aot_eager")
+    for _ in one.steps(4):
+        pass
+    return one.end()
+
+
 def parts_saved(placement: dict[str, str]) -> Any:
     """state_dict() of a part, which is read and written before and after."""
     one = Training(placement).wrap()
@@ -291,8 +300,9 @@ def saved_by_torch_distributed(placement: dict[str, str]) -> Any:
 
 FEATURES: dict[str, Callable[[dict[str, str]], Any]] = {
     call.__name__: call
-    for call in (averaged, batch_norm_updated, other_weights_called, held_by_a_parent, copied, compiled, parts_saved,
-                 closure_called, as_a_vector, adversaries, taught, parts_called, saved_by_torch_distributed)
+    for call in (averaged, batch_norm_updated, other_weights_called, held_by_a_parent, copied, compiled, step_compiled,
+                 parts_saved, closure_called, as_a_vector, adversaries, taught, parts_called,
+                 saved_by_torch_distributed)
 } | {
     "weight_norm": normed(parametrizations.weight_norm),
     "spectral_norm": normed(parametrizations.spectral_norm),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from os import PathLike
 from typing import Any
 
@@ -57,6 +57,9 @@ def load(
     report.raise_refusals(strict)
     for warning in report.deprecations + report.doubts:
         warnings.warn(warning, UserWarning, stacklevel=2)
+    if report.no_effect:
+        unused = f"no effect here (`offload config explain` says why): {', '.join(report.no_effect)}"
+        settings = replace(settings, notices=(*settings.notices, unused))
     return settings
 
 
@@ -118,8 +121,6 @@ def _notices(config: Mapping[str, Any], report: Report) -> tuple[str, ...]:
             "gradient_clipping is not in the config: gradients are clipped to a norm of 1.0, DeepSpeed's default since "
             "June 2026 (it was 0.0, no clipping); write 0.0 to clip nothing"
         )
-    if report.no_effect:
-        notices.append(f"no effect here (`offload config explain` says why): {', '.join(report.no_effect)}")
     return tuple(notices)
 
 

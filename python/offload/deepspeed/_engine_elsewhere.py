@@ -17,6 +17,7 @@ _TIMES = "write wall_clock_breakdown in the config"
 _OPTIMIZER = "engine.optimizer.optimizer is the wrapped optimizer"
 _PROFILER = "use the section flops_profiler of the config, or torch.utils.flop_counter"
 _PIPELINE = "pipeline parallelism is not supported; call engine(batch), engine.backward(loss) and engine.step()"
+_GONE = "earlier releases of DeepSpeed had it and 0.19.8 has not: leave it out"
 _INSIDE = "it is of the inside of DeepSpeed's engine: leave it out"
 
 _NAMES = {
@@ -58,13 +59,20 @@ _NAMES = {
     _OPTIMIZER: "basic_optimizer client_optimizer get_optimizer_configuration get_type",
     "engine.lr_scheduler": "client_lr_scheduler",
     _PROFILER: "flops_profiler",
-    "write csv_monitor or tensorboard in the config, or log from the training loop": "summary_events",
+    "write csv_monitor or tensorboard in the config, or log from the training loop": (
+        "get_summary_writer summary_events summary_writer tensorboard_enabled"
+    ),
     "engine.optimizer.cur_scale is the present loss scale": "cur_scale torch_autocast_z0_gradscaler",
     "engine.step() clips as gradient_clipping says": "clip_fp32_gradients",
     "call gc.collect() and gc.disable() in the script": "collect_python_gc",
     "keep the losses in the training loop": "losses",
     "engine.module.named_parameters() has them": "param_names",
     _PIPELINE: "eval_batch inference_batch set_batch_fn set_dataiterator train_batch",
+    _GONE: """
+        amp_enabled amp_params block_eigenvalue broadcast_src_rank client_model_parameters csr_tensor_module_names
+        eigenvalue elasticity_enabled gas_boundary_ctr graph_harvesting is_elastic_model_parallel_supported
+        progressive_layer_drop quantize_training sparse_gradients_enabled sparse_tensor_module_names
+    """,
     _INSIDE: """
         dont_change_device first_dataloader_check flatten inside_no_sync_ctxt module_forward_post_hook
         module_forward_pre_hook optimized_linear_base_weight_sharding optimized_linear_lora_enabled scale_wrt_gas
@@ -79,9 +87,12 @@ _FAMILIES = {
     "checkpoint_tag_validation_": _FILES,
     "checkpoint_writer_": _FILES,
     "compile_": _COMPILER,
+    "curriculum_": _CURRICULUM,
     "data_efficiency_": _CURRICULUM,
     "data_sampling_": _CURRICULUM,
+    "eigenvalue_": _GONE,
     "flops_profiler_": _CONFIG,
+    "pld_": _GONE,
     "random_ltd_": _CURRICULUM,
     "sparse_all": _REDUCTION,
     "zero_": _CONFIG,
