@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ._engine import Engine
 from ._interrupts import Uninterrupted
+from ._uncompiled import not_compiled
 
 # By engine: the optimizers that have stepped beside its own, and how often its own had stepped by then; None for one
 # that has no weight of it.
@@ -43,6 +44,7 @@ class ForeignSteps:
             _handles.pop().remove()
 
 
+@not_compiled  # a compiled step calls it
 def _stepped(optimizer: Optimizer, *_: Any) -> None:
     for engine, seen in list(_seen.items()):
         # The wrapped one itself comes here too, behind a step that was counted.

@@ -141,7 +141,6 @@ class OffloadOptimizer(torch.optim.Optimizer):
 
     # --- the step -------------------------------------------------------------------------------------------
 
-    @_disable_dynamo
     @torch.no_grad()
     @not_compiled
     def step(self, closure: Callable[[], Any] | None = None, *, grad_scale: float | Tensor = 1.0) -> Any:
