@@ -76,7 +76,7 @@ class EngineStep:
         of_device = [pair for pair in work if pair[0].by_device]
         without_elements = [s for s in states if not s.by_device and s.parameter.numel() == 0]
         self._update(of_host, of_device, without_elements, grad_scale)
-        self._engine.streaming.rest()
+        self._engine.streaming.end_step()
 
     @staticmethod
     def _runs_on_host(state: ParameterState) -> bool:
@@ -136,7 +136,7 @@ class EngineStep:
             self._engine.fail(str(error))
             raise
         self._finish_what_cannot_wait(states)
-        self._engine.streaming.rest()
+        self._engine.streaming.end_step()
 
     def _submit_weight(self, state: ParameterState) -> _native.Ticket:
         parameter = state.parameter
