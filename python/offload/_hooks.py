@@ -19,6 +19,7 @@ from ._conversions import NoConversions
 from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
 from ._grad_dtype import WideGradient
+from ._interrupts import Uninterrupted
 from ._units import Unit
 from ._weight_casts import WeightCasts
 
@@ -135,8 +136,9 @@ class Hooks:
         own = self._after_forward(model, lambda _: engine.end_forward())
 
         def go_last() -> None:
-            if own in hooks:
-                hooks.move_to_end(own)
+            if own in hooks and next(reversed(hooks)) != own:
+                with Uninterrupted():
+                    hooks[own] = hooks.pop(own)
 
         self._before_forward(model, go_last)
 
