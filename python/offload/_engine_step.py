@@ -43,7 +43,7 @@ _Work = tuple[NativeState, Update]
 class EngineStep:
     """See the module's text. `submit` is the step of native optimizers.
 
-    The step of others is `settle`, their own work on the masters and `float32_gradients`, and `publish`.
+    The step of others is `settle`, `float32_gradients`, `reseed_written`, their own work on the masters, and `publish`.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -65,7 +65,6 @@ class EngineStep:
         self.check_gradients([update.parameter for update in updates])
         self._engine.streaming.begin_step()
         states = [adopt(update.parameter) for update in updates]
-        self._reseed_written([state for state in states if state.on_host or not state.streamed])
         work = list(zip(states, updates, strict=True))
         of_host = reading_metadata(lambda: [pair for pair in work if self._runs_on_host(pair[0])])
         # Of a unit, the small ones first: those beside each other share an upload.
@@ -77,7 +76,7 @@ class EngineStep:
         of_device = [pair for pair in work if pair[0].by_device]
         without_elements = [s for s in states if not s.by_device and s.parameter.numel() == 0]
         self._update(of_host, of_device, without_elements, grad_scale)
-        self._engine.streaming.rest()
+        self._engine.streaming.end_step()
 
     @staticmethod
     def _runs_on_host(state: ParameterState) -> bool:
@@ -111,13 +110,12 @@ class EngineStep:
         return gradients
 
     def settle(self, states: Sequence[ParameterState]) -> None:
-        """Masters and parameters agree afterwards: every upload has ended, and what the user wrote is the master."""
+        """Every update and upload has ended afterwards."""
         self._engine.refuse_after_failure()
         self._engine.streaming.begin_step()
         if self._engine.speculation is not None:
             self._engine.speculation.settle()
         self._engine.finish(states)
-        self._reseed_written(states)
 
     def publish(self, states: Sequence[ParameterState]) -> None:
         """The fp32 masters of settled states were written: the parameters follow, in the order of their next use.
@@ -138,7 +136,7 @@ class EngineStep:
             self._engine.fail(str(error))
             raise
         self._finish_what_cannot_wait(states)
-        self._engine.streaming.rest()
+        self._engine.streaming.end_step()
 
     def _submit_weight(self, state: ParameterState) -> _native.Ticket:
         parameter = state.parameter
@@ -151,7 +149,11 @@ class EngineStep:
             self._engine.lanes.compute_stream(),
         )
 
-    def _reseed_written(self, states: Sequence[ParameterState]) -> None:
+    def reseed_written(self, states: Sequence[ParameterState]) -> None:
+        """What the user wrote is the master.
+
+        After all that a step may be refused for: where the writes are taken back then, masters are what they were.
+        """
         for state in states:
             written = reading_metadata(lambda: state.parameter._version) != state.version  # noqa: B023  # called now
             # A pending parameter has not been touched since the last step: any access would have made it current.
@@ -185,8 +187,11 @@ class EngineStep:
         grad_scale: GradScale,
     ) -> None:
         """The host's part first: it runs while the device updates its own. One without elements counts its steps."""
-        jobs, read = self._host_jobs(of_host, grad_scale)
+        read = self._host_gradients(of_host, grad_scale)
         states = [state for state, _ in of_host]
+        written = [*states, *(state for state, _ in of_device), *without_elements]
+        self.reseed_written([state for state in written if state.on_host or not state.streamed])
+        jobs = self._host_jobs(of_host, read)
         speculation = self._engine.speculation
         if speculation is not None:
             speculation.expect(zip([state.parameter for state in states], read, strict=True))
@@ -233,7 +238,7 @@ class EngineStep:
                 self._engine.transfers.wait_on_stream(stream, upload)
         elif state.streamed:  # written back when the next one comes that travels with others
             self._engine.streaming.open_for_writing([state.parameter])
-            self._reseed_written([state])
+            self.reseed_written([state])
         return gradient
 
     def _await_device(self, states: Sequence[NativeState]) -> None:
@@ -245,26 +250,27 @@ class EngineStep:
             for state in crossing:
                 self._engine.await_state(state, ticket)
 
-    def _host_jobs(self, work: Sequence[_Work], grad_scale: GradScale) -> tuple[list[Any], list[StepGradient]]:
-        """What the pipeline is to run, and the gradients that it reads."""
-        jobs = []
-        read = []
+    def _host_gradients(self, work: Sequence[_Work], grad_scale: GradScale) -> list[StepGradient]:
         scale = self._engine.lanes.scale_for_step(grad_scale if work else 1.0)
+        read = [self._engine.lanes.for_step(state.parameter, scale) for state, _ in work]
+        # A plain gradient is still the user's own tensor: it must have left before the user can write to it.
+        self._engine.lanes.wait_for_plain_gradients()
+        return read
+
+    def _host_jobs(self, work: Sequence[_Work], read: Sequence[StepGradient]) -> list[Any]:
+        """What the pipeline is to run over these gradients."""
+        jobs = []
         scalars: dict[tuple[Hyper, int], Any] = {}
-        for state, update in work:
+        for (state, update), taken in zip(work, read, strict=True):
             key = (update.hyper, state.step + 1)
             if key not in scalars:
                 scalars[key] = update.hyper.native_scalars(state.step + 1)
-            taken = self._engine.lanes.for_step(state.parameter, scale)
             tickets = [*taken.tickets, *self._engine.streaming.uploads_of(state.parameter), *self.readers_of(state)]
             jobs.append(
                 (self._engine.slots[id(state.parameter)], taken.address, FORMATS[taken.dtype], tickets, scalars[key],
                  taken.factors)
             )  # fmt: skip
-            read.append(taken)
-        # A plain gradient is still the user's own tensor: it must have left before the user can write to it.
-        self._engine.lanes.wait_for_plain_gradients()
-        return jobs, read
+        return jobs
 
     def readers_of(self, state: ParameterState) -> list[_native.Ticket]:
         """What still reads the state's tensors for somebody else."""

@@ -20,6 +20,7 @@ from ._cuda_graphs import CompiledGraphs
 from ._engine import Engine, EngineUnit
 from ._foreign_steps import ForeignSteps
 from ._grad_dtype import WideGradient
+from ._interrupts import Uninterrupted
 from ._uncompiled import not_compiled
 from ._units import Unit
 from ._weight_casts import WeightCasts
@@ -89,8 +90,6 @@ class Hooks:
                 if engine.streaming.residencies:
                     self._after_forward(module, _watch_backward(module, engine, engine_unit))
         self._before_forward(model, engine.begin_forward)
-        if engine.streaming.residencies:
-            self._after_forward(model, lambda _: engine.end_forward())
         if engine.activations is not None or engine.streaming.residencies:
             casts = WeightCasts(engine.streaming, engine.activations)
             region = ModelRegion(model, engine.activations, casts)
@@ -99,6 +98,8 @@ class Hooks:
             self._handles.append(model.register_forward_hook(leave, always_call=True))
             what = "activations that come and go" if engine.activations is not None else "weights that come and go"
             self._before_forward(model, CompiledGraphs(model, what).check)
+        if engine.streaming.residencies:
+            self._end_forward(model)
         _trace.wrapped(self)
 
     @property
@@ -110,9 +111,23 @@ class Hooks:
         self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
         return hook
 
-    def _after_forward(self, module: nn.Module, call: Callable[[Any], None]) -> None:
+    def _after_forward(self, module: nn.Module, call: Callable[[Any], None]) -> int:
         # Also after a forward that raised, or that a checkpoint's recompute leaves early.
-        self._handles.append(module.register_forward_hook(ForwardHook(call), always_call=True))
+        handle = module.register_forward_hook(ForwardHook(call), always_call=True)
+        self._handles.append(handle)
+        return handle.id
+
+    def _end_forward(self, model: nn.Module) -> None:
+        """Behind the model's other hooks, those that come later too: they may use weights."""
+        engine, hooks = self._engine, model._forward_hooks
+        own = self._after_forward(model, lambda _: engine.end_forward())
+
+        def go_last() -> None:
+            if own in hooks and next(reversed(hooks)) != own:
+                with Uninterrupted():
+                    hooks[own] = hooks.pop(own)
+
+        self._before_forward(model, go_last)
 
     def _give_and_take_values(self, model: nn.Module) -> None:
         """state_dict() has copies of streamed weights, and load_state_dict() finds them on the device."""

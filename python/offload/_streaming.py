@@ -59,6 +59,7 @@ class Streaming:
         self._order = self._training
         self._forward_runs = False
         self._backward: weakref.ref[_BackwardEnd] | None = None
+        self._latest: list[Residency] = []  # of the latest touch
         self._holds = set[object]()  # one for each `present()` that runs
         self.copies = WeightCopies(store, self.window)
 
@@ -248,6 +249,7 @@ class Streaming:
         needed: list[Residency] = []
         for number in wanted:
             needed += self._needs[number]
+        self._latest = needed
         predicted: list[Residency] = []
         for number in self._order.upcoming(self._prefetch, wanted):
             predicted += self._needs[number]
@@ -295,6 +297,13 @@ class Streaming:
         """Raises `StateError` inside `present()`."""
         if self._holds:
             raise StateError(f"{call} inside `offload.full_params`: {why}; leave the context first")
+
+    def end_step(self) -> None:
+        """After `begin_step`, with the updates submitted. In a hook that steps in backward its unit comes back."""
+        self.rest()
+        if self._backward is not None and self._backward() is not None:
+            self.window.bring(self._latest)
+            self.window.make_ready(self._latest)
 
     def rest(self) -> None:
         """Empties the window and sends for the units that the next forward begins with."""

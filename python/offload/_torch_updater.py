@@ -110,6 +110,7 @@ class TorchUpdater:
         if self.engine.plan.optimizer != "device":
             grad_scale = float(grad_scale)  # waits no longer than the gradients did
         gradients = [scaled(gradient, grad_scale) for gradient in gradients]
+        self.engine.step.reseed_written(states)
         start = time.perf_counter()
         versions = {}
         for state in states:

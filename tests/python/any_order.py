@@ -287,7 +287,7 @@ def edit_state(side: Side, index: int, how: str) -> Any:
     entries = side.optimizer.state.get(p)  # torch makes an empty one of what is asked for
     if not entries:
         return "no state"
-    key = next((key for key in _moments(entries) if entries[key].shape == p.shape), None)
+    key = next((key for key in moments_of(entries) if entries[key].shape == p.shape), None)
     if key is None:
         return "none of its shape"
     if how == "assign":
@@ -344,7 +344,7 @@ def again(side: Side, placement: dict[str, Any]) -> Any:
         for p, state in plain.state.items():
             if p.dtype != torch.float32:
                 state.pop("master", None)
-                for key in _moments(state):
+                for key in moments_of(state):
                     state[key] = state[key].to(p.dtype)
         for p in [p for p, state in plain.state.items() if not state]:
             del plain.state[p]
@@ -359,11 +359,11 @@ def again(side: Side, placement: dict[str, Any]) -> Any:
         for p, state in plain.state.items():
             if p.dtype != torch.float32:
                 state["master"] = p.detach().float()
-                for key in _moments(state):
+                for key in moments_of(state):
                     state[key] = state[key].float()
     return seen
 
 
-def _moments(state: Mapping[str, Any]) -> list[str]:
+def moments_of(state: Mapping[str, Any]) -> list[str]:
     """Not counters and factors, which have no dimensions."""
     return [key for key, value in state.items() if key != "master" and isinstance(value, Tensor) and value.dim() > 0]

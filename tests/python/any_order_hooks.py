@@ -23,6 +23,7 @@ from plain_pair import Fault
 
 SEEDS = st.integers(0, 5)
 INDICES = st.integers(0, 15)
+RAISED: dict[str, type[BaseException]] = {"fault": Fault, "interrupt": KeyboardInterrupt}
 
 
 class Hook:
@@ -32,8 +33,8 @@ class Hook:
         self.kind, self.how, self.log = kind, how, log
 
     def __call__(self, *given: Any) -> Any:
-        if self.how == "fault":
-            raise Fault
+        if self.how in RAISED:
+            raise RAISED[self.how]
         return getattr(self, self.kind)(*given)
 
     def see(self, value: Any) -> None:
@@ -114,14 +115,16 @@ def unhook(side: Side, which: int) -> None:
     side.handles.pop(which % len(side.handles)).remove()
 
 
-def fault_in_hook(side: Side, seed: int, kind: str, index: int) -> None:
+def fault_in_hook(side: Side, seed: int, kind: str, index: int, how: str) -> Any:
     """The user catches what was raised, and goes on."""
-    handle = registered(side, kind, "fault", index)
+    handle = registered(side, kind, how, index)
     try:
         loss_of(side, seed).backward()
         if kind == "step":
             side.graphs.clear()
             side.optimizer.step()
+    except KeyboardInterrupt:
+        return how
     finally:
         handle.remove()
 
@@ -332,9 +335,9 @@ class HookRules:
     def unhook(self, which: int) -> None:
         self.both(unhook, which)
 
-    @rule(seed=SEEDS, kind=st.sampled_from(KINDS), index=INDICES)
-    def fault_in_hook(self, seed: int, kind: str, index: int) -> None:
-        self.both(fault_in_hook, seed, kind, index)
+    @rule(seed=SEEDS, kind=st.sampled_from(KINDS), index=INDICES, how=st.sampled_from(list(RAISED)))
+    def fault_in_hook(self, seed: int, kind: str, index: int, how: str) -> None:
+        self.both(fault_in_hook, seed, kind, index, how)
 
     @rule(seed=SEEDS, how=st.sampled_from(["thread", "anomaly", "several", "save_on_cpu", "saved"]))
     def micro_batch_with(self, seed: int, how: str) -> None:

@@ -17,6 +17,7 @@ import any_order
 import offload
 from any_order import LOOKS, Side
 from any_order_hooks import HookRules
+from any_order_more import MoreRules
 from offload import _activations
 from plain_optimizers import AS_ITSELF, OPTIMIZERS, plain_optimizer
 from plain_pair import Block, Fault, Model
@@ -76,7 +77,7 @@ def attempt(action: Any, *args: Any, **options: Any) -> tuple[Any, Exception | N
         return None, error
 
 
-class AnyOrder(HookRules, RuleBasedStateMachine):
+class AnyOrder(HookRules, MoreRules, RuleBasedStateMachine):
     """Each rule is an action of `any_order`. A watchful machine looks at everything after each, others when told to.
 
     disk_path, directory: where states and weights on disk, and checkpoints, are.

@@ -34,7 +34,10 @@ LANES = st.sampled_from(["to_host", "to_device"])
 RATES = st.sampled_from([0.0, 1e6, 1e7])
 PROGRESS = st.sampled_from([0.0, 0.1, 0.5, 0.9])
 # What changes weights or states by hand may have done half of it when it fails.
-BY_HAND = ("load", "load_files", "again", "write_weight", "swap", "edit_state", "add_group")
+BY_HAND = (
+    *("load", "load_files", "again", "write_weight", "write_between", "swap", "edit_state", "write_state"),
+    *("begin_anew", "add_group", "inside", "step_in_backward", "looked"),
+)
 NEVER = 1 << 40
 TOLD = ("asked for by fail_copy", os.strerror(errno.EIO))
 

@@ -389,6 +389,53 @@ def test_optimizer_states_alone_leave_the_weights() -> None:
     assert_same_bits(run(ALL), run(RESIDENT))
 
 
+@pytest.mark.parametrize("early", [True, False])
+@STREAMED
+def test_a_hook_of_the_model_uses_its_weights(placement: dict[str, str], early: bool) -> None:
+    """Registered before `wrap` or after it."""
+
+    def decayed(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.01 * torch.stack([p.square().sum() for p in module.parameters()]).sum()
+
+    runs = []
+    for options in (RESIDENT, placement):
+        model = make_model()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        if early:
+            model.register_forward_hook(decayed)
+        model, optimizer = offload.wrap(model, optimizer, **options)
+        if not early:
+            model.register_forward_hook(decayed)
+        runs.append(train(model, optimizer))
+    assert_same_bits(*runs)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_an_optimizer_for_each_weight_steps_in_backward(kind: type[torch.optim.Optimizer]) -> None:
+    """As torch's documentation has it. What runs next in backward needs other weights of the unit."""
+    runs = []
+    for placement in (RESIDENT, HOST, ALL):
+        model = make_model()
+        parameters = list(model.parameters())
+        each = [kind([p], lr=1e-2) for p in parameters]
+        model, wrapped = offload.wrap(model, each, **placement)
+        optimizers = dict(zip(parameters, wrapped, strict=True))
+
+        def step(p: torch.Tensor, optimizers: dict[Any, Any] = optimizers) -> None:
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        for p in parameters:
+            p.register_post_accumulate_grad_hook(step)
+        losses = []
+        for tokens in batches(3):
+            loss = loss_of(model, tokens)
+            loss.backward()
+            losses.append(loss.detach())
+        runs.append([*losses, *values(model).values()])
+    assert all(same_bits(one, other) for run in runs for one, other in zip(runs[0], run, strict=True))
+
+
 def test_a_penalty_on_weights_inside_full_params() -> None:
     def run(placement: dict[str, str]) -> list[float]:
         model, optimizer = streamed(make_model(), placement)

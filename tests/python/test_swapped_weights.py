@@ -133,3 +133,31 @@ def test_weights_that_are_only_read_move_no_states_on_disk(tmp_path: Path) -> No
         with offload.full_params(model):
             pass
     assert optimizer._engine.homes.store.store.stats() == before
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("params", ["device", "host"])
+def test_a_step_that_is_refused_takes_no_weights_over(
+    kind: type[torch.optim.Optimizer], params: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masters have bits that no weight has: what was in their place until it was refused would have cost them."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise offload.OutOfHostMemory("asked for by the test")
+
+    model = make_model(torch.bfloat16)
+    model, optimizer = offload.wrap(
+        model, kind(model.parameters(), lr=1e-2), optimizer="host", gradients="device", params=params
+    )
+    train(model, optimizer, steps=2)
+    others = averages(model)
+    loss_of(model, next(batches(1))).backward()
+    before = copy.deepcopy(optimizer.state_dict())
+    swap(model, others)
+    with monkeypatch.context() as changed, pytest.raises(offload.OutOfHostMemory, match="asked for by the test"):
+        changed.setattr(optimizer._engine.lanes, "to_host", refuse)
+        optimizer.step()
+    swap(model, others)
+    after = optimizer.state_dict()["state"]
+    assert all(same_bits(after[i][key], value) for i, state in before["state"].items() for key, value in state.items())
+    optimizer.step()
