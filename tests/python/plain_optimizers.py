@@ -220,6 +220,14 @@ if "decoupled_weight_decay" not in inspect.signature(torch.optim.Adam).parameter
 AS_ITSELF = tuple(n for n, (kind, options) in OPTIMIZERS.items() if kind not in _REFERENCES or "amsgrad" in options)
 
 
+def _tell_autograd(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Of what it wrote, as all other steps do, and the wrapped one of this class: torch's fused kernels do not."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.grad is not None:
+                torch.autograd.graph.increment_version(p)
+
+
 def plain_optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """What a wrapped one of that name must equal to the bit."""
     kind, options = OPTIMIZERS[name]
@@ -227,6 +235,8 @@ def plain_optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Op
         optimizer: torch.optim.Optimizer = _REFERENCES[kind](parameters, **options)
     elif parameters[0].dtype == torch.float32:
         optimizer = kind(parameters, **options)
+        if options.get("fused"):
+            optimizer.register_step_post_hook(_tell_autograd)
     else:
         optimizer = Masters(parameters, kind, **options)
     # A GradScaler is to unscale gradients itself, not within a fused kernel.
