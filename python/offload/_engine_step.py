@@ -189,8 +189,7 @@ class EngineStep:
         """The host's part first: it runs while the device updates its own. One without elements counts its steps."""
         read = self._host_gradients(of_host, grad_scale)
         states = [state for state, _ in of_host]
-        written = [*states, *(state for state, _ in of_device), *without_elements]
-        self.reseed_written([state for state in written if state.on_host or not state.streamed])
+        self.reseed_written([*states, *without_elements])
         jobs = self._host_jobs(of_host, read)
         speculation = self._engine.speculation
         if speculation is not None:
@@ -238,7 +237,7 @@ class EngineStep:
                 self._engine.transfers.wait_on_stream(stream, upload)
         elif state.streamed:  # written back when the next one comes that travels with others
             self._engine.streaming.open_for_writing([state.parameter])
-            self.reseed_written([state])
+        self.reseed_written([state])
         return gradient
 
     def _await_device(self, states: Sequence[NativeState]) -> None:

@@ -135,10 +135,28 @@ def test_weights_that_are_only_read_move_no_states_on_disk(tmp_path: Path) -> No
     assert optimizer._engine.homes.store.store.stats() == before
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
-@pytest.mark.parametrize("params", ["device", "host"])
+ON_HOST = {"optimizer": "host", "gradients": "device"}, "to_host"
+ON_DEVICE = {"optimizer": "device", "gradients": "host"}, "on_device"
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "placement", "lost"),
+    [
+        (torch.optim.AdamW, "device", *ON_HOST),
+        (torch.optim.AdamW, "host", *ON_HOST),
+        (torch.optim.AdamW, "device", *ON_DEVICE),
+        (torch.optim.AdamW, "host", *ON_DEVICE),
+        (torch.optim.SGD, "device", *ON_HOST),
+        (torch.optim.SGD, "host", *ON_HOST),
+        (torch.optim.SGD, "device", *ON_DEVICE),
+    ],
+)
 def test_a_step_that_is_refused_takes_no_weights_over(
-    kind: type[torch.optim.Optimizer], params: str, monkeypatch: pytest.MonkeyPatch
+    kind: type[torch.optim.Optimizer],
+    params: str,
+    placement: dict[str, Any],
+    lost: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Masters have bits that no weight has: what was in their place until it was refused would have cost them."""
 
@@ -146,16 +164,14 @@ def test_a_step_that_is_refused_takes_no_weights_over(
         raise offload.OutOfHostMemory("asked for by the test")
 
     model = make_model(torch.bfloat16)
-    model, optimizer = offload.wrap(
-        model, kind(model.parameters(), lr=1e-2), optimizer="host", gradients="device", params=params
-    )
+    model, optimizer = offload.wrap(model, kind(model.parameters(), lr=1e-2), params=params, **placement)
     train(model, optimizer, steps=2)
     others = averages(model)
     loss_of(model, next(batches(1))).backward()
     before = copy.deepcopy(optimizer.state_dict())
     swap(model, others)
     with monkeypatch.context() as changed, pytest.raises(offload.OutOfHostMemory, match="asked for by the test"):
-        changed.setattr(optimizer._engine.lanes, "to_host", refuse)
+        changed.setattr(optimizer._engine.lanes, lost, refuse)
         optimizer.step()
     swap(model, others)
     after = optimizer.state_dict()["state"]
