@@ -7,6 +7,7 @@ optimizers of the process is there while a model is wrapped.
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from typing import Any
@@ -73,5 +74,13 @@ def _tell(optimizer: Optimizer, engine: Engine) -> None:
         f"trains {names[0]}{others} of a wrapped model: nothing of its states is offloaded, and those of the wrapped "
         "optimizer take memory for nothing. Step the one that wrap returned; a Trainer takes it by "
         "`optimizers=(optim, scheduler)`",
-        stacklevel=4,  # the caller of step()
+        stacklevel=_level_of_caller(),
     )
+
+
+def _level_of_caller() -> int:
+    """That of who called step(), for `_tell`: what torch has between differs by version."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith((__name__, "torch.")):
+        level, frame = level + 1, frame.f_back
+    return level
