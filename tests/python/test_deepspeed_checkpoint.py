@@ -196,6 +196,6 @@ def test_what_is_missing_beside_the_frozen_weights_is_refused(tmp_path: Path) ->
     other = make_engine(seed=7)
     other.module.more = torch.nn.Linear(2, 2)
     before = weights_of(other)
-    with pytest.raises(offload.InvalidArgument, match=r"it has no \['more.bias', 'more.weight'\]"):
+    with pytest.raises(offload.InvalidArgument, match=r"it has no more\.bias, more\.weight; strict=False"):
         other.load_checkpoint(tmp_path, load_optimizer_states=False)
     assert_same_weights(weights_of(other), before)

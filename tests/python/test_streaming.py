@@ -425,14 +425,15 @@ def test_an_optimizer_for_each_weight_steps_in_backward(kind: type[torch.optim.O
             optimizers[p].step()
             optimizers[p].zero_grad()
 
-        for p in parameters:
-            p.register_post_accumulate_grad_hook(step)
+        handles = [p.register_post_accumulate_grad_hook(step) for p in parameters]
         losses = []
         for tokens in batches(3):
             loss = loss_of(model, tokens)
             loss.backward()
             losses.append(loss.detach())
         runs.append([*losses, *values(model).values()])
+        for handle in handles:  # which have the weights: torch 2.6 does not see such a cycle
+            handle.remove()
     assert all(same_bits(one, other) for run in runs for one, other in zip(runs[0], run, strict=True))
 
 
