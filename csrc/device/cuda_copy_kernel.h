@@ -1,10 +1,10 @@
 // Many small copies in one launch: for drivers that take no batches (before CUDA 12.8).
 //
-// [Note: copies by a kernel] What a small copy costs is its submission, 2 us of the thread that makes it; a
-// launch costs two of them, whatever the number of copies. The kernel (kernels/copies.cu) reads and writes
-// registered host memory at the host's own addresses, so nothing is gathered in a slab: its one argument is a
-// table of at most 64 spans, by value, and four blocks of 256 threads work through each. Larger copies are
-// left to the copy engines, as the multiprocessors are compute's.
+// [Note: copies by a kernel] What a small copy costs is its submission, about 2 us of the thread that makes
+// it; a launch is one submission, whatever the number of copies. The kernel (kernels/copies.cu) reads and
+// writes registered host memory at the host's own addresses, so nothing is gathered in a slab: its one
+// argument is a table of at most 64 spans, by value, and four blocks of 256 threads work through each. Larger
+// copies are left to the copy engines, as the multiprocessors are compute's.
 //
 // Ownership: owns the module that it loads. The context outlives it, and is current at every call.
 // Threads: immutable once loaded; launch() may be called from any thread.
