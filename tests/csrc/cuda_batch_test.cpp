@@ -75,9 +75,10 @@ struct OlderDriver {
   ~OlderDriver() {
     stream.reset();
     device.reset();
-    for (const char* what : {"contexts", "streams", "events", "registrations", "modules"}) {
+    for (const char* what : {"contexts", "streams", "events", "registrations"}) {
       CHECK_EQ(double_live(what), 0u);
     }
+    CHECK_EQ(double_live("modules"), modules_left);
     CHECK_EQ(std::string(double_first_misuse()), "");
   }
 
@@ -115,6 +116,7 @@ struct OlderDriver {
   std::vector<char> host = std::vector<char>(1 << 20), on_device = std::vector<char>(1 << 20);
   std::unique_ptr<CudaDevice> device;
   std::unique_ptr<Stream> stream;
+  size_t modules_left = 0;  // that the driver does not take back
 };
 
 void an_older_driver_takes_copy_by_copy() {
@@ -175,6 +177,26 @@ void a_refused_kernel_leaves_copy_by_copy() {
   CHECK_EQ(double_live("modules"), 0u);
 }
 
+// Once, and from then on. The last leaves a module behind in the double.
+void no_failing_call_loses_bytes_or_handles() {
+  for (const std::string entry :
+       {"cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuModuleUnload"}) {
+    for (const int lasting : {0, 1}) {
+      OlderDriver f;
+      f.modules_left = double_live("modules");
+      double_fail(entry.c_str(), 1, 719, lasting);  // CUDA_ERROR_LAUNCH_FAILED
+      if (entry == "cuModuleLoadData" || entry == "cuModuleGetFunction") {
+        CHECK_THROWS(ErrorKind::kDevice, entry, f.load_kernel());
+      } else {
+        f.load_kernel();
+      }
+      f.copy_both_ways({2, 3});
+      CHECK((f.device->copies_together() == CopiesTogether::kByKernel) == (entry == "cuModuleUnload"));
+      if (entry == "cuModuleUnload") ++f.modules_left;
+    }
+  }
+}
+
 void a_lost_context_is_told_by_the_copies() {
   OlderDriver f;
   f.load_kernel();
@@ -210,5 +232,6 @@ int main() {
   a_refused_kernel_leaves_copy_by_copy();
   a_lost_context_is_told_by_the_copies();
   a_batch_with_pageable_memory_is_sent_copy_by_copy();
+  no_failing_call_loses_bytes_or_handles();
   return test::result();
 }
