@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import warnings
 import weakref
 from collections import OrderedDict
@@ -13,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.optim.optimizer as torch_optimizer
-from torch import Tensor, nn
+from torch import nn
 
 import offload
 from offload import _foreign_steps
+from test_frameworks import Tokens, needs_accelerate
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 from what_lives import collect
 
@@ -137,18 +137,7 @@ def test_nothing_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not global_hooks()
 
 
-class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
-    def __len__(self) -> int:
-        return 64
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        tokens = torch.randint(64, (9,), generator=torch.Generator("cpu").manual_seed(index), device="cpu")
-        return {"input_ids": tokens, "labels": tokens}
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("accelerate") is None, reason="accelerate is not installed: pip install '.[test]'"
-)
+@needs_accelerate
 def test_a_trainer_without_optimizers_is_told_of(tmp_path: Path, device: torch.device) -> None:
     import transformers
 

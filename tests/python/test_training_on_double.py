@@ -39,6 +39,13 @@ def double(
     return driver_double
 
 
+def on_older(monkeypatch: pytest.MonkeyPatch, double: DriverDouble) -> None:
+    """From now on the driver takes no batches."""
+    monkeypatch.setattr(
+        _engine, "open_device", lambda _: _native.CudaDevice(driver_path=double.path, takes_batches=False)
+    )
+
+
 @pytest.fixture
 def gathered(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Called, from then on all gradients of a step are there when its first update runs: uploads do not go early."""
@@ -174,10 +181,7 @@ def test_small_copies_go_by_a_kernel_where_the_driver_takes_no_batches(
     batches_sent = double.calls("cuMemcpyBatchAsync")
     assert batches_sent > 0
 
-    def older(_: torch.device) -> _native.CudaDevice:
-        return _native.CudaDevice(driver_path=double.path, takes_batches=False)
-
-    monkeypatch.setattr(_engine, "open_device", older)
+    on_older(monkeypatch, double)
     by_kernel = wrapped_run(model, PINNED, steps=2, clip=clip)
     assert by_kernel.optimizer.stats().fallbacks == ()
     # As many submissions as batches, and no copy more one by one.
@@ -194,10 +198,7 @@ def test_small_copies_go_by_a_kernel_where_the_driver_takes_no_batches(
 def test_without_batches_and_without_the_kernel_stats_say_why(
     double: DriverDouble, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def older(_: torch.device) -> _native.CudaDevice:
-        return _native.CudaDevice(driver_path=double.path, takes_batches=False)
-
-    monkeypatch.setattr(_engine, "open_device", older)
+    on_older(monkeypatch, double)
     monkeypatch.setattr(torch.version, "cuda", "12.4")
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     model = make_model(depth=1)
