@@ -29,7 +29,7 @@ __all__ = ["ActivationRegion", "ModelRegion", "offload_activations"]
 # Of the available host memory, where no budget is given: the rest is for everyone else.
 _HOST_SHARE = 0.9
 
-# Not in torch 2.6.
+# From torch 2.8.
 _innermost_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
@@ -174,7 +174,7 @@ class ModelRegion:
         return hooks is not None and hooks[0] is self._hooks.pack_hook
 
     def _is_asked(self) -> bool:
-        """Has autograd save a tensor, to see whether it asks our hooks: torch 2.6 does not tell."""
+        """Has autograd save a tensor, to see whether it asks our hooks: before torch 2.8 nothing else tells."""
         before = self._casts.asked_count
         with torch.inference_mode(False), torch.enable_grad():
             torch.ones((), device="cpu", requires_grad=True).exp()

@@ -138,7 +138,7 @@ class Config:
     pin: page-lock host memory; `"auto"` does so when the device is an accelerator.
     poison: fill memory that must not be read with NaN (for tests); None reads `OFFLOAD_POISON`.
     grad_dtype: what gradients add up in: None, the parameter's own dtype, or `"fp32"`, which makes `p.grad` of 16-bit
-        parameters fp32, at two bytes more an element (needs a torch that has `Tensor.grad_dtype`). As torch does it,
+        parameters fp32, at two bytes more an element (needs torch 2.10 or newer). As torch does it,
         each use of a tied weight is widened too, before they are added.
 
     Raises InvalidArgument naming the option, the value and what is legal.

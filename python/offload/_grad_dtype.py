@@ -14,8 +14,8 @@ def check_grad_dtype(name: str | None) -> None:
     """Raises `InvalidArgument` where torch cannot be told the dtype of a gradient."""
     if name is not None and not hasattr(torch.Tensor, "grad_dtype"):
         raise InvalidArgument(
-            f"grad_dtype={name!r}: torch {torch.__version__} has no Tensor.grad_dtype: install a newer torch, or leave "
-            "the option out"
+            f"grad_dtype={name!r}: torch {torch.__version__} has no Tensor.grad_dtype: install torch 2.10 or newer, or "
+            "leave the option out"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -24,6 +25,8 @@ def not_compiled(call: _Call) -> _Call:
     """
     frames = torch._C._dynamo.eval_frame
     if not all(hasattr(frames, name) for name in ("set_code_exec_strategy", "_FrameExecStrategy", "_FrameAction")):
+        # Torch 2.6. What it returns imports torch._dynamo in the first call: a program that ends cannot.
+        atexit.register(call.__dict__.setdefault, "__dynamo_disable", call)
         return cast(_Call, torch._disable_dynamo(call))  # type: ignore[attr-defined]
     skip = frames._FrameAction.SKIP
     frames.set_code_exec_strategy(call.__code__, frames._FrameExecStrategy(skip, skip))

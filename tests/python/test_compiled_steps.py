@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from programs import Programs
 from torch import Tensor, nn
 
 import offload
@@ -106,7 +108,23 @@ def test_a_graph_that_must_not_break_is_told_why_it_does() -> None:
     model = make_model()
     model, _ = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
-    told = hasattr(torch._C._dynamo.eval_frame, "set_code_exec_strategy")  # older torch names the hook alone
+    told = "reason" in inspect.signature(torch.compiler.disable).parameters  # older torch names the hook alone
     why = "offload moves weights and gradients there: compile without fullgraph=True" if told else "ModuleHook"
     with pytest.raises(Exception, match=why):
         compiled(next(batches(1))[:, :-1])
+
+
+LAST_CALL = """
+import torch
+from offload._uncompiled import not_compiled
+vars(torch._C._dynamo.eval_frame).pop("set_code_exec_strategy", None)  # as torch 2.6 is
+@not_compiled
+def call(): print("called")
+class Last:
+    def __del__(self, call=call): call()
+last = Last()
+"""
+
+
+def test_what_is_not_compiled_may_be_called_first_when_the_program_ends(programs: Programs) -> None:
+    assert programs.run(LAST_CALL) == (0, "called\n", "")

@@ -449,7 +449,7 @@ EXITS: dict[str, tuple[str, int]] = {
     ),
     "kept by a builtin": ("builtins.kept = (model, optimizer); optimizer.step()", 0),
     "a __del__ that reads": (
-        "class Last:\n    def __del__(self): model.state_dict()\nlast = Last(); optimizer.step()",
+        "class Last:\n    def __del__(self, model=model): model.state_dict()\nlast = Last(); optimizer.step()",
         0,
     ),
     "a thread that trained": (
