@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
-# What is imported is compiled then: all of torch and transformers would take half a minute.
+# What is imported is compiled then, and once: all of torch and transformers would take half a minute. Images of containers
+# often say that nothing is to be kept, and each of the processes that tests start would compile torch anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(PY) -m pip install -q --no-compile
 JOBS ?= $(shell nproc)
 # Without an NVIDIA GPU a plain `torch` would bring gigabytes of CUDA packages.

@@ -73,10 +73,25 @@ def _examples_are_the_same_everywhere() -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now never goes: the many collections of the tests need not look at its 300,000 objects."""
     if "offload" in sys.modules:
         importlib.import_module("torch._dynamo")  # as the first optimizer would, too late
-    gc.collect()
+    _what_is_here_stays()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
+    """What a module of tests has imported and cached stays, too. A traceback that pytest still has does not."""
+    done = yield
+    if nextitem is not None and nextitem.path != item.path and not hasattr(sys, "last_value"):
+        _what_is_here_stays()
+    return done
+
+
+def _what_is_here_stays() -> None:
+    """The many collections of the tests need not look at what is imported: 300,000 objects and more."""
+    for _ in range(10):  # frozen garbage would never go, and what a collection ends may leave some
+        if gc.collect() == 0:
+            break
     gc.freeze()
 
 

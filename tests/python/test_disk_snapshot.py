@@ -9,8 +9,6 @@ import errno
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import types
 import weakref
@@ -20,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+from programs import Programs
 
 import offload
 from held_saves import CHANGES, HeldWriter, leave
@@ -483,10 +482,10 @@ assert optimizer.stats().disk["snapshot_bytes"] > 0
 
 @pytest.mark.cpu_only
 @pytest.mark.parametrize("end", ["kill", "exit", "fork"])
-def test_a_process_that_ends_while_it_saves_leaves_no_file(end: str, tmp_path: Path) -> None:
+def test_a_process_that_ends_while_it_saves_leaves_no_file(end: str, tmp_path: Path, programs: Programs) -> None:
     code = {
-        "kill": 'print("ready", flush=True)\nsys.stdin.read()',
-        "exit": 'gate.set()\nprint("ready", flush=True)',
+        "kill": "import signal\nos.kill(os.getpid(), signal.SIGKILL)",
+        "exit": "gate.set()",
         "fork": """
 child = os.fork()
 if child == 0:
@@ -494,23 +493,16 @@ if child == 0:
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 gate.set()
-print("ready", flush=True)
 """,
     }[end]
     (tmp_path / "saved").mkdir()
-    arguments = [sys.executable, "-c", TRAINING + HELD + code, str(tmp_path), str(Path(__file__).parent)]
-    process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-    finally:
-        if end == "kill":
-            process.send_signal(signal.SIGKILL)
-        process.communicate()
+    ended = programs.run(TRAINING + HELD + code, str(tmp_path), str(Path(__file__).parent))
+    assert ended.status == (-signal.SIGKILL if end == "kill" else 0), ended.err
     left = sorted(path.name for path in tmp_path.iterdir())
     if end == "kill":
         assert left == [".offload-lock", "saved"]
     else:
-        assert process.returncode == 0 and left == ["saved"]
+        assert left == ["saved"]
         assert offload.describe_checkpoint(tmp_path / "saved")["tag"] == "one"
 
 

@@ -12,9 +12,8 @@ import os
 import re
 import signal
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -237,23 +236,30 @@ train(model, optimizer, steps=1)
 """
 
 
-def start(code: str, path: Path) -> subprocess.Popen[str]:
-    here = str(Path(__file__).parent)
-    arguments = [sys.executable, "-c", TRAINING + code, str(path), here]
-    return subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+HOLD = """
+import signal
+with open(sys.argv[3], "w") as ready:
+    print(os.getpid(), file=ready)
+signal.pause()
+"""
 
 
-def test_one_path_has_one_process_and_is_free_after_a_signal(tmp_path: Path) -> None:
-    waits = 'print("ready", flush=True)\nsys.stdin.read()'
+def test_one_path_has_one_process_and_is_free_after_a_signal(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, programs: Programs
+) -> None:
+    ready = tmp_path_factory.mktemp("ready") / "fifo"
+    os.mkfifo(ready)  # a read waits until the holder has written
     for number in (signal.SIGTERM, signal.SIGKILL):
-        holder = start(waits, tmp_path)
-        try:
-            assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
-            with pytest.raises(offload.StorageError, match=f"in use by process {holder.pid}"):
-                begin(wide(), on_disk(tmp_path))
-        finally:
-            holder.send_signal(number)
-            holder.communicate()
+        arguments = str(tmp_path), str(Path(__file__).parent), str(ready)
+        with ThreadPoolExecutor() as meanwhile:
+            ended = meanwhile.submit(programs.run, TRAINING + HOLD, *arguments)
+            holder = int(ready.read_text())
+            try:
+                with pytest.raises(offload.StorageError, match=f"in use by process {holder}"):
+                    begin(wide(), on_disk(tmp_path))
+            finally:
+                os.kill(holder, number)
+        assert ended.result().status == -number, ended.result().err
         assert [path.name for path in tmp_path.iterdir()] == [".offload-lock"], "no data stays behind"
     (tmp_path / ".offload-scratch-1-0").write_bytes(b"of a process that died before it removed the name")
     model, optimizer = begin(wide(), on_disk(tmp_path))
