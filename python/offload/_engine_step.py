@@ -117,10 +117,10 @@ class EngineStep:
             self._engine.speculation.settle()
         self._engine.finish(states)
 
-    def publish(self, states: Sequence[ParameterState]) -> None:
+    def publish(self, states: Sequence[ParameterState], *, is_step: bool) -> None:
         """The fp32 masters of settled states were written: the parameters follow, in the order of their next use.
 
-        Those of states on the host are pending until their upload has ended.
+        is_step: by a step, which is counted. Those of states on the host are pending until their upload has ended.
         """
         try:
             with Uninterrupted():
@@ -131,7 +131,7 @@ class EngineStep:
                         self._engine.await_update(state, self._submit_weight(state))
                     else:
                         self._engine.wrote(state)
-                self.count += 1
+                self.count += is_step
         except Exception as error:  # some weights follow their masters, others do not
             self._engine.fail(str(error))
             raise

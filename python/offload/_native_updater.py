@@ -80,6 +80,9 @@ class NativeUpdater:
     def state_kind_of(optimizer: torch.optim.Optimizer) -> type[NativeState]:
         return _KINDS[type(optimizer)]
 
+    def method(self, name: str) -> None:
+        """The native classes have `step` alone."""
+
     def _hyper_of(self, group: Mapping[str, Any]) -> Hyper:
         if self._kind is LionState:
             return LionHyper.of_group(group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -168,6 +169,22 @@ class OffloadOptimizer(torch.optim.Optimizer):
         # A scheduler made before wrap() looks at the original to tell that it was stepped first.
         self._original._opt_called = True  # type: ignore[attr-defined]
         return loss
+
+    def __getattr__(self, name: str) -> Any:
+        """Methods that its class has beside those of every optimizer, as `train()` and `eval()` of schedule-free ones.
+
+        They run as the step does, over the masters, and the weights follow what they write.
+        """
+        updater = self.__dict__.get("_running")
+        method = None if updater is None else updater.method(name)
+        if method is None:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return partial(self._run_method, method)
+
+    @not_compiled
+    def _run_method(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._engine.announce_change()
+        return method(*args, **kwargs)
 
     def _usable_scale(self, scale: float | Tensor) -> GradScale:
         """A tensor on the device as a copy in fp32, which the update may read after the caller's next write to it."""

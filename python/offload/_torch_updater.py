@@ -12,7 +12,8 @@ import copy
 import inspect
 import time
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +101,22 @@ class TorchUpdater:
 
         The masters may be updated in part then, and the weights follow them: training can go on where it could there.
         """
+        self._run(groups, lambda: _own_step(self._twin)(self._twin), grad_scale, is_step=True)
+
+    def method(self, name: str) -> Callable[..., Any] | None:
+        own = getattr(type(self._twin), name, None)
+        # What a generator does it does later, when nothing brings its writes to the weights.
+        if name.startswith("_") or not callable(own) or inspect.isgeneratorfunction(inspect.unwrap(own)):
+            return None
+        return partial(self._call, name)
+
+    @torch.no_grad()
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        call = partial(getattr(self._twin, name), *args, **kwargs)
+        return self._run(self._original.param_groups, call, 1.0, is_step=False)
+
+    def _run(self, groups: Groups, call: Callable[[], Any], grad_scale: GradScale, *, is_step: bool) -> Any:
+        """What `call` does to the twin's masters, groups and gradients happens to the user's."""
         with_gradient = [p for group in groups for p in group["params"] if p.grad is not None]
         self.engine.step.check_gradients(with_gradient)
         for parameter in with_gradient:
@@ -123,19 +140,18 @@ class TorchUpdater:
             given[id(parameter)] = (gradient, gradient._version)
         self._give_groups(groups)
         try:
-            _own_step(self._twin)(self._twin)
+            return call()
         finally:
             self._take_groups(groups)
             for parameter in with_gradient:
                 self._take_gradient(parameter, *given[id(parameter)])
-            # A step over a gradient may write through `.data`, which no version shows; one without shows in it.
-            self.engine.step.publish(
-                [
-                    state
-                    for state in states
-                    if self._take_master(state, versions[id(state)]) or id(state.parameter) in given
-                ]
-            )
+            # What writes through `.data` shows in no version. A step does so over a gradient, another method anywhere.
+            written = [
+                state
+                for state in states
+                if self._take_master(state, versions[id(state)]) or id(state.parameter) in given or not is_step
+            ]
+            self.engine.step.publish(written, is_step=is_step)
             end = time.perf_counter()
             self.engine.torch_update_s += end - start
             for lane in ("host_update", "wait"):  # the training thread runs it itself

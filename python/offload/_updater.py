@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -44,6 +44,9 @@ class Updater(Protocol):
 
     def step(self, groups: Groups, grad_scale: GradScale) -> None:
         """Updates every parameter that has a gradient, or submits that; it reads them times `grad_scale`, in fp32."""
+
+    def method(self, name: str) -> Callable[..., Any] | None:
+        """Runs another method of the optimizer's class over what is trained; None where there is none to run so."""
 
     def dump(self, groups: Iterable[Mapping[str, Any]], *, joined: bool = True) -> dict[Any, Any]:
         """What `optimizer.state` shows, by parameter; submitted updates have ended. A master is joined if asked."""

@@ -80,7 +80,8 @@ def wrap(
             be larger than the device; with `"disk"` they go on to files. Gradients that it has on the CPU are refused.
         optim: a torch optimizer over its parameters, or several. Fresh, or with states to go on from. Of torch's,
             `Adam`, `AdamW` and `Adagrad` run in native code, and so does `offload.Lion`; any other class runs as itself
-            over fp32 masters, at its own speed. None: nothing is trained, weights come and go for evaluation.
+            over fp32 masters, at its own speed, and so do its methods beside `step` (as `train()`, `eval()` of a
+            schedule-free one). None: nothing is trained, weights come and go for evaluation.
         config: a `Config`, or a dict of its fields. `options` are the same fields and win over it.
 
     Returns:
