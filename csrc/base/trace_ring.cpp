@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <bit>
+#include <mutex>
 
 #include "base/fork_guard.h"
 
@@ -17,7 +18,10 @@ constexpr size_t kRecordCapacity = size_t{1} << 17;
 struct ProcessTrace {
   const ForkGuard owner;
   TraceRing ring{kRecordCapacity};
-  uint64_t lost_before = 0;  // the reader's
+
+  std::mutex reading;  // held while records are taken
+  // guarded by reading
+  uint64_t lost_before = 0;
 };
 
 std::atomic<ProcessTrace*> process_trace{nullptr};
@@ -79,6 +83,7 @@ void start_trace() {
     trace = new ProcessTrace;
     process_trace.store(trace, std::memory_order_release);
   }
+  std::lock_guard lock(trace->reading);
   TraceRecord left[64];
   while (trace->ring.pop(left) > 0) {
   }
@@ -90,12 +95,16 @@ void stop_trace() noexcept { detail::trace_is_on.store(false, std::memory_order_
 
 size_t read_trace(std::span<TraceRecord> out) noexcept {
   ProcessTrace* const trace = process_trace.load(std::memory_order_acquire);
-  return trace == nullptr || trace->owner.forked() ? 0 : trace->ring.pop(out);
+  if (trace == nullptr || trace->owner.forked()) return 0;
+  std::lock_guard lock(trace->reading);
+  return trace->ring.pop(out);
 }
 
 uint64_t trace_lost_count() noexcept {
   ProcessTrace* const trace = process_trace.load(std::memory_order_acquire);
-  return trace == nullptr || trace->owner.forked() ? 0 : trace->ring.lost_count() - trace->lost_before;
+  if (trace == nullptr || trace->owner.forked()) return 0;
+  std::lock_guard lock(trace->reading);
+  return trace->ring.lost_count() - trace->lost_before;
 }
 
 void record_trace(TraceLane lane, int64_t begin_ns, int64_t end_ns, uint64_t bytes,

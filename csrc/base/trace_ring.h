@@ -2,7 +2,8 @@
 //
 // Ownership: the ring is made by the first start_trace() and never freed: a thread that saw the trace on may
 //            still write to it.
-// Threads: anybody may record, at any time; nobody waits for anybody. One thread at a time reads.
+// Threads: anybody may record, at any time, and waits for nobody. Readers of the process's trace take turns;
+//          a TraceRing by itself has one at a time.
 // Units: nanoseconds of CLOCK_MONOTONIC (a copy on a HostDevice: of that device's clock), bytes.
 // Invariants: while the trace is off, recording is a relaxed load and a branch. What does not fit is counted,
 //             and only that is lost. A forked child starts with the trace off.
@@ -75,12 +76,11 @@ extern std::atomic<bool> trace_is_on;
 
 inline bool trace_is_on() noexcept { return detail::trace_is_on.load(std::memory_order_relaxed); }
 
-// Forgets what an earlier trace left. start_trace(), stop_trace() and read_trace() are one thread's at a
-// time.
+// Forgets what an earlier trace left. Starting and stopping is one thread's at a time.
 void start_trace();
 void stop_trace() noexcept;
 
-// As TraceRing::pop and lost_count, of the trace that was started last.
+// As TraceRing::pop and lost_count, of the trace that was started last; by any thread.
 size_t read_trace(std::span<TraceRecord> out) noexcept;
 uint64_t trace_lost_count() noexcept;
 

@@ -21,7 +21,7 @@ from ._copy_lanes import open_lanes
 from ._engine import open_device
 from ._errors import InvalidArgument
 from ._interrupts import Uninterrupted
-from ._probe import probe_host
+from ._probe import named_device, probe_host
 from ._weight_casts import WeightCasts
 
 __all__ = ["ActivationRegion", "ModelRegion", "offload_activations"]
@@ -68,7 +68,7 @@ def offload_activations(
     Raises:
         InvalidArgument: an argument that is not legal. DeviceError: the device does not answer.
     """
-    place = _device(device)
+    place = named_device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
     if isinstance(keep, float) and not 0.0 <= keep <= 1.0:
         raise InvalidArgument(f"keep={keep}: a share is between 0.0 and 1.0; give bytes as an int or text")
     kept = DEFAULT_KEEP if keep is None else keep if isinstance(keep, float) else _size("keep", keep)
@@ -195,25 +195,6 @@ def _running_forwards(model: nn.Module) -> int:
             count += 1
         frame = frame.f_back
     return count
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        place = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise InvalidArgument(f"device={device!r} is no device that torch knows: {error}") from error
-    if place.type not in ("cpu", "cuda"):
-        raise InvalidArgument(f"device={device!r}: legal are 'cpu' and 'cuda' devices")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise InvalidArgument(
-            f"device={device!r}: there is no such device here: torch sees {torch.cuda.device_count()} CUDA devices; "
-            "'cpu' is legal everywhere"
-        )
-    if place.type == "cpu":
-        return torch.device("cpu")  # as its tensors say: none would be found to lie on "cpu:0"
-    return torch.device("cuda", torch.cuda.current_device() if place.index is None else place.index)
 
 
 def _size(name: str, value: int | float | str) -> int:

@@ -246,11 +246,10 @@ class AdamW(torch.optim.Optimizer):
             state["master"] = parameter.detach().to(torch.float32)
         master = state["remainder"] if split else state.get("master", parameter)
         state["step"] += 1
-        gradient = torch.empty_like(parameter, dtype=parameter.grad.dtype)  # type: ignore[union-attr]
-        if parameter.grad.stride() == parameter.stride():  # type: ignore[union-attr]
-            gradient = parameter.grad  # type: ignore[assignment]
-        else:  # elements must lie in the parameter's own order
-            gradient.copy_(parameter.grad)  # type: ignore[arg-type]
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.stride() != parameter.stride():  # elements must lie in the parameter's own order
+            gradient = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
         _native.update_states(
             gradient=gradient.data_ptr(),
             gradient_format=FORMATS[gradient.dtype],

@@ -64,8 +64,11 @@ class DirectoryLock:
                 _held[key] = self
             while not self._try_lock():
                 pass
-        except OSError as error:
-            raise StorageError(f"the checkpoint was not saved: {directory} cannot be locked: {error}") from error
+        except BaseException as error:
+            self.release()  # now: who keeps the error keeps this object, which is a frame's of its traceback
+            if isinstance(error, OSError):
+                raise StorageError(f"the checkpoint was not saved: {directory} cannot be locked: {error}") from error
+            raise
 
     def release(self) -> None:
         """Ends the lock; a directory that was made for it and has nothing in it goes. Cannot fail. Idempotent."""

@@ -14,7 +14,7 @@ from typing import Any
 from . import _native
 from ._errors import InvalidArgument, StorageError
 
-__all__ = ["DiskFacts", "DiskPath", "DiskRange", "DiskStore", "probe_disk"]
+__all__ = ["DiskFacts", "DiskPath", "DiskRange", "DiskStore", "padded", "probe_disk"]
 
 DiskPath = str | os.PathLike[str]
 
@@ -108,7 +108,7 @@ class DiskStore:
 
     def buffer(self, pool: _native.HostPool, nbytes: int, tag: _native.Tag = "staging") -> _native.HostBuffer:
         """A buffer for transfers of up to `nbytes`, aligned as the disk needs it and rounded up to that."""
-        return pool.acquire(_padded(nbytes), tag, _native.DISK_ALIGNMENT)
+        return pool.acquire(padded(nbytes), tag, _native.DISK_ALIGNMENT)
 
     def state_window(self, pool: _native.HostPool, frame_bytes: int, frame_count: int) -> _native.StateWindow:
         """What the step pipeline reads states of this store into, and writes them from."""
@@ -182,9 +182,9 @@ class DiskStore:
                 f"a {verb} of {nbytes} bytes from {start} must begin and end at a multiple of block_bytes={block}, "
                 f"or end with its range of {where.nbytes} bytes"
             )
-        if _padded(nbytes) > buffer.nbytes:
+        if padded(nbytes) > buffer.nbytes:
             raise InvalidArgument(
-                f"a {verb} of {nbytes} bytes needs a buffer of {_padded(nbytes)} bytes, this one has {buffer.nbytes}; "
+                f"a {verb} of {nbytes} bytes needs a buffer of {padded(nbytes)} bytes, this one has {buffer.nbytes}; "
                 "take it from DiskStore.buffer"
             )
         return nbytes
@@ -213,5 +213,6 @@ def probe_disk(path: DiskPath) -> DiskFacts:
     )
 
 
-def _padded(nbytes: int) -> int:
+def padded(nbytes: int) -> int:
+    """`nbytes` of memory rounded up to what a transfer takes."""
     return -(-nbytes // _native.DISK_ALIGNMENT) * _native.DISK_ALIGNMENT

@@ -19,7 +19,7 @@ from ._adamw import FORMATS, check_gradient
 from ._copy_lanes import ticket_of
 from ._errors import OffloadError
 from ._grad_factors import GradScale
-from ._gradient_lanes import StepGradient, landed
+from ._gradient_lanes import JobGradient, landed
 from ._interrupts import Uninterrupted
 from ._native_state import Hyper, NativeState
 from ._parameter_state import ParameterState
@@ -249,14 +249,14 @@ class EngineStep:
             for state in crossing:
                 self._engine.await_state(state, ticket)
 
-    def _host_gradients(self, work: Sequence[_Work], grad_scale: GradScale) -> list[StepGradient]:
+    def _host_gradients(self, work: Sequence[_Work], grad_scale: GradScale) -> list[JobGradient]:
         scale = self._engine.lanes.scale_for_step(grad_scale if work else 1.0)
         read = [self._engine.lanes.for_step(state.parameter, scale) for state, _ in work]
         # A plain gradient is still the user's own tensor: it must have left before the user can write to it.
         self._engine.lanes.wait_for_plain_gradients()
         return read
 
-    def _host_jobs(self, work: Sequence[_Work], read: Sequence[StepGradient]) -> list[Any]:
+    def _host_jobs(self, work: Sequence[_Work], read: Sequence[JobGradient]) -> list[Any]:
         """What the pipeline is to run over these gradients."""
         jobs = []
         scalars: dict[tuple[Hyper, int], Any] = {}

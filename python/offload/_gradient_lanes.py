@@ -38,7 +38,7 @@ StepScale = float | LandedBytes
 
 
 @dataclass(frozen=True)
-class StepGradient:
+class JobGradient:
     """What a job reads: the gradient's bytes in the parameter's element order, and its pending factors."""
 
     address: int
@@ -67,7 +67,7 @@ class StepGradient:
             landed.buffer.release_after(ticket)
 
 
-def landed(parameter: Parameter, name: str, gradient: StepGradient | None) -> Tensor:
+def landed(parameter: Parameter, name: str, gradient: JobGradient | None) -> Tensor:
     """The gradient in fp32 on the host, None for one without elements. Raises what kept it from arriving."""
     if gradient is None:
         return torch.empty_strided(parameter.shape, parameter.stride(), dtype=torch.float32, device="cpu")
@@ -77,7 +77,7 @@ def landed(parameter: Parameter, name: str, gradient: StepGradient | None) -> Te
         raise type(error)(f"{name}: its gradient did not arrive: {error}") from error
 
 
-def _scaled(gradient: StepGradient, scale: StepScale) -> StepGradient:
+def _scaled(gradient: JobGradient, scale: StepScale) -> JobGradient:
     if isinstance(scale, LandedBytes):
         gradient.tickets.append(scale.ticket)
         gradient.factors.append((MULTIPLY_WIDE, scale.address, 0.0))
@@ -174,7 +174,7 @@ class GradientLanes(CopyLanes):
         """For `for_step`. A tensor leaves as soon as it is computed: nothing waits here."""
         return self.to_host(scale) if isinstance(scale, Tensor) else scale
 
-    def for_step(self, parameter: Parameter, scale: StepScale = 1.0) -> StepGradient:
+    def for_step(self, parameter: Parameter, scale: StepScale = 1.0) -> JobGradient:
         """The parameter's gradient on the host, in the parameter's own element order; `scale` is its last factor."""
         gradient, strides = reading_metadata(lambda: (parameter.grad, parameter.stride()))
         assert gradient is not None
@@ -184,11 +184,11 @@ class GradientLanes(CopyLanes):
                 factors = [(kind, address, value) for kind, address, value, _ in held.factors]
                 read = (held.bytes, *(keep for *_, keep in held.factors if keep is not None))
                 mine = [landed for landed in read if isinstance(landed, LandedBytes)]
-                return _scaled(StepGradient(held.bytes.address, held.dtype, held.tickets, factors, mine), scale)
+                return _scaled(JobGradient(held.bytes.address, held.dtype, held.tickets, factors, mine), scale)
         plain = self.on_device(parameter)
         landed = self.to_host(plain)
         self._plain_ticket = landed.ticket
-        return _scaled(StepGradient(landed.address, plain.dtype, [landed.ticket], [], [landed]), scale)
+        return _scaled(JobGradient(landed.address, plain.dtype, [landed.ticket], [], [landed]), scale)
 
     def on_device(self, parameter: Parameter) -> Tensor:
         """The parameter's gradient as a plain device tensor with the parameter's strides."""

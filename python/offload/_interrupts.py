@@ -44,8 +44,17 @@ class Uninterrupted:
     def __exit__(self, *_: object) -> None:
         self._inside = False
         self._restore()
-        for number in self._caught:
+        if self._caught:
+            self._raise_caught()
+
+    def _raise_caught(self) -> None:
+        """Every handler runs, as without this block, whatever the one before it raises."""
+        number = self._caught.pop(0)
+        try:
             signal.raise_signal(number)
+        finally:
+            if self._caught:
+                self._raise_caught()
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self._inside:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ._adamw import MOMENT_FORMATS, split_master
 from ._parameter_size import MOMENT_BLOCK
 from ._parameter_state import Allocate
+from ._stored_values import flat
 
 # Elements that are converted at a time: temporaries of all of a large parameter would not fit beside it.
 _CHUNK = MOMENT_BLOCK << 12
@@ -68,9 +69,9 @@ def _scrambled(words: Any) -> Any:
 
 def round_stochastically_(kept: Tensor, value: Tensor, words: RandomWords, argument: str) -> None:
     """Makes `kept`, in bf16, the fp32 `value` of its strides; NaN is kept. argument: as for `RandomWords.bits`."""
-    kept, flat = _flat(kept), _flat(value)
+    kept, elements = flat(kept), flat(value)
     for begin, end in _chunks(kept.numel()):
-        part = flat[begin:end]
+        part = elements[begin:end]
         raised = (_words_of(part) + words.bits(begin, end, argument, part.device)) >> 16
         quiet = (_words_of(part) >> 16 & 0x8000) | 0x7FC0
         kept[begin:end].view(torch.int16).copy_(torch.where(part.isnan(), quiet, raised).to(torch.int16))
@@ -147,9 +148,9 @@ class BFloat16Moment:
         return self._value
 
     def load(self, value: Tensor) -> None:
-        kept, flat = _flat(self._value), _flat(_laid_out_as(self._value, value))
+        kept, elements = flat(self._value), flat(_laid_out_as(self._value, value))
         for begin, end in _chunks(kept.numel()):
-            kept[begin:end] = split_master(flat[begin:end].to(torch.float32))[0]
+            kept[begin:end] = split_master(elements[begin:end].to(torch.float32))[0]
 
     def fill(self, value: float) -> None:
         self._value.fill_(value)
@@ -195,9 +196,9 @@ class Int8Moment:
 
     def value(self) -> Tensor:
         value = torch.empty_like(self.codes, dtype=torch.float32)
-        flat, codes = _flat(value), _flat(self.codes)
+        elements, codes = flat(value), flat(self.codes)
         for begin, end in _chunks(codes.numel()):
-            flat[begin:end] = self._decoded(codes[begin:end].to(torch.int32), self.scales[_blocks(begin, end)])
+            elements[begin:end] = self._decoded(codes[begin:end].to(torch.int32), self.scales[_blocks(begin, end)])
         return value
 
     def join(self) -> Tensor:
@@ -232,9 +233,9 @@ class Int8Moment:
         return torch.where(codes >= 0x80, -magnitude, magnitude)
 
     def _encode(self, value: Tensor, words: RandomWords | None) -> None:
-        codes, flat = _flat(self.codes), _flat(value)
+        codes, elements = flat(self.codes), flat(value)
         for begin, end in _chunks(codes.numel()):
-            part = flat[begin:end].to(torch.float32)
+            part = elements[begin:end].to(torch.float32)
             # torch's fp32 square root on the CPU is not correctly rounded (MKL); through fp64 it is.
             magnitude = part.double().sqrt_().float() if self._is_root else part.abs()
             scales = self._levels.scales_of(magnitude)
@@ -298,11 +299,6 @@ def _chunks(count: int) -> Iterator[tuple[int, int]]:
 
 def _blocks(begin: int, end: int) -> slice:
     return slice(begin // MOMENT_BLOCK, -(-end // MOMENT_BLOCK))
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in the order that they have in memory."""
-    return tensor.as_strided((tensor.numel(),), (1,))
 
 
 def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:

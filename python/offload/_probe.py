@@ -6,10 +6,14 @@ import dataclasses
 import os
 import resource
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ._errors import DeviceError
+from ._errors import DeviceError, InvalidArgument
 
-__all__ = ["DeviceFacts", "HostFacts", "probe_device", "probe_host", "probe_process"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DeviceFacts", "HostFacts", "named_device", "probe_device", "probe_host", "probe_process"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +70,26 @@ def probe_process(root: Path = Path("/")) -> dict[str, int]:
     status = _meminfo(root / "proc/self/status")
     resident = status.get("VmRSS", 0)
     return {"resident": resident, "peak_resident": max(resident, status.get("VmHWM", 0))}
+
+
+def named_device(name: str | torch.device) -> torch.device:
+    """The device of an option `device=`: the CPU, or a CUDA device with its index. Raises InvalidArgument for others
+    and for one that is not here."""
+    import torch
+
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise InvalidArgument(f"device={name!r} is no device that torch knows: {error}") from error
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
+        raise InvalidArgument(
+            f"device={name!r}: there is no such device here; legal are 'cpu'"
+            + "".join(f", 'cuda:{index}'" for index in range(torch.cuda.device_count()))
+        )
+    if device.type == "cpu":
+        return torch.device("cpu")  # as its tensors say: none would be found to lie on "cpu:0"
+    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def probe_device(name: str | None = None) -> DeviceFacts:

@@ -19,7 +19,7 @@ from . import _native
 from ._adamw import FORMATS
 from ._errors import OutOfHostMemory
 from ._grad_cell import Owner
-from ._gradient_lanes import StepGradient
+from ._gradient_lanes import JobGradient
 from ._host_grad import HostGrad
 from ._native_state import Hyper, NativeState
 from ._state_homes import BLOCK_BYTES
@@ -174,7 +174,7 @@ class Speculation:
 
     # --- at the step, and around it -------------------------------------------------------------------------
 
-    def expect(self, gradients: Iterable[tuple[Parameter, StepGradient]]) -> None:
+    def expect(self, gradients: Iterable[tuple[Parameter, JobGradient]]) -> None:
         """Before the submission of a step over these gradients: others, and changed ones, are thrown away.
 
         The pipeline compares the rest: addresses, scalars and factors.

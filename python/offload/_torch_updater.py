@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from . import _trace
+from . import _checkpoint, _trace
 from ._adamw import AdamW
 from ._checkpoint import Groups, SavedState
 from ._engine import Engine
@@ -232,12 +232,10 @@ class TorchUpdater:
             self._check_master(parameter, saved)
 
     def _check_master(self, parameter: Parameter, saved: SavedState | None) -> None:
+        """What else a class of its own keeps is known to nobody else."""
         master = (saved or {}).get("master")
-        if master is not None and master.shape != parameter.shape:
-            raise InvalidArgument(
-                f"{self.engine.name_of(parameter)}: master has shape {tuple(master.shape)}, "
-                f"not {tuple(parameter.shape)}"
-            )
+        if master is not None:
+            _checkpoint.check_entry(self.engine.name_of(parameter), parameter, "master", master, ("master",))
 
     def load(
         self, groups: Groups, pairs: Iterable[tuple[Parameter, SavedState | None]], others: Mapping[Any, Any]

@@ -42,7 +42,7 @@ def advise(report: TraceReport) -> Advice | None:
 
 def _candidates(report: TraceReport, model: Mapping[str, Any]) -> Iterator[Advice]:
     exposed = report.exposed_s
-    if "host_update" in exposed and model.get("optimizer") in ("host", "auto", "mixed"):
+    if "host_update" in exposed and model.get("optimizer") in ("host", "mixed"):
         yield from _for_host_update(report, model)
     if any(lane in exposed for lane in ("disk_read", "disk_write")) and model.get("disk_bytes"):
         yield _for_disk(report, model)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
 from . import _native, _trace, _trace_file
 from ._clocks import ClockSampler
@@ -159,18 +160,16 @@ class _Recording:
         self._realtime_offset_ns = _realtime_offset_ns()
         self._end_ns = self._begin_ns
         self._recorder = Recorder(self)
+        self._handles: list[RemovableHandle] = []
         _trace.activate(self._recorder)
         try:
             for hooks in _trace.wrapped_models():
                 self.model_wrapped(hooks)
-            self._handles = [
-                register_optimizer_step_pre_hook(self._recorder.timed(self._before_step)),
-                register_optimizer_step_post_hook(self._recorder.timed(self._after_step)),
-            ]
+            self._handles.append(register_optimizer_step_pre_hook(self._recorder.timed(self._before_step)))
+            self._handles.append(register_optimizer_step_post_hook(self._recorder.timed(self._after_step)))
             self._sampler.start()
         except BaseException:
-            _trace.activate(None)
-            self._remove_units()
+            self._stop()
             raise
 
     # --- models ---------------------------------------------------------------------------------------------

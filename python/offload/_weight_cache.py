@@ -23,7 +23,7 @@ from torch import Tensor
 
 from . import _native
 from ._config import format_size
-from ._disk import DiskRange, DiskStore
+from ._disk import DiskRange, DiskStore, padded
 from ._disk_snapshot import DiskSnapshot
 from ._disk_window import CacheSize
 from ._errors import OffloadError, OutOfHostMemory, StorageError
@@ -104,7 +104,7 @@ class WeightCache:
     def open(self, residencies: Sequence[Residency]) -> None:
         """Space on disk for their images; raises `StorageError` without it, and `OutOfHostMemory` for one too large."""
         largest = max((residency.nbytes for residency in residencies), default=0)
-        if _padded(largest) > self._extents[0].nbytes:
+        if padded(largest) > self._extents[0].nbytes:
             raise OutOfHostMemory(
                 f"weights that travel together take {format_size(largest)}, and the host memory that weights on disk "
                 f"pass through has {format_size(self._extents[0].nbytes)}: raise host_budget, or pass units= to make "
@@ -142,7 +142,7 @@ class WeightCache:
         """Sends for images in the order in which they are expected, while none gives way that is needed sooner."""
         for rank, residency in enumerate(self._coming):
             if self._images[residency].begin is None:
-                first, last = self._place_for(_padded(residency.nbytes), rank)
+                first, last = self._place_for(padded(residency.nbytes), rank)
                 if first == last:
                     return
                 self._bring(residency, (first, last))
@@ -203,7 +203,7 @@ class WeightCache:
 
     def admit(self, residency: Residency) -> None:
         """A place for the values of a residency that has none yet. Waits for the writes of those that give way."""
-        span = self._place_for(_padded(residency.nbytes), None)
+        span = self._place_for(padded(residency.nbytes), None)
         for extent in self._extents[slice(*span)]:
             if extent.residency is not None:
                 self.write(extent.residency)
@@ -298,7 +298,7 @@ class WeightCache:
         if image.begin is not None and not image.is_changed and image.read.done and _error_of(image.read) is not None:
             self.discard(residency)  # whoever waited for it was told; it is tried again
         if image.begin is None:
-            self._bring(residency, self._place_for(_padded(residency.nbytes), None))
+            self._bring(residency, self._place_for(padded(residency.nbytes), None))
         return image
 
     def _bring(self, residency: Residency, span: tuple[int, int]) -> None:
@@ -349,7 +349,7 @@ class WeightCache:
 
         Returns what still uses the place.
         """
-        taken, nbytes, busy = self._extents[first:last], _padded(residency.nbytes), list[_native.Ticket]()
+        taken, nbytes, busy = self._extents[first:last], padded(residency.nbytes), list[_native.Ticket]()
         for extent in taken:
             busy += [ticket for ticket in extent.busy if not ticket.done]
             if extent.residency is not None:
@@ -368,10 +368,6 @@ class WeightCache:
     def _leave(self, residency: Residency) -> None:
         self._images[residency].begin = None
         residency.lose_host_bytes()
-
-
-def _padded(nbytes: int) -> int:
-    return -(-nbytes // _native.DISK_ALIGNMENT) * _native.DISK_ALIGNMENT
 
 
 def _error_of(ticket: _native.Ticket) -> OffloadError | None:

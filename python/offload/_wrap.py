@@ -91,6 +91,7 @@ def wrap(
         InvalidArgument: an option, model or optimizer that is not legal, or a budget that is too small.
         OutOfHostMemory: the host budget cannot hold what the plan puts there.
         StorageError: `disk_path` cannot be used, or has no space for the states.
+        DeviceError: the device does not answer, or cannot update states where `optimizer="unified"` would have them.
         StateError: the model or optimizer is wrapped already, or shares weights with another wrapped model while those
             of one of the two are off the device.
         In every case the model and `optim` are as they were: weights that had left have come back, in new memory.

@@ -17,6 +17,7 @@ from ._native_state import AdagradState
 from ._native_updater import NativeUpdater
 from ._optimizer import OffloadOptimizer
 from ._plan import Plan
+from ._probe import named_device
 from ._torch_updater import TorchUpdater, check_torch_optimizer
 from ._unified import MemoryFacts
 from ._units import check_module, is_dense
@@ -248,7 +249,7 @@ def updater_of(optimizer: torch.optim.Optimizer) -> type[NativeUpdater] | type[T
 
 def device_of(model: nn.Module, settings: Config) -> torch.device:
     """The device asked for, to which parameters may come from the CPU; else the one that all of them are on."""
-    asked = None if settings.device is None else _parse_device(settings.device)
+    asked = None if settings.device is None else named_device(settings.device)
     places: dict[torch.device, str] = {}  # with the first parameter on each
     for name, parameter in model.named_parameters():
         places.setdefault(parameter.device, name)
@@ -275,20 +276,3 @@ def device_of(model: nn.Module, settings: Config) -> torch.device:
             stacklevel=3,
         )
     return only
-
-
-def _parse_device(name: str | torch.device) -> torch.device:
-    """A device that is there, CUDA ones with their index."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidArgument(f"device={name!r} is no device that torch knows: {error}") from error
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if device.type not in ("cpu", "cuda") or (device.index or 0) >= count:
-        raise InvalidArgument(
-            f"device={name!r}: there is no such device here; legal are 'cpu'"
-            + "".join(f", 'cuda:{index}'" for index in range(torch.cuda.device_count()))
-        )
-    if device.type == "cpu":
-        return torch.device("cpu")  # as its tensors say: none would be found to lie on "cpu:0"
-    return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <latch>
 #include <map>
 #include <thread>
 #include <vector>
@@ -140,6 +141,32 @@ void threads_may_record_while_traces_come_and_go() {
   done = true;
 }
 
+// As the threads of two trainings do, whose steps end at once.
+void several_threads_read() {
+  constexpr int64_t kRecords = 1 << 16;
+  for (int round = 0; round < 20; ++round) {
+    start_trace();
+    for (int64_t i = 0; i < kRecords; ++i) record_trace(TraceLane::kWait, i, i + 1, 0);
+    std::vector<std::vector<TraceRecord>> read(2);
+    {
+      std::latch together(static_cast<ptrdiff_t>(read.size()));
+      std::vector<std::jthread> readers;
+      for (std::vector<TraceRecord>& mine : read) {
+        readers.emplace_back([&] {
+          together.arrive_and_wait();
+          mine = read_all();
+        });
+      }
+    }
+    stop_trace();
+    std::vector<int> times_read(kRecords);
+    for (const std::vector<TraceRecord>& mine : read) {
+      for (const TraceRecord& record : mine) ++times_read[static_cast<size_t>(record.begin_ns)];
+    }
+    CHECK_EQ(std::count(times_read.begin(), times_read.end(), 1), kRecords);
+  }
+}
+
 void a_label_lasts_for_its_scope() {
   CHECK_EQ(trace_label().name, 0u);
   {
@@ -186,6 +213,7 @@ int main() {
   a_new_trace_forgets_the_old();
   overflow_of_a_trace_is_its_own();
   threads_may_record_while_traces_come_and_go();
+  several_threads_read();
   a_label_lasts_for_its_scope();
   a_forked_child_starts_without_a_trace();
   return test::result();

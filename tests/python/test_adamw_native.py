@@ -351,6 +351,13 @@ def test_forced_isa_is_the_active_one(isa: str) -> None:
     assert done.stdout.strip() == isa, done.stderr
 
 
+def test_stats_show_the_isa() -> None:
+    pair = "model := torch.nn.Linear(8, 8), torch.optim.AdamW(model.parameters())"
+    code = f"import offload, torch; print(offload.wrap({pair}, device='cpu', optimizer='host')[1].stats().isa)"
+    done = run_python(code, OFFLOAD_FORCE_ISA="scalar")
+    assert done.stdout.strip() == "scalar", done.stderr
+
+
 def test_unknown_forced_isa_is_refused_at_first_use() -> None:
     done = run_python("from offload import _native; _native.active_isa()", OFFLOAD_FORCE_ISA="mmx")
     assert done.returncode != 0

@@ -21,8 +21,9 @@ from offload import InvalidArgument, _native
 from offload._adagrad import AdagradHyper, adagrad_step_
 from offload._adamw import FORMATS, round_to_weight
 from offload._moments import MOMENT_BLOCK, RandomWords, round_stochastically_
-from test_adamw_native import ISAS, bits
-from test_small_moments import RULES, SEED, STEP, STREAMED, made, values
+from test_adamw_native import ISAS
+from test_small_moments import RULES, SEED, STEP, STREAMED, assert_same
+from test_small_moments import Case as Float32Case
 from training import HOST, RESIDENT, Run, assert_same_bits, make_model, same_bits, train
 
 MOMENTS = ("fp32", "bf16", "int8")
@@ -30,62 +31,22 @@ ADAGRAD = AdagradHyper(lr=1e-2, lr_decay=0.1, eps=1e-10, weight_decay=0.1, maxim
 ALL_RULES = {**RULES, "adagrad": (ADAGRAD, adagrad_step_, ("exp_avg_sq",))}
 
 
-class Case:
-    """One parameter in bf16, its gradient, and the moments of a rule in one format."""
+class Case(Float32Case):
+    """One parameter in bf16 that is its own master, its gradient, and the moments of a rule in one format."""
+
+    rules = ALL_RULES
+    master_format, weight_format = _native.MASTER_BFLOAT16, _native.BFLOAT16
 
     def __init__(self, form: str, rule: str, count: int, gradient_dtype: torch.dtype = torch.bfloat16) -> None:
-        self.hyper, self.step_, self.arguments = ALL_RULES[rule]
-        self.gradient = values(count, 1).to(gradient_dtype)
-        self.weight = values(count, 2, 1.0).to(torch.bfloat16)
-        self.moments = [
-            made(form, argument, values(count, 3) if argument == "exp_avg" else values(count, 4).square())
-            for argument in self.arguments
-        ]
-
-    def step(self, isa: str | None = None, threads: int = 1, step: int = STEP) -> Case:
-        return self.part(0, self.weight.numel(), isa, threads, step)
-
-    def part(self, begin: int, end: int, isa: str | None = None, threads: int = 1, step: int = STEP) -> Case:
-        """The native step over some of the elements."""
-        moments: dict[str, int] = {"exp_avg": 0, "exp_avg_sq": 0}
-        for argument, moment in zip(self.arguments, self.moments, strict=True):
-            moments |= moment.native()
-            moments[argument] += begin * moment.tensors()[0].element_size()
-            if f"{argument}_scales" in moments:
-                moments[f"{argument}_scales"] += begin // MOMENT_BLOCK * 4
-        _native.update_states(
-            gradient=self.gradient[begin:].data_ptr(),
-            gradient_format=FORMATS[self.gradient.dtype],
-            master=self.weight[begin:].data_ptr(),
-            master_format=_native.MASTER_BFLOAT16,
-            weight=0,
-            weight_format=_native.BFLOAT16,
-            count=end - begin,
-            scalars=self.hyper.native_scalars(step),
-            isa=isa,
-            threads=threads,
-            rounding_seed=SEED,
-            first_element=begin,
-            **moments,  # type: ignore[arg-type]
-        )
-        return self
+        super().__init__(form, rule, count, gradient_dtype)
+        self.master = self.master.bfloat16()
 
     def reference(self, step: int = STEP) -> Case:
-        """The same step in torch operations."""
-        kept, master, words = [moment.value() for moment in self.moments], self.weight.float(), RandomWords(SEED, step)
-        self.step_(master, *kept, self.gradient, self.hyper.scalars(step))
-        for moment, value in zip(self.moments, kept, strict=True):
-            moment.keep(value, words)
-        round_stochastically_(self.weight, master, words, "master")
+        weight, self.master = self.master, self.master.float()
+        super().reference(step)
+        round_stochastically_(weight, self.master, RandomWords(SEED, step), "master")
+        self.master = weight
         return self
-
-    def bits(self) -> list[Tensor]:
-        return [self.weight.view(torch.int16), *(bits(moment.value()) for moment in self.moments)]
-
-
-def assert_same(one: Case, other: Case) -> None:
-    for left, right in zip(one.bits(), other.bits(), strict=True):
-        assert torch.equal(left, right)
 
 
 # --- the native core ----------------------------------------------------------------------------------------
@@ -98,7 +59,7 @@ def assert_same(one: Case, other: Case) -> None:
 def test_bits_equal_the_step_in_torch_operations(form: str, rule: str, dtype: torch.dtype, isa: str) -> None:
     for count in (0, 1, 31, 257, 5003):
         case = Case(form, rule, count, dtype)
-        expected = copy.deepcopy(case).reference()
+        expected = case.clone().reference()
         assert_same(case.step(isa), expected)
 
 
@@ -112,13 +73,13 @@ def test_bits_equal_the_step_in_torch_operations(form: str, rule: str, dtype: to
 )
 def test_bits_do_not_depend_on_isa_threads_or_cuts(form: str, rule: str, count: int, threads: int, cut: float) -> None:
     case = Case(form, rule, count)
-    expected = copy.deepcopy(case).step("scalar")
+    expected = case.clone().step("scalar")
     middle = int(cut * count)
     if form == "int8":
         middle -= middle % MOMENT_BLOCK
     for isa in ISAS:
-        assert_same(copy.deepcopy(case).step(isa, threads), expected)
-        parts = copy.deepcopy(case).part(0, middle, isa)
+        assert_same(case.clone().step(isa, threads), expected)
+        parts = case.clone().part(0, middle, isa)
         assert_same(parts.part(middle, count, isa) if middle < count else parts, expected)
 
 
@@ -129,16 +90,16 @@ def test_rounding_is_between_the_neighbours_and_unbiased(isa: str) -> None:
     case.gradient.zero_()
     for moment in case.moments:
         moment.fill(0.0)
-    begin = case.weight.clone()
+    begin = case.master.clone()
     exact = begin.float() * torch.tensor(1.0 - 1e-2 * 0.1)
     above, below = exact.abs() * (1 + 2**-7), exact.abs() * (1 - 2**-7)
     total = torch.zeros(4096, dtype=torch.float64)
     for step in range(1, 401):
-        case.weight.copy_(begin)
+        case.master.copy_(begin)
         case.step(isa, step=step)
-        seen = case.weight.float().abs()
+        seen = case.master.float().abs()
         assert ((below <= seen) & (seen <= above)).all()
-        total += case.weight.double()
+        total += case.master.double()
     # The mean of 400 lies within 6 deviations of at most half a unit, 2^-8 of the value.
     assert ((total / 400 - exact).abs() <= 6 * 2**-8 * exact.abs() / 20).all()
     assert float((total / 400 * exact.sign()).sum() / exact.abs().sum()) == pytest.approx(1, abs=1e-4)
@@ -156,18 +117,18 @@ def test_the_bits_of_masters_and_moments_are_not_the_same() -> None:
 def test_what_is_not_finite_shows(isa: str) -> None:
     case = Case("fp32", "adamw", 600)
     case.gradient[300] = float("nan")
-    case.weight[301] = float("inf")
-    expected = copy.deepcopy(case).reference()
+    case.master[301] = float("inf")
+    expected = case.clone().reference()
     case.step(isa)
-    assert case.weight[300].isnan() and case.weight[301].isinf() and case.weight.isfinite().sum() == 598
-    assert same_bits(case.weight, expected.weight)
+    assert case.master[300].isnan() and case.master[301].isinf() and case.master.isfinite().sum() == 598
+    assert same_bits(case.master, expected.master)
 
 
 def test_a_weight_beside_it_is_refused() -> None:
     case = Case("fp32", "adamw", 64)
-    before = copy.deepcopy(case)
+    before = case.clone()
     arguments: dict[str, Any] = {"gradient": case.gradient.data_ptr(), "gradient_format": _native.BFLOAT16}
-    arguments |= {"master": case.weight.data_ptr(), "weight": case.weight.data_ptr(), "count": 64}
+    arguments |= {"master": case.master.data_ptr(), "weight": case.master.data_ptr(), "count": 64}
     arguments |= {"master_format": _native.MASTER_BFLOAT16, "weight_format": _native.BFLOAT16}
     for moment in case.moments:
         arguments |= moment.native()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import re
 import signal
 import subprocess
@@ -191,6 +192,23 @@ def test_a_failed_check_exits_1(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     monkeypatch.setattr(_train, "train", tampered)
     assert main(["train", *TINY, "--steps", "2", "--check"]) == 1
     assert "NOT equal bit for bit" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_nan_fails_the_check(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    honest = _train.train
+
+    def tampered(*arguments: Any, **options: Any) -> Run:
+        run = honest(*arguments, **options)
+        if options["placement"] is None:
+            run.losses[-1] = math.nan  # behind one that is right
+        return run
+
+    monkeypatch.setattr(_train, "train", tampered)
+    assert main(["train", *TINY, "--steps", "2", "--check", "--json"]) == 1
+    plain = json.loads(capsys.readouterr().out)["check"]["plain_torch"]
+    assert not plain["ok"] and math.isnan(plain["largest_loss_difference"])
 
 
 @pytest.fixture

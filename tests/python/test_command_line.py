@@ -127,6 +127,7 @@ def test_a_placement_is_refused_before_the_model_is_built(
     [
         (["plan", "./not/there"], "MODEL './not/there': there is no such file or directory; give a Hugging Face"),
         (["train", *TINY, "--hidden", "130"], "--hidden 130: give a multiple of 64"),
+        (["train", *TINY, "--length", "10000000"], "--length 10000000: the text has "),
         (
             ["train", *TINY, "--size", "1e15", "--hidden", "1000000"],
             "of host memory are available: give a smaller --size",

@@ -326,9 +326,52 @@ def test_a_share_of_the_states_comes_back_as_it_was() -> None:
     assert engine.optimizer.optimizer is wrapped, "it was there already"
 
 
+def fail_once(patched: pytest.MonkeyPatch, target: Any, name: str) -> None:
+    plain = getattr(target, name)
+
+    def failing(*args: Any, **options: Any) -> Any:
+        patched.setattr(target, name, plain)
+        raise offload.OutOfHostMemory("the test wants none")
+
+    patched.setattr(target, name, failing)
+
+
+@pytest.mark.parametrize("keys", [{}, {"bf16": {"enabled": True}}], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("failing", [(offload, "wrap"), (offload.OffloadOptimizer, "load_state_dict")])
+def test_a_move_that_fails_changes_nothing(
+    failing: tuple[Any, str], keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for fails in (False, True):
+        engine = make_engine(**keys)
+        train_step(engine, 2)
+        for move, place in (("offload_states", "device"), ("reload_states", "host")):
+            if fails:
+                fail_once(monkeypatch, *failing)
+                with pytest.raises(offload.OutOfHostMemory, match="the test wants none"):
+                    getattr(engine, move)()
+                assert engine.optimizer.plan.optimizer == engine.optimizer.plan.params == place
+            train_step(engine, 2, seed=5)
+            getattr(engine, move)()
+            train_step(engine, 2, seed=6)
+        runs.append(weights_of(engine))
+    assert all(same_bits(runs[1][name], weight) for name, weight in runs[0].items())
+
+
 def test_states_go_to_no_other_place() -> None:
     with pytest.raises(offload.InvalidArgument, match="legal is 'cpu'"):
         make_engine().offload_states(device="nvme")
+
+
+def test_destroy_that_failed_can_be_called_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(zero=STAGES["stage 3, all on the host"])
+    train_step(engine)
+    fail_once(monkeypatch, offload, "unwrap")
+    with pytest.raises(offload.OutOfHostMemory):
+        engine.destroy()
+    train_step(engine)
+    engine.destroy()
+    offload.wrap(engine.module, torch.optim.SGD(engine.module.parameters(), lr=0.1))
 
 
 def test_destroy_leaves_a_plain_model() -> None:

@@ -79,6 +79,13 @@ def test_another_process_is_named_and_its_death_ends_its_lock(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "one", "own", "zero"]
 
 
+def test_a_refusal_that_is_kept_locks_nobody_out(tmp_path: Path) -> None:
+    with another_process(hold_at_first_write(tmp_path)), pytest.raises(offload.StateError) as kept:
+        save(tmp_path)
+    save(tmp_path)
+    assert kept.value.__traceback__ is not None
+
+
 def test_two_saves_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reached, gate = threading.Event(), threading.Event()
     real = _durable_files._write_all

@@ -204,6 +204,21 @@ def test_links_lead_somewhere(name: str) -> None:
             assert anchor in anchors(there), f"{name}: {target}"
 
 
+SOURCES = [
+    path
+    for name in ("benches", "csrc", "examples", "kernels", "python", "tests")
+    for path in (ROOT / name).rglob("*.*")
+]
+NOT_OURS = {"_name.py", "Python.h"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_source_files_that_a_page_names_exist(name: str) -> None:
+    """By their last parts: `_engine.py`, `tests/python/test_engine.py`, `test_host_grad*.py`."""
+    named = set(re.findall(r"`([\w./*-]+\.(?:cpp|cu|h|inl|py))`", (ROOT / name).read_text())) - NOT_OURS
+    assert [file for file in sorted(named) if not any(path.match(file) for path in SOURCES)] == []
+
+
 # --- figures ------------------------------------------------------------------------------------------------
 
 

@@ -294,6 +294,21 @@ def test_no_signal_is_lost_and_every_handler_is_put_back() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_every_handler_runs_whatever_the_one_before_it_raises() -> None:
+    """A scheduler's SIGTERM, or a request for a checkpoint, that comes with Ctrl-C."""
+    heard: list[int] = []
+    others = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda caught, _: heard.append(caught)) for number in others}
+    try:
+        with pytest.raises(KeyboardInterrupt), Uninterrupted():
+            for number in (signal.SIGINT, *others):
+                signal.raise_signal(number)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert heard == list(others)
+
+
 def test_another_thread_leaves_the_handlers_alone() -> None:
     seen: list[Any] = []
 

@@ -187,7 +187,16 @@ def test_a_class_brings_states_up_to_date_as_it_loads(placement: dict[str, str])
     assert_states_equal(resumed.state_dict(), optimizer.state_dict())
 
 
-def test_state_dicts_that_cannot_be_loaded_change_nothing() -> None:
+@pytest.mark.parametrize(
+    ("master", "words"),
+    [
+        (torch.zeros(3), r"has shape \(3,\)"),
+        (torch.full((24,), torch.nan), "contains NaN"),
+        (torch.zeros(24, dtype=torch.int64), "is torch.int64 on cpu"),
+        (5.0, "is float"),
+    ],
+)
+def test_state_dicts_that_cannot_be_loaded_change_nothing(master: Any, words: str) -> None:
     model, optimizer = offload.wrap(
         model := make_model(torch.bfloat16, depth=1), KINDS["SGD momentum"](model.parameters()), **HOST
     )
@@ -195,8 +204,8 @@ def test_state_dicts_that_cannot_be_loaded_change_nothing() -> None:
     before = copy.deepcopy(optimizer.state_dict())
     wrong = copy.deepcopy(before)
     wrong["param_groups"][0]["lr"] = 5.0
-    wrong["state"][1]["master"] = torch.zeros(3)
-    with pytest.raises(offload.InvalidArgument, match=r"blocks\.0\.norm\.weight: master has shape \(3,\)"):
+    wrong["state"][1]["master"] = master
+    with pytest.raises(offload.InvalidArgument, match=rf"blocks\.0\.norm\.weight: master {words}"):
         optimizer.load_state_dict(wrong)
     assert_states_equal(optimizer.state_dict(), before)
 

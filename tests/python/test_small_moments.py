@@ -55,8 +55,11 @@ def made(form: str, argument: str, value: Tensor) -> Moment:
 class Case:
     """One parameter: fp32 master, gradient, and the moments of a rule in one format."""
 
+    rules = RULES
+    master_format, weight_format = _native.MASTER_FLOAT32, _native.FLOAT32
+
     def __init__(self, form: str, rule: str, count: int, gradient_dtype: torch.dtype = torch.float32) -> None:
-        self.hyper, self.step_, self.arguments = RULES[rule]
+        self.hyper, self.step_, self.arguments = self.rules[rule]
         self.gradient = values(count, 1).to(gradient_dtype)
         self.master = values(count, 2, 1.0)
         self.moments = [
@@ -71,20 +74,20 @@ class Case:
         return self.part(0, self.master.numel(), isa, threads, step)
 
     def part(self, begin: int, end: int, isa: str | None = None, threads: int = 1, step: int = STEP) -> Case:
+        """The native step over some of the elements."""
         moments: dict[str, int] = {"exp_avg": 0, "exp_avg_sq": 0}
         for argument, moment in zip(self.arguments, self.moments, strict=True):
             moments |= moment.native()
-            itemsize = 1 if moment.native().get(f"{argument}_scales") else moment.nbytes // max(1, self.master.numel())
-            moments[argument] += begin * itemsize
+            moments[argument] += begin * moment.tensors()[0].element_size()
             if f"{argument}_scales" in moments:
                 moments[f"{argument}_scales"] += begin // MOMENT_BLOCK * 4
         _native.update_states(
             gradient=self.gradient[begin:].data_ptr(),
             gradient_format=FORMATS[self.gradient.dtype],
             master=self.master[begin:].data_ptr(),
-            master_format=_native.MASTER_FLOAT32,
+            master_format=self.master_format,
             weight=0,
-            weight_format=_native.FLOAT32,
+            weight_format=self.weight_format,
             count=end - begin,
             scalars=self.hyper.native_scalars(step),
             isa=isa,

@@ -17,10 +17,12 @@ import pytest
 import torch
 from programs import Programs
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.checkpoint import checkpoint
 
 import offload
 from offload import _copy_lanes, _native, _trace, _trace_file
+from offload._clocks import ClockSampler
 from offload._trace_records import LANES, WORK_LANES
 from training import HOST, RESIDENT, assert_same_bits, batches, loss_of, make_model, train, wrapped_run
 from what_lives import collect
@@ -357,6 +359,22 @@ def test_an_exception_inside_leaves_files_and_no_hooks(tmp_path: Path) -> None:
     assert offload.trace.load(tmp_path / "trace.json").report.steps == trace.report.steps == 1
     assert hook_count(model) == plain and not _native.trace_is_on()
     train(model, optimizer, steps=1)
+
+
+def test_a_trace_that_cannot_begin_leaves_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the system has no thread for it."""
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(ClockSampler, "start", refuse)
+    model, _ = wrapped()
+    shared = _global_optimizer_pre_hooks, _global_optimizer_post_hooks
+    plain, before = hook_count(model), [dict(hooks) for hooks in shared]
+    with pytest.raises(RuntimeError, match="new thread"), offload.trace():
+        pass
+    assert hook_count(model) == plain and [dict(hooks) for hooks in shared] == before
+    assert not _native.trace_is_on()
 
 
 def test_a_graph_from_inside_may_run_backward_outside() -> None:

@@ -9,7 +9,6 @@ after round, from the same weights and gradients, and all must end with the same
 from __future__ import annotations
 
 import argparse
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from .._kernels import find_kernels
 from ._bench_copies import raw_bytes_per_s
 from ._bench_figures import Figure, figure
 from ._bench_spread import summary
-from ._device import compute_device
+from ._device import compute_device, seconds_a_step
 from ._progress import now_at
 from ._table import Piece
 
@@ -65,7 +64,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for turn in range(rounds + 1):
         now_at(f"round {turn} of {rounds}")
         for name, step in variants.items():
-            seconds = _seconds(step, steps, device)
+            seconds = seconds_a_step(step, steps, device)
             if turn > 0:  # the first is of first touches
                 samples[name].append(seconds)
     _check(weights)
@@ -149,18 +148,6 @@ def _check(weights: dict[str, list[Tensor]]) -> None:
     for name in others:
         if not all(map(torch.equal, weights[name], weights[first])):
             raise AssertionError(f"the weights of {name} and {first} differ")
-
-
-def _seconds(step: Step, steps: int, device: torch.device) -> float:
-    """Of one step, of `steps` one behind the other."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # of what other variants submitted
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # a step of the device returns when it is submitted
-    return (time.perf_counter() - start) / steps
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:

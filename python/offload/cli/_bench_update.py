@@ -7,7 +7,6 @@ an element and writes 12, a copy as many as it writes. All variants take turns, 
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ import offload
 
 from ._bench_figures import Figure, figure
 from ._bench_spread import summary
-from ._device import compute_device
+from ._device import compute_device, seconds_a_step
 from ._progress import now_at
 from ._table import Piece
 
@@ -57,7 +56,7 @@ def run(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for turn in range(rounds + 1):
         now_at(f"round {turn} of {rounds}")
         for name, step in variants.items():
-            seconds = _seconds(step, steps, device)
+            seconds = seconds_a_step(step, steps, device)
             if turn > 0:  # the first is of lazily made states and first touches
                 samples[name].append(seconds)
     for name, (weight, _) in wrapped.items():
@@ -108,18 +107,6 @@ def _casts(count: int, device: torch.device) -> Step:
         weight.copy_(master.detach())
 
     return step
-
-
-def _seconds(step: Step, steps: int, device: torch.device) -> float:
-    """Of one step, of `steps` submitted one behind the other."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # of what other variants submitted
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)  # a step returns when it is submitted
-    return (time.perf_counter() - start) / steps
 
 
 def figures(result: Mapping[str, Any]) -> list[Figure]:

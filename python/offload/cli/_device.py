@@ -1,14 +1,16 @@
-"""The compute device of a command."""
+"""The compute device of a command, and time on it."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 
 import torch
 
 import offload
 
-__all__ = ["compute_device", "make_deterministic"]
+__all__ = ["compute_device", "make_deterministic", "seconds_a_step"]
 
 
 def compute_device(name: str | None) -> torch.device:
@@ -43,3 +45,15 @@ def make_deterministic(device: torch.device) -> None:
     torch.use_deterministic_algorithms(True)
     # A debugging aid that would cost bandwidth.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def seconds_a_step(step: Callable[[], object], steps: int, device: torch.device) -> float:
+    """Of `steps` submitted one behind the other."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # of what was submitted before
+    start = time.perf_counter()
+    for _ in range(steps):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # a step returns when it is submitted
+    return (time.perf_counter() - start) / steps

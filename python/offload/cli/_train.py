@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def _check(
         )
         if reference.interrupted:
             return results, True
-        loss_difference = max(abs(a - b) for a, b in zip(run.losses, reference.losses, strict=False))
-        weight_difference = max(
+        loss_difference = _largest(a - b for a, b in zip(run.losses, reference.losses, strict=False))
+        weight_difference = _largest(
             (run.weights[key].double() - reference.weights[key].double()).abs().max().item() for key in run.weights
         )
         if placement is None:
@@ -94,6 +95,11 @@ def _check(
             "peak_device_bytes": reference.peak.nbytes,
         }
     return results, False
+
+
+def _largest(differences: Iterable[float]) -> float:
+    """The largest magnitude; NaN where any is, which Python's own `max` passes over."""
+    return torch.tensor(list(differences), dtype=torch.float64).abs().max().item()
 
 
 def _report(options: argparse.Namespace, run: Run) -> dict[str, Any]:

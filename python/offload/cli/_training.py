@@ -168,6 +168,8 @@ def train(
     placement: `"host"` (as the options say, gradients on the host) or `"device"` under offload, None for plain PyTorch.
     measures_peak: of device bytes, which makes the first steps slow.
     """
+    if options.length >= len(corpus):
+        raise offload.InvalidArgument(f"--length {options.length}: the text has {len(corpus):,} tokens; give fewer")
     run = Run()
     tokens = options.batch * options.length
     _check_room(f"the logits of {tokens:,} tokens", 4 * tokens * VOCABULARY, "--batch or --length")

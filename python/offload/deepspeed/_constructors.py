@@ -46,7 +46,7 @@ def resolve_optimizer(section: Mapping[str, Any], report: Report) -> Optimizer |
         made = Optimizer(name, _constructor_arguments(given, params))
         _try_out("optimizer", made, report)
         return made
-    if native.startswith("Adam") and native != "Adagrad":
+    if native in ("Adam", "AdamW"):
         return _adam(native, params, report)
     values = check(_OPTIMIZERS[native], params, report, "optimizer.params")
     _check_betas(values, report)

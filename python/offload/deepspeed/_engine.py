@@ -259,27 +259,36 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         """Moves optimizer states, gradients and weights to the host until `reload_states()`; no bit changes.
 
         What the config keeps there anyway stays. Everything moves, whatever `include` names, and is back on the host
-        when this returns. Raises `InvalidArgument` for another `device` than the CPU.
+        when this returns. Raises `InvalidArgument` for another `device` than the CPU. After an error, such as
+        `OutOfHostMemory`, everything is where it was.
         """
         optimizer = self._require_optimizer("offload_states")
         if str(getattr(device, "value", device)) not in ("cpu", "none"):
             raise offload.InvalidArgument(f"offload_states(device={device!r}): legal is 'cpu'")
-        assert self._placed is not None
-        optimizer.optimizer = self._placed.move("host")
+        self._move(optimizer, "host")
 
     def reload_states(self, non_blocking: bool = False) -> None:
-        """Moves everything back to where the config wants it."""
-        optimizer = self._require_optimizer("reload_states")
+        """Moves everything back to where the config wants it; after an error it is on the host still."""
+        self._move(self._require_optimizer("reload_states"), None)
+
+    def _move(self, optimizer: EngineOptimizer, tier: str | None) -> None:
         assert self._placed is not None
-        optimizer.optimizer = self._placed.move(None)
+        try:
+            self._placed.move(tier)
+        finally:
+            assert self._placed.wrapped is not None
+            optimizer.optimizer = self._placed.wrapped
 
     def destroy(self) -> None:
-        """Ends the engine: `module` becomes a plain model with its weights. Calling it again does nothing."""
-        placed, self._placed = self._placed, None
+        """Ends the engine: `module` becomes a plain model with its weights. Calling it again does nothing.
+
+        Raises what `offload.unwrap` does, such as the error of an update in flight; the engine then goes on.
+        """
+        if self._placed is not None:
+            self._placed.unwrap()
+        self._placed = None
         if self.optimizer is not None:
             self.optimizer.guard.remove()
-        if placed is not None:
-            placed.unwrap()
 
 
 def _check_loss(name: str, loss: Any) -> None:

@@ -78,7 +78,7 @@ class Placed:
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer | None, options: dict[str, Any]) -> None:
         self.module = module
         self.wrapped: offload.OffloadOptimizer | None = None
-        self._options = options
+        self._options = self._options_now = options
         for path in options["disk_path"] or ():  # DeepSpeed makes it too
             os.makedirs(path, exist_ok=True)
         if optimizer is not None:
@@ -95,8 +95,11 @@ class Placed:
                 values = (number, ZeroParamStatus.NOT_AVAILABLE, parameter.shape, parameter.numel())
                 parameter.__dict__.update(zip(_MARKS, values, strict=True))
 
-    def move(self, tier: str | None) -> offload.OffloadOptimizer:
-        """Everything to `tier`, None: to where it was at first. Returns the optimizer that is valid from now on."""
+    def move(self, tier: str | None) -> None:
+        """Everything to `tier`, None: to where it was at first. `wrapped` is another one from now on.
+
+        An error leaves everything where it was, in another `wrapped` too.
+        """
         assert self.wrapped is not None
         options = dict(self._options)
         if tier is not None:
@@ -105,15 +108,26 @@ class Placed:
             options |= {"optimizer": states, "gradients": tier, "params": weights}
         wanted = (options["optimizer"], options["gradients"], options["params"])
         if _places(self.wrapped.plan) == (self._first if tier is None else wanted):
-            return self.wrapped
+            return
         # unwrap gives 16-bit parameters 16-bit moments; the state dict keeps them, and the masters, in fp32.
         states = _copied(self.wrapped.state_dict())
         _, plain = offload.unwrap(self.module, self.wrapped)
         assert isinstance(plain, torch.optim.Optimizer)
+        try:
+            self._wrap_again(plain, states, options)
+        except BaseException:  # nobody else has the states
+            self._wrap_again(plain, states, self._options_now)
+            raise
+
+    def _wrap_again(self, plain: torch.optim.Optimizer, states: dict[str, Any], options: dict[str, Any]) -> None:
         plain.state.clear()
-        _, self.wrapped = offload.wrap(self.module, plain, **options)
-        self.wrapped.load_state_dict(states)
-        return self.wrapped
+        _, wrapped = offload.wrap(self.module, plain, **options)
+        try:
+            wrapped.load_state_dict(states)
+        except BaseException:
+            offload.unwrap(self.module, wrapped)
+            raise
+        self.wrapped, self._options_now = wrapped, options
 
     def unwrap(self) -> None:
         if self.module in _wrapped:

@@ -65,7 +65,7 @@ _ZERO = (
     ),
     accepted("zero_hpz_partition_size", "int", 1, _ALONE, low=0),
     accepted("overlap_comm", "bool?", None, "Copies always overlap with compute."),
-    accepted("contiguous_gradients", "bool", True, "Gradients on the host always lie in one block a unit."),
+    accepted("contiguous_gradients", "bool", True, "A gradient on the host always lies in one block."),
     accepted("ignore_unused_parameters", "bool", True, "A parameter without a gradient is always left as it is."),
     honoured(
         "compute_grad_norm",
