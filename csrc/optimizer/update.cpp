@@ -153,17 +153,6 @@ std::vector<Factor> without_reciprocals(const Factor* factors, size_t factor_cou
   return result;
 }
 
-size_t element_bytes(FloatFormat format) { return format == FloatFormat::kFloat32 ? 4 : 2; }
-
-size_t element_bytes(MomentFormat format) {
-  switch (format) {
-    case MomentFormat::kFloat32: return 4;
-    case MomentFormat::kBFloat16: return 2;
-    case MomentFormat::kInt8: return 1;
-  }
-  return 0;
-}
-
 // The address `bytes` further on; null stays null: a state that is not kept.
 template <typename Element>
 Element* advanced(Element* address, size_t bytes) {
@@ -206,6 +195,19 @@ const char* isa_name(Isa isa) noexcept {
   return "unknown";
 }
 
+size_t element_bytes(FloatFormat format) noexcept { return format == FloatFormat::kFloat32 ? 4 : 2; }
+
+size_t element_bytes(MasterFormat format) noexcept { return format == MasterFormat::kFloat32 ? 4 : 2; }
+
+size_t element_bytes(MomentFormat format) noexcept {
+  switch (format) {
+    case MomentFormat::kFloat32: return 4;
+    case MomentFormat::kBFloat16: return 2;
+    case MomentFormat::kInt8: return 1;
+  }
+  return 0;
+}
+
 void require_states(const UpdateSpan& span, const UpdateScalars& scalars) {
   const bool has_scales = span.moment_format == MomentFormat::kInt8;
   if (!std::holds_alternative<AdagradScalars>(scalars)) {
@@ -223,7 +225,7 @@ UpdateSpan slice(const UpdateSpan& span, size_t begin, size_t count) noexcept {
   const size_t scale_bytes = begin / kMomentBlock * sizeof(float);
   UpdateSpan part = span;
   part.gradient = advanced(span.gradient, begin * element_bytes(span.gradient_format));
-  part.master = advanced(span.master, begin * (span.master_format == MasterFormat::kFloat32 ? 4 : 2));
+  part.master = advanced(span.master, begin * element_bytes(span.master_format));
   part.weight = advanced(span.weight, begin * element_bytes(span.weight_format));
   part.exp_avg = advanced(span.exp_avg, moment_bytes);
   part.exp_avg_sq = advanced(span.exp_avg_sq, moment_bytes);

@@ -49,6 +49,11 @@ void update_states(const UpdateSpan& span, const UpdateScalars& scalars, const F
 void update_states_parallel(WorkerPool& pool, const UpdateSpan& span, const UpdateScalars& scalars,
                             const Factor* factors, size_t factor_count, bool flush_denormals, Isa isa);
 
+// Of an element, without the scales of int8 moments.
+size_t element_bytes(FloatFormat format) noexcept;
+size_t element_bytes(MasterFormat format) noexcept;
+size_t element_bytes(MomentFormat format) noexcept;
+
 // Throws kInvalidArgument when the span lacks a state that the optimizer of these scalars keeps.
 void require_states(const UpdateSpan& span, const UpdateScalars& scalars);
 

@@ -18,15 +18,6 @@ constexpr size_t kPieceBytes = size_t{1} << 20;
 
 size_t padded(size_t bytes) { return (bytes + kArrayAlignment - 1) / kArrayAlignment * kArrayAlignment; }
 
-size_t element_bytes(MomentFormat format) {
-  switch (format) {
-    case MomentFormat::kBFloat16: return 2;
-    case MomentFormat::kInt8: return 1;
-    case MomentFormat::kFloat32: break;
-  }
-  return 4;
-}
-
 // visit(address, bytes) for each array of the span that an update writes to; it may change the address.
 template <typename Visit>
 void for_each_state(UpdateSpan& span, Visit visit) {
@@ -35,8 +26,8 @@ void for_each_state(UpdateSpan& span, Visit visit) {
   };
   const size_t moment_bytes = span.count * element_bytes(span.moment_format);
   const size_t scale_bytes = (span.count + kMomentBlock - 1) / kMomentBlock * sizeof(float);
-  state(span.master, span.count * (span.master_format == MasterFormat::kFloat32 ? 4 : 2));
-  state(span.weight, span.count * (span.weight_format == FloatFormat::kFloat32 ? 4 : 2));
+  state(span.master, span.count * element_bytes(span.master_format));
+  state(span.weight, span.count * element_bytes(span.weight_format));
   state(span.exp_avg, moment_bytes);
   state(span.exp_avg_sq, moment_bytes);
   state(span.exp_avg_scales, scale_bytes);
