@@ -59,6 +59,7 @@ def main() -> None:
     _load_with_torch(tree / "tests")
     extension = _BUILD / "extension"
     extension.mkdir(exist_ok=True)
+    (extension / "lock").unlink(missing_ok=True)  # of a build that was killed: torch would wait for it for good
     sources = [str(tree / "tests" / "torch_double" / name) for name in ("card.cpp", "operators.cpp")]
     load("torch_double_card", sources, build_directory=str(extension), extra_cflags=["-O1"])
     environment = {
