@@ -72,6 +72,7 @@ _MOVES = frozenset((Tensor.to, Tensor.cpu, Tensor.cuda, *_CASTS))
 # Their `inputs` are places in the graph: nobody reads a value there.
 _GRADIENT_CALLS = frozenset((torch.autograd.grad, torch.autograd.backward))
 _HOST_COPY_OF = "_offload_host_copy_of"  # on what `parameter.cpu()` gives of a streamed one: that, and its version
+_AROUND_A_CALL = ("torch._compile", "torch._dynamo.eval_frame")
 
 T = TypeVar("T")
 
@@ -221,9 +222,12 @@ def _away(parameter: Parameter) -> Away | None:
 
 
 def _caller() -> FrameType:
-    """Who called the torch function that is asked about, behind the modes that were asked before (a default device)."""
+    """Who called the torch function that is asked about, behind the modes that were asked before (a default device) and
+    what `not_compiled` puts around a call for torch 2.6."""
     frame = sys._getframe(2)
-    while frame.f_code.co_name == "__torch_function__" and frame.f_back is not None:
+    while frame.f_back is not None and (
+        frame.f_code.co_name == "__torch_function__" or frame.f_globals.get("__name__") in _AROUND_A_CALL
+    ):
         frame = frame.f_back
     return frame
 

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 
 import offload
 from offload._pending import PendingParameter
+from test_asked_gradients import (
+    a_weight_to_begin_with,
+    assert_equal,
+    edges,
+    outcome,
+    several_gradients_hooked,
+)
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -128,3 +135,11 @@ last = Last()
 
 def test_what_is_not_compiled_may_be_called_first_when_the_program_ends(programs: Programs) -> None:
     assert programs.run(LAST_CALL) == (0, "called\n", "")
+
+
+def test_under_what_torch_2_6_puts_around_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That it shall not be compiled; with a newer torch there is nothing around it."""
+    uncompiled = torch._disable_dynamo(PendingParameter.__torch_function__.__func__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(PendingParameter, "__torch_function__", classmethod(uncompiled))
+    for case in (edges, several_gradients_hooked, a_weight_to_begin_with):
+        assert_equal(outcome(case, STREAMED), outcome(case, None), case.__name__)

@@ -61,7 +61,8 @@ def main() -> None:
     extension.mkdir(exist_ok=True)
     (extension / "lock").unlink(missing_ok=True)  # of a build that was killed: torch would wait for it for good
     sources = [str(tree / "tests" / "torch_double" / name) for name in ("card.cpp", "operators.cpp")]
-    load("torch_double_card", sources, build_directory=str(extension), extra_cflags=["-O1"])
+    flags = ["-O1", "-std=c++20"]  # older torch asks for C++17, before these
+    load("torch_double_card", sources, build_directory=str(extension), extra_cflags=flags)
     environment = {
         **os.environ,
         "OFFLOAD_CUDA_DRIVER": str(compile_double(_BUILD)),
