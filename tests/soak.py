@@ -32,8 +32,8 @@ REWRAP_EVERY = 50
 # Between the two measurements memory outside the pool may move by what the allocators of C and Python keep: the caches
 # of a few arenas. One leaked gradient a step of this model (28 KiB) would be 270 MiB after 10,000 steps.
 OUTSIDE_SLACK_BYTES = 8 << 20
-# The pool maps one more slab (64 MiB) when an exception drops gradients whose copies have not landed and the next pass
-# needs blocks at once: a matter of timing, which may come after the first measurement.
+# The pool maps one more slab (of up to 64 MiB) when an exception drops gradients whose copies have not landed and the
+# next pass needs blocks at once: a matter of timing, which may come after the first measurement.
 RESIDENT_SLACK_BYTES = OUTSIDE_SLACK_BYTES + (64 << 20)
 OBJECT_SLACK = 200
 

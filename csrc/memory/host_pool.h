@@ -24,7 +24,7 @@ namespace offload {
 
 struct HostPoolOptions {
   size_t budget_bytes = SIZE_MAX;
-  size_t slab_bytes = size_t{64} << 20;       // pages are obtained in steps of at least this
+  size_t slab_bytes = size_t{64} << 20;       // pages are obtained in steps of this, at first of less
   bool pin = false;                           // register the slabs with the device
   bool huge_pages = true;                     // MADV_HUGEPAGE
   int numa_node = -1;                         // -1: the kernel decides

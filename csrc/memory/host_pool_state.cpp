@@ -18,6 +18,10 @@ namespace offload {
 namespace {
 
 constexpr int kPoisonByte = 0xFF;
+// What a small model needs beside its states; 1 ms to obtain.
+constexpr size_t kFirstSlabBytes = size_t{8} << 20;
+// The ends of slabs that double up to one are less than a slab: a sixteenth of the least budget that is wide.
+constexpr size_t kSlabsOfWideBudget = 16;
 
 std::atomic<uint32_t> next_number{0};
 
@@ -63,12 +67,14 @@ bool HostPoolState::take(HostBlock& block, int64_t timeout_ns) {
     Ticket oldest;
     {
       std::lock_guard growth(growth_mutex_);
+      size_t preferred_bytes = needed_bytes;
       {
         std::lock_guard lock(mutex_);
         if (take_free(block)) return true;  // given back meanwhile, or in the pages of another caller
+        preferred_bytes = std::max(needed_bytes, slab_bytes());
       }
-      std::unique_ptr<HostPages> pages = obtain(needed_bytes, std::max(needed_bytes, options.slab_bytes),
-                                                std::max(needed_bytes, options.pin_chunk_bytes));
+      std::unique_ptr<HostPages> pages =
+          obtain(needed_bytes, preferred_bytes, std::max(needed_bytes, options.pin_chunk_bytes));
       std::lock_guard lock(mutex_);
       if (pages) install(std::move(pages));
       if (take_free(block)) return true;
@@ -193,6 +199,13 @@ void HostPoolState::release(Slabs slabs) {
     counters_.mapped_bytes -= mapped_bytes;
     counters_.pinned_bytes -= pinned_bytes;
   }
+}
+
+// A few bytes of a small model are not worth the 10 ms that 64 MiB take to obtain, and longer to register: a
+// pool doubles. Not under a narrow budget, which what the ends of small slabs cannot hold might exceed.
+size_t HostPoolState::slab_bytes() const noexcept {
+  if (options.budget_bytes / kSlabsOfWideBudget < options.slab_bytes) return options.slab_bytes;
+  return std::min(options.slab_bytes, std::max(kFirstSlabBytes, counters_.mapped_bytes));
 }
 
 bool HostPoolState::take_free(HostBlock& block) {

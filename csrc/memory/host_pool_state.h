@@ -71,6 +71,7 @@ class HostPoolState {
   void release(Slabs slabs);
 
   // These need mutex_.
+  size_t slab_bytes() const noexcept;
   bool take_free(HostBlock& block);
   void install(std::unique_ptr<HostPages> pages);
   bool is_free(const HostPages& slab) const;

@@ -92,6 +92,19 @@ def test_the_last_slab_shrinks_to_the_budget() -> None:
     assert len(buffers) == 2
 
 
+def test_pages_double_up_to_a_slab_under_a_wide_budget_alone() -> None:
+    wide, narrow = _native.HostPool(budget_bytes=1 << 30), _native.HostPool(budget_bytes=(1 << 30) - 1)
+    kept, mapped = [], []
+    while len(kept) < 25:
+        kept.append(wide.acquire(8 * MIB, "weights"))
+        mapped.append(wide.stats()["mapped_bytes"] // MIB)
+    assert mapped == [8, 16, 32, 32, *4 * [64], *8 * [128], *8 * [192], 256]
+    kept.append(narrow.acquire(1, "weights"))
+    assert narrow.stats()["mapped_bytes"] == 64 * MIB
+    wide.reserve(PAGE)
+    assert wide.stats()["mapped_bytes"] == 256 * MIB + PAGE, "what is reserved is exact, as ever"
+
+
 def test_trim_keeps_slabs_in_use() -> None:
     pool = _native.HostPool(slab_bytes=PAGE)
     first, second = pool.acquire(PAGE, "weights"), pool.acquire(PAGE, "weights")
@@ -264,7 +277,7 @@ def flags_of(address: int) -> list[str]:
 
 @pytest.mark.parametrize("huge_pages", [True, False])
 def test_pages_are_absent_from_children_and_huge(huge_pages: bool) -> None:
-    pool = _native.HostPool(huge_pages=huge_pages)
+    pool = _native.HostPool(budget_bytes=64 * MIB, huge_pages=huge_pages)  # one slab
     buffer = pool.acquire(KIB, "weights")
     flags = flags_of(buffer.address)
     assert "dc" in flags  # MADV_DONTFORK

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import locale
 import os
 import re
@@ -138,15 +139,20 @@ def test_the_locale_of_the_thread_stays(nvrtc: None, monkeypatch: pytest.MonkeyP
 # --- the cache ----------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _binary_of(source: str, name: str, arch: str) -> bytes:
+    return compile_kernel(name, arch)
+
+
 @pytest.fixture
 def compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nvrtc: None) -> list[str]:
-    """A cache of its own, and the architectures that were compiled for."""
+    """A cache of its own, and the architectures that were compiled for: the compiler is run for each once a process."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     architectures: list[str] = []
 
     def compile_and_count(name: str, arch: str) -> bytes:
         architectures.append(arch)
-        return compile_kernel(name, arch)
+        return _binary_of(_kernels.kernel_source(name), name, arch)
 
     monkeypatch.setattr(_kernels, "compile_kernel", compile_and_count)
     return architectures
@@ -189,18 +195,31 @@ def test_a_cache_that_cannot_be_written_to(compiled: list[str], tmp_path: Path) 
 # --- launching -------------------------------------------------------------------------------------------------
 
 
-def launched(compiled: list[str], library: Path, **driver: str) -> subprocess.CompletedProcess[str]:
+@pytest.fixture(scope="module")
+def cache(nvrtc: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that has every kernel for the card of the double."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        for name in KERNELS:
+            _kernels._cubin(name, "sm_90")
+    return folder
+
+
+def launched(cache: Path, library: Path, **driver: str) -> subprocess.CompletedProcess[str]:
     """kernel_launches.py over a driver that runs kernels on the CPU; the binary comes from the cache."""
-    for name in KERNELS:
-        _kernels._cubin(name, "sm_90")
-    folders = {"LD_LIBRARY_PATH": str(library.parent), "PYTHONPATH": os.pathsep.join(sys.path)}
+    folders = {
+        "LD_LIBRARY_PATH": str(library.parent),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "XDG_CACHE_HOME": str(cache),
+    }
     script = [sys.executable, str(Path(__file__).with_name("kernel_launches.py"))]
     environment = {**os.environ, **folders, **driver}
     return subprocess.run(script, env=environment, capture_output=True, text=True, timeout=100, check=False)
 
 
-def test_cuda_core_launches_on_the_current_stream_of_torch(compiled: list[str], host_driver: Path) -> None:
-    done = launched(compiled, host_driver)
+def test_cuda_core_launches_on_the_current_stream_of_torch(cache: Path, host_driver: Path) -> None:
+    done = launched(cache, host_driver)
     assert done.returncode == 0, done.stderr
     # Each optimizer twice: its scale is a number, or lies on the device.
     names = ["adamw", "adamw", "lion", "lion", "adagrad", "adagrad", "adamw_bf16", "adamw_int8"]
@@ -208,14 +227,14 @@ def test_cuda_core_launches_on_the_current_stream_of_torch(compiled: list[str], 
     assert done.stdout.splitlines() == [f"{name} on {64 * stream}" for stream, name in enumerate(names)]
 
 
-def test_a_driver_that_refuses_the_binary(compiled: list[str], host_driver: Path) -> None:
-    done = launched(compiled, host_driver, HOST_DRIVER_FAILS="cuLibraryLoadData", HOST_DRIVER_CODE="209")
+def test_a_driver_that_refuses_the_binary(cache: Path, host_driver: Path) -> None:
+    done = launched(cache, host_driver, HOST_DRIVER_FAILS="cuLibraryLoadData", HOST_DRIVER_CODE="209")
     assert re.search(r"^refused: CUDAError: .*209", done.stderr, re.MULTILINE), done.stderr
     assert "separate torch operations" in done.stderr and done.stdout == ""
 
 
-def test_a_launch_that_fails_is_an_error(compiled: list[str], host_driver: Path) -> None:
-    done = launched(compiled, host_driver, HOST_DRIVER_FAILS="cuLaunchKernelEx", HOST_DRIVER_CODE="700")
+def test_a_launch_that_fails_is_an_error(cache: Path, host_driver: Path) -> None:
+    done = launched(cache, host_driver, HOST_DRIVER_FAILS="cuLaunchKernelEx", HOST_DRIVER_CODE="700")
     assert done.returncode == 1 and re.search("CUDAError: .*700", done.stderr), done.stderr
     assert done.stdout == "adamw on 0\n"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import re
 import struct
 import subprocess
@@ -48,6 +49,14 @@ def run_python(code: str) -> str:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
+
+
+def test_make_keeps_bytecode_where_the_environment_says_not_to() -> None:
+    """Each process of the tests would compile torch's sources anew."""
+    asked = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = ["make", "-s", "--eval=asked: ; @printenv PYTHONDONTWRITEBYTECODE || echo unset", "asked"]
+    done = subprocess.run(command, cwd=ROOT, env=asked, capture_output=True, text=True, check=True)
+    assert done.stdout == "unset\n"
 
 
 def test_native_module_needs_the_c_and_cpp_runtime_only() -> None:
