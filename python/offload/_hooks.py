@@ -21,6 +21,7 @@ from ._engine import Engine, EngineUnit
 from ._foreign_steps import ForeignSteps
 from ._grad_dtype import WideGradient
 from ._interrupts import Uninterrupted
+from ._pending import PendingParameter, make_current
 from ._uncompiled import not_compiled
 from ._units import Unit
 from ._weight_casts import WeightCasts
@@ -92,6 +93,9 @@ class Hooks:
                     engine_unit.touch = _touch(engine, engine_unit.number)
                     self._after_forward(module, _watch_backward(module, engine, engine_unit))
                     self._before_forward(module, self._watch_hooked(module))
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder) and len(module.layers):
+                self._before_forward(module, _show_first_layer(module.layers[0], engine))
         self._before_forward(model, engine.begin_forward)
         if engine.activations is not None or engine.streaming.residencies:
             casts = WeightCasts(engine.streaming, engine.activations)
@@ -235,6 +239,21 @@ def _keep_parameters(module: nn.Module, engine: Engine) -> Callable[[], None]:
                 parameter.copy_(assigned)
 
     return keep
+
+
+def _show_first_layer(layer: nn.Module, engine: Engine) -> Callable[[], None]:
+    """torch's encoder looks at the class of its first layer's weights before it calls that, and packs a padded batch in
+    evaluation only where they are plain tensors: so they are."""
+    parameters = list(layer.parameters())
+
+    def show() -> None:
+        if not layer.training:
+            for parameter in parameters:
+                engine.streaming.bring(parameter)
+                if isinstance(parameter, PendingParameter):
+                    make_current(parameter)
+
+    return show
 
 
 def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:
