@@ -70,13 +70,17 @@ def open_device(device: torch.device) -> _native.Device:
 
 @dataclass(eq=False)
 class EngineUnit:
-    """What the engine keeps of a unit: its number and states, and whether any of them waits for an update."""
+    """What the engine keeps of a unit: its number and states, and whether any of them waits for an update.
+
+    touch: what nodes of autograd call before they run, of one whose weights come and go.
+    """
 
     name: str
     number: int
     states: list[ParameterState] = field(default_factory=list)
     pending: bool = False
     called: bool = False
+    touch: Callable[[object], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ._engine import Engine, EngineUnit
 from ._foreign_steps import ForeignSteps
 from ._grad_dtype import WideGradient
 from ._interrupts import Uninterrupted
+from ._pending import PendingParameter, make_current
 from ._uncompiled import not_compiled
 from ._units import Unit
 from ._weight_casts import WeightCasts
@@ -46,15 +47,15 @@ class ModuleHook:
 
 
 class ForwardHook(ModuleHook):
-    """A ModuleHook that is called with what the forward returned; None when it raised."""
+    """A ModuleHook that is called with what the forward was given and what it returned; None when it raised."""
 
-    def __init__(self, call: Callable[[Any], None] | None) -> None:
+    def __init__(self, call: Callable[[Any, Any], None] | None) -> None:
         self._call_with = call
 
     @not_compiled
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, module: nn.Module, *arguments: Any) -> None:
         if self._call_with is not None:
-            self._call_with(arguments[-1])
+            self._call_with(arguments[:-1], arguments[-1])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ForwardHook:
         return ForwardHook(None)
@@ -71,6 +72,7 @@ class Hooks:
         self.modules: list[tuple[str, weakref.ref[nn.Module], ModuleHook]] = []
         self._handles: list[RemovableHandle | WideGradient | NoConversions | ForeignSteps] = []
         self._watched: set[int] = set()
+        self._watches_nodes = set[int]()  # modules, by identity
         self._widened: set[int] = set()
 
     def register(self, model: nn.Module, units: Sequence[Unit]) -> None:
@@ -88,7 +90,12 @@ class Hooks:
                 ready = self._before_forward(module, _make_ready(engine, engine_unit))
                 self.modules.append((unit.name, weakref.ref(module), ready))
                 if engine.streaming.residencies:
+                    engine_unit.touch = _touch(engine, engine_unit.number)
                     self._after_forward(module, _watch_backward(module, engine, engine_unit))
+                    self._before_forward(module, self._watch_hooked(module))
+        for module in model.modules():
+            if isinstance(module, nn.TransformerEncoder) and len(module.layers):
+                self._before_forward(module, _show_first_layer(module.layers[0], engine))
         self._before_forward(model, engine.begin_forward)
         if engine.activations is not None or engine.streaming.residencies:
             casts = WeightCasts(engine.streaming, engine.activations)
@@ -111,16 +118,51 @@ class Hooks:
         self._handles.append(module.register_forward_pre_hook(hook, prepend=True))
         return hook
 
-    def _after_forward(self, module: nn.Module, call: Callable[[Any], None]) -> int:
+    def _after_forward(self, module: nn.Module, call: Callable[[Any, Any], None]) -> int:
+        self._watches_nodes.add(id(module))
         # Also after a forward that raised, or that a checkpoint's recompute leaves early.
-        handle = module.register_forward_hook(ForwardHook(call), always_call=True)
+        handle = module.register_forward_hook(ForwardHook(call), always_call=True, with_kwargs=True)
         self._handles.append(handle)
         return handle.id
+
+    def _watch_hooked(self, module: nn.Module) -> Callable[[], None]:
+        """A hook of somebody's on a part of a unit may keep what the part was given or returned, for a loss of it."""
+        watched, itself = self._watches_nodes, weakref.ref(self)
+        parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+
+        def look() -> None:
+            for part in parts:
+                if (part._forward_hooks or part._forward_pre_hooks) and id(part) not in watched:
+                    hooks = itself()
+                    if hooks is not None:
+                        hooks._watch_part(part)
+
+        return look
+
+    def _watch_part(self, part: nn.Module) -> None:
+        engine = self._engine
+
+        def watch(given: Any, output: Any) -> None:
+            unit = engine.streaming.innermost
+            if unit is not None and torch.is_grad_enabled() and not in_torch_func():
+                touch_before([*tensors_in(given), *tensors_in(output)], engine, unit)
+
+        with Uninterrupted():
+            self._watches_nodes.add(id(part))
+            # Before theirs, which may return another output than they keep.
+            self._handles.append(part.register_forward_hook(ForwardHook(watch), prepend=True, with_kwargs=True))
 
     def _end_forward(self, model: nn.Module) -> None:
         """Behind the model's other hooks, those that come later too: they may use weights."""
         engine, hooks = self._engine, model._forward_hooks
-        own = self._after_forward(model, lambda _: engine.end_forward())
+
+        def end(_: Any, output: Any) -> None:
+            if torch.is_grad_enabled() and not in_torch_func():
+                # What units made and did not return, as caches: it comes out here.
+                touch_before(tensors_in(output), engine, None)
+            engine.end_forward()
+
+        own = self._after_forward(model, end)
 
         def go_last() -> None:
             if own in hooks and next(reversed(hooks)) != own:
@@ -199,6 +241,21 @@ def _keep_parameters(module: nn.Module, engine: Engine) -> Callable[[], None]:
     return keep
 
 
+def _show_first_layer(layer: nn.Module, engine: Engine) -> Callable[[], None]:
+    """torch's encoder looks at the class of its first layer's weights before it calls that, and packs a padded batch in
+    evaluation only where they are plain tensors: so they are."""
+    parameters = list(layer.parameters())
+
+    def show() -> None:
+        if not layer.training:
+            for parameter in parameters:
+                engine.streaming.bring(parameter)
+                if isinstance(parameter, PendingParameter):
+                    make_current(parameter)
+
+    return show
+
+
 def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:
     return functools.partial(engine.make_ready, unit)
 
@@ -207,18 +264,11 @@ def _make_ready(engine: Engine, unit: EngineUnit) -> Callable[[], None]:
 _TOUCHES = "offload.touches"
 
 
-def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Callable[[Any], None]:
+def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Callable[[Any, Any], None]:
     """After its forward: backward touches `unit` before it runs the nodes that made its outputs."""
-    weakly, number = weakref.ref(engine), unit.number  # graphs must not keep the engine, nor a unit's states
     modules = list(module.modules())
 
-    @not_compiled
-    def touch(_: Any) -> None:
-        engine = weakly()
-        if engine is not None:
-            engine.streaming.touch_in_backward(number)
-
-    def watch(output: Any) -> None:
+    def watch(given: Any, output: Any) -> None:
         engine.leave(unit)
         if not torch.is_grad_enabled():
             return
@@ -230,18 +280,45 @@ def _watch_backward(module: nn.Module, engine: Engine, unit: EngineUnit) -> Call
         found = [output] if isinstance(output, Tensor) else list(tensors_in(output))
         for inner in modules:
             found += _tensors_kept(inner)
+        arguments, named = given
+        for value in (*arguments, *named.values()):
+            if type(value) in (list, dict):  # that it may have added to
+                found += tensors_in(value, depth=2)
         for tensor in found:
             if engine.streaming.shares_memory(unit.number, tensor):
                 engine.streaming.pin(unit.number)  # who uses the output uses the weight
-            # The base too: an edit in place of a view gives the view a new node, and the base's stays.
-            for made in (tensor, tensor._base):
-                node: Any = None if made is None else made.grad_fn
-                # Who returns what another unit made has no nodes of its own behind it, or is its parent.
-                if node is not None and _TOUCHES not in node.metadata:
-                    node.metadata[_TOUCHES] = unit.name
-                    node.register_prehook(touch)
+        touch_before(found, engine, unit.number)
 
     return watch
+
+
+def touch_before(tensors: Iterable[Tensor], engine: Engine, unit: int | None) -> None:
+    """Backward touches a unit before it runs the nodes that made these: the one within `unit` whose forward made each,
+    else `unit` itself. None is the whole model: what no unit made is touched by nobody.
+    """
+    for tensor in tensors:
+        # The base too: an edit in place of a view gives the view a new node, and the base's stays.
+        for made in (tensor, tensor._base):
+            node: Any = None if made is None else made.grad_fn
+            # Who returns what another unit made has no nodes of its own behind it.
+            if node is not None and _TOUCHES not in node.metadata:
+                maker = engine.streaming.maker_of(node._sequence_nr(), unit)
+                if maker is not None:
+                    node.metadata[_TOUCHES] = engine.units[maker].name
+                    node.register_prehook(engine.units[maker].touch)
+
+
+def _touch(engine: Engine, unit: int) -> Callable[[Any], None]:
+    """What nodes of `unit` call. Graphs must not keep the engine, nor a unit's states."""
+    weakly = weakref.ref(engine)
+
+    @not_compiled
+    def touch(_: Any) -> None:
+        engine = weakly()
+        if engine is not None:
+            engine.streaming.touch_in_backward(unit)
+
+    return touch
 
 
 # What every module has: its parts, parameters, hooks.

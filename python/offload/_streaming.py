@@ -1,8 +1,9 @@
 """Streamed parameters: they are on the device while their unit is in the window, and on the host or on disk else.
 
 [Note: touches] A unit is made ready by a touch: the forward of one of its modules begins (in backward too, where a
-checkpoint recomputes it), or backward comes to a node that made an output of it. A touch brings the unit, frees
-every one outside the window and sends for the next ones, so nothing has to tell when a unit is done. The window is
+checkpoint recomputes it), or backward comes to a node that made an output of it, or what else left it (`_hooks.py`
+looks where). A touch brings the unit, frees every one outside the window and sends for the next ones, so nothing has to
+tell when a unit is done. The window is
 
 - the touched unit and those within whose forward it runs: backward mixes the nodes of both;
 - units whose forward is open;
@@ -14,6 +15,7 @@ The end of backward empties the window.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -37,6 +39,9 @@ from ._weight_window import WeightStore, WeightWindow
 
 __all__ = ["Streaming"]
 
+# The number that autograd gives to the next node of this thread.
+_next_node = torch.autograd._get_sequence_nr  # type: ignore[attr-defined]
+
 
 class Streaming:
     """See the module's text. One compute thread at a time, as autograd gives it. `units` may be none."""
@@ -53,6 +58,10 @@ class Streaming:
         self._needs = [_unique(self._residency_of.get(id(p)) for _, p in unit.parameters) for unit in units]
         self._parents: list[set[int]] = [set() for _ in units]
         self._open: list[int] = []
+        # Of each open unit, and of each that has ended in this forward in that order: the numbers that autograd gave to
+        # the nodes it made, from the first to behind the last.
+        self._began: list[int] = []
+        self._made: list[tuple[int, int, int]] = []
         self.autocast = AutocastCache(device)
         self._pinned: set[int] = set()
         self._training, self._evaluation = TouchOrder(), TouchOrder()
@@ -156,6 +165,7 @@ class Streaming:
         self._order = self._training if torch.is_grad_enabled() else self._evaluation
         self._order.begin()
         self._close_all()
+        self._made.clear()
         self.copies.forget()
         self._forward_runs = True
         self._backward = None
@@ -179,6 +189,7 @@ class Streaming:
             self._parents[unit].update(other for other in self._open if other != unit)
         self._touch(unit, in_backward=in_backward)
         self._open.append(unit)
+        self._began.append(_next_node())
         self.autocast.enter(len(self._open))
 
     def exit(self, unit: int, *, in_backward: bool) -> None:
@@ -187,8 +198,12 @@ class Streaming:
         Not after a recompute in backward: it reads what the forward read, so the unit is pinned already.
         """
         if unit in self._open:
-            self._open.remove(unit)
+            place = self._open.index(unit)
+            began = self._began.pop(place)
+            del self._open[place]
             self.autocast.exit(len(self._open))
+            if self._forward_runs:  # in backward it does not
+                self._made.append((began, _next_node(), unit))
         if in_backward or self._holds:
             return
         used: set[Residency] = set()
@@ -201,6 +216,7 @@ class Streaming:
     def _close_all(self) -> None:
         """Those left open are of a forward that Ctrl-C ended."""
         self._open.clear()
+        self._began.clear()
         self.autocast.forget()
 
     def touch_in_backward(self, unit: int) -> None:
@@ -220,6 +236,21 @@ class Streaming:
                 "weights that are not on the device; give it copies by torch.func.functional_call, made inside "
                 "`with offload.full_params(model):`, or wrap with params='device'"
             )
+
+    @property
+    def innermost(self) -> int | None:
+        """The unit whose forward runs, of several the innermost."""
+        return self._open[-1] if self._open else None
+
+    def maker_of(self, node: int, within: int | None) -> int | None:
+        """The unit whose forward made a node of autograd, by the node's number: one that ran within the forward of
+        `within` (None: any), else `within`."""
+        place = bisect.bisect_right(self._made, node, key=lambda made: made[1])
+        if place < len(self._made):
+            began, _, unit = self._made[place]
+            if began <= node and (within is None or within in self._parents[unit]):
+                return unit
+        return within
 
     def pin(self, unit: int) -> None:
         """From now on `unit` stays from the beginning of a forward to the end of its backward."""

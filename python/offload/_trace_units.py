@@ -132,9 +132,9 @@ class TracedUnits:
             self._handles.append(module.register_forward_hook(close, prepend=True))
         watch = self._watcher(lane, name, opens=True)
 
-        def ended(output: Any) -> None:
+        def ended(given: Any, output: Any) -> None:
             self._end_forward(lane, name)
-            watch(output)
+            watch(given, output)
 
         hook = ForwardHook(self._recorder.timed(ended))
         self._handles.append(module.register_forward_hook(hook, always_call=True))
@@ -180,7 +180,7 @@ class TracedUnits:
 
     # --- backward -------------------------------------------------------------------------------------------
 
-    def _watcher(self, lane: str, name: str, *, opens: bool) -> Callable[[Any], None]:
+    def _watcher(self, lane: str, name: str, *, opens: bool) -> Callable[[Any, Any], None]:
         """After a forward: backward tells before it runs the nodes that made the outputs."""
         itself = weakref.ref(self)  # graphs must not keep what was recorded
         key = f"{_WATCHED} {opens}"
@@ -191,7 +191,7 @@ class TracedUnits:
                 timed = units._recorder.timed
                 timed(units._open_backward)(lane, name) if opens else timed(units._close_unit)()
 
-        def watch(output: Any) -> None:
+        def watch(_: Any, output: Any) -> None:
             if torch.is_grad_enabled():
                 for tensor in tensors_in(output):
                     node: Any = tensor.grad_fn

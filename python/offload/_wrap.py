@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -100,7 +100,7 @@ def wrap(
     check_process()
     check_grad_dtype(settings.grad_dtype)
     if engine_of(model) is not None:
-        raise StateError("this model is wrapped already: call offload.unwrap(model, optim) first")
+        raise StateError("this model is wrapped already: call offload.unwrap(model) first")
     check_model(model)
     optimizers = as_list(optim)  # after the model: who gives both the wrong way round is told of that
     if optim is not None:
@@ -160,9 +160,12 @@ def wrap(
 
 
 def unwrap(
-    model: nn.Module, optim: OffloadOptimizer | Sequence[OffloadOptimizer] | None
+    model: nn.Module, optim: OffloadOptimizer | Sequence[OffloadOptimizer] | Literal["all"] | None = "all"
 ) -> tuple[nn.Module, torch.optim.Optimizer | tuple[torch.optim.Optimizer, ...] | None]:
     """Undoes `wrap`: waits for the update, removes every hook, and returns the plain model and optimizer.
+
+    optim: what `wrap` returned. `"all"` stands for that where it is not at hand, as after a cell of a notebook that ran
+    twice: one is returned as itself, several as a tuple.
 
     The optimizer holds its states as stock torch does: in each parameter's dtype, on its device. Gradients become
     plain tensors again. To keep fp32 moments and masters of a 16-bit model, take `optim.state_dict()` first.
@@ -176,11 +179,13 @@ def unwrap(
     wrap returned with it, and the error of an update in flight; nothing was changed then.
     """
     engine, hooks, known = _parts_of(model)
-    wrapped = as_list(optim)
+    given_back: Any = optim if optim != "all" else known[0] if len(known) == 1 else known or None
+    wrapped = as_list(given_back)
     if sorted(map(id, wrapped)) != sorted(map(id, known)):
         given = ", ".join(type(one).__name__ for one in wrapped) or "no optimizer"
         raise InvalidArgument(
-            f"unwrap was given {given}: pass all {len(known)} that offload.wrap returned with this model, each once"
+            f"unwrap was given {given}: pass all {len(known)} that offload.wrap returned with this model, each once, "
+            "or offload.unwrap(model) alone"
             if known
             else f"unwrap was given {given}: this model was wrapped without an optimizer, pass None"
         )
@@ -217,7 +222,7 @@ def unwrap(
         originals = tuple(one.release(own) for one, own in zip(wrapped, states, strict=True))
         engine.close()
         del _wrapped[model]
-    return model, _given_as(optim, originals)
+    return model, _given_as(given_back, originals)
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def test_compiled_code_calls_hooks_and_compiles_nothing_of_them(of: Callable[[Ou
         calls.append("before")
         computes(torch.ones(3))
 
-    def after(output: Tensor) -> None:
+    def after(_: Any, output: Tensor) -> None:
         calls.append("after")
         computes(output)
 

@@ -298,11 +298,35 @@ def saved_by_torch_distributed(placement: dict[str, str]) -> Any:
     return one.end(*other.model.state_dict().values())
 
 
+def padded_batches_evaluated(placement: dict[str, str]) -> Any:
+    """torch's encoder packs them where the weights of its first layer are plain tensors when it is called."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"embedding": nn.Embedding(40, 16), "encoder": nn.TransformerEncoder(layer, 3)})
+    one = Training(placement, model).wrap()
+    encoder: Any = model["encoder"]
+    for tokens in batches(3):
+        x = model["embedding"](tokens)
+        padding = torch.arange(x.shape[1]) >= torch.arange(2, 2 + len(x))[:, None]
+        one.model.train()
+        loss = encoder(x, src_key_padding_mask=padding).square().mean()
+        loss.backward()
+        one.optimizer.step()
+        one.optimizer.zero_grad()
+        one.model.eval()
+        with torch.no_grad():
+            packed = encoder(x, src_key_padding_mask=padding)
+        if x.device.type == "cpu":  # the double of a card asks for every call of torch, so nothing is packed there
+            assert not packed[padding[:, : packed.shape[1]]].any(), "it packs them"
+        one.found += [loss.item(), packed.sum().item()]
+    return one.end()
+
+
 FEATURES: dict[str, Callable[[dict[str, str]], Any]] = {
     call.__name__: call
     for call in (averaged, batch_norm_updated, other_weights_called, held_by_a_parent, copied, compiled, step_compiled,
                  parts_saved, closure_called, as_a_vector, adversaries, taught, parts_called,
-                 saved_by_torch_distributed)
+                 saved_by_torch_distributed, padded_batches_evaluated)
 } | {
     "weight_norm": normed(parametrizations.weight_norm),
     "spectral_norm": normed(parametrizations.spectral_norm),

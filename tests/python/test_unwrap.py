@@ -217,6 +217,22 @@ def test_states_taken_before_outlive_the_pool() -> None:
     assert pool_bytes() == mapped
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_without_the_optimizers_that_wrap_returned(count: int) -> None:
+    """A cell of a notebook that runs twice puts a new optimizer in the place of the wrapped one, and fails then."""
+    model = make_model()
+    parts = (model.embedding, model.blocks)[:count]
+    plain: Any = [torch.optim.AdamW(part.parameters()) for part in parts]
+    model, _ = offload.wrap(model, plain or None, **(HOST if count else {"params": "host"}))
+    again: Any = torch.optim.AdamW(model.parameters())
+    with pytest.raises(offload.StateError, match=r"wrapped already: call offload\.unwrap\(model\) first"):
+        offload.wrap(model, again)
+    unwrapped, optimizers = offload.unwrap(model)
+    assert unwrapped is model
+    assert optimizers == (tuple(plain) if count > 1 else plain[0] if plain else None)
+    offload.wrap(model, again, **HOST)
+
+
 def test_twice_or_with_the_wrong_optimizer_is_refused() -> None:
     model, other = make_model(), make_model()
     model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters()), **HOST)
