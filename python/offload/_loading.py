@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,7 @@ def load_checkpoint(
     *,
     tag: str | None = None,
     strict: bool = True,
+    accept: Callable[[dict[str, Any]], None] | None = None,
 ) -> Checkpoint:
     """Loads what `save_checkpoint` saved, in place, under whatever placement model and optimizers have now.
 
@@ -97,6 +98,7 @@ def load_checkpoint(
         tag: of the checkpoint; None takes the one that `latest` names.
         strict: whether weights of other names than the model's are refused. Those that `exclude_frozen` left out may
             be missing in any case, and stay as the model has them.
+        accept: is given the client state when all was checked and nothing is changed yet; what it raises ends the load.
 
     Raises:
         StorageError: there is no such checkpoint, or a file of it is missing, short or damaged: the message names it.
@@ -112,6 +114,8 @@ def load_checkpoint(
     for optimizer, state in zip(optimizers, states, strict=True):
         if isinstance(optimizer, OffloadOptimizer):
             optimizer.check_state_dict(state)
+    if accept is not None:
+        accept(contents.state["client_state"])
     for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict(state)
     model.load_state_dict(weights, strict=strict and not contents.excluded)

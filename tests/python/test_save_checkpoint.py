@@ -303,3 +303,19 @@ class Hostile:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self._path),)
+
+
+def test_a_load_that_is_not_accepted_changes_nothing(tmp_path: Path) -> None:
+    saved, model = make_model(seed=1), make_model(seed=2)
+    offload.save_checkpoint(tmp_path, saved, tag="one", client_state={"epoch": 3})
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def refuse(client_state: dict[str, Any]) -> None:
+        assert client_state == {"epoch": 3}
+        raise KeyError("asked for by the test")
+
+    with pytest.raises(KeyError, match="asked for"):
+        offload.load_checkpoint(tmp_path, model, accept=refuse)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    offload.load_checkpoint(tmp_path, model, accept=dict)
+    assert all(torch.equal(saved.state_dict()[name], value) for name, value in model.state_dict().items())

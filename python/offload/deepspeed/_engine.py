@@ -99,29 +99,37 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         """
         optimizer = self._require_optimizer("backward")
         _check_loss("backward", loss)
-        loss = self._counted(loss, scale_wrt_gas)
+        loss = self._share_of(loss, scale_wrt_gas)
         with self._report.timed("backward"):
             optimizer.backward(loss, retain_graph=retain_graph)
+        self._count(loss)
         return loss
 
     def scale(self, loss: Tensor) -> Tensor:
         """What `backward(loss)` runs backward from, for scripts that call `.backward()` of the result themselves."""
         optimizer = self._require_optimizer("scale")
         _check_loss("scale", loss)
-        return optimizer.scale(self._counted(loss, divided=True))
+        loss = self._share_of(loss, divided=True)
+        scaled = optimizer.scale(loss)
+        self._count(loss)
+        return scaled
 
-    def _counted(self, loss: Tensor, divided: bool) -> Tensor:
-        """The share of a micro-batch in the step, as the monitors and the count of samples see it too."""
-        if divided and self._batch.accumulation > 1:
-            loss = loss / self._batch.accumulation
-        self._report.keep_loss(loss)
+    def _share_of(self, loss: Tensor, divided: bool) -> Tensor:
+        """The share of a micro-batch in the step."""
+        return loss / self._batch.accumulation if divided and self._batch.accumulation > 1 else loss
+
+    def _count(self, share: Tensor) -> None:
+        """A micro-batch that went backward; one whose backward failed is none."""
+        self._report.keep_loss(share)
         self._micro_batches += 1
-        return loss
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """At the boundary: unscale, check, clip, update, clear the gradients, and step the scheduler with `lr_kwargs`.
 
         A step whose gradients overflowed changes nothing but the loss scale, and the scheduler waits.
+
+        An update counts in `global_steps` as soon as it is made. What fails after that (the scheduler, a monitor)
+        leaves it so: go on with the next micro-batch, as another `step()` would be another step.
         """
         optimizer = self._require_optimizer("step")
         if self._inside_no_sync:
@@ -130,17 +138,20 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
         if self.is_gradient_accumulation_boundary() or not self.settings.managed_accumulation:
             with self._report.timed("step"):
                 optimizer.step()
-                optimizer.zero_grad()
-            self._step_applied = not optimizer.overflow
+                try:
+                    optimizer.zero_grad()
+                    if not optimizer.overflow and self.lr_scheduler is not None:
+                        self.lr_scheduler.step(**(lr_kwargs or {}))
+                finally:  # a schedule may read the counters: they change after it, and whatever becomes of it
+                    self._step_applied = not optimizer.overflow
+                    self.skipped_steps += optimizer.overflow
+                    self.global_steps += 1
+                    counted = self.settings.managed_accumulation
+                    self.global_samples += self._batch.train if counted else self._batch.micro * self._micro_batches
+                    self._micro_batches = 0
+                    self.micro_steps += 1
             if optimizer.overflow:
-                self.skipped_steps += 1
                 logger.info("gradients overflowed: step skipped, the loss scale is %g", optimizer.loss_scale)
-            elif self.lr_scheduler is not None:
-                self.lr_scheduler.step(**(lr_kwargs or {}))
-            self.global_steps += 1
-            counted = self.settings.managed_accumulation
-            self.global_samples += self._batch.train if counted else self._batch.micro * self._micro_batches
-            self._micro_batches = 0
             self._report.after_step(
                 step=self.global_steps,
                 skipped=self.skipped_steps,
@@ -148,7 +159,8 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
                 optimizer=optimizer,
                 loss_scale=optimizer.loss_scale if self.fp16_enabled() else None,
             )
-        self.micro_steps += 1
+        else:
+            self.micro_steps += 1
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-batch is the last one before an update.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import offload
 
 from ._log import logger
 from ._settings import Settings
+from ._state_dicts import replacing
 from ._zero_checkpoint import COUNTERS, ENGINE_ENTRY, is_zero_checkpoint, load_zero_checkpoint
 
 if TYPE_CHECKING:
@@ -57,11 +59,7 @@ class EngineCheckpoint:
             raise offload.InvalidArgument(
                 f"client_state has the key {ENGINE_ENTRY!r}, which the engine uses: rename it"
             )
-        state[ENGINE_ENTRY] = {
-            **{name: getattr(self, name) for name in _COUNTERS},
-            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
-            "loss_scale": None if self.optimizer is None else self.optimizer.loss_scaler.state_dict(),
-        }
+        state[ENGINE_ENTRY] = self._own_state()
         save = offload.save_checkpoint(
             save_dir,
             self.module,
@@ -96,7 +94,7 @@ class EngineCheckpoint:
         load_module_strict: False loads the weights whose names the model has.
 
         Raises `StorageError` for a damaged checkpoint and `InvalidArgument` for one that does not fit, and for a
-        `custom_load_fn`.
+        `custom_load_fn`; what the scheduler's `load_state_dict` raises comes out. Nothing was changed in each case.
         """
         if custom_load_fn is not None:
             raise offload.InvalidArgument(
@@ -111,17 +109,41 @@ class EngineCheckpoint:
         tag = None if tag is None else str(tag)
         optimizer = self._wrapped_optimizer() if load_optimizer_states and not load_module_only else None
         load = load_zero_checkpoint if is_zero_checkpoint(load_dir, tag) else offload.load_checkpoint
-        loaded = load(load_dir, self.module, optimizer, tag=tag, strict=load_module_strict)
+        before: list[dict[str, Any]] = []
+
+        def accept(client_state: dict[str, Any]) -> None:
+            """Before weights and states, as a scheduler may refuse what it is given."""
+            own = client_state.get(ENGINE_ENTRY)
+            if own is not None and not load_module_only:
+                before.append(copy.deepcopy(self._own_state()))
+                self._go_on_from(own, scale=load_optimizer_states, schedule=load_lr_scheduler_states)
+
+        try:
+            loaded = load(load_dir, self.module, optimizer, tag=tag, strict=load_module_strict, accept=accept)
+        except BaseException:
+            for own in before:
+                self._go_on_from(own, scale=load_optimizer_states, schedule=load_lr_scheduler_states)
+            raise
         client_state = dict(loaded.client_state)
-        own = client_state.pop(ENGINE_ENTRY, None)
-        if own is not None and not load_module_only:
-            for name in _COUNTERS:
-                setattr(self, name, own.get(name, getattr(self, name)))
-            if optimizer is not None and self.optimizer is not None:
-                self.optimizer.loss_scaler.load_state_dict(own["loss_scale"])
-            if load_lr_scheduler_states and self.lr_scheduler is not None and own["lr_scheduler"] is not None:
-                self.lr_scheduler.load_state_dict(own["lr_scheduler"])
+        client_state.pop(ENGINE_ENTRY, None)
         return str(loaded.path), client_state
+
+    def _own_state(self) -> dict[str, Any]:
+        """What a run goes on from beside weights and optimizer states."""
+        return {
+            **{name: getattr(self, name) for name in _COUNTERS},
+            "lr_scheduler": None if self.lr_scheduler is None else self.lr_scheduler.state_dict(),
+            "loss_scale": None if self.optimizer is None else self.optimizer.loss_scaler.state_dict(),
+        }
+
+    def _go_on_from(self, own: Mapping[str, Any], *, scale: bool, schedule: bool) -> None:
+        """own: as `_own_state` gave it; of DeepSpeed's checkpoints it may have less."""
+        for name in _COUNTERS:
+            setattr(self, name, own.get(name, getattr(self, name)))
+        if scale and self.optimizer is not None:
+            self.optimizer.loss_scaler.load_state_dict(own["loss_scale"])
+        if schedule and self.lr_scheduler is not None and own["lr_scheduler"] is not None:
+            self.lr_scheduler.load_state_dict(own["lr_scheduler"])
 
     def _wrapped_optimizer(self) -> offload.OffloadOptimizer | None:
         return None if self.optimizer is None else self.optimizer.optimizer
@@ -150,10 +172,8 @@ class EngineCheckpoint:
         folder = Path(save_dir)
         folder.mkdir(parents=True, exist_ok=True)
         state = self.module_state_dict(exclude_frozen_parameters)
-        path = folder / save_filename
-        aside = path.with_name(f".{path.name}.part")
-        torch.save(state, aside)
-        os.replace(aside, path)  # whole, or as it was
+        with replacing(folder / save_filename) as aside:
+            torch.save(state, aside)
         return True
 
     save_fp16_model = save_16bit_model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def initialize(
         InvalidArgument: a config, model or optimizer that is not legal, or `WORLD_SIZE` above 1.
         OutOfHostMemory: the host cannot hold what the config puts there.
         A config, data set or optimizer class that is refused leaves the model as it was; what `offload.wrap` refuses,
-        and a scheduler, leave a plain model that is cast and moved.
+        and a scheduler, leave a plain model that is cast and moved, and the optimizer's groups as they were.
     """
     require_one_process()
     if not isinstance(model, nn.Module):
@@ -114,6 +115,7 @@ def initialize(
     if settings.placement.params == "device":
         model.to(device)
     options = wrap_options(settings.placement) | {"device": str(device), "grad_dtype": settings.precision.grad_dtype}
+    groups = [] if plain is None else [_settings_of(group) for group in plain.param_groups]
     placed = Placed(model, plain, options)
     try:
         wrapped = None
@@ -130,6 +132,11 @@ def initialize(
         engine = Engine(settings, given, placed, wrapped, scheduler, loader, device)
     except BaseException:
         placed.unwrap()
+        # A schedule begins with its own learning rates, and what comes next would take them for the optimizer's.
+        for group, before in zip([] if plain is None else plain.param_groups, groups, strict=True):
+            parameters = group["params"]
+            group.clear()
+            group.update({"params": parameters, **before})
         raise
     return engine, wrapped, loader, scheduler
 
@@ -166,6 +173,11 @@ def _optimizer(optimizer: Any, model: nn.Module, parameters: Any, settings: Sett
             f"optimizer is a {type(optimizer).__name__}: give a torch.optim.Optimizer, or a callable that makes one"
         )
     return made
+
+
+def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of all but the parameters: a learning rate may be a tensor, which schedules write to."""
+    return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
 
 
 def _scheduler(lr_scheduler: Any, optimizer: offload.OffloadOptimizer | None, settings: Settings) -> Any:

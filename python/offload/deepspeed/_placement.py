@@ -81,15 +81,17 @@ class Placed:
         self._options = self._options_now = options
         for path in options["disk_path"] or ():  # DeepSpeed makes it too
             os.makedirs(path, exist_ok=True)
+        self._first: tuple[str, str, str] | None = None  # where everything was before it moved
+        parameters = {id(parameter): weakref.ref(parameter) for parameter in module.parameters()}
+        wrapping = _Wrapping(parameters, weakref.ref(self))
         if optimizer is not None:
+            self._plain = optimizer
             _, self.wrapped = offload.wrap(module, optimizer, **options)
-            self._first = _places(self.wrapped.plan)
         elif options["params"] != "device":
             offload.wrap(module, None, **options | {"optimizer": "device", "gradients": "device"})
         else:
             return
-        parameters = {id(parameter): weakref.ref(parameter) for parameter in module.parameters()}
-        _wrapped[module] = _Wrapping(parameters, weakref.ref(self))
+        _wrapped[module] = wrapping  # nothing that can fail lies between
         if options["params"] != "device":
             for number, parameter in enumerate(module.parameters()):
                 values = (number, ZeroParamStatus.NOT_AVAILABLE, parameter.shape, parameter.numel())
@@ -101,27 +103,39 @@ class Placed:
         An error leaves everything where it was, in another `wrapped` too.
         """
         assert self.wrapped is not None
+        now = _places(self.wrapped.plan)
+        self._first = self._first or now
         options = dict(self._options)
         if tier is not None:
             # What is on disk is off the device already.
             states, weights = ("disk" if options[kind] == "disk" else tier for kind in ("optimizer", "params"))
             options |= {"optimizer": states, "gradients": tier, "params": weights}
         wanted = (options["optimizer"], options["gradients"], options["params"])
-        if _places(self.wrapped.plan) == (self._first if tier is None else wanted):
+        if now == (self._first if tier is None else wanted):
             return
         # unwrap gives 16-bit parameters 16-bit moments; the state dict keeps them, and the masters, in fp32.
         states = _copied(self.wrapped.state_dict())
-        _, plain = offload.unwrap(self.module, self.wrapped)
-        assert isinstance(plain, torch.optim.Optimizer)
         try:
-            self._wrap_again(plain, states, options)
+            offload.unwrap(self.module, self.wrapped)
+            self._wrap_again(states, options)
         except BaseException:  # nobody else has the states
-            self._wrap_again(plain, states, self._options_now)
+            if not self._is_current():
+                self._wrap_again(states, self._options_now)
             raise
 
-    def _wrap_again(self, plain: torch.optim.Optimizer, states: dict[str, Any], options: dict[str, Any]) -> None:
-        plain.state.clear()
-        _, wrapped = offload.wrap(self.module, plain, **options)
+    def _is_current(self) -> bool:
+        """Whether unwrap has done nothing: a signal that came while it ended is raised after its last change."""
+        try:
+            if self.wrapped is None:
+                with offload.full_params(self.module, ()):
+                    return True
+            return self.wrapped.plan is not None
+        except offload.StateError:
+            return False
+
+    def _wrap_again(self, states: dict[str, Any], options: dict[str, Any]) -> None:
+        self._plain.state.clear()
+        _, wrapped = offload.wrap(self.module, self._plain, **options)
         try:
             wrapped.load_state_dict(states)
         except BaseException:
@@ -130,12 +144,23 @@ class Placed:
         self.wrapped, self._options_now = wrapped, options
 
     def unwrap(self) -> None:
-        if self.module in _wrapped:
+        if self.module not in _wrapped:
+            return
+        try:
             offload.unwrap(self.module, self.wrapped)
-            del _wrapped[self.module]
-            for parameter in self.module.parameters():
-                for mark in _MARKS:
-                    parameter.__dict__.pop(mark, None)
+        except offload.OffloadError:  # nothing was changed
+            raise
+        except BaseException:
+            if not self._is_current():
+                self._forget()
+            raise
+        self._forget()
+
+    def _forget(self) -> None:
+        for parameter in self.module.parameters():
+            for mark in _MARKS:
+                parameter.__dict__.pop(mark, None)
+        del _wrapped[self.module]
 
 
 @dataclass(frozen=True)

@@ -52,17 +52,18 @@ class Report:
 
     def after_step(self, *, step: int, skipped: int, samples: int, optimizer: Any, loss_scale: float | None) -> None:
         """Called after every optimizer step, skipped ones too."""
+        # Taken first: what cannot be written now is no part of the next step's.
+        losses, self._losses = self._losses, []
+        times, self._seconds = self._seconds, {}
         if self.monitor.enabled:
-            scalars: dict[str, Any] = {"train_loss": torch.stack(self._losses).sum()} if self._losses else {}
+            scalars: dict[str, Any] = {"train_loss": torch.stack(losses).sum()} if losses else {}
             scalars["lr"] = optimizer.param_groups[0]["lr"]
             if loss_scale is not None:
                 scalars["loss_scale"] = loss_scale
             self.monitor.write_events((f"Train/Samples/{name}", value, samples) for name, value in scalars.items())
-            self._losses.clear()
         if self._logging.wall_clock_breakdown:
-            parts = " | ".join(f"{name}: {seconds * 1e3:.2f} ms" for name, seconds in self._seconds.items())
+            parts = " | ".join(f"{name}: {seconds * 1e3:.2f} ms" for name, seconds in times.items())
             logger.info("step %d: %s", step, parts)
-            self._seconds.clear()
         if self._logging.memory_breakdown:
             logger.info("memory after step %d:\n%s", step, optimizer.stats())
         every = self._logging.steps_per_print

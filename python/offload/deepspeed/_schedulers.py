@@ -55,8 +55,13 @@ class _Schedule:
         """Goes on to the next iteration, or to the one given, and writes its values to the groups."""
         if last_batch_iteration is None:
             last_batch_iteration = self.last_batch_iteration + 1
+        before = self.last_batch_iteration
         self.last_batch_iteration = self._count("last_batch_iteration", last_batch_iteration)
-        self._write()
+        try:
+            self._write()
+        except BaseException:  # a class of the user's may have a get_lr() of its own
+            self.last_batch_iteration = before
+            raise
 
     def state_dict(self) -> dict[str, Any]:
         return {"last_batch_iteration": self.last_batch_iteration}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ __all__ = [
     "convert_zero_checkpoint_to_state_dict",
     "get_fp32_state_dict_from_zero_checkpoint",
     "load_state_dict_from_zero_checkpoint",
+    "replacing",
 ]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -118,14 +120,26 @@ def convert_zero_checkpoint_to_state_dict(
             name: weights[name].to(wanted if weights[name].is_floating_point() else weights[name].dtype, copy=True)
             for name in names
         }
-        aside = folder / f".{file}.part"
-        write(shard, aside)
-        os.replace(aside, folder / file)
+        with replacing(folder / file) as aside:
+            write(shard, aside)
         where.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         total = sum(_nbytes(value, wanted) for value in weights.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        with replacing(folder / f"{stem}{suffix}.index.json") as aside:
+            aside.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write in the place of `path`, which it takes when it is whole; after an error there is none of it."""
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        yield aside
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _shards(nbytes: Mapping[str, int], limit: int | None) -> list[list[str]]:

@@ -14,7 +14,7 @@ import itertools
 import math
 import os
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from offload import Checkpoint, InvalidArgument, StorageError
+from offload import Checkpoint, InvalidArgument, OffloadOptimizer, StorageError
 
 __all__ = [
     "COUNTERS",
@@ -94,6 +94,7 @@ def load_zero_checkpoint(
     *,
     tag: str | None = None,
     strict: bool = True,
+    accept: Callable[[dict[str, Any]], None] | None = None,
 ) -> Checkpoint:
     """Loads a checkpoint that `DeepSpeedEngine.save_checkpoint` wrote with one rank.
 
@@ -101,6 +102,7 @@ def load_zero_checkpoint(
         directory: the one that was given to DeepSpeed. tag: None takes what its file `latest` names.
         model, optim: take the values, wrapped or not. The optimizer has the groups of theirs; None loads weights alone.
         strict: whether weights of other names than the model's are refused.
+        accept: is given the client state when nothing is changed yet; what it raises ends the load.
 
     Returns:
         The checkpoint; its client state is the user's, and under `ENGINE_ENTRY` their `COUNTERS`, `lr_scheduler` and
@@ -122,14 +124,19 @@ def load_zero_checkpoint(
             packed = _whole_states(folder, saved.get("optimizer"), own)
         else:
             packed = _flat_states(folder, states, masters or [], groups, zero.slices, own)
-        optim.load_state_dict(packed)
-    model.load_state_dict(weights, strict=strict)
     client = {key: value for key, value in saved.items() if key not in _ENGINE_ENTRIES}
     client[ENGINE_ENTRY] = {
         **{name: saved[name] for name in COUNTERS if name in saved},
         "lr_scheduler": saved.get("lr_scheduler"),
         "loss_scale": _loss_scale(saved.get("optimizer") if states is None else states),
     }
+    if isinstance(optim, OffloadOptimizer):
+        optim.check_state_dict(packed)
+    if accept is not None:
+        accept(client)
+    if optim is not None:
+        optim.load_state_dict(packed)
+    model.load_state_dict(weights, strict=strict)
     return Checkpoint(folder, folder.name, client)
 
 
