@@ -217,7 +217,8 @@ class Residency:
         if (parameter.dtype, parameter.shape, parameter.device) != (dtype, shape, self._storage.device):
             raise StateError(
                 f"{name}: became {parameter.dtype} of shape {tuple(parameter.shape)} on {parameter.device} after wrap; "
-                "call offload.unwrap before model.to(), .half() and the like, and wrap again"
+                f"its place is for {dtype} of shape {tuple(shape)} on {self._storage.device}. Give it such a value "
+                "again (`parameter.data = ...`); call offload.unwrap before what changes these, and wrap again"
             )
         home = self._view(parameter)
         home.copy_(parameter.detach())
