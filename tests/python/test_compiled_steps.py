@@ -126,7 +126,7 @@ import torch
 from offload._uncompiled import not_compiled
 vars(torch._C._dynamo.eval_frame).pop("set_code_exec_strategy", None)  # as torch 2.6 is
 @not_compiled
-def call(): print("called")
+def call(): print("called", flush=True)
 class Last:
     def __del__(self, call=call): call()
 last = Last()
