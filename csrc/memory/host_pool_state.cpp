@@ -18,7 +18,7 @@ namespace offload {
 namespace {
 
 constexpr int kPoisonByte = 0xFF;
-// What a small model needs beside its states; 1 ms to obtain.
+// What a small model needs beside its states; half a millisecond to obtain.
 constexpr size_t kFirstSlabBytes = size_t{8} << 20;
 // The ends of slabs that double up to one are less than a slab: a sixteenth of the least budget that is wide.
 constexpr size_t kSlabsOfWideBudget = 16;

@@ -182,6 +182,7 @@ def test_an_exception_in_every_function(name: str, precision: str, tmp_path: Pat
     run_with(lambda: call(twin, folder), entered.append)
     after, files = look(twin), files_in(folder)
     final = go_on(twin)
+    assert entered
     for nth in range(len(entered)):
         engine, folder = prepared()
         there, place = files_in(folder), f"{entered[nth]} ({nth} of {len(entered)})"
