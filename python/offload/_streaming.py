@@ -312,6 +312,11 @@ class Streaming:
             torch.autograd.Variable._execution_engine.queue_callback(end)
             self._backward = weakref.ref(end)
 
+    def end_backward(self) -> None:
+        """Called when the outermost backward ends."""
+        self._backward = None
+        self.empty()
+
     # --- presence -------------------------------------------------------------------------------------------
 
     def empty(self) -> None:
@@ -332,7 +337,7 @@ class Streaming:
     def end_step(self) -> None:
         """After `begin_step`, with the updates submitted. In a hook that steps in backward its unit comes back."""
         self.rest()
-        if self._backward is not None and self._backward() is not None:
+        if torch._C._current_graph_task_id() != -1 and self._backward is not None and self._backward() is not None:
             self.window.bring(self._latest)
             self.window.make_ready(self._latest)
 
@@ -439,7 +444,8 @@ class Streaming:
 
 
 class _BackwardEnd:
-    """Autograd keeps it among the callbacks of a backward: it is called when that ends, and dies when that fails."""
+    """Autograd keeps it among the callbacks of a backward: it is called when that ends, and dies when that fails, or a
+    little later: a thread of autograd may hold the backward for longer than its caller."""
 
     __slots__ = ("__weakref__", "_streaming")
 
@@ -448,7 +454,7 @@ class _BackwardEnd:
 
     @not_compiled
     def __call__(self) -> None:
-        self._streaming.empty()
+        self._streaming.end_backward()
 
 
 def _unique(residencies: Iterable[Residency | None]) -> list[Residency]:

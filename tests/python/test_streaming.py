@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import weakref
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 import offload
+from offload._pending import PendingParameter
 from test_memory import Allocations
 from training import (
     HOST,
@@ -436,6 +438,29 @@ def test_an_optimizer_for_each_weight_steps_in_backward(kind: type[torch.optim.O
         for handle in handles:  # which have the weights: torch 2.6 does not see such a cycle
             handle.remove()
     assert all(same_bits(one, other) for run in runs for one, other in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_unit_comes_back_for_a_backward_that_is_over(fails: bool) -> None:
+    """A thread of autograd may let go of a backward some time after its caller has gone on."""
+    model, optimizer = streamed(make_model())
+    tokens = next(batches(1))
+    kept: list[Any] = []
+
+    def keep(_: torch.Tensor) -> None:
+        kept.append(optimizer._engine.streaming._backward())
+        if fails:
+            raise RuntimeError("in a hook")
+
+    for _ in range(2):
+        handle = model.blocks[0].up.weight.register_post_accumulate_grad_hook(keep)
+        with pytest.raises(RuntimeError, match="in a hook") if fails else contextlib.nullcontext():
+            loss_of(model, tokens).backward()
+        handle.remove()
+        optimizer.step()
+        assert all(type(p) is PendingParameter for p in model.parameters())
+        optimizer.zero_grad()
+    assert len(kept) == 2 and kept[0] is not kept[1] and None not in kept
 
 
 def test_a_penalty_on_weights_inside_full_params() -> None:
