@@ -249,6 +249,7 @@ void bind_pipeline(py::module_& module) {
             wait_interruptibly([&](int64_t slice_ns) { return self.wait(tickets, slice_ns); });
           },
           py::arg("tickets"))
+      .def_static("weight", &StepPipeline::weight, py::arg("ticket"))
       .def("stats",
            [](const StepPipeline& self) {
              const StepStats stats = self.stats();

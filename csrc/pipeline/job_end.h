@@ -57,24 +57,56 @@ class FirstError {
   std::exception_ptr error_;
 };
 
-// Ends a job's ticket when its update and every upload have ended.
+// What a job's ticket knows beside its own end.
+class JobMark final : public TicketMark {
+ public:
+  // The mark of a ticket if it is a job's, else null.
+  static const JobMark* of(const Ticket& ticket) noexcept { return dynamic_cast<JobMark*>(ticket.mark()); }
+
+  // See StepPipeline::weight.
+  const Ticket& weight() const noexcept { return weight_; }
+
+ private:
+  const Ticket weight_ = Ticket::pending();
+};
+
+// Ends a job's ticket when its update, every upload and every write have ended, and that of its weight before
+// the writes.
 class JobEnd {
  public:
+  // `ticket`: has a JobMark.
   JobEnd(Ticket ticket, uint64_t job_number, std::shared_ptr<FirstError> first_error)
-      : ticket_(std::move(ticket)), job_number_(job_number), first_error_(std::move(first_error)) {}
+      : ticket_(std::move(ticket)),
+        weight_(JobMark::of(ticket_)->weight()),
+        job_number_(job_number),
+        first_error_(std::move(first_error)) {}
 
-  void add_part() { parts_.fetch_add(1, std::memory_order_relaxed); }
+  void add_upload() { weight_parts_.fetch_add(1, std::memory_order_relaxed); }
+  void end_upload(std::exception_ptr error) { end_weight_part(std::move(error)); }
+  void end_update(std::exception_ptr error) { end_weight_part(std::move(error)); }
+
+  void add_write() { parts_.fetch_add(1, std::memory_order_relaxed); }
+  void end_write(std::exception_ptr error) { end_part(std::move(error)); }
+
+ private:
+  void end_weight_part(std::exception_ptr error) {
+    if (error) first_error_->record(job_number_, std::move(error));
+    if (weight_parts_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    end_part(nullptr);  // first: where nothing is written, who has waited for the weight finds the job ended
+    weight_.fail(first_error_->up_to(job_number_));
+  }
 
   void end_part(std::exception_ptr error) {
     if (error) first_error_->record(job_number_, std::move(error));
     if (parts_.fetch_sub(1, std::memory_order_acq_rel) == 1) ticket_.fail(first_error_->up_to(job_number_));
   }
 
- private:
   const Ticket ticket_;
+  const Ticket weight_;
   const uint64_t job_number_;
   const std::shared_ptr<FirstError> first_error_;
-  std::atomic<size_t> parts_{1};  // the update
+  std::atomic<size_t> weight_parts_{1};  // the update, and uploads
+  std::atomic<size_t> parts_{1};         // the weight, and writes
 };
 
 }  // namespace offload

@@ -56,7 +56,7 @@ std::vector<Ticket> Sequencer::submit(std::vector<StepJob> jobs, bool backwards)
     if (!jobs.empty()) require_thread();
     for (StepJob& job : jobs) {
       Slot& slot = slot_of(job.slot);
-      Ticket previous = std::exchange(slot.last_job, Ticket::pending());
+      Ticket previous = std::exchange(slot.last_job, Ticket::pending(std::make_shared<JobMark>()));
       tickets.push_back(slot.last_job);
       expect_chunks(job.slot, slot, backwards);
       queue_.push_back({.slot = &slot,
@@ -194,9 +194,11 @@ void Sequencer::run(std::stop_token stop) {
   }
   // The pipeline is being destroyed, so nobody submits any more. What is left was held on purpose.
   for (const QueuedJob& queued : queue_) {
-    queued.ticket.fail(with_slot(
+    const auto error = with_slot(
         queued.slot->parameter.name, "its update was cancelled",
-        std::make_exception_ptr(Error(ErrorKind::kState, "the step pipeline was destroyed while held"))));
+        std::make_exception_ptr(Error(ErrorKind::kState, "the step pipeline was destroyed while held")));
+    if (const JobMark* mark = JobMark::of(queued.ticket)) mark->weight().fail(error);
+    queued.ticket.fail(error);
   }
   // Host memory of the slots is borrowed until the uploads ended.
   last_uploading_job_.wait_ended(drain_remaining_ns());
@@ -252,7 +254,7 @@ void Sequencer::run_job(const QueuedJob& queued, std::stop_token stop) {
   }
   restore(*queued.slot);  // a job that did not get as far as its update takes nothing up
   job_count_.fetch_add(1, std::memory_order_relaxed);
-  end->end_part(error);
+  end->end_update(error);
 }
 
 void Sequencer::update_ahead(const QueuedJob& queued, std::stop_token stop) {
@@ -369,9 +371,9 @@ void Sequencer::update_from_disk(const QueuedJob& queued, const UpdateSpan& span
       uploaded = uploads_.submit(slot.name, upload_of(slot, chunk.begin, chunk.count, part.master), end);
     }
     const Ticket written = window_->write_back(frame, uploaded);
-    end->add_part();
+    end->add_write();
     written.on_end([end, name = slot.name](const std::exception_ptr& error) {
-      end->end_part(error ? with_slot(name, "its states were not written", error) : nullptr);
+      end->end_write(error ? with_slot(name, "its states were not written", error) : nullptr);
     });
   }
 }

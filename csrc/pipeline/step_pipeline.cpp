@@ -7,6 +7,7 @@
 #include "base/clock.h"
 #include "base/error.h"
 #include "base/trace_ring.h"
+#include "pipeline/job_end.h"
 #include "pipeline/update_ahead.h"
 
 namespace offload {
@@ -131,6 +132,11 @@ bool StepPipeline::wait(const std::vector<Ticket>& tickets, int64_t timeout_ns) 
   }
   for (const Ticket& ticket : tickets) ticket.wait();  // all have ended: rethrows the first error
   return true;
+}
+
+Ticket StepPipeline::weight(const Ticket& ticket) {
+  const JobMark* mark = JobMark::of(ticket);
+  return mark == nullptr ? ticket : mark->weight();
 }
 
 StepStats StepPipeline::stats() const noexcept { return {sequencer_->stats(), blocked_ns_, exposed_ns_}; }

@@ -69,6 +69,10 @@ class StepPipeline {
   // first.
   bool wait(const std::vector<Ticket>& tickets, int64_t timeout_ns = -1);
 
+  // Of a job: ends when its weight is updated, and on the device where it has a place there, and fails with
+  // the job's error of then; its states may be on their way to disk. Another ticket is returned as it is.
+  static Ticket weight(const Ticket& ticket);
+
   StepStats stats() const noexcept;
 
   // The sequencer starts no further job until release(): for tests.

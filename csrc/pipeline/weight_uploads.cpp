@@ -12,13 +12,13 @@ constexpr size_t kBatchCount = 16;
 }  // namespace
 
 void WeightUploads::Part::operator()(const std::exception_ptr& error) const {
-  end->end_part(error ? with_slot(name, "its upload failed", error) : nullptr);
+  end->end_upload(error ? with_slot(name, "its upload failed", error) : nullptr);
 }
 
 Ticket WeightUploads::submit(const std::string& name, const CopySpan& copy,
                              const std::shared_ptr<JobEnd>& end) {
   const Ticket ticket = transfers_->submit_after(Direction::kToDevice, {&copy, 1}, Ticket());
-  end->add_part();
+  end->add_upload();
   ticket.on_end(Part{name, end});
   return ticket;
 }
@@ -27,7 +27,7 @@ void WeightUploads::add_small(const std::string& name, const CopySpan& copy,
                               const std::shared_ptr<JobEnd>& end) {
   copies_.push_back(copy);
   parts_.push_back({name, end});
-  end->add_part();
+  end->add_upload();
   if (copies_.size() == kBatchCount) flush();
 }
 

@@ -291,8 +291,10 @@ class Engine:
 
     def _finish_pending(self, unit: EngineUnit) -> None:
         # The weights of the others are where compute runs, behind the update.
-        self.finish([state for state in unit.states if not state.by_device])
-        unit.pending = False
+        states = [state for state in unit.states if not state.by_device]
+        self.bring_current(states)
+        # Of states that are on their way to disk the next use is told, if they do not come there.
+        unit.pending = any(id(state.parameter) in self._tickets for state in states)
 
     def leave(self, unit: EngineUnit) -> None:
         """Called after the forward of `unit`, also when it raised."""
@@ -330,7 +332,7 @@ class Engine:
         for unit in self._units_of.get(id(state.parameter), ()):
             unit.pending = True
         if can_be_pending(state.parameter) and not state.streamed:
-            make_pending(state.parameter, lambda: self.finish([state]))
+            make_pending(state.parameter, lambda: self.bring_current([state]))
 
     def await_state(self, state: ParameterState, ticket: _native.Ticket) -> None:
         """Until `ticket` ends, what the host has of the state and of a streamed weight is being updated."""
@@ -343,10 +345,6 @@ class Engine:
         torch.autograd.graph.increment_version(state.parameter)
         state.version = reading_metadata(lambda: state.parameter._version)
 
-    def is_waiting(self, state: ParameterState) -> bool:
-        """Whether the parameter may be pending: a wait that an error ended leaves it so."""
-        return not state.by_device and id(state.parameter) in self._tickets
-
     def next_use(self) -> Callable[[ParameterState], int]:
         """A key that sorts states in the order in which the next forward needs them."""
         order = {unit: position for position, unit in enumerate(self._touched)}
@@ -355,32 +353,43 @@ class Engine:
             (order.get(unit, last) for unit in self._units_of.get(id(state.parameter), ())), default=0
         )
 
+    def bring_current(self, states: Sequence[ParameterState]) -> None:
+        """Waits for the weights of these states; their parameters are plain again. States may be on their way to disk
+        still.
+        """
+        self._wait_for(states, weights_alone=True)
+
     def finish(self, states: Sequence[ParameterState]) -> None:
-        """Waits for the submitted updates of these states; their parameters are plain again."""
+        """Waits for the submitted updates of these states, to their end; their parameters are plain again."""
+        self._wait_for(states, weights_alone=False)
+
+    def _wait_for(self, states: Sequence[ParameterState], *, weights_alone: bool) -> None:
         tickets = self._tickets
         waiting = [(state, ticket) for state in states if (ticket := tickets.get(id(state.parameter))) is not None]
         if not waiting:
             return
         try:
-            self.pipeline.wait([ticket for _, ticket in waiting])
+            self.pipeline.wait([self.pipeline.weight(ticket) if weights_alone else ticket for _, ticket in waiting])
         except OffloadError as error:
             self.refuse_after_failure()
-            name = next((state.name for state, ticket in waiting if _has_failed(ticket)), "")
-            if name in str(error):
+            # An update's error names its parameter, which may be another than those that are waited for.
+            if any(f"parameter '{state.name}'" in str(error) for state in self.states.values()):
                 self._failure = str(error)
                 raise
+            name = next((state.name for state, ticket in waiting if _has_failed(ticket)), "")
             self._failure = f"{name}: {error}"
             raise type(error)(self._failure) from error
         for state, ticket in waiting:
             # Another thread may have waited too, and the next step may have been submitted since: that is not over.
             if tickets.get(id(state.parameter), ticket) is not ticket:
                 continue
-            tickets.pop(id(state.parameter), None)
+            if ticket.done:
+                tickets.pop(id(state.parameter), None)
             if can_be_pending(state.parameter) and not state.streamed:
                 restore(state.parameter)
 
     def latest_update(self, parameters: Sequence[Parameter]) -> _native.Ticket | None:
-        """The last submitted update of these parameters: jobs run in that order, so it ends after the others."""
+        """Ends with the last submitted update of these parameters: jobs run in that order, so after the others."""
         if not self._tickets:
             return None
         tickets = self._tickets
@@ -388,12 +397,12 @@ class Engine:
         if self.plan.unified_states and len({self.states[key].by_device for key in waiting}) > 1:
             # Of a unit that shares a weight with another: the host and the device each keep to an order of their own.
             self.pipeline.wait([ticket for key, ticket in waiting.items() if self.states[key].by_device])
-        return waiting[max(waiting, key=self._submitted.__getitem__)] if waiting else None
+        return self.pipeline.weight(waiting[max(waiting, key=self._submitted.__getitem__)]) if waiting else None
 
     def settle_updates(self, parameters: Sequence[Parameter]) -> None:
-        """The updates of these parameters have ended afterwards."""
+        """The updates of these parameters are over afterwards."""
         if self._tickets:
-            self.finish([self.states[id(parameter)] for parameter in parameters if id(parameter) in self.states])
+            self.bring_current([self.states[id(parameter)] for parameter in parameters if id(parameter) in self.states])
 
     @property
     def is_forked(self) -> bool:

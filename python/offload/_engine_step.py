@@ -23,7 +23,7 @@ from ._gradient_lanes import JobGradient, landed
 from ._interrupts import Uninterrupted
 from ._native_state import Hyper, NativeState
 from ._parameter_state import ParameterState
-from ._pending import can_be_pending, reading_metadata
+from ._pending import can_be_pending, is_pending, reading_metadata
 
 if TYPE_CHECKING:
     from ._engine import Engine
@@ -157,7 +157,7 @@ class EngineStep:
         for state in states:
             written = reading_metadata(lambda: state.parameter._version) != state.version  # noqa: B023  # called now
             # A pending parameter has not been touched since the last step: any access would have made it current.
-            if written or (not state.streamed and not self._engine.is_waiting(state) and state.has_moved()):
+            if written or (not state.streamed and not is_pending(state.parameter) and state.has_moved()):
                 self.reseed(state)
 
     def reseed(self, state: ParameterState) -> None:
@@ -306,6 +306,6 @@ class EngineStep:
 
     def _finish_what_cannot_wait(self, states: Sequence[ParameterState]) -> None:
         """A Parameter subclass cannot announce a read: nobody may see it before it is current."""
-        self._engine.finish(
+        self._engine.bring_current(
             [state for state in states if not (self._engine.config.lazy and can_be_pending(state.parameter))]
         )

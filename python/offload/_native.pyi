@@ -465,6 +465,11 @@ class StepPipeline:
     def states_written(self, slot: int) -> None:
         """Somebody else wrote the slot's states on disk: what the window has of them is read anew."""
     def wait(self, tickets: Sequence[Ticket]) -> None: ...
+    @staticmethod
+    def weight(ticket: Ticket) -> Ticket:
+        """Ends when the job's weight is updated and uploaded, before its states are on disk; another ticket is
+        returned as it is.
+        """
     def stats(self) -> dict[str, int]:
         """job_count, update_ns, blocked_ns, exposed_ns (blocked while an update ran); of updates ahead kept_count,
         discarded_count; of states on disk disk_read_bytes, disk_kept_bytes (in the window still), disk_written_bytes,

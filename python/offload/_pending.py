@@ -211,6 +211,11 @@ def value_of(parameter: Parameter) -> Tensor:
     return parameter
 
 
+def is_pending(parameter: Parameter) -> bool:
+    """Whether `parameter` wears the class."""
+    return type(parameter) is PendingParameter
+
+
 def is_away(parameter: Parameter) -> bool:
     """Whether a pending parameter is one whose bytes are not on the device."""
     return _away(parameter) is not None

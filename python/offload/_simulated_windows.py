@@ -127,14 +127,13 @@ class SimulatedStateWindow:
             self._bytes -= other.disk_read_bytes / other.parts
         return self._pipeline.run("disk_read", unit.disk_read_bytes / unit.parts, freed)
 
-    def write(self, number: int, part: int, update: Piece) -> Piece:
+    def write(self, number: int, part: int, update: Piece) -> None:
         unit = self._pipeline.units[number]
         if not unit.disk_read_bytes:
-            return update
+            return
         written = self._pipeline.run("disk_write", unit.disk_write_bytes / unit.parts, update)
         self._frames[number, part] = written
         self._bytes += unit.disk_read_bytes / unit.parts
-        return written
 
 
 class SimulatedActivationWindow:

@@ -240,9 +240,9 @@ class Pipeline:
                 update = self.run("host_update", again, begun, *ready)
             else:
                 update = self.lanes["host_update"].pass_by(begun, *ready)
-            written = self.states.write(number, part, update)
+            self.states.write(number, part, update)  # which no forward waits for
             upload = self.run("to_device", unit.upload_bytes / unit.parts, update, submitted)
-            self.updated[number] = latest((update, written, upload))
+            self.updated[number] = latest((update, upload))
         self.weights.write_updated(number, self.updated[number])
 
     def _update_on_device(self, number: int) -> None:

@@ -247,7 +247,7 @@ class DiskWeightLane(WeightLane):
                 self.cache.loss = str(error)
             raise
         for end, number in ends:
-            end.end_with(submitted[number])
+            end.end_with(self._engine.pipeline.weight(submitted[number]))
         return submitted
 
     def flush(self) -> None:

@@ -1,6 +1,7 @@
 #include "pipeline/state_window.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cmath>
 #include <cstring>
@@ -28,6 +29,7 @@ constexpr AdamWScalars kScalars{.weight_scale = 0.99f,
                                 .eps = 1e-8f,
                                 .maximize = false};
 constexpr size_t kChunkElements = 1024;
+constexpr int64_t kHangNs = 60'000'000'000;  // far more than anything here takes
 
 // One fp32 parameter, whose states are in memory for reference.
 struct Parameter {
@@ -55,6 +57,69 @@ struct Parameter {
   }
 };
 
+void write_states(BlockFile& file, const Parameter& parameter, const StateLayout& layout, uint64_t offset) {
+  for (size_t index = 0; index < layout.chunk_count(); ++index) {
+    const StateChunk chunk = layout.chunk(index);
+    test::AlignedBytes bytes(chunk.bytes);
+    const std::vector<float>* const arrays[] = {&parameter.master, &parameter.exp_avg, &parameter.exp_avg_sq};
+    for (size_t array = 0; array < kStateArrayCount; ++array) {
+      std::memcpy(bytes.data() + chunk.array_offsets[array], arrays[array]->data() + chunk.begin,
+                  chunk.count * sizeof(float));
+    }
+    file.submit_write(offset + chunk.offset, bytes.data(), chunk.bytes).wait();
+  }
+}
+
+ParameterSlot on_disk(const std::string& name, Parameter& parameter, const StateLayout& layout,
+                      uint64_t offset) {
+  return {.name = name,
+          .span = {.gradient = nullptr,
+                   .master = nullptr,
+                   .weight = nullptr,
+                   .exp_avg = nullptr,
+                   .exp_avg_sq = nullptr,
+                   .count = parameter.master.size(),
+                   .gradient_format = FloatFormat::kFloat32,
+                   .weight_format = FloatFormat::kFloat32,
+                   .master_format = MasterFormat::kFloat32},
+          .upload_source = nullptr,
+          .device_weight = parameter.on_device.data(),
+          .weight_bytes = parameter.master.size() * sizeof(float),
+          .on_disk = StatesOnDisk{layout, offset}};
+}
+
+StepJob job_of(int64_t slot, const Parameter& parameter) {
+  return {.slot = slot,
+          .gradient = parameter.gradient.data(),
+          .gradient_format = FloatFormat::kFloat32,
+          .tickets = {},
+          .scalars = kScalars,
+          .factors = {},
+          .flush_denormals = false};
+}
+
+// Writes that begin while they are held end when they are released.
+class HeldWrites final : public SystemCalls {
+ public:
+  int file_system(int file, struct statfs* facts) override {
+    const int result = SystemCalls::file_system(file, facts);
+    facts->f_type = test::kExt4;  // passes for a disk, wherever the test runs
+    return result;
+  }
+  ssize_t pwrite(int file, const void* source, size_t bytes, off_t offset) override {
+    held_.wait(true);
+    return SystemCalls::pwrite(file, source, bytes, offset);
+  }
+  void hold() { held_ = true; }
+  void release() {
+    held_ = false;
+    held_.notify_all();
+  }
+
+ private:
+  std::atomic<bool> held_ = false;
+};
+
 struct Fixture {
   DiskDirectory directory;
   std::shared_ptr<FailingSystemCalls> calls = honest_calls();
@@ -77,48 +142,15 @@ struct Fixture {
   int64_t add(const std::string& name, Parameter& parameter) {
     const StateLayout layout({4, 4, 4}, parameter.master.size(), kChunkElements, kDiskAlignment);
     const uint64_t offset = file->allocate(layout.bytes());
-    write(parameter, layout, offset);
-    return pipeline->add_slot({.name = name,
-                               .span = {.gradient = nullptr,
-                                        .master = nullptr,
-                                        .weight = nullptr,
-                                        .exp_avg = nullptr,
-                                        .exp_avg_sq = nullptr,
-                                        .count = parameter.master.size(),
-                                        .gradient_format = FloatFormat::kFloat32,
-                                        .weight_format = FloatFormat::kFloat32,
-                                        .master_format = MasterFormat::kFloat32},
-                               .upload_source = nullptr,
-                               .device_weight = parameter.on_device.data(),
-                               .weight_bytes = parameter.master.size() * sizeof(float),
-                               .on_disk = StatesOnDisk{layout, offset}});
-  }
-
-  void write(const Parameter& parameter, const StateLayout& layout, uint64_t offset) {
-    for (size_t index = 0; index < layout.chunk_count(); ++index) {
-      const StateChunk chunk = layout.chunk(index);
-      test::AlignedBytes bytes(chunk.bytes);
-      const std::vector<float>* const arrays[] = {&parameter.master, &parameter.exp_avg,
-                                                  &parameter.exp_avg_sq};
-      for (size_t array = 0; array < kStateArrayCount; ++array) {
-        std::memcpy(bytes.data() + chunk.array_offsets[array], arrays[array]->data() + chunk.begin,
-                    chunk.count * sizeof(float));
-      }
-      file->submit_write(offset + chunk.offset, bytes.data(), chunk.bytes).wait();
-    }
+    write_states(*file, parameter, layout, offset);
+    return pipeline->add_slot(on_disk(name, parameter, layout, offset));
   }
 
   std::vector<Ticket> step(const std::vector<int64_t>& slots, const std::vector<Parameter>& parameters,
                            bool backwards) {
     std::vector<StepJob> jobs;
     for (size_t i = 0; i < slots.size(); ++i) {
-      jobs.push_back({.slot = slots[i],
-                      .gradient = parameters[i].gradient.data(),
-                      .gradient_format = FloatFormat::kFloat32,
-                      .tickets = {},
-                      .scalars = kScalars,
-                      .factors = {},
-                      .flush_denormals = false});
+      jobs.push_back(job_of(slots[i], parameters[i]));
     }
     if (backwards) std::reverse(jobs.begin(), jobs.end());
     return pipeline->submit(std::move(jobs), 0, backwards);
@@ -149,6 +181,34 @@ void steps_give_the_bits_of_states_in_memory(size_t frame_count) {
   CHECK(stats.kept_bytes > 0);
 }
 
+void a_weight_does_not_wait_for_the_writes_of_its_states() {
+  constexpr size_t kCount = 2 * kChunkElements;
+  Parameter parameter(kCount), expected(kCount);
+  expected.update();
+  const auto calls = std::make_shared<HeldWrites>();
+  const DiskDirectory directory;
+  const auto device = std::make_shared<HostDevice>();
+  HostPool pool(device, HostPoolOptions());
+  const auto file = std::make_shared<BlockFile>(BlockFileOptions{.directories = {directory.path},
+                                                                 .block_bytes = kDiskAlignment,
+                                                                 .backend = DiskBackend::kThreads,
+                                                                 .calls = calls});
+  StepPipeline pipeline(std::make_shared<TransferQueue>(device), kDefaultChunkElements,
+                        std::make_shared<StateWindow>(file, pool, 12 * kChunkElements, 2));
+  const StateLayout layout({4, 4, 4}, kCount, kChunkElements, kDiskAlignment);
+  const uint64_t offset = file->allocate(layout.bytes());
+  write_states(*file, parameter, layout, offset);
+  const int64_t slot = pipeline.add_slot(on_disk("p", parameter, layout, offset));
+  calls->hold();
+  const Ticket ticket = pipeline.submit({job_of(slot, parameter)}, 0)[0];
+  const bool landed = pipeline.wait({StepPipeline::weight(ticket)}, kHangNs);
+  const bool is_over = ticket.done();
+  calls->release();
+  CHECK(landed && !is_over);
+  CHECK(parameter.on_device == expected.master);
+  CHECK(pipeline.wait({ticket}, kHangNs));
+}
+
 void what_others_write_is_read_anew() {
   Fixture fixture(16);  // all of it fits the window
   std::vector<Parameter> parameters;
@@ -156,7 +216,7 @@ void what_others_write_is_read_anew() {
   const std::vector<int64_t> slots = {fixture.add("p", parameters[0])};
   CHECK(fixture.pipeline->wait(fixture.step(slots, parameters, false)));
   for (float& value : parameters[0].master) value = 0.25f;
-  fixture.write(parameters[0], StateLayout({4, 4, 4}, 3000, kChunkElements, kDiskAlignment), 0);
+  write_states(*fixture.file, parameters[0], StateLayout({4, 4, 4}, 3000, kChunkElements, kDiskAlignment), 0);
   fixture.pipeline->states_written(slots[0]);
   CHECK(fixture.pipeline->wait(fixture.step(slots, parameters, true)));
   parameters[0].update();
@@ -234,6 +294,7 @@ int main() {
   offload::layouts();
   offload::frames_are_checked();
   for (size_t frame_count : {1, 2, 3, 5, 32}) offload::steps_give_the_bits_of_states_in_memory(frame_count);
+  offload::a_weight_does_not_wait_for_the_writes_of_its_states();
   offload::what_others_write_is_read_anew();
   offload::a_failed_transfer_ends_its_job_and_all_later_ones(offload::SystemCall::kPread, "reading");
   offload::a_failed_transfer_ends_its_job_and_all_later_ones(offload::SystemCall::kPwrite, "not written");

@@ -248,7 +248,9 @@ void a_failed_upload_of_any_chunk_fails_its_job_and_the_later_ones() {
   f.device->fail_copy(Direction::kToDevice, 4);  // the first of three chunks of the second job
   const Ticket tickets[] = {f.submit(slots[0], good), f.submit(slots[1], bad), f.submit(slots[2], behind)};
   f.device->release(Direction::kToDevice);
-  CHECK(tickets[0].wait());
+  CHECK(tickets[0].wait() && StepPipeline::weight(tickets[0]).wait());
+  CHECK_THROWS(ErrorKind::kDevice, "parameter 'bad': its upload failed: copy 4",
+               StepPipeline::weight(tickets[1]).wait());
   CHECK_THROWS(ErrorKind::kDevice, "parameter 'bad': its upload failed: copy 4", tickets[1].wait());
   CHECK_THROWS(ErrorKind::kDevice, "parameter 'bad'", tickets[2].wait());
   CHECK_THROWS(ErrorKind::kState, "parameter 'bad'", f.submit(slots[0], good));
@@ -392,14 +394,18 @@ void destruction_gives_up_what_cannot_end() {
     f.pipeline->hold();
     held = f.submit(slot, parameter);
   }
-  CHECK_THROWS(ErrorKind::kState, "parameter 'w': its update was cancelled", held.wait());
+  for (const Ticket& ticket : {held, StepPipeline::weight(held)}) {
+    CHECK_THROWS(ErrorKind::kState, "parameter 'w': its update was cancelled", ticket.wait(kHangNs));
+  }
   {
     Fixture f;
     const int64_t slot = f.pipeline->add_slot(parameter.slot("w"));
     stuck = f.submit(slot, parameter, Ticket::pending());
   }
-  CHECK_THROWS(ErrorKind::kState, "its gradient did not arrive: the step pipeline was destroyed",
-               stuck.wait());
+  for (const Ticket& ticket : {stuck, StepPipeline::weight(stuck)}) {
+    CHECK_THROWS(ErrorKind::kState, "its gradient did not arrive: the step pipeline was destroyed",
+                 ticket.wait(kHangNs));
+  }
   CHECK(parameter.same_states(before));
 }
 

@@ -70,6 +70,7 @@ class CopySchedule:
         monkeypatch.setattr(_native.StepPipeline, "speculate", self._speculating())
         monkeypatch.setattr(_native.StepPipeline, "discard", self._discarding())
         monkeypatch.setattr(_native.StepPipeline, "wait", self._waiting_for_updates())
+        monkeypatch.setattr(_native.StepPipeline, "weight", self._asking_for_the_weight())
         for name in ("submit_read_after", "submit_write_after"):
             monkeypatch.setattr(_native.BlockFile, name, self._chaining(name))
         monkeypatch.setattr(_native.Ticket, "end_with", self._ending())
@@ -233,6 +234,16 @@ class CopySchedule:
             for ticket in tickets:
                 self._reach(ticket)
             wait(pipeline, tickets)
+
+        return call
+
+    def _asking_for_the_weight(self) -> Any:
+        weight_of = _native.StepPipeline.weight
+
+        def call(_: Any, ticket: _native.Ticket) -> _native.Ticket:
+            weight: _native.Ticket = weight_of(ticket)
+            self._chained[id(weight)] = (weight, self._needs_of([ticket]))
+            return weight
 
         return call
 

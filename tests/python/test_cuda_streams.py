@@ -183,6 +183,26 @@ def test_a_branch_on_a_stream_of_its_own_has_the_same_bits() -> None:
     assert run({**STREAMED, "prefetch": 1}) == run(STREAMED) == run(RESIDENT)
 
 
+@pytest.mark.usefixtures("device")
+def test_weights_have_landed_for_every_stream_when_a_unit_computes() -> None:
+    """Plain torch lets any stream that is behind `step()` read them, and nothing tells us of one that does."""
+    model = make_model()
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **HOST)
+    weight_of = optimizer._engine.pipeline.weight
+    tickets: dict[int, Any] = {}
+    landed: list[bool] = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(
+            lambda block, _: landed.extend(weight_of(tickets[id(p)]).done for p in block.parameters() if tickets)
+        )
+    for tokens in batches(3):
+        loss_of(model, tokens).backward()
+        optimizer.step()
+        tickets = dict(optimizer._engine._tickets)
+        optimizer.zero_grad()
+    assert len(landed) == 2 * sum(len([*block.parameters()]) for block in model.blocks) and all(landed)
+
+
 def test_a_checkpoint_has_what_its_stream_has_not_computed_yet(
     device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

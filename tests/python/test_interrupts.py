@@ -230,7 +230,7 @@ def test_ctrl_c_while_blocked_on_an_update(call: str) -> None:
         if held:
             device.hold("to_device")
             optimizer.step()
-            with ctrl_c_in("finish"):
+            with ctrl_c_in("_wait_for"):
                 BLOCKING[call](model, optimizer, tokens[:, :-1])
             device.release("to_device")
         else:
