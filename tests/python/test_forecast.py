@@ -183,6 +183,13 @@ def test_parts_of_a_unit_follow_each_other() -> None:
     assert forecast([one], ONE).seconds == pytest.approx(16.0)
 
 
+def test_no_forward_waits_for_writes_of_states() -> None:
+    """They have all of the next step's compute to end beside."""
+    unit = dataclasses.replace(UNIT, forward_seconds=10, backward_seconds=10, disk_read_bytes=1, disk_write_bytes=5)
+    step = forecast([unit], ONE)
+    assert step.busy["disk_write"] == pytest.approx(5) and step.exposed["disk_write"] == 0
+
+
 def test_weights_on_disk_are_read_before_each_upload_and_each_update() -> None:
     units = [streamed(stored_bytes=1)] * 4
     sent = sum(map(len, window_schedule(4, 1)))
