@@ -226,11 +226,14 @@ void bind_pipeline(py::module_& module) {
   bind_state_layout(module);
   py::class_<StepPipeline, std::shared_ptr<StepPipeline>>(module, "StepPipeline")
       .def(py::init([](std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
-                       std::shared_ptr<StateWindow> window) {
-             return make_joining<StepPipeline>(std::move(transfers), chunk_elements, std::move(window));
+                       std::shared_ptr<StateWindow> window, bool run_ahead) {
+             GilReleased released;  // may register memory
+             return make_joining<StepPipeline>(std::move(transfers), chunk_elements, std::move(window),
+                                               run_ahead);
            }),
            py::arg("transfers"), py::kw_only(), py::arg("chunk_elements") = kDefaultChunkElements,
-           py::arg("window") = py::none())
+           py::arg("window") = py::none(), py::arg("run_ahead") = false)
+      .def_property_readonly("run_ahead_refusal", &StepPipeline::run_ahead_refusal)
       .def("add_slot", &add_slot, py::kw_only(), py::arg("name"), py::arg("master"), py::arg("master_format"),
            py::arg("weight"), py::arg("weight_format"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
            py::arg("count"), py::arg("upload_source"), py::arg("device_weight"), py::arg("weight_bytes"),

@@ -7,6 +7,7 @@ namespace {
 // cheaper.
 constexpr unsigned kBlockingSync = 0x1;   // CU_EVENT_BLOCKING_SYNC
 constexpr unsigned kDisableTiming = 0x2;  // CU_EVENT_DISABLE_TIMING
+constexpr unsigned kAtLeast = 0x0;        // CU_STREAM_WAIT_VALUE_GEQ, which is cyclic
 
 }  // namespace
 
@@ -51,6 +52,25 @@ void CudaPrimaryContext::load_copy_kernel(std::span<const std::byte> cubin) {
   const OutsideCaptures exempt(driver_);
   copy_kernel_ = std::make_unique<CudaCopyKernel>(driver_, cubin);
   sends_by_kernel_ = true;
+}
+
+std::string CudaPrimaryContext::why_no_word(const uint32_t* word) const {
+  try {
+    Current current(*this);
+    CudaStreamHandle stream = nullptr;
+    driver_.check(driver_.StreamCreateWithPriority(&stream, kNonBlocking, 0), "cuStreamCreateWithPriority");
+    const CudaResult code = wait_for_word(stream, word, *word);
+    driver_.check(driver_.StreamDestroy(stream), "cuStreamDestroy");
+    driver_.check(code, "cuStreamWaitValue32");
+    return "";
+  } catch (const Error& error) {
+    return error.what();
+  }
+}
+
+CudaResult CudaPrimaryContext::wait_for_word(CudaStreamHandle stream, const uint32_t* word,
+                                             uint32_t value) const noexcept {
+  return driver_.StreamWaitValue32(stream, reinterpret_cast<CudaAddress>(word), value, kAtLeast);
 }
 
 std::shared_ptr<CudaEvent> CudaPrimaryContext::acquire_event(bool timed) {

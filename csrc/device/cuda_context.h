@@ -12,9 +12,11 @@
 
 #include <atomic>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "base/fork_guard.h"
@@ -25,6 +27,8 @@
 namespace offload {
 
 class CudaEvent;
+
+constexpr unsigned kNonBlocking = 0x1;  // CU_STREAM_NON_BLOCKING: torch computes on the legacy stream
 
 // The calls that this thread makes within the scope are part of no CUDA graph. While any thread of the
 // process captures one in torch's own mode, the driver otherwise refuses every other thread what the capture
@@ -73,6 +77,11 @@ class CudaPrimaryContext : public std::enable_shared_from_this<CudaPrimaryContex
   CopiesTogether copies_together() const noexcept;
   void refuse_batches() noexcept { sends_batches_ = false; }
   void refuse_copy_kernel() noexcept { sends_by_kernel_ = false; }
+
+  // Later work of the stream starts only when the word has come to the value. The context must be current.
+  CudaResult wait_for_word(CudaStreamHandle stream, const uint32_t* word, uint32_t value) const noexcept;
+  // Tries it on a stream of its own, for the value that the word has. Empty: the driver takes it.
+  std::string why_no_word(const uint32_t* word) const;
 
   // Throws kDevice when the driver refuses it, kState after the first call that worked.
   void load_copy_kernel(std::span<const std::byte> cubin);

@@ -91,6 +91,17 @@ void CudaDevice::wait_ticket(Stream& stream, const Ticket& ticket) {
   static_cast<CudaStream&>(stream).wait_ticket(ticket);
 }
 
+std::string CudaDevice::why_no_word(const uint32_t* word) {
+  context_->owner().require_owner("this CudaDevice");
+  if (!pinned_.cut(reinterpret_cast<uintptr_t>(word), sizeof(*word)).pinned) {
+    return "host memory is not page-locked";
+  }
+  if (!read_memory_facts(driver_, ordinal_).reads_page_locked_memory) {
+    return "this device does not reach registered memory at the host's addresses";
+  }
+  return context_->why_no_word(word);
+}
+
 void CudaDevice::wait_compute(Stream& stream, uintptr_t compute_stream) {
   context_->owner().require_owner("this CudaDevice");
   static_cast<CudaStream&>(stream).wait_compute(compute_handle(compute_stream));

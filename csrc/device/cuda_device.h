@@ -55,6 +55,7 @@ class CudaDevice final : public Device {
   Ticket submit_copies(Stream& stream, Direction direction, std::span<const CopySpan> copies) override;
   CopiesTogether copies_together() const noexcept override { return context_->copies_together(); }
   void wait_ticket(Stream& stream, const Ticket& ticket) override;
+  std::string why_no_word(const uint32_t* word) override;
   void wait_compute(Stream& stream, uintptr_t compute_stream) override;
   bool compute_wait(uintptr_t compute_stream, const Ticket& ticket, int64_t timeout_ns = -1) override;
   void pin(void* address, size_t bytes) override;

@@ -67,6 +67,8 @@ struct CudaCopyAttributes {  // CUmemcpyAttributes
   X(StreamDestroy, cuStreamDestroy_v2, 4000, (CudaStreamHandle stream))                                  \
   X(StreamWaitEvent, cuStreamWaitEvent, 3020,                                                            \
     (CudaStreamHandle stream, CudaEventHandle event, unsigned flags))                                    \
+  X(StreamWaitValue32, cuStreamWaitValue32_v2, 11070,                                                    \
+    (CudaStreamHandle stream, CudaAddress address, uint32_t value, unsigned flags))                      \
   X(EventCreate, cuEventCreate, 2000, (CudaEventHandle * event, unsigned flags))                         \
   X(EventRecord, cuEventRecord, 2000, (CudaEventHandle event, CudaStreamHandle stream))                  \
   X(EventQuery, cuEventQuery, 2000, (CudaEventHandle event))                                             \

@@ -16,9 +16,8 @@
 namespace offload {
 namespace {
 
-constexpr unsigned kNonBlocking = 0x1;  // CU_STREAM_NON_BLOCKING: torch computes on the legacy stream
-constexpr int kInStreamOrder = 0x1;     // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-constexpr unsigned kOverlap = 0x1;      // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
+constexpr int kInStreamOrder = 0x1;  // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+constexpr unsigned kOverlap = 0x1;   // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 
 // One thing that a copy starts after: a position of a compute stream, or else a ticket.
 struct Wait {
@@ -37,8 +36,9 @@ struct Copy {
   // set when it is issued
   std::shared_ptr<CudaEvent> begun;  // the stream has come to its bytes; null: nobody asks when
   std::shared_ptr<CudaEvent> event;
-  bool sent = false;      // its bytes may be on their way
-  bool recorded = false;  // the event, behind them
+  bool sent = false;            // its bytes may be on their way
+  bool recorded = false;        // the event, behind them
+  std::vector<Ticket> awaited;  // of work whose word the stream waits for: they keep the word
   std::exception_ptr error;
 
   std::string text() const {
@@ -205,8 +205,10 @@ void CudaStream::Worker::run_ender(std::stop_token stop) {
 // What the host must wait for before the driver can be told to wait. All of it for a pageable copy: the
 // driver may read its source in the call, whatever the stream still waits for.
 const Ticket& CudaStream::Worker::gate(const Wait& wait, const Copy& copy) const noexcept {
-  const CudaCopyMark* mark = CudaCopyMark::of(wait.ticket, context_.get());
-  return mark != nullptr && copy.pinned ? mark->issued() : wait.ticket;
+  if (!copy.pinned) return wait.ticket;
+  if (const CudaCopyMark* mark = CudaCopyMark::of(wait.ticket, context_.get())) return mark->issued();
+  const HostWorkMark* work = HostWorkMark::of(wait.ticket);
+  return work != nullptr ? work->foreseen() : wait.ticket;
 }
 
 void CudaStream::Worker::issue(Copy& copy) noexcept {
@@ -240,8 +242,12 @@ void CudaStream::Worker::issue(Copy& copy) noexcept {
 void CudaStream::Worker::arm(const Wait& wait, Copy& copy) {
   std::shared_ptr<CudaEvent> event = wait.position;
   if (const CudaCopyMark* mark = CudaCopyMark::of(wait.ticket, context_.get())) event = mark->event();
+  const HostWorkMark* work = HostWorkMark::of(wait.ticket);
   if (event) {
     event->hold_back(handle_);
+  } else if (!wait.ticket.done() && copy.pinned && work != nullptr && work->foreseen().done()) {
+    driver_.check(context_->wait_for_word(handle_, work->word(), work->value()), "cuStreamWaitValue32");
+    copy.awaited.push_back(wait.ticket);
   } else if (!wait.ticket.done()) {
     copy.error = std::make_exception_ptr(Error(
         ErrorKind::kDevice,
@@ -404,6 +410,7 @@ Ticket CudaStream::submit(Direction direction, std::vector<CopySpan> parts, bool
                           .event = nullptr,
                           .sent = false,
                           .recorded = false,
+                          .awaited = {},
                           .error = nullptr});
 }
 

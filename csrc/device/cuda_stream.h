@@ -19,12 +19,12 @@ namespace offload {
 
 // [Note: who issues a copy]
 // A copy is issued, that is given to the driver, on the calling thread, unless it must not be yet: it is
-// behind work that only the host can wait for (a ticket without a mark, or whose copy is itself not issued),
-// or its host memory is pageable, where the driver would block the caller. Such a copy is deferred to the
-// stream's issuer thread, and so is every copy behind it. No stream ever waits on host memory, so an error,
-// Ctrl-C or exit leaves none waiting. A second thread, the ender, sleeps in the driver until the oldest
-// issued copy is over and ends its ticket. They are two because neither wait can be woken for the sake of the
-// other.
+// behind work that only the host can wait for (a ticket without a mark, one whose copy is itself not issued,
+// or work of the host that is not foreseen), or its host memory is pageable, where the driver would block the
+// caller. Such a copy is deferred to the stream's issuer thread, and so is every copy behind it. A stream
+// waits on host memory for foreseen work alone, which an error, Ctrl-C or exit does not stop. A second
+// thread, the ender, sleeps in the driver until the oldest issued copy is over and ends its ticket. They are
+// two because neither wait can be woken for the sake of the other.
 class CudaStream final : public Stream {
  public:
   CudaStream(std::shared_ptr<CudaPrimaryContext> context, std::string name, int64_t drain_ns);

@@ -33,6 +33,30 @@ class Stream {
   virtual ~Stream() = default;
 };
 
+// [Note: streams that wait for the host]
+// A copy may start after an update that a thread of ours still computes, with nobody on the host waiting for
+// it: the stream waits for a word of page-locked memory, which that thread sets. CUDA does not see such an
+// order. A thread that frees device memory or loads a kernel holds the driver until the device is idle, and
+// the device is not while a stream waits: whatever needs the driver before it sets the word would hang with
+// it, for good. So two rules: a stream waits only for work that is foreseen, where nothing is left but
+// arithmetic on the host: no call of the driver, no wait for a device, a disk, another thread's lock or
+// Python. And the word is set however the work ends. Until work is foreseen, the host waits.
+class HostWorkMark : public TicketMark {
+ public:
+  // The mark of a ticket if it is of such work, else null.
+  static const HostWorkMark* of(const Ticket& ticket) noexcept {
+    return dynamic_cast<const HostWorkMark*>(ticket.mark());
+  }
+
+  // Ends when the work is foreseen, or has ended without.
+  virtual const Ticket& foreseen() const noexcept = 0;
+
+  // The work is over when this, counting up and wrapping round, has come to that value. There as long as the
+  // mark is, and page-locked.
+  virtual const uint32_t* word() const noexcept = 0;
+  virtual uint32_t value() const noexcept = 0;
+};
+
 class Device {
  public:
   virtual ~Device() = default;
@@ -53,8 +77,12 @@ class Device {
   }
 
   // Later work of `stream` starts only after `ticket` ended. When the ticket failed, the next copy of the
-  // stream fails with the same error; the copies after that one run.
+  // stream fails with the same error; the copies after that one run. Of a HostWorkMark the stream may know
+  // only that it ended, and not how.
   virtual void wait_ticket(Stream& stream, const Ticket& ticket) = 0;
+
+  // Why streams of this device do not wait for this word of pinned memory; empty: they do.
+  virtual std::string why_no_word(const uint32_t* /*word*/) { return "its streams are threads of the host"; }
 
   // Later work of `stream` starts only after everything given to the compute stream so far.
   virtual void wait_compute(Stream& stream, uintptr_t compute_stream) = 0;

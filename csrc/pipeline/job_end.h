@@ -16,6 +16,7 @@
 
 #include "base/error.h"
 #include "base/ticket.h"
+#include "pipeline/progress.h"
 
 namespace offload {
 
@@ -60,14 +61,28 @@ class FirstError {
 // What a job's ticket knows beside its own end.
 class JobMark final : public TicketMark {
  public:
+  // `progress`: null where no stream waits for the host.
+  JobMark(const std::shared_ptr<const Progress>& progress, uint64_t job_number)
+      : weight_(Ticket::pending(progress ? std::make_shared<WeightMark>(progress, job_number) : nullptr)) {}
+
   // The mark of a ticket if it is a job's, else null.
   static const JobMark* of(const Ticket& ticket) noexcept { return dynamic_cast<JobMark*>(ticket.mark()); }
 
   // See StepPipeline::weight.
   const Ticket& weight() const noexcept { return weight_; }
 
+  // What is left of the job is arithmetic on the host.
+  void foresee() const noexcept {
+    if (const HostWorkMark* work = HostWorkMark::of(weight_)) work->foreseen().complete();
+  }
+
+  void end_weight(std::exception_ptr error) const noexcept {
+    weight_.fail(std::move(error));  // first: who finds it foreseen finds how it ended
+    foresee();
+  }
+
  private:
-  const Ticket weight_ = Ticket::pending();
+  const Ticket weight_;
 };
 
 // Ends a job's ticket when its update, every upload and every write have ended, and that of its weight before
@@ -77,7 +92,7 @@ class JobEnd {
   // `ticket`: has a JobMark.
   JobEnd(Ticket ticket, uint64_t job_number, std::shared_ptr<FirstError> first_error)
       : ticket_(std::move(ticket)),
-        weight_(JobMark::of(ticket_)->weight()),
+        mark_(*JobMark::of(ticket_)),
         job_number_(job_number),
         first_error_(std::move(first_error)) {}
 
@@ -93,7 +108,7 @@ class JobEnd {
     if (error) first_error_->record(job_number_, std::move(error));
     if (weight_parts_.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     end_part(nullptr);  // first: where nothing is written, who has waited for the weight finds the job ended
-    weight_.fail(first_error_->up_to(job_number_));
+    mark_.end_weight(first_error_->up_to(job_number_));
   }
 
   void end_part(std::exception_ptr error) {
@@ -102,7 +117,7 @@ class JobEnd {
   }
 
   const Ticket ticket_;
-  const Ticket weight_;
+  const JobMark& mark_;  // the ticket has it
   const uint64_t job_number_;
   const std::shared_ptr<FirstError> first_error_;
   std::atomic<size_t> weight_parts_{1};  // the update, and uploads

@@ -32,8 +32,11 @@ CopySpan upload_of(const ParameterSlot& slot, size_t begin, size_t count, const 
 }  // namespace
 
 Sequencer::Sequencer(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
-                     std::shared_ptr<StateWindow> window)
-    : chunk_elements_(chunk_elements), window_(std::move(window)), uploads_(std::move(transfers)) {}
+                     std::shared_ptr<StateWindow> window, std::shared_ptr<Progress> progress)
+    : chunk_elements_(chunk_elements),
+      window_(std::move(window)),
+      progress_(std::move(progress)),
+      uploads_(std::move(transfers)) {}
 
 // --- the callers' side -----------------------------------------------------------------------------------
 
@@ -56,7 +59,8 @@ std::vector<Ticket> Sequencer::submit(std::vector<StepJob> jobs, bool backwards)
     if (!jobs.empty()) require_thread();
     for (StepJob& job : jobs) {
       Slot& slot = slot_of(job.slot);
-      Ticket previous = std::exchange(slot.last_job, Ticket::pending(std::make_shared<JobMark>()));
+      auto mark = std::make_shared<JobMark>(progress_, next_number_);
+      Ticket previous = std::exchange(slot.last_job, Ticket::pending(std::move(mark)));
       tickets.push_back(slot.last_job);
       expect_chunks(job.slot, slot, backwards);
       queue_.push_back({.slot = &slot,
@@ -197,7 +201,8 @@ void Sequencer::run(std::stop_token stop) {
     const auto error = with_slot(
         queued.slot->parameter.name, "its update was cancelled",
         std::make_exception_ptr(Error(ErrorKind::kState, "the step pipeline was destroyed while held")));
-    if (const JobMark* mark = JobMark::of(queued.ticket)) mark->weight().fail(error);
+    if (queued.task == Task::kUpdate && progress_) progress_->pass(queued.number);
+    if (const JobMark* mark = JobMark::of(queued.ticket)) mark->end_weight(error);
     queued.ticket.fail(error);
   }
   // Host memory of the slots is borrowed until the uploads ended.
@@ -216,6 +221,7 @@ std::optional<Sequencer::QueuedJob> Sequencer::next(std::stop_token stop) {
   if (!changed_.wait(lock, stop, ready)) return std::nullopt;
   QueuedJob queued = std::move(queue_.front());
   queue_.pop_front();
+  if (foreseen_count_ > 0) --foreseen_count_;
   return queued;
 }
 
@@ -246,6 +252,7 @@ void Sequencer::run_job(const QueuedJob& queued, std::stop_token stop) {
     }
     // Asked again: an upload may have failed meanwhile.
     if (!first_error_->any()) {
+      foresee(queued);
       stage = "its update failed";
       update(queued, end, stop);
     }
@@ -254,7 +261,31 @@ void Sequencer::run_job(const QueuedJob& queued, std::stop_token stop) {
   }
   restore(*queued.slot);  // a job that did not get as far as its update takes nothing up
   job_count_.fetch_add(1, std::memory_order_relaxed);
+  if (progress_) progress_->pass(queued.number);
   end->end_update(error);
+}
+
+// The job that is to be updated now, and those behind it for which nothing else is left to do either: none
+// that uploads, and no upload of an earlier one, which might fail.
+void Sequencer::foresee(const QueuedJob& next) {
+  if (!progress_ || !uploads_.empty() || !last_uploading_job_.done()) return;
+  if (!is_arithmetic(next)) return;
+  std::vector<Ticket> foreseen{next.ticket};
+  {
+    std::lock_guard lock(mutex_);
+    while (!held_ && foreseen_count_ < queue_.size() && is_arithmetic(queue_[foreseen_count_])) {
+      foreseen.push_back(queue_[foreseen_count_++].ticket);
+    }
+  }
+  for (const Ticket& ticket : foreseen)
+    JobMark::of(ticket)->foresee();  // not under the lock: see Ticket::on_end
+}
+
+bool Sequencer::is_arithmetic(const QueuedJob& queued) {
+  const ParameterSlot& slot = queued.slot->parameter;
+  const auto went_well = [](const Ticket& ticket) { return ticket.done() && !ticket.error(); };
+  return queued.task == Task::kUpdate && slot.device_weight == nullptr && !slot.on_disk &&
+         queued.previous.done() && std::ranges::all_of(queued.job.tickets, went_well);
 }
 
 void Sequencer::update_ahead(const QueuedJob& queued, std::stop_token stop) {

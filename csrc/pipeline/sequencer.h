@@ -26,6 +26,7 @@
 #include "base/ticket.h"
 #include "pipeline/job_end.h"
 #include "pipeline/parameter_slot.h"
+#include "pipeline/progress.h"
 #include "pipeline/state_window.h"
 #include "pipeline/step_job.h"
 #include "pipeline/update_ahead.h"
@@ -44,9 +45,10 @@ struct SequencerStats {
 
 class Sequencer {
  public:
-  // `window`: null where no states are on disk. The thread begins with the first job.
+  // `window`: null where no states are on disk. `progress`: null where no stream waits for the host. The
+  // thread begins with the first job.
   Sequencer(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
-            std::shared_ptr<StateWindow> window);
+            std::shared_ptr<StateWindow> window, std::shared_ptr<Progress> progress);
 
   int64_t add_slot(ParameterSlot slot);
   // Throws kInvalidArgument for a number that add_slot() did not give. A slot never moves or changes.
@@ -108,6 +110,8 @@ class Sequencer {
   std::optional<QueuedJob> next(std::stop_token stop);
   bool saves_nothing(const QueuedJob& ahead);
   void run_job(const QueuedJob& queued, std::stop_token stop);
+  void foresee(const QueuedJob& next);
+  static bool is_arithmetic(const QueuedJob& queued);
   void update_ahead(const QueuedJob& queued, std::stop_token stop);
   bool take_up(Slot& slot, const StepJob& job, const std::vector<Factor>& factors);
   void restore(Slot& slot) noexcept;
@@ -121,6 +125,7 @@ class Sequencer {
 
   const size_t chunk_elements_;
   const std::shared_ptr<StateWindow> window_;  // used by the thread alone; may be null
+  const std::shared_ptr<Progress> progress_;   // may be null
   const std::shared_ptr<FirstError> first_error_ = std::make_shared<FirstError>();
 
   std::atomic<uint64_t> job_count_{0};
@@ -140,6 +145,7 @@ class Sequencer {
   // guarded by mutex_
   std::deque<Slot> slots_;  // never shrinks: queued jobs point into it
   std::deque<QueuedJob> queue_;
+  size_t foreseen_count_ = 0;            // of the first ones in the queue
   std::vector<ExpectedChunk> expected_;  // of queued jobs; the window does not know of them yet
   uint64_t next_number_ = 0;
   bool held_ = false;

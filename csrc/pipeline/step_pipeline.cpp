@@ -29,12 +29,20 @@ void check_job(const ParameterSlot& slot, const StepJob& job) {
 }  // namespace
 
 StepPipeline::StepPipeline(std::shared_ptr<TransferQueue> transfers, size_t chunk_elements,
-                           std::shared_ptr<StateWindow> window)
+                           std::shared_ptr<StateWindow> window, bool run_ahead)
     : transfers_(std::move(transfers)), chunk_elements_(chunk_elements), window_(std::move(window)) {
   if (!transfers_) throw Error(ErrorKind::kInvalidArgument, "StepPipeline needs a TransferQueue, got null");
   if (chunk_elements == 0)
     throw Error(ErrorKind::kInvalidArgument, "chunk_elements is 0; it must be positive");
-  sequencer_ = std::make_unique<Sequencer>(transfers_, chunk_elements_, window_);
+  std::shared_ptr<Progress> progress;
+  if (run_ahead && window_) {
+    run_ahead_refusal_ = "states are on disk";
+  } else if (run_ahead) {
+    progress = std::make_shared<Progress>(transfers_->device());
+    run_ahead_refusal_ = progress->refusal();
+    if (!run_ahead_refusal_.empty()) progress = nullptr;
+  }
+  sequencer_ = std::make_unique<Sequencer>(transfers_, chunk_elements_, window_, std::move(progress));
 }
 
 StepPipeline::~StepPipeline() {

@@ -13,6 +13,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "base/fork_guard.h"
@@ -34,10 +35,11 @@ struct StepStats : SequencerStats {
 
 class StepPipeline {
  public:
-  // `window`: null where no states are on disk.
+  // `window`: null where no states are on disk. `run_ahead`: streams of the device wait for foreseen updates
+  // of weights that are not uploaded here, if they can.
   explicit StepPipeline(std::shared_ptr<TransferQueue> transfers,
                         size_t chunk_elements = kDefaultChunkElements,
-                        std::shared_ptr<StateWindow> window = nullptr);
+                        std::shared_ptr<StateWindow> window = nullptr, bool run_ahead = false);
   // Finishes what was submitted. What cannot end (a held sequencer or lane, a gradient that does not
   // land) is given up after a short while: those tickets fail, and destruction never hangs.
   ~StepPipeline();
@@ -75,6 +77,9 @@ class StepPipeline {
 
   StepStats stats() const noexcept;
 
+  // Why they do not; empty: they do, or nobody asked for it.
+  const std::string& run_ahead_refusal() const noexcept { return run_ahead_refusal_; }
+
   // The sequencer starts no further job until release(): for tests.
   void hold();
   void release();
@@ -86,6 +91,7 @@ class StepPipeline {
   const std::shared_ptr<StateWindow> window_;  // the sequencer's: slots are checked against its frames
   std::atomic<uint64_t> blocked_ns_{0};
   std::atomic<uint64_t> exposed_ns_{0};
+  std::string run_ahead_refusal_;
   std::unique_ptr<Sequencer> sequencer_;
 };
 

@@ -32,6 +32,7 @@ class WeightUploads {
   // The same at flush(), or before.
   void add_small(const std::string& name, const CopySpan& copy, const std::shared_ptr<JobEnd>& end);
   void flush() noexcept;
+  bool empty() const noexcept { return copies_.empty(); }  // nothing waits for flush()
 
  private:
   // A copy's part of its job. The name is copied: the lane may end after the pipeline.

@@ -53,7 +53,7 @@ class TransferQueue {
   void end();
 
   TransferStats stats() const noexcept;  // what was submitted
-  Device& device() noexcept { return *device_; }
+  const std::shared_ptr<Device>& device() const noexcept { return device_; }
 
  private:
   struct Lane {

@@ -28,7 +28,6 @@ constexpr int kLastPrefetchLocation = 4;
 constexpr int kHostLocation = -1;  // CU_DEVICE_CPU
 constexpr int kNoLocation = -2;    // CU_DEVICE_INVALID
 
-constexpr unsigned kNonBlocking = 0x1;           // CU_STREAM_NON_BLOCKING
 constexpr CudaResult kNotSupported = 801;        // CUDA_ERROR_NOT_SUPPORTED
 constexpr size_t kLocationsAtMost = size_t{32};  // of one range: more devices than a host has
 

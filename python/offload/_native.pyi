@@ -392,8 +392,16 @@ class StateWindow:
 @final
 class StepPipeline:
     def __init__(
-        self, transfers: TransferQueue, *, chunk_elements: int = ..., window: StateWindow | None = None
+        self,
+        transfers: TransferQueue,
+        *,
+        chunk_elements: int = ...,
+        window: StateWindow | None = None,
+        run_ahead: bool = False,
     ) -> None: ...
+    @property
+    def run_ahead_refusal(self) -> str:
+        """Why no stream waits for an update, as `run_ahead` asks for; empty: streams do, or nobody asked."""
     def add_slot(
         self,
         *,

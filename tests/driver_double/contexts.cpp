@@ -195,6 +195,30 @@ int cuStreamWaitEvent(void* stream_handle, void* event_handle, unsigned flags) {
   return kSuccess;
 }
 
+int cuStreamWaitValue32_v2(void* stream_handle, unsigned long long address, uint32_t value, unsigned flags) {
+  Call call("cuStreamWaitValue32_v2", Needs::kContext);
+  if (call.refused()) return call.code();
+  const std::shared_ptr<Stream> stream = stream_of("cuStreamWaitValue32_v2", stream_handle);
+  if (!stream) return kInvalidHandle;
+  constexpr unsigned kAtLeast = 0;
+  if (flags != kAtLeast || address % sizeof(uint32_t) != 0) return kInvalidValue;
+  auto* const word = reinterpret_cast<uint32_t*>(address);
+  bool partly = false;
+  std::shared_ptr<Registration> registration = registration_of(word, sizeof(*word), partly);
+  if (!registration) {
+    state().misuse("a wait for a word of memory that is not registered");
+    return kInvalidValue;
+  }
+  ++registration->copies;
+  stream->queue.push_back(Operation{.kind = Operation::kWaitWord,
+                                    .completion = std::make_shared<Completion>(),
+                                    .word = word,
+                                    .value = value,
+                                    .registration = std::move(registration)});
+  note_work();
+  return kSuccess;
+}
+
 int cuEventCreate(void** event, unsigned flags) {
   Call call("cuEventCreate", Needs::kContext);
   if (call.refused()) return call.code();

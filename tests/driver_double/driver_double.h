@@ -4,7 +4,8 @@
 // default stream, and others that torch computes on, are the calling thread, as compute is on the CPU: what
 // waits on them waits in the call. A pageable source is read by the call, which then waits for what its
 // stream has before it, and a copy into pageable memory ends in the call; but where the device reads all
-// memory ("hmm", "ats"), they are as any other. Every entry counts its calls and can be made to fail; nothing
+// memory ("hmm", "ats"), they are as any other. A call that waits for an idle device holds the driver: other
+// threads' calls wait for it. Every entry counts its calls and can be made to fail; nothing
 // here links to the code under test.
 //
 // Threads: every control may be called from any thread, but not in a forked child, which has no driver.

@@ -18,6 +18,9 @@ constexpr int kRelaxed = 2;  // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr std::chrono::microseconds kQuiet{1000};
 constexpr std::chrono::milliseconds kLatest{50};
 
+// How often a stream looks at a word.
+constexpr std::chrono::microseconds kLook{50};
+
 // What a capture does not see, and may be invalidated by: cuda.h names allocation alone, and
 // at::cuda::CUDAStreamCaptureModeGuard of torch stands around the questions after events. A thread in the
 // relaxed mode may do it all the same, but for what "necessarily conflicts with stream capture": a wait for
@@ -37,6 +40,7 @@ struct ExitMark {
 
 void finish(Operation& operation) {
   if (operation.kind == Operation::kWait) return;  // it is the event's
+  if (operation.kind == Operation::kWaitWord) --operation.registration->copies;
   operation.completion->done = true;
   operation.completion->done_at = std::chrono::steady_clock::now();
   if (operation.kind != Operation::kCopy) return;
@@ -104,6 +108,17 @@ void await_other(std::unique_lock<std::mutex>& lock, const Stream& stream) {
   });
 }
 
+// Looks as a device does, which nobody wakes.
+void await_word(std::unique_lock<std::mutex>& lock, const Operation& wait) {
+  State& all = state();
+  const size_t losses = all.losses;
+  const auto has_come = [&] {
+    const uint32_t now = std::atomic_ref(*wait.word).load(std::memory_order_acquire);
+    return static_cast<int32_t>(now - wait.value) >= 0;
+  };
+  while (all.losses == losses && !has_come()) all.changed.wait_for(lock, kLook);
+}
+
 void run_stream(const std::shared_ptr<Stream>& stream) {
   State& all = state();
   std::unique_lock lock(all.mutex);
@@ -118,6 +133,9 @@ void run_stream(const std::shared_ptr<Stream>& stream) {
       run_copy(lock, operation);
     } else if (operation.kind == Operation::kWait) {
       await_other(lock, *stream);
+    } else if (operation.kind == Operation::kWaitWord) {
+      await_word(lock, operation);
+      finish(operation);
     } else {
       finish(operation);
     }
@@ -183,6 +201,7 @@ Call::Call(const char* entry, Needs needs) : code_(kSuccess) {
     code_ = kDeinitialized;
   } else {
     lock_ = std::unique_lock(all.mutex);
+    all.changed.wait(lock_, [&] { return all.drains == 0; });
     code_ = admit(entry, needs);
   }
 }
@@ -332,7 +351,10 @@ int drain(std::unique_lock<std::mutex>& lock) {
   State& all = state();
   const size_t losses = all.losses;
   hurry();
+  ++all.drains;
   all.changed.wait(lock, [&] { return !has_queued_work() || all.losses != losses; });
+  --all.drains;
+  all.changed.notify_all();
   all.order.host_waits_for_all();
   return all.lost;
 }

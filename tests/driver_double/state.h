@@ -62,12 +62,16 @@ struct Completion {
 
 struct Registration {
   size_t bytes = 0;
-  size_t copies = 0;  // queued or running over it
+  size_t copies = 0;  // queued or running over it, and waits for a word of it
 };
 
 struct Operation {
-  enum Kind { kCopy, kRecord, kWait } kind;
+  enum Kind { kCopy, kRecord, kWait, kWaitWord } kind;
   std::shared_ptr<Completion> completion;  // of this operation; of the event for kWait
+
+  // of kWaitWord, with its registration
+  uint32_t* word = nullptr;
+  uint32_t value = 0;
 
   // of copies
   Direction direction = kToHost;
@@ -147,6 +151,8 @@ struct State {
   size_t free_bytes = 0;                // of every device
   std::map<uintptr_t, size_t> managed;  // bytes by address
   std::map<uintptr_t, Page> pages;      // by address
+
+  size_t drains = 0;  // calls that wait for an idle device, and hold the driver meanwhile
 
   bool capturing = false;  // a thread that makes no other calls captures a CUDA graph, in the global mode
 
@@ -236,7 +242,8 @@ std::shared_ptr<Stream> stream_of(const char* entry, void* handle);
 inline bool ends_in_call(const std::shared_ptr<Stream>& stream) { return !stream || stream->computes; }
 bool has_queued_work();
 bool is_copied(uintptr_t address, size_t bytes);  // by a copy that is queued or running
-// Waits until no stream has any; a late double does it now. Returns 0, or what the context was lost with.
+// Waits until no stream has any; a late double does it now. Other threads' calls wait for that. Returns 0, or
+// what the context was lost with.
 int drain(std::unique_lock<std::mutex>& lock);
 // The same after unordered uses, for a second at most and told to nobody: what is written to memory that is
 // used by others, or freed, must not end the process before the race is told.

@@ -31,6 +31,7 @@ using namespace driver_double;
   X("cuStreamCreateWithPriority", cuStreamCreateWithPriority, 5050)                \
   X("cuStreamDestroy", cuStreamDestroy_v2, 4000)                                   \
   X("cuStreamWaitEvent", cuStreamWaitEvent, 3020)                                  \
+  X("cuStreamWaitValue32", cuStreamWaitValue32_v2, 11070)                          \
   X("cuEventCreate", cuEventCreate, 2000)                                          \
   X("cuEventRecord", cuEventRecord, 2000)                                          \
   X("cuEventQuery", cuEventQuery, 2000)                                            \
