@@ -39,6 +39,7 @@ _OUTPUT_CHARACTERS = 4000  # of a section that is not done, the last ones
 _SOURCES = {".py", ".pyi", ".cpp", ".h", ".inl", ".cu", ".toml", ".txt"}
 _PEERS = ("fsdp2", "torchao", "deepspeed")
 _ON_HOST, _HALF, _STREAMED = "optimizer+gradients", "optimizer:0.5+gradients", "optimizer+gradients+params"
+_AHEAD = f"{_STREAMED}:ahead"
 _UNIFIED = "optimizer:unified optimizer:unified=0.5,host=0.5"
 _ACTIVATIONS = f"{_ON_HOST}+activations {_ON_HOST}+activations:int8"
 _TEST_PARTS = 4  # each fits a call, also on the slowest of hosts
@@ -94,7 +95,7 @@ def sections(device: str, *, quick: bool, tiny: bool, host_budget: str | None) -
         return [
             *shared,
             train("activations", 60, f"{small} {resident} {_ACTIVATIONS}"),
-            train("train-tiny", 60, f"{shape} {resident} {_ON_HOST} {_HALF} {_UNIFIED} {_STREAMED}"),
+            train("train-tiny", 60, f"{shape} {resident} {_ON_HOST} {_HALF} {_UNIFIED} {_STREAMED} {_AHEAD}"),
             *([] if device == "cpu" else [train("capped-tiny", 60, f"{capped} {shape} {resident} {_STREAMED}")]),
             *peers(60, "tiny", shape),
             bench("largest", 60, f"largest --device {device} --size tiny --device-budget 1MiB --host-budget 4MiB"),
@@ -118,6 +119,7 @@ def sections(device: str, *, quick: bool, tiny: bool, host_budget: str | None) -
         train("activations", 150, f"--size 1b --tokens 16384 {kept} --steps 5 {resident} {_ACTIVATIONS}"),
         train("train-1b", 280, f"--size 1b {five} {model} --steps 3 {resident} {_ON_HOST} {_HALF} {_STREAMED}"),
         train("train-1b-unified", 150, f"--size 1b {two} {model} --steps 2 {resident} {_UNIFIED}"),
+        train("train-1b-ahead", 150, f"--size 1b {two} {model} --steps 5 {resident} {_STREAMED} {_AHEAD}"),
         train("train-8b", hosts, f"{large} {five} {resident} {_ON_HOST}"),
         train("train-8b-hybrid", hosts, f"{large} {two} {resident} {_HALF}"),
         train("train-8b-streamed", hosts, f"{large} {two} {resident} {_STREAMED}"),

@@ -122,6 +122,10 @@ class Config:
         of `step()`: for runs that clip rarely, with steps too short to hide the update. Exact: an update that turns out
         otherwise (clipped, another gradient or rate) is taken back to the byte and done again. The parameters whose
         gradients come first have the room. None and 0: every update begins in `step()`.
+    run_ahead: a forward does not wait while the host still updates a streamed weight (params="host"): the stream that
+        uploads it does, so that what the unit computes is launched already when the weight comes. Exact. An update that
+        fails is then told by the next unit, backward or step. For CUDA devices; elsewhere, and where the driver does
+        not do it, the forward waits and `stats()` says why.
     units: what travels together: module classes and names (`[Block, "head"]`), or a predicate over modules; None
         finds the elements of repeated lists. What is in no unit so named is in the units around it.
     prefetch: how many units of weights are sent for ahead of their use, with params off the device: 1 or more; None
@@ -157,6 +161,7 @@ class Config:
     disk_block: int | str = 1 << 20
     disk_queue_depth: int | None = None
     speculate: int | str | None = None
+    run_ahead: bool = False
     prefetch: int | None = None
     units: Any = None
     master: Master = "auto"
@@ -223,6 +228,7 @@ class Config:
         if isinstance(self.rounding_seed, bool) or not isinstance(self.rounding_seed, int):
             raise InvalidArgument(f"rounding_seed={self.rounding_seed!r}: give an integer")
         _check_choice("lazy", self.lazy, (True, False))
+        _check_choice("run_ahead", self.run_ahead, (True, False))
         _check_choice("pin", self.pin, ("auto", True, False))
         _check_choice("poison", self.poison, (None, True, False))
         _check_choice("grad_dtype", self.grad_dtype, (None, "fp32"))

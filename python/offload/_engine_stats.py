@@ -89,6 +89,10 @@ def engine_stats(engine: Engine, parameters: Sequence[Parameter], buffers: Mappi
         )
     if engine.config.speculate_bytes and (why := why_not_ahead(engine)) is not None:
         fallbacks.append(f"no update begins in backward, as speculate= asks for: {why}")
+    if engine.config.run_ahead and not engine.runs_ahead:
+        params = engine.plan.params
+        why = engine.pipeline.run_ahead_refusal if params == "host" else f"weights are on the {params}, not on the host"
+        fallbacks.append(f"a forward waits for updates, against run_ahead=: {why}")
     fallbacks += [
         f"{type(optimizer).__name__} has no native update: its own torch operations run on the "
         f"{engine.plan.optimizer} inside step()"

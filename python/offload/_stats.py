@@ -30,8 +30,9 @@ class Stats:
     transfers: bytes and copies by direction (to_host, to_device).
     isa: the instruction set of the host update. pinned: host memory is page-locked; when it is not,
     pageable_reason says why. update_s: seconds the host update ran; exposed_s: of these, seconds that the training
-    thread was blocked; blocked_s: all that it was blocked for, uploads and late gradients included. fallbacks: every
-    slower path taken, one sentence each. peak_weight_bytes: the most that weights took on the device at once.
+    thread was blocked (with `run_ahead` a stream waits in its place, which is not counted); blocked_s: all that it was
+    blocked for, uploads and late gradients included. fallbacks: every slower path taken, one sentence each.
+    peak_weight_bytes: the most that weights took on the device at once.
     activations: of the latest forward, bytes that could leave, that left (offloaded_bytes), what these were on their
     way (sent_bytes: fewer with an activation_format), and that the host budget kept on the device.
     resident_weights: with `params="host"`, what does not come and go with its unit, and why: always on the device, or

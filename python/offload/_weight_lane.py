@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,9 +117,13 @@ class WeightLane:
     def abandon_weights(self, residency: Residency, upload: Any) -> None:
         self._engine.transfers.wait_on_stream(residency.stream, upload)
 
-    def settle_updates(self, parameters: Sequence[Parameter]) -> None:
+    def settle_updates(self, parameters: Collection[Parameter]) -> None:
         self._engine.require_own_process()
         self._engine.settle_updates(parameters)
+
+    def follow_updates(self, parameters: Collection[Parameter]) -> None:
+        self._engine.require_own_process()
+        self._engine.follow_updates(parameters)
 
     def weight_written(self, parameter: Parameter, on_host: Tensor) -> None:
         state = self._engine.states.get(id(parameter))

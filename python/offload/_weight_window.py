@@ -68,8 +68,11 @@ class WeightStore(Protocol):
     def abandon_weights(self, residency: Residency, upload: Any) -> None:
         """The stream that their memory goes back to waits for what start_weights() started; raises its error."""
 
-    def settle_updates(self, parameters: Sequence[Parameter]) -> None:
+    def settle_updates(self, parameters: Collection[Parameter]) -> None:
         """The updates of these parameters have ended afterwards; raises their error."""
+
+    def follow_updates(self, parameters: Collection[Parameter]) -> None:
+        """As settle_updates(), where an upload behind them does not wait for them by itself."""
 
     def weight_written(self, parameter: Parameter, on_host: Tensor) -> None:
         """Somebody wrote to the parameter, which is on the device: `on_host` is to be equal afterwards."""
@@ -135,7 +138,7 @@ class WeightWindow:
                 self._store.wait_weights(residency, self.last_upload[residency])
                 continue
             try:
-                self._store.settle_updates(residency.parameters)
+                self._store.follow_updates(residency.parameters)
                 self._store.wait_weights(residency, upload)
             except BaseException:
                 self._free(residency)  # the next touch sends for it again
@@ -167,6 +170,7 @@ class WeightWindow:
             return
         if self.before_write_back is not None:
             self.before_write_back()
+        self._store.settle_updates(residency.parameters)
         self._store.hold(residency, for_writing=True)
         residency.mark_different()  # what an error leaves undone is done by whoever comes next
         with torch.no_grad():

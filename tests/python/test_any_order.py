@@ -54,7 +54,7 @@ def placements(draw: Any, dtype: str, optimizer: str) -> dict[str, Any]:
         if chosen["params"] == "disk" and chosen["optimizer"] not in ("host", "device", "disk", 0.5):
             chosen["params"] = "host"
     if chosen["params"] != "device":
-        chosen["prefetch"] = one(None, 1, 3)
+        chosen |= {"prefetch": one(None, 1, 3), "run_ahead": one(False, True)}
     if dtype != "fp32" and hasattr(torch.Tensor, "grad_dtype"):
         chosen["grad_dtype"] = one(None, None, "fp32")
     if dtype == "bf16" and optimizer not in AS_ITSELF:

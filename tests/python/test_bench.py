@@ -240,10 +240,10 @@ def test_train_goes_on_when_a_run_does_not_fit(
 def test_train_with_several_placements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_activations, "MIN_BYTES", 1)  # the model is small
     names = ["optimizer+gradients+params+activations", "optimizer:0.5+gradients", "optimizer:unified+gradients"]
-    names += ["activations:int8", "optimizer:unified=0.6,host=0.4+gradients"]
+    names += ["activations:int8", "optimizer:unified=0.6,host=0.4+gradients", "optimizer+params:ahead"]
     sizes = ["--steps", "1", "--tokens", "64", "--micro-batch", "32", "--vocabulary", "128", "--no-checkpointing"]
     result = train(tmp_path / "result.json", *sizes, "--beside", "compute", "resident", "--offload", *names)
-    everything, half, unified, rounded, parts = (result["runs"][name] for name in names)
+    everything, half, unified, rounded, parts, ahead = (result["runs"][name] for name in names)
     assert result["losses_equal_resident"] and everything["losses_equal_resident"] and half["losses_equal_resident"]
     assert everything["stats"]["host_bytes"]["weights"] > 1.9 * result["parameters"]
     assert everything["stats"]["activations"]["offloaded_bytes"] > 0
@@ -265,6 +265,10 @@ def test_train_with_several_placements(tmp_path: Path, monkeypatch: pytest.Monke
     crossing = unified["steps"][0]["bound"]  # remainders and moments, and the gradients of two micro-batches
     assert set(crossing) == {"compute_s", "to_host_s", "to_device_s", "host_update_s"}
     assert crossing["to_device_s"] == pytest.approx((10 / 2 + 2) * moved / rates["to_device"])
+    assert ahead["losses_equal_resident"] and ahead["stats"]["host_bytes"]["weights"] > 1.9 * result["parameters"]
+    assert ahead["steps"][0]["forecast_s"] > 0
+    waits = any("run_ahead" in why for why in ahead["stats"]["fallbacks"])
+    assert waits == (result["device"] == "cpu")
     assert parts["losses_equal_resident"] and parts["stats"]["host_bytes"]["moments"] >= moments
     shared = parts["steps"][0]["bound"]  # of whole parameters
     # Host memory serves both.

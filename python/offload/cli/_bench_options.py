@@ -104,8 +104,8 @@ def _add_bench_train(train: Parser) -> None:
         default=["optimizer+gradients"],
         metavar="KINDS",
         help="placements: kinds on the host (optimizer, gradients, params, activations) joined by +, or a share of one "
-        "as optimizer:0.5, or optimizer:unified, optimizer:unified=0.5,host=0.5, activations:int8, activations:fp8 "
-        "(default optimizer+gradients)",
+        "as optimizer:0.5, or optimizer:unified, optimizer:unified=0.5,host=0.5, params:ahead (run_ahead=), "
+        "activations:int8, activations:fp8 (default optimizer+gradients)",
     )
     train.add_argument(
         "--beside",

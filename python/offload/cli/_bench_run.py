@@ -20,6 +20,7 @@ from ._bench_spread import summary
 from ._model_shapes import ModelShape, shapes
 
 __all__ = [
+    "AHEAD",
     "KINDS",
     "LEARNING_RATE",
     "NO_LIMIT",
@@ -33,6 +34,7 @@ __all__ = [
     "free_bytes",
     "plain_adamw",
     "release",
+    "wrap_options",
 ]
 
 KINDS = ("optimizer", "gradients", "params", "activations")
@@ -43,7 +45,9 @@ _WARMUP_STEPS = 2
 _WARMUP_MICRO_BATCHES = 2
 
 ROUNDED = ("int8", "fp8")  # places of activations: on the host, in a lossy format
-# "host", "device", one of ROUNDED, or the share on the host; of the optimizer also "unified", or shares by place.
+AHEAD = "ahead"  # place of params: on the host, and a forward goes on while they are updated (`run_ahead=`)
+# "host", "device", AHEAD, one of ROUNDED, or the share on the host; of the optimizer also "unified", or shares by
+# place.
 Place = str | float | Mapping[str, float]
 
 
@@ -116,6 +120,16 @@ class Compute(Training):
         super().__init__(size.build(device, device), None)
 
 
+def wrap_options(places: Mapping[str, Place]) -> dict[str, Any]:
+    """Of `offload.wrap`."""
+    options: dict[str, Any] = dict(places)
+    if places.get("activations") in ROUNDED:
+        options |= {"activations": "host", "activation_format": places["activations"]}
+    if places.get("params") == AHEAD:
+        options |= {"params": "host", "run_ahead": True}
+    return options
+
+
 class Offloaded(Training):
     """`offload.wrap` with what `places` names on the host and everything else on the device."""
 
@@ -128,12 +142,9 @@ class Offloaded(Training):
         device_budget: int | str | None = NO_LIMIT,
         host_budget: int | str | None = None,
     ) -> None:
-        home = torch.device("cpu") if places.get("params") == "host" else device
-        model = size.build(home, device)
         self.places = {kind: places.get(kind, "device") for kind in KINDS}
-        options: dict[str, Any] = dict(self.places)
-        if self.places["activations"] in ROUNDED:
-            options |= {"activations": "host", "activation_format": self.places["activations"]}
+        options = wrap_options(self.places)
+        model = size.build(torch.device("cpu") if options["params"] == "host" else device, device)
         self._wrapped: offload.OffloadOptimizer
         model, self._wrapped = offload.wrap(
             model,

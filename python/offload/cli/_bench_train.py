@@ -31,7 +31,21 @@ from ._bench_ceilings import ceilings
 from ._bench_figures import Figure, figure
 from ._bench_model import build, sizes_of
 from ._bench_peers import PEERS, Unavailable, leaving_the_group
-from ._bench_run import KINDS, ROUNDED, Compute, Offloaded, Place, Run, Size, Training, free_bytes, plain_adamw, release
+from ._bench_run import (
+    AHEAD,
+    KINDS,
+    ROUNDED,
+    Compute,
+    Offloaded,
+    Place,
+    Run,
+    Size,
+    Training,
+    free_bytes,
+    plain_adamw,
+    release,
+    wrap_options,
+)
 from ._device import compute_device, make_deterministic
 from ._model_shapes import MODELS, TINY, ModelShape
 from ._progress import now_at
@@ -91,13 +105,14 @@ def parse_places(text: str) -> dict[str, Place]:
         kind, _, share = part.partition(":")
         place = place_or_share(share) if share else "host"
         known = isinstance(place, float) or not share or (kind == "activations" and share in ROUNDED)
+        known |= kind == "params" and share == AHEAD
         known |= kind == "optimizer" and (place == "unified" or isinstance(place, dict))
         places[kind] = place
         if kind not in KINDS or not known:
             raise offload.InvalidArgument(
                 f"--offload {text}: give kinds joined by '+', of {', '.join(KINDS)}, such as optimizer+gradients, "
-                "optimizer:0.5+gradients for half of the states, optimizer:unified, optimizer:unified=0.5,host=0.5, or "
-                "activations:int8 or :fp8"
+                "optimizer:0.5+gradients for half of the states, optimizer:unified, optimizer:unified=0.5,host=0.5, "
+                "params:ahead, or activations:int8 or :fp8"
             )
     return places
 
@@ -258,7 +273,7 @@ def _forecast(
 ) -> offload.StepForecast:
     """Of a step with `places` on the host; activations do not count, nor does the device's own update, whose rate the
     ceilings do not have. micro_batch_s: forward and backward of one, alone."""
-    options: dict[str, Any] = {kind: place for kind, place in places.items() if kind != "activations"}
+    options = wrap_options({kind: place for kind, place in places.items() if kind != "activations"})
     sizes, plan = _planned(shape, json.dumps(options))
     total = sum(size.numel for size in sizes)
     compute: dict[str, tuple[float, float]] = {}
