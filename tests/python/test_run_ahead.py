@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
 
@@ -64,17 +65,19 @@ def test_bits_are_those_of_resident_training(placement: dict[str, Any]) -> None:
     assert optimizer.stats().transfers["to_device_bytes"] > 0
 
 
-@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("placement", "why"),
     [
         ({}, "its streams are threads of the host"),
         ({"params": "device"}, "weights are on the device, not on the host"),
+        ({"optimizer": "disk", "disk_window": 0, "disk_block": 4096}, "states are on disk"),
     ],
-    ids=["cpu", "resident"],
+    ids=["cpu", "resident", "disk"],
 )
-def test_stats_say_why_a_forward_waits(placement: dict[str, Any], why: str, device: torch.device) -> None:
-    _, optimizer = train(AHEAD | placement, steps=1)
+def test_stats_say_why_a_forward_waits(
+    placement: dict[str, Any], why: str, device: torch.device, tmp_path: Path
+) -> None:
+    _, optimizer = train(AHEAD | {"disk_path": tmp_path} | placement, steps=1)
     told = [fallback for fallback in optimizer.stats().fallbacks if "run_ahead" in fallback]
     if device.type == "cuda" and not placement:
         assert told == []
