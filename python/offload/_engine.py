@@ -409,8 +409,10 @@ class Engine:
 
     def _is_followed(self, state: ParameterState) -> bool:
         """Whether an upload is all that has to wait for the state's update. Of one that has ended the error is told."""
+        if not (self.runs_ahead and state.streamed):
+            return False
         ticket = self._tickets.get(id(state.parameter))
-        return state.streamed and ticket is not None and not ticket.done and self.runs_ahead
+        return ticket is not None and not ticket.done
 
     def follow_updates(self, parameters: Iterable[Parameter]) -> None:
         """As `settle_updates`, but for those that only an upload has to wait for."""
