@@ -127,8 +127,9 @@ class ModelRegion:
     """The context around the forward of a wrapped model, where activations leave and casts of streamed weights are
     packed: the model's hooks enter and leave it.
 
-    torch calls the hook that leaves after an `Exception`, but not after Ctrl-C: the next forward leaves then. Until
-    that, what other code saves in this thread goes the same way, and comes back the same.
+    torch calls the hook that leaves after an `Exception`, but not after Ctrl-C: the next forward of any wrapped model
+    leaves it then, or `unwrap`. Until that, what other code saves in this thread goes the same way, and comes back the
+    same.
     """
 
     def __init__(self, model: nn.Module, activations: Activations | None, casts: WeightCasts) -> None:
@@ -136,7 +137,6 @@ class ModelRegion:
         self._activations = activations
         self._casts = casts
         self._hooks = saved_tensors_hooks(casts.pack, casts.unpack)
-        self._entered = threading.local()
 
     def enter(self) -> None:
         model = self._model()
@@ -144,28 +144,32 @@ class ModelRegion:
         if in_torch_func():  # it takes no hooks on what it saves: that stays
             self._casts.refuse_wrapped_by_torch_func(model.parameters())
             return
-        depth = self._depth()
-        if depth:
-            outer = _running_forwards(model) - 1  # the model may call itself
-            while self._depth() > max(0, outer) and self._is_innermost():
-                self.leave()
+        _leave_interrupted(entering=self)
         if self._activations is not None:
             self._activations.begin(itertools.chain(model.parameters(), model.buffers()))
-        elif not self._casts.expected() and not self._depth():  # of nested calls all enter, as all leave
+        elif not self._casts.expected() and self not in _entered():  # of nested calls all enter, as all leave
             return
         with Uninterrupted():
             self._hooks.__enter__()
-            self._entered.depth = self._depth() + 1
+            _entered().append(self)
 
     def leave(self) -> None:
-        if self._depth():
-            with Uninterrupted():
-                self._entered.depth -= 1
-                self._hooks.__exit__()
+        entered = _entered()
+        if self not in entered:
+            return
+        while entered[-1] is not self:  # of a model within this one
+            _leave_innermost()
+        _leave_innermost()
 
-    def _depth(self) -> int:
-        depth: int = getattr(self._entered, "depth", 0)  # of this thread, as the hooks are
-        return depth
+    def remove(self) -> None:
+        """What was interrupted in this thread is left, unless hooks of the user's are around."""
+        _leave_interrupted()
+
+    def _is_over(self, entering: bool) -> bool:
+        model = self._model()
+        # The model may call itself; the hook that enters is called in the call that it is for.
+        running = 0 if model is None else _running_forwards(model) - entering
+        return _entered().count(self) > max(0, running)
 
     def _is_innermost(self) -> bool:
         if _innermost_hooks is None:
@@ -179,6 +183,32 @@ class ModelRegion:
         with torch.inference_mode(False), torch.enable_grad():
             torch.ones((), device="cpu", requires_grad=True).exp()
         return self._casts.asked_count != before
+
+
+class _Thread(threading.local):
+    """As torch keeps its hooks: the regions that this thread is in, the innermost last."""
+
+    def __init__(self) -> None:
+        self.entered: list[ModelRegion] = []
+
+
+_thread = _Thread()
+
+
+def _entered() -> list[ModelRegion]:
+    return _thread.entered
+
+
+def _leave_innermost() -> None:
+    with Uninterrupted():
+        _entered().pop()._hooks.__exit__()
+
+
+def _leave_interrupted(entering: ModelRegion | None = None) -> None:
+    """Leaves regions whose forward was ended by Ctrl-C, as far as they are innermost."""
+    entered = _entered()
+    while entered and entered[-1]._is_over(entered[-1] is entering) and entered[-1]._is_innermost():
+        _leave_innermost()
 
 
 def in_torch_func() -> bool:

@@ -70,7 +70,7 @@ class Hooks:
         self.model = weakref.ref(model)
         # The name of its unit, each module, and the hook that makes the unit ready.
         self.modules: list[tuple[str, weakref.ref[nn.Module], ModuleHook]] = []
-        self._handles: list[RemovableHandle | WideGradient | NoConversions | ForeignSteps] = []
+        self._handles: list[RemovableHandle | WideGradient | NoConversions | ForeignSteps | ModelRegion] = []
         self._watched: set[int] = set()
         self._watches_nodes = set[int]()  # modules, by identity
         self._widened: set[int] = set()
@@ -103,6 +103,7 @@ class Hooks:
             self._before_forward(model, region.enter)
             leave = ModuleHook(region.leave)
             self._handles.append(model.register_forward_hook(leave, always_call=True))
+            self._handles.append(region)
             what = "activations that come and go" if engine.activations is not None else "weights that come and go"
             self._before_forward(model, CompiledGraphs(model, what).check)
         if engine.streaming.residencies:

@@ -232,8 +232,8 @@ def test_after_an_exception_the_next_forward_starts_clean(kind: type[BaseExcepti
     assert_same(training, Training("tiny", ON).steps(2))
 
 
-def test_after_ctrl_c_hooks_of_the_user_are_not_taken_for_ours() -> None:
-    training = Training("tiny", OFF)
+def interrupted(training: Training) -> Training:
+    """Ctrl-C has ended a forward of it."""
 
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -242,6 +242,33 @@ def test_after_ctrl_c_hooks_of_the_user_are_not_taken_for_ours() -> None:
     with pytest.raises(KeyboardInterrupt):
         training.forward(0)
     handle.remove()
+    return training
+
+
+def test_after_ctrl_c_and_unwrap_no_hook_is_left() -> None:
+    training = interrupted(Training("tiny", OFF))
+    offload.unwrap(training.model, training.optimizer)
+    assert not hooks_are_active()
+
+
+def test_after_ctrl_c_another_wrapped_model_leaves_no_hook_of_the_first() -> None:
+    """Somebody makes model and optimizer anew instead of going on: what the old ones had would stay for ever."""
+    interrupted(Training("tiny", OFF))
+    gc.collect()
+    other = Training("tiny", OFF).steps(1)
+    assert not hooks_are_active()
+    assert_same(other, Training("tiny", ON).steps(1))
+
+
+def test_a_model_goes_on_around_one_that_was_interrupted() -> None:
+    inner, outer = Training("tiny", OFF), Training("tiny", OFF)
+    outer.model.norm.register_forward_pre_hook(lambda *_: (interrupted(inner), None)[1])
+    outer.steps(1)
+    assert not hooks_are_active()
+
+
+def test_after_ctrl_c_hooks_of_the_user_are_not_taken_for_ours() -> None:
+    training = interrupted(Training("tiny", OFF))
     seen: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: seen.append(tensor.detach()) or tensor.detach(), lambda tensor: tensor):
         training.forward(0).backward()
