@@ -111,12 +111,11 @@ struct Fixture {
       Parameter& parameter = *parameters.emplace_back(std::make_unique<Parameter>());
       any.device->pin(parameter.master.data(), parameter.bytes());
       const bool uploaded = std::ranges::find(resident, i) != resident.end();
-      slots.push_back(
-          pipeline->add_slot({.name = std::string(1, static_cast<char>('a' + i)),
-                              .span = parameter.span(),
-                              .upload_source = parameter.master.data(),
-                              .device_weight = uploaded ? parameter.on_device.data() : nullptr,
-                              .weight_bytes = parameter.bytes()}));
+      slots.push_back(pipeline->add_slot({.name = std::string(1, static_cast<char>('a' + i)),
+                                          .span = parameter.span(),
+                                          .upload_source = parameter.master.data(),
+                                          .device_weight = uploaded ? parameter.on_device.data() : nullptr,
+                                          .weight_bytes = parameter.bytes()}));
     }
   }
 
@@ -143,9 +142,7 @@ struct Fixture {
   }
 };
 
-bool is_foreseen(const Ticket& job) {
-  return HostWorkMark::of(StepPipeline::weight(job))->foreseen().done();
-}
+bool is_foreseen(const Ticket& job) { return HostWorkMark::of(StepPipeline::weight(job))->foreseen().done(); }
 
 void wait_foreseen(const Ticket& job) {
   CHECK(HostWorkMark::of(StepPipeline::weight(job))->foreseen().wait(kHangNs));
