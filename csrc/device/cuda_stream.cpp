@@ -307,9 +307,11 @@ bool CudaStream::Worker::small_sent_by_kernel(const Copy& copy) {
 }
 
 void CudaStream::Worker::end(Copy& copy) noexcept {
-  // Until its end was seen, the bytes may be on their way, and their memory must not be given back: so a
-  // refusal is asked about once more. Only a lost context refuses twice.
-  if (copy.sent && !saw_end(copy)) static_cast<void>(saw_end(copy));
+  // Until its end was seen, the bytes may be on their way, or the stream is yet to look at a word for a copy
+  // that was not sent. That memory must not be given back: so a refusal is asked about once more. Only a lost
+  // context refuses twice.
+  const bool uses_memory = copy.sent || !copy.awaited.empty();
+  if (uses_memory && !saw_end(copy)) static_cast<void>(saw_end(copy));
   copy.ticket.fail(std::exchange(copy.error, nullptr));
   copy.mark->set_ended();
 }
@@ -327,6 +329,7 @@ void CudaStream::Worker::trace(const Copy& copy) const noexcept {
 bool CudaStream::Worker::saw_end(Copy& copy) noexcept {
   try {
     CudaPrimaryContext::Current current(*context_);
+    if (!copy.event) copy.event = context_->acquire_event();
     if (!copy.recorded) copy.event->record(handle_);
     copy.recorded = true;
     const CudaResult code = copy.event->synchronize();

@@ -73,7 +73,9 @@ HostPages::Mapping::Mapping(size_t wanted_bytes, size_t alignment, bool address_
   if (tail_bytes > 0) munmap(reinterpret_cast<void*>(address + bytes), tail_bytes);
 }
 
-HostPages::Mapping::~Mapping() { munmap(reinterpret_cast<void*>(address), bytes); }
+HostPages::Mapping::~Mapping() {
+  if (!owner.forked()) munmap(reinterpret_cast<void*>(address), bytes);
+}
 
 HostPages::HostPages(size_t bytes, size_t chunk_bytes, const HostPagesOptions& options,
                      std::shared_ptr<Device> pin_device)

@@ -1,6 +1,7 @@
 // One mapping of host memory: huge pages, a NUMA node, touched by all workers, registered with a device.
 //
-// Ownership: owns the mapping and its registrations, the destructor undoes both; keeps the device alive.
+// Ownership: owns the mapping and its registrations, the destructor undoes both, but in a forked child, where
+//            something else may be at these addresses; keeps the device alive.
 // Threads: immutable once constructed. The constructor runs on WorkerPool::shared() and blocks.
 // Units: bytes; sizes are rounded up to the system's page.
 // Invariants: registered as a whole or not at all, in chunks of `chunk_bytes`; CUDA refuses a copy that
@@ -14,6 +15,7 @@
 #include <memory>
 #include <string>
 
+#include "base/fork_guard.h"
 #include "device/device.h"
 
 namespace offload {
@@ -52,6 +54,7 @@ class HostPages {
     ~Mapping();
     Mapping(const Mapping&) = delete;
     Mapping& operator=(const Mapping&) = delete;
+    const ForkGuard owner;
     uintptr_t address = 0;
     size_t bytes = 0;
   };

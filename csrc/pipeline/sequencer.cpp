@@ -212,7 +212,8 @@ void Sequencer::run(std::stop_token stop) {
 // Null once the stop is requested and nothing is left that may run.
 std::optional<Sequencer::QueuedJob> Sequencer::next(std::stop_token stop) {
   std::unique_lock lock(mutex_);
-  const auto ready = [&] { return !held_ && !queue_.empty(); };
+  // What is foreseen is not held: streams wait for it.
+  const auto ready = [&] { return !queue_.empty() && (!held_ || foreseen_count_ > 0); };
   if (!ready()) {
     lock.unlock();
     uploads_.flush();

@@ -80,7 +80,7 @@ class StepPipeline {
   // Why they do not; empty: they do, or nobody asked for it.
   const std::string& run_ahead_refusal() const noexcept { return run_ahead_refusal_; }
 
-  // The sequencer starts no further job until release(): for tests.
+  // The sequencer starts no further job until release(), but for those that streams may wait for: for tests.
   void hold();
   void release();
 

@@ -117,9 +117,10 @@ class Engine:
             assert self.disk is not None
             store = StateStore(self.disk, self.pool, plan.disk_window)
         window = None if store is None else store.window
-        self.pipeline = _native.StepPipeline(self.transfers, window=window, run_ahead=config.run_ahead)
+        wants_ahead = config.run_ahead and plan.params == "host"
+        self.pipeline = _native.StepPipeline(self.transfers, window=window, run_ahead=wants_ahead)
         # Whether a forward goes on while the host updates a streamed weight: the stream that uploads it waits.
-        self.runs_ahead = config.run_ahead and plan.params == "host" and not self.pipeline.run_ahead_refusal
+        self.runs_ahead = wants_ahead and not self.pipeline.run_ahead_refusal
         self.lanes = GradientLanes(device, self.pool, self.transfers)
         self.activations: Activations | None = None
         if plan.activations != "device":
@@ -295,7 +296,7 @@ class Engine:
     def _finish_pending(self, unit: EngineUnit) -> None:
         # The weights of the others are where compute runs, behind the update.
         states = [state for state in unit.states if not state.by_device]
-        self.bring_current([state for state in states if not self._is_followed(state)])
+        self.bring_current(self._not_followed(states))
         # Of states that are on their way to disk the next use is told, if they do not come there.
         unit.pending = any(id(state.parameter) in self._tickets for state in states)
 
@@ -407,18 +408,18 @@ class Engine:
         if self._tickets:
             self.bring_current([self.states[id(parameter)] for parameter in parameters if id(parameter) in self.states])
 
-    def _is_followed(self, state: ParameterState) -> bool:
-        """Whether an upload is all that has to wait for the state's update. Of one that has ended the error is told."""
-        if not (self.runs_ahead and state.streamed):
-            return False
-        ticket = self._tickets.get(id(state.parameter))
-        return ticket is not None and not ticket.done
+    def _not_followed(self, states: list[ParameterState]) -> list[ParameterState]:
+        """Without those of whose update an upload is all that has to wait. Of one that has ended the error is told."""
+        if not self.runs_ahead:
+            return states
+        ticket_of = self._tickets.get
+        return [s for s in states if not s.streamed or (t := ticket_of(id(s.parameter))) is None or t.done]
 
     def follow_updates(self, parameters: Iterable[Parameter]) -> None:
         """As `settle_updates`, but for those that only an upload has to wait for."""
         if self._tickets:
             states = [self.states[id(parameter)] for parameter in parameters if id(parameter) in self.states]
-            self.bring_current([state for state in states if not self._is_followed(state)])
+            self.bring_current(self._not_followed(states))
 
     @property
     def is_forked(self) -> bool:

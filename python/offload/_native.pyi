@@ -484,7 +484,7 @@ class StepPipeline:
         disk_wait_ns.
         """
     def hold(self) -> None:
-        """The sequencer starts no further job until release(): for tests."""
+        """The sequencer starts no further job until release(), but for those that streams may wait for: for tests."""
     def release(self) -> None: ...
 
 # --- trace ------------------------------------------------------------------------------------------------

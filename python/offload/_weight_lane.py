@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import _native, _trace
-from ._errors import StorageError
+from ._errors import OffloadError, StorageError
 from ._parameter_state import ParameterState
 from ._residency import Residency, host_runs
 from ._stored_values import StoredWeight
@@ -109,7 +109,11 @@ class WeightLane:
         stream = self._engine.lanes.compute_stream()
         if stream in residency.users:
             return
-        self._engine.transfers.wait_on_stream(stream, upload)
+        try:
+            self._engine.transfers.wait_on_stream(stream, upload)
+        except OffloadError:
+            self._engine.settle_updates(residency.parameters)  # an update's is told as one, wherever it was waited for
+            raise
         if stream != residency.stream:
             residency.used_on(torch.cuda.current_stream(self._engine.streaming.device))
         residency.users.add(stream)

@@ -272,6 +272,24 @@ void test_forked_child_leaves_the_pages_alone() {
   std::memset(buffer.address(), 7, 100);
 }
 
+// As with the word that streams wait for, which lives as long as a ticket of its pipeline.
+void test_forked_child_unmaps_nothing_of_its_own_at_their_address() {
+  auto pages = std::make_unique<HostPages>(page(), page(), HostPagesOptions{.huge_pages = false}, nullptr);
+  const uintptr_t address = pages->address();
+  const pid_t child = fork();
+  if (child == 0) {
+    void* const wanted = reinterpret_cast<void*>(address);
+    void* const own = mmap(wanted, page(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(own == wanted);
+    pages.reset();
+    CHECK(is_mapped(address));
+    _exit(result());
+  }
+  int status = 0;
+  waitpid(child, &status, 0);
+  CHECK_EQ(status, 0);
+}
+
 void test_forked_child_has_orphans_of_its_own() {
   {
     const HostPool pool(nullptr, {});
@@ -364,6 +382,7 @@ int main() {
   test_buffers_outlive_the_pool();
   test_pages_outlive_the_pool_while_a_copy_runs();
   test_forked_child_leaves_the_pages_alone();
+  test_forked_child_unmaps_nothing_of_its_own_at_their_address();
   test_forked_child_has_orphans_of_its_own();
   test_threads();
   return result();

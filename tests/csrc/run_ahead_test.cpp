@@ -111,12 +111,11 @@ struct Fixture {
       Parameter& parameter = *parameters.emplace_back(std::make_unique<Parameter>());
       any.device->pin(parameter.master.data(), parameter.bytes());
       const bool uploaded = std::ranges::find(resident, i) != resident.end();
-      slots.push_back(
-          pipeline->add_slot({.name = std::string(1, static_cast<char>('a' + i)),
-                              .span = parameter.span(),
-                              .upload_source = parameter.master.data(),
-                              .device_weight = uploaded ? parameter.on_device.data() : nullptr,
-                              .weight_bytes = parameter.bytes()}));
+      slots.push_back(pipeline->add_slot({.name = std::string(1, static_cast<char>('a' + i)),
+                                          .span = parameter.span(),
+                                          .upload_source = parameter.master.data(),
+                                          .device_weight = uploaded ? parameter.on_device.data() : nullptr,
+                                          .weight_bytes = parameter.bytes()}));
     }
   }
 
@@ -143,9 +142,7 @@ struct Fixture {
   }
 };
 
-bool is_foreseen(const Ticket& job) {
-  return HostWorkMark::of(StepPipeline::weight(job))->foreseen().done();
-}
+bool is_foreseen(const Ticket& job) { return HostWorkMark::of(StepPipeline::weight(job))->foreseen().done(); }
 
 void wait_foreseen(const Ticket& job) {
   CHECK(HostWorkMark::of(StepPipeline::weight(job))->foreseen().wait(kHangNs));
@@ -309,6 +306,56 @@ void a_refused_wait_fails_the_upload_and_not_the_update() {
   CHECK(f.parameters[0]->on_device == f.parameters[0]->master);
 }
 
+// Who holds a pipeline may go on to free device memory, and nobody would release it then.
+void a_held_pipeline_ends_what_is_foreseen() {
+  Fixture f(3);
+  std::vector<Ticket> jobs;
+  Ticket upload, last;
+  {
+    const BusyWorkers busy;
+    jobs = f.pipeline->submit({f.job(0), f.job(1)}, 0);
+    wait_foreseen(jobs[1]);
+    upload = f.upload(1, jobs[1]);
+    CHECK(is_issued(upload));
+    f.pipeline->hold();
+    last = f.pipeline->submit({f.job(2)}, 0)[0];
+  }
+  CHECK(upload.wait(kHangNs) && jobs[1].wait(kHangNs));
+  CHECK(f.parameters[1]->on_device == f.parameters[1]->master);
+  CHECK(!is_foreseen(last) && !last.done());
+  f.pipeline->release();
+  CHECK(last.wait(kHangNs));
+}
+
+// The stream looks at it when it has come there, whatever became of the copy behind it.
+void the_word_outlives_the_pipeline_where_its_upload_was_not_sent() {
+  Fixture f(1);
+  f.any.hold(Direction::kToHost);
+  const Ticket before = f.transfers->submit(Direction::kToHost, f.any.host_memory.data(),
+                                            f.parameters[0]->on_device.data(), 256, 0);
+  const Ticket broken = Ticket::pending();
+  broken.fail(std::make_exception_ptr(Error(ErrorKind::kDevice, "the link is down")));
+  const std::unique_ptr<Stream> stream = f.any.device->create_stream("uploads");
+  Ticket upload;
+  {
+    const BusyWorkers busy;
+    const Ticket job = f.pipeline->submit({f.job(0)}, 0)[0];
+    wait_foreseen(job);
+    for (const Ticket& ticket : {before, StepPipeline::weight(job), broken}) {
+      f.any.device->wait_ticket(*stream, ticket);
+    }
+    Parameter& parameter = *f.parameters[0];
+    const CopySpan copy{parameter.on_device.data(), parameter.master.data(), parameter.bytes()};
+    upload = f.any.device->submit_copies(*stream, Direction::kToDevice, {&copy, 1});
+    CHECK_EQ(armed_count(), 1u);
+  }
+  f.pipeline.reset();
+  CHECK_EQ(double_live("registrations"), 3u);  // of the test, of the parameter, and the word's
+  f.any.release(Direction::kToHost);
+  CHECK_THROWS(ErrorKind::kDevice, "the link is down", upload.wait(kHangNs));
+  CHECK(f.parameters[0]->on_device[0] == -1.0f);
+}
+
 // The driver may read a pageable source in the call, whatever the stream waits for.
 void a_pageable_upload_waits_on_the_host() {
   Fixture f(1);
@@ -362,6 +409,8 @@ int main() {
   a_pipeline_that_dies_lets_go_of_every_upload();
   the_word_outlives_the_pipeline_as_long_as_a_stream_looks_at_it();
   a_refused_wait_fails_the_upload_and_not_the_update();
+  a_held_pipeline_ends_what_is_foreseen();
+  the_word_outlives_the_pipeline_where_its_upload_was_not_sent();
   a_pageable_upload_waits_on_the_host();
   a_pipeline_says_why_no_stream_waits();
   return test::result();

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import offload
 from offload import _engine, _native
+from offload._weight_lane import WeightLane
 from offload._weight_window import WeightWindow
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 
@@ -120,8 +121,9 @@ def test_streams_wait_and_no_bit_changes(card: DriverDouble) -> None:
     assert card.misuses() == (0, "")
 
 
-def test_without_it_no_stream_waits(card: DriverDouble) -> None:
-    seen, _ = train(AHEAD | PINNED | {"run_ahead": False}, **LARGE)
+@pytest.mark.parametrize("placement", [{"run_ahead": False}, {"params": "device"}], ids=str)
+def test_without_it_no_stream_waits(card: DriverDouble, placement: dict[str, Any]) -> None:
+    seen, _ = train(AHEAD | PINNED | placement, **LARGE)
     assert_equal(seen, train(RESIDENT, **LARGE)[0])
     assert card.calls(WAIT) == 0
 
@@ -167,6 +169,33 @@ def test_a_wait_that_is_refused_later_fails_one_forward(card: DriverDouble) -> N
         other.step()
         other.zero_grad()
     assert_equal(list(model.state_dict().values()), list(plain.state_dict().values()))
+
+
+def test_an_update_that_fails_before_a_stream_waits_for_it_is_told_once(
+    card: DriverDouble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the upload behind it, which the forward waits for: as an update's, after which unwrap gives up the states."""
+    model = make_model(**LARGE)
+    model, optimizer = offload.wrap(model, torch.optim.AdamW(model.parameters(), lr=1e-2), **AHEAD, **PINNED)
+    data = batches(2)
+    loss = loss_of(model, next(data))
+    card.hold("to_host")
+    card.fail("cuMemcpyBatchAsync", 1, 801)
+    card.fail("cuMemcpyDtoHAsync_v2", 2, 999, lasting=True)
+    loss.backward()
+    optimizer.step()
+    wait = WeightLane.wait_weights
+
+    def landing(lane: WeightLane, residency: Any, upload: Any) -> None:
+        card.release("to_host")
+        wait(lane, residency, upload)
+
+    monkeypatch.setattr(WeightLane, "wait_weights", landing)
+    with pytest.raises(offload.DeviceError, match="its gradient did not arrive"):
+        model(next(data))
+    with pytest.raises(offload.StateError, match="an earlier update failed"):
+        optimizer.step()
+    offload.unwrap(model, optimizer)
 
 
 def test_what_is_written_to_a_weight_comes_home_behind_its_update() -> None:
