@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["CacheSize", "DiskWindow", "image_bytes", "plan_cache", "plan_window"]
+__all__ = ["IN_TURN", "LEAST_IMAGES", "CacheSize", "DiskWindow", "image_bytes", "plan_cache", "plan_window"]
 
 # What the disk tier wants memory aligned to (csrc/storage/scratch_file.h).
 _ALIGNMENT = 4096
@@ -23,7 +23,10 @@ _WEIGHT_ALIGNMENT = 256
 # Beside the images of weights: the frame that saves read them through, in blocks at most.
 _READ_BLOCKS = 4
 # One image is read or written while another is in use.
-_LEAST_IMAGES = 2
+LEAST_IMAGES = 2
+# So many of the places that are needed last are used in turn: the updates of a step all pass through them, and in one
+# place a read waits for the write before it.
+IN_TURN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,11 @@ class DiskWindow:
     def nbytes(self) -> int:
         """Of host memory, alignment included."""
         return (self.frame_count + self.other_frames) * self.frame_bytes + (1 + self.other_frames) * _ALIGNMENT
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of states, what stays in it from one update to the next: in whole chunks, and not where others pass."""
+        return self.frame_count * self.frame_bytes
 
 
 def plan_window(numels: Sequence[int], element_bytes: int, wanted_bytes: int) -> DiskWindow:
@@ -96,4 +104,4 @@ def plan_cache(images: Sequence[int], wanted_bytes: int, block_bytes: int) -> Ca
     largest = max(images, default=0)
     frame = min(_READ_BLOCKS, -(-largest // block_bytes)) * block_bytes
     room = (wanted_bytes - CacheSize(0, frame).nbytes) // _ALIGNMENT * _ALIGNMENT
-    return CacheSize(min(sum(images), max(_LEAST_IMAGES * largest, room)), frame)
+    return CacheSize(min(sum(images), max(LEAST_IMAGES * largest, room)), frame)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ._activation_order import ActivationOrder, activation_order
 from ._simulated_lanes import BEGIN, Compute, Lane, Piece, Repeats, Ring, latest
@@ -184,7 +184,8 @@ class Pipeline:
 
     def _update(self, backwards: bool) -> None:
         numbers = [number for number, unit in enumerate(self.units) if unit.host_update_bytes]
-        if backwards and any(unit.disk_read_bytes for unit in self.units):
+        backwards = backwards and any(unit.disk_read_bytes for unit in self.units)
+        if backwards:
             numbers.reverse()
         for number in numbers:
             kept = self.units[number].step_to_host_bytes
@@ -203,8 +204,10 @@ class Pipeline:
         for number, unit in enumerate(self.units):
             if unit.device_update_bytes:
                 self._update_on_device(number)
+        self.weights.expect_updates(numbers)
         for number in numbers:
-            self._update_on_host(number, submitted, norm, ahead)
+            order = range(self.units[number].parts)
+            self._update_on_host(number, order[::-1] if backwards else order, submitted, norm, ahead)
         if not self.settings.lazy:
             self.compute.wait(latest(self.updated))
         self.weights.send_first()
@@ -224,11 +227,11 @@ class Pipeline:
         return ahead
 
     def _update_on_host(
-        self, number: int, submitted: Piece, norm: Piece, ahead: Mapping[tuple[int, int], Piece]
+        self, number: int, parts: Iterable[int], submitted: Piece, norm: Piece, ahead: Mapping[tuple[int, int], Piece]
     ) -> None:
         unit = self.units[number]
-        weights = self.weights.read_for_update(number, submitted)
-        for part in range(unit.parts):
+        weights = self.weights.use_for_update(number)
+        for part in parts:
             states = self.states.read(number, part, submitted)
             known = submitted if self.machine.synchronous else BEGIN
             ready = (known, norm, self.landed[number][part], states, weights)
@@ -243,7 +246,7 @@ class Pipeline:
             self.states.write(number, part, update)  # which no forward waits for
             upload = self.run("to_device", unit.upload_bytes / unit.parts, update, submitted)
             self.updated[number] = latest((update, upload))
-        self.weights.write_updated(number, self.updated[number])
+        self.weights.updated(number, self.updated[number])
 
     def _update_on_device(self, number: int) -> None:
         """Inside `step()`, one unit after another, nothing sent ahead."""

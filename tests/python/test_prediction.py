@@ -11,6 +11,7 @@ from torch import nn
 
 import offload
 from offload import Hardware, InvalidArgument
+from offload._disk_window import DiskWindow
 from offload._model_sizes import token_costs
 from offload._predicted_step import Job
 from offload._units import find_units
@@ -243,6 +244,18 @@ def test_faster_links_memory_and_compute_never_make_a_step_slower(llama: nn.Modu
         better = dataclasses.replace(base, **{name: 2 * getattr(base, name)})
         faster = offload.predict(llama, better, batches=[2], gradients="host", params="device").steps
         assert faster[0].seconds <= steps[0].seconds * 1.001, name
+
+
+def test_states_on_disk_stay_in_the_frames_of_the_update_alone() -> None:
+    """What others pass through (loads, saves) keeps nothing."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(24)))
+    window = DiskWindow(1 << 20, 10 << 20, 16)  # a frame holds the states of a layer
+    options: dict[str, Any] = {"optimizer": "disk", "gradients": "host", "params": "device", "disk_path": "."}
+    found = offload.predict(model, ROOMY, batches=[1], activations="device", disk_window=window.nbytes, **options)
+    assert ROOMY.disk_read is not None
+    read = found.steps[0].busy["disk_read"] * ROOMY.disk_read
+    assert read == pytest.approx(8 * window.frame_bytes)
 
 
 def test_the_fastest_prefers_what_offloads_less(llama: nn.Module) -> None:
