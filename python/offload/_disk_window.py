@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["IN_TURN", "LEAST_IMAGES", "CacheSize", "DiskWindow", "image_bytes", "plan_cache", "plan_window"]
+__all__ = [
+    "IN_TURN",
+    "LEAST_IMAGES",
+    "WANTED_FRAMES",
+    "CacheSize",
+    "DiskWindow",
+    "image_bytes",
+    "plan_cache",
+    "plan_window",
+]
 
 # What the disk tier wants memory aligned to (csrc/storage/scratch_file.h).
 _ALIGNMENT = 4096
@@ -15,7 +24,7 @@ _MOST_CHUNK_ELEMENTS = 1 << 20
 _LEAST_CHUNK_ELEMENTS = 1 << 10
 # One chunk is read while another is updated and a third is written.
 _LEAST_FRAMES = 3
-_WANTED_FRAMES = 8
+WANTED_FRAMES = 8
 # Beside the frames of the update: two through which states are loaded and edited, one from which they are saved.
 _OTHER_FRAMES = 3
 # Of weights: each starts at a multiple of this in its image (_residency.py).
@@ -60,7 +69,7 @@ def plan_window(numels: Sequence[int], element_bytes: int, wanted_bytes: int) ->
     chunk = _MOST_CHUNK_ELEMENTS
     largest = max(numels, default=1)
     while chunk > _LEAST_CHUNK_ELEMENTS and (
-        chunk // 2 >= largest or _window(chunk, element_bytes, _WANTED_FRAMES).nbytes > wanted_bytes
+        chunk // 2 >= largest or _window(chunk, element_bytes, WANTED_FRAMES).nbytes > wanted_bytes
     ):
         chunk //= 2
     chunk_count = sum(-(-numel // chunk) for numel in numels)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ._disk_window import WANTED_FRAMES
 from ._simulated_cache import SimulatedWeightCache
 from ._simulated_lanes import BEGIN, Piece, Ring, latest
+from ._step_work import UnitWork
 
 if TYPE_CHECKING:
     from ._simulator import Pipeline
@@ -14,6 +17,12 @@ if TYPE_CHECKING:
 __all__ = [
     "SimulatedActivationWindow", "SimulatedStateWindow", "SimulatedWeightWindow", "window_schedule",
 ]  # fmt: skip
+
+
+# Of a part: beyond them a window is smaller than any that is chosen.
+_MOST_PIECES = 64
+# Of sums of bytes.
+_ROUNDING = 1e-9
 
 
 def window_schedule(count: int, prefetch: int) -> list[list[int]]:
@@ -101,32 +110,46 @@ class SimulatedStateWindow:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._capacity = pipeline.settings.window_bytes
+        self._capacity = pipeline.settings.window_bytes * (1 + _ROUNDING)
+        self._pieces = [self._cut(unit) for unit in pipeline.units]
         self._frames: dict[tuple[int, int], Piece] = {}  # the oldest first, and what they are written by
         self._bytes = 0.0
 
-    def read(self, number: int, part: int, submitted: Piece) -> Piece:
+    def pieces_of(self, number: int) -> range:
+        """A unit's parts; larger ones in as many pieces as pass through the window one after another."""
+        return self._pieces[number]
+
+    def _cut(self, unit: UnitWork) -> range:
+        most = self._capacity / WANTED_FRAMES
+        each = math.ceil(unit.disk_read_bytes / unit.parts / most) if most else 1
+        return range(unit.parts * min(max(1, each), _MOST_PIECES))
+
+    def read(self, number: int, piece: int, submitted: Piece) -> Piece:
         unit = self._pipeline.units[number]
         if not unit.disk_read_bytes:
             return BEGIN
-        if (number, part) in self._frames and self._bytes <= self._capacity:
-            self._bytes -= unit.disk_read_bytes / unit.parts
-            return self._frames.pop((number, part))
+        nbytes = self._bytes_of(number)
+        if (number, piece) in self._frames and self._bytes <= self._capacity:
+            self._bytes -= nbytes
+            return self._frames.pop((number, piece))
         freed = submitted
-        while self._frames and self._bytes + unit.disk_read_bytes / unit.parts > self._capacity:
+        while self._frames and self._bytes + nbytes > self._capacity:
             oldest = next(iter(self._frames))
             freed = latest((freed, self._frames.pop(oldest)))
-            other = self._pipeline.units[oldest[0]]
-            self._bytes -= other.disk_read_bytes / other.parts
-        return self._pipeline.run("disk_read", unit.disk_read_bytes / unit.parts, freed)
+            self._bytes -= self._bytes_of(oldest[0])
+        return self._pipeline.run("disk_read", nbytes, freed)
 
-    def write(self, number: int, part: int, update: Piece) -> None:
+    def write(self, number: int, piece: int, update: Piece) -> None:
         unit = self._pipeline.units[number]
         if not unit.disk_read_bytes:
             return
-        written = self._pipeline.run("disk_write", unit.disk_write_bytes / unit.parts, update)
-        self._frames[number, part] = written
-        self._bytes += unit.disk_read_bytes / unit.parts
+        written = self._pipeline.run("disk_write", unit.disk_write_bytes / len(self.pieces_of(number)), update)
+        self._frames[number, piece] = written
+        self._bytes += self._bytes_of(number)
+
+    def _bytes_of(self, number: int) -> float:
+        """Of a piece."""
+        return self._pipeline.units[number].disk_read_bytes / len(self.pieces_of(number))
 
 
 class SimulatedActivationWindow:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ._activation_order import ActivationOrder, activation_order
 from ._simulated_lanes import BEGIN, Compute, Lane, Piece, Repeats, Ring, latest
@@ -206,8 +206,8 @@ class Pipeline:
                 self._update_on_device(number)
         self.weights.expect_updates(numbers)
         for number in numbers:
-            order = range(self.units[number].parts)
-            self._update_on_host(number, order[::-1] if backwards else order, submitted, norm, ahead)
+            pieces = self.states.pieces_of(number)
+            self._update_on_host(number, pieces[::-1] if backwards else pieces, submitted, norm, ahead)
         if not self.settings.lazy:
             self.compute.wait(latest(self.updated))
         self.weights.send_first()
@@ -227,24 +227,26 @@ class Pipeline:
         return ahead
 
     def _update_on_host(
-        self, number: int, parts: Iterable[int], submitted: Piece, norm: Piece, ahead: Mapping[tuple[int, int], Piece]
+        self, number: int, pieces: Sequence[int], submitted: Piece, norm: Piece, ahead: Mapping[tuple[int, int], Piece]
     ) -> None:
-        unit = self.units[number]
+        """pieces: of its parts, in the order of their updates. A part whose update begins ahead is a piece."""
+        unit, count = self.units[number], len(pieces)
         weights = self.weights.use_for_update(number)
-        for part in parts:
-            states = self.states.read(number, part, submitted)
+        for piece in pieces:
+            part = piece * unit.parts // count
+            states = self.states.read(number, piece, submitted)
             known = submitted if self.machine.synchronous else BEGIN
             ready = (known, norm, self.landed[number][part], states, weights)
             begun = ahead.get((number, part))
             if begun is None:
-                update = self.run("host_update", self._slower * unit.host_update_bytes / unit.parts, *ready)
+                update = self.run("host_update", self._slower * unit.host_update_bytes / count, *ready)
             elif self.settings.throws_away:
                 again = _COPY * self.backups[number, part] + unit.host_update_bytes / unit.parts
                 update = self.run("host_update", again, begun, *ready)
             else:
                 update = self.lanes["host_update"].pass_by(begun, *ready)
-            self.states.write(number, part, update)  # which no forward waits for
-            upload = self.run("to_device", unit.upload_bytes / unit.parts, update, submitted)
+            self.states.write(number, piece, update)  # which no forward waits for
+            upload = self.run("to_device", unit.upload_bytes / count, update, submitted)
             self.updated[number] = latest((update, upload))
         self.weights.updated(number, self.updated[number])
 

@@ -190,6 +190,12 @@ def test_no_forward_waits_for_writes_of_states() -> None:
     assert step.busy["disk_write"] == pytest.approx(5) and step.exposed["disk_write"] == 0
 
 
+def test_states_larger_than_their_window_are_read_while_others_are_written() -> None:
+    unit = UnitWork("u", 0.0, 0.0, gradient_bytes=1, host_update_bytes=1, disk_read_bytes=80, disk_write_bytes=80)
+    step = forecast([unit] * 2, ONE, window_bytes=40)
+    assert 160 <= step.seconds < 180
+
+
 def test_weights_on_disk_are_read_before_each_upload_and_each_update() -> None:
     """With room for two units, the least that there is, of twelve; what is in the cache is neither read nor written."""
     units = [streamed(stored_bytes=1)] * 12

@@ -145,6 +145,9 @@ SETTINGS = {
     "states on disk, slow reads": Setting(DISK, disk=(2, 9), units=6, seconds=(0.5, 1)),
     "states on disk, slow writes": Setting(DISK, disk=(9, 2), units=6, seconds=(0.5, 1)),
     "states on disk, slow updates": Setting(DISK, disk=(7, 7), units=6, link=(1, 1), update=0.6),
+    "states on disk, a window of small chunks": Setting(
+        DISK, disk=(5, 5), units=6, seconds=(0.5, 1), window=0, within=0.03
+    ),
     "states on disk, not lazy": Setting(DISK | {"lazy": False}, clips=False, disk=(6, 4), units=6),
     "states on disk, two micro-batches": Setting(DISK, 2, disk=(2, 2), units=5, window=9, link=(0.7, 0.7)),
     # A unit that is in the window by half: every other step begins with the half that is there.
@@ -176,7 +179,7 @@ def options_of(setting: Setting, path: Path | str = ".") -> dict[str, Any]:
     if setting.backups:
         more["speculate"] = setting.backups * _BACKUP_BYTES
     if setting.disk is not None:
-        more |= {"disk_path": path, "disk_block": _FRAME_BYTES, "disk_queue_depth": setting.window + 2 * setting.cache}
+        more |= {"disk_path": path, "disk_block": _FRAME_BYTES, "disk_queue_depth": 24}
         more["disk_window"] = DiskWindow(_ELEMENTS, _FRAME_BYTES, setting.window).nbytes
     return setting.options | more
 

@@ -292,6 +292,19 @@ def test_several_cards_by_hand() -> None:
     assert leaving.busy["to_host"] == pytest.approx(alone.busy["to_host"])
 
 
+def test_weights_on_disk_pass_through_the_cache_of_a_card(llama: nn.Module) -> None:
+    """Of its share of the host, not of all that there is."""
+    hardware = card(host_bytes=16 * GIB, device_bytes=80 * GIB)
+    options: dict[str, Any] = {"optimizer": "disk", "gradients": "host", "params": "disk", "activations": "device"}
+    found = offload.predict(llama, hardware, batches=[1], gpus=2, interconnect="nvlink", **options, disk_path=".")
+    host, step = found.placements[0].host, found.steps[0]
+    states, weights = 10 * LLAMA_3_8B / 2, 2 * LLAMA_3_8B / 2
+    assert hardware.disk_read is not None and 0 < host.cache < weights
+    # The update, and forward and backward if all that is in the cache or on the device is not read.
+    read = step.busy["disk_read"] * hardware.disk_read
+    assert read >= states - host.window + 2 * (weights - host.cache)
+
+
 def test_frozen_parameters_and_other_optimizers() -> None:
     model = decoder(2, 128, vocabulary=100, dtype=torch.bfloat16)
     model.get_submodule("embedding").requires_grad_(False)
