@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -69,6 +70,17 @@ void bind_failing_system_calls(py::module_& module) {
             self.shorten(call_of(call), nth, nbytes);
           },
           py::arg("call"), py::arg("nth"), py::arg("nbytes"))
+      .def("hold_transfers", &FailingSystemCalls::hold_transfers)
+      .def("release_transfers", &FailingSystemCalls::release_transfers)
+      .def("held_transfers",
+           [](const FailingSystemCalls& self) {
+             std::vector<std::tuple<bool, off_t, size_t>> found;
+             for (const auto& held : self.held_transfers()) {
+               found.emplace_back(held.is_write, held.offset, held.bytes);
+             }
+             return found;
+           })
+      .def("let_go", &FailingSystemCalls::let_go, py::arg("is_write"), py::arg("offset"))
       .def("pretend_clones", &FailingSystemCalls::pretend_clones)
       .def("pretend_file_system", &FailingSystemCalls::pretend_file_system, py::arg("type"))
       .def(

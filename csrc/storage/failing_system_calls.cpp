@@ -6,6 +6,9 @@
 #include <cerrno>
 #include <cstdlib>
 #include <memory>
+#include <string>
+
+#include "base/error.h"
 
 namespace offload {
 namespace {
@@ -56,6 +59,50 @@ void FailingSystemCalls::pretend_file_system(long type) {
 void FailingSystemCalls::pretend_clones() {
   std::lock_guard lock(mutex_);
   pretends_clones_ = true;
+}
+
+void FailingSystemCalls::hold_transfers() {
+  std::lock_guard lock(mutex_);
+  holds_transfers_ = true;
+}
+
+void FailingSystemCalls::release_transfers() {
+  {
+    std::lock_guard lock(mutex_);
+    holds_transfers_ = false;
+    held_.clear();
+  }
+  let_go_.notify_all();
+}
+
+std::vector<FailingSystemCalls::HeldTransfer> FailingSystemCalls::held_transfers() const {
+  std::lock_guard lock(mutex_);
+  return held_;
+}
+
+void FailingSystemCalls::let_go(bool is_write, off_t offset) {
+  {
+    std::lock_guard lock(mutex_);
+    const auto found = std::ranges::find_if(
+        held_, [&](const HeldTransfer& held) { return held.is_write == is_write && held.offset == offset; });
+    if (found == held_.end()) {
+      throw Error(ErrorKind::kInvalidArgument, std::string("no ") + (is_write ? "write" : "read") +
+                                                   " at offset " + std::to_string(offset) + " is held");
+    }
+    held_.erase(found);
+  }
+  let_go_.notify_all();
+}
+
+void FailingSystemCalls::wait_until_let_go(const HeldTransfer& transfer) {
+  std::unique_lock lock(mutex_);
+  if (!holds_transfers_) return;
+  held_.push_back(transfer);
+  let_go_.wait(lock, [&] {
+    return std::ranges::none_of(held_, [&](const HeldTransfer& held) {
+      return held.is_write == transfer.is_write && held.offset == transfer.offset;
+    });
+  });
 }
 
 size_t FailingSystemCalls::call_count(SystemCall call) const {
@@ -142,12 +189,14 @@ int FailingSystemCalls::file_system(int file, struct statfs* facts) {
 }
 
 ssize_t FailingSystemCalls::pread(int file, void* destination, size_t bytes, off_t offset) {
+  wait_until_let_go({.is_write = false, .offset = offset, .bytes = bytes});
   const Verdict verdict = judge(SystemCall::kPread);
   if (verdict.fails) return verdict.code();
   return verdict.shortened(SystemCalls::pread(file, destination, bytes, offset));
 }
 
 ssize_t FailingSystemCalls::pwrite(int file, const void* source, size_t bytes, off_t offset) {
+  wait_until_let_go({.is_write = true, .offset = offset, .bytes = bytes});
   const Verdict verdict = judge(SystemCall::kPwrite);
   if (verdict.fails) return verdict.code();
   return verdict.shortened(SystemCalls::pwrite(file, source, bytes, offset));

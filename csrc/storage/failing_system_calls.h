@@ -1,4 +1,5 @@
 // System calls that fail on purpose: the n-th of a kind gives an errno, or moves fewer bytes than asked for.
+// Reads and writes may be held, too, and let go one by one.
 //
 // Threads: every member may be called from any thread.
 // Invariants: a call that is made to fail is not made, but for half of an allocation, as file systems do;
@@ -8,8 +9,10 @@
 
 #include <algorithm>
 #include <array>
+#include <condition_variable>
 #include <mutex>
 #include <string>
+#include <vector>
 
 #include "storage/system_calls.h"
 
@@ -34,6 +37,18 @@ class FailingSystemCalls final : public SystemCalls {
   void shorten(SystemCall call, size_t nth, size_t bytes);
 
   void pretend_file_system(long type);  // what fstatfs says from now on
+
+  // From now on each pread and pwrite waits until it is let go, all of them until release_transfers().
+  struct HeldTransfer {
+    bool is_write = false;
+    off_t offset = 0;
+    size_t bytes = 0;
+  };
+  void hold_transfers();
+  void release_transfers();
+  std::vector<HeldTransfer> held_transfers() const;
+  // Throws kInvalidArgument where no such one is held.
+  void let_go(bool is_write, off_t offset);
 
   // From now on a clone is a copy of the bytes, on any file system.
   void pretend_clones();
@@ -71,13 +86,17 @@ class FailingSystemCalls final : public SystemCalls {
   };
 
   Verdict judge(SystemCall call);
+  void wait_until_let_go(const HeldTransfer& transfer);
 
   mutable std::mutex mutex_;
+  std::condition_variable let_go_;
   // guarded by mutex_
   std::array<Fault, kSystemCallCount> faults_;
   std::array<size_t, kSystemCallCount> counts_{};
   long file_system_type_ = 0;  // 0: what the kernel says
   bool pretends_clones_ = false;
+  bool holds_transfers_ = false;
+  std::vector<HeldTransfer> held_;
 };
 
 }  // namespace offload

@@ -5,7 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-__all__ = ["CacheSize", "DiskWindow", "image_bytes", "plan_cache", "plan_window"]
+__all__ = [
+    "IN_TURN",
+    "LEAST_IMAGES",
+    "WANTED_FRAMES",
+    "CacheSize",
+    "DiskWindow",
+    "image_bytes",
+    "plan_cache",
+    "plan_window",
+]
 
 # What the disk tier wants memory aligned to (csrc/storage/scratch_file.h).
 _ALIGNMENT = 4096
@@ -15,7 +24,7 @@ _MOST_CHUNK_ELEMENTS = 1 << 20
 _LEAST_CHUNK_ELEMENTS = 1 << 10
 # One chunk is read while another is updated and a third is written.
 _LEAST_FRAMES = 3
-_WANTED_FRAMES = 8
+WANTED_FRAMES = 8
 # Beside the frames of the update: two through which states are loaded and edited, one from which they are saved.
 _OTHER_FRAMES = 3
 # Of weights: each starts at a multiple of this in its image (_residency.py).
@@ -23,7 +32,10 @@ _WEIGHT_ALIGNMENT = 256
 # Beside the images of weights: the frame that saves read them through, in blocks at most.
 _READ_BLOCKS = 4
 # One image is read or written while another is in use.
-_LEAST_IMAGES = 2
+LEAST_IMAGES = 2
+# So many of the places that are needed last are used in turn: the updates of a step all pass through them, and in one
+# place a read waits for the write before it.
+IN_TURN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +55,11 @@ class DiskWindow:
         """Of host memory, alignment included."""
         return (self.frame_count + self.other_frames) * self.frame_bytes + (1 + self.other_frames) * _ALIGNMENT
 
+    @property
+    def kept_bytes(self) -> int:
+        """Of states, what stays in it from one update to the next: in whole chunks, and not where others pass."""
+        return self.frame_count * self.frame_bytes
+
 
 def plan_window(numels: Sequence[int], element_bytes: int, wanted_bytes: int) -> DiskWindow:
     """The window for states of parameters with so many elements each, at most `element_bytes` an element on disk.
@@ -52,7 +69,7 @@ def plan_window(numels: Sequence[int], element_bytes: int, wanted_bytes: int) ->
     chunk = _MOST_CHUNK_ELEMENTS
     largest = max(numels, default=1)
     while chunk > _LEAST_CHUNK_ELEMENTS and (
-        chunk // 2 >= largest or _window(chunk, element_bytes, _WANTED_FRAMES).nbytes > wanted_bytes
+        chunk // 2 >= largest or _window(chunk, element_bytes, WANTED_FRAMES).nbytes > wanted_bytes
     ):
         chunk //= 2
     chunk_count = sum(-(-numel // chunk) for numel in numels)
@@ -96,4 +113,4 @@ def plan_cache(images: Sequence[int], wanted_bytes: int, block_bytes: int) -> Ca
     largest = max(images, default=0)
     frame = min(_READ_BLOCKS, -(-largest // block_bytes)) * block_bytes
     room = (wanted_bytes - CacheSize(0, frame).nbytes) // _ALIGNMENT * _ALIGNMENT
-    return CacheSize(min(sum(images), max(_LEAST_IMAGES * largest, room)), frame)
+    return CacheSize(min(sum(images), max(LEAST_IMAGES * largest, room)), frame)

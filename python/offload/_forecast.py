@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from ._activation_order import DEFAULT_KEEP, IN_FLIGHT_BYTES, RING_BYTES
 from ._errors import InvalidArgument
-from ._simulated_windows import uncached_share, window_schedule
+from ._simulated_cache import cache_room
+from ._simulated_windows import window_schedule
 from ._simulator import Settings, simulate
 from ._step_work import Machine, UnitWork
 
@@ -58,10 +59,10 @@ def forecast(
     micro_batches: of a step. prefetch: units of streamed weights that are sent for ahead. clips: the update waits for
     the norm of all gradients. lazy: `step()` returns while updates run. kept_activations: the share of what a
     micro-batch saves that stays on the device. activation_host_bytes: what it may take on the host; None: all that it
-    takes. window_bytes, cache_bytes: host memory that states and weights on disk pass through. ring_bytes: device
-    memory of gradients on their way. in_flight_bytes: of activations on their way to the host, where less may stay.
-    speculate_bytes: host memory of backups, with which updates begin in backward: each costs its backup to be written,
-    and the step keeps it, as no norm clips. They begin until the step's first update can.
+    takes. window_bytes, cache_bytes: host memory in which states and weights on disk stay until they are needed again.
+    ring_bytes: device memory of gradients on their way. in_flight_bytes: of activations on their way to the host, where
+    less may stay. speculate_bytes: host memory of backups, with which updates begin in backward: each costs its backup
+    to be written, and the step keeps it, as no norm clips. They begin until the step's first update can.
 
     Raises `InvalidArgument` for no units, numbers that make no sense, and a lane that is needed and has no rate.
     """
@@ -106,7 +107,7 @@ def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> d
 
     streamed = [unit for unit in units if unit.weight_bytes]
     sent = [streamed[number] for touch in window_schedule(len(streamed), settings.prefetch) for number in touch]
-    uncached = uncached_share(units, settings.cache_bytes)
+    room = cache_room(units, settings.cache_bytes)
     count = settings.micro_batches
     order = settings.order_of(units)
     saved = count * order.sent_bytes
@@ -121,8 +122,10 @@ def _least(units: Sequence[UnitWork], machine: Machine, settings: Settings) -> d
         + total("upload_bytes"),
         "host_update": total("host_update_bytes") + total("crossing_bytes"),
         "disk_read": max(0, total("disk_read_bytes") - settings.window_bytes)
-        + uncached * (stored + count * sum(unit.stored_bytes for unit in sent)),
-        "disk_write": total("disk_write_bytes") + stored,
+        # Updates, forwards and backwards go through all weights: each finds at most `room` bytes in the cache.
+        + max(0, stored - room)
+        + count * max(0, sum(unit.stored_bytes for unit in sent) - 2 * room),
+        "disk_write": total("disk_write_bytes") + max(0, stored - room),
     }
     compute = count * sum(unit.forward_seconds + unit.backward_seconds for unit in units)
     compute += machine.seconds("device_update", total("device_update_bytes") + 2 * count * order.converted_bytes)

@@ -209,6 +209,12 @@ class FailingSystemCalls:
         """The nth call of that name from now on (1 = the next) and the count - 1 after it give the errno `code`."""
     def shorten(self, call: str, nth: int, nbytes: int) -> None:
         """The nth pread, pwrite, uring_read or uring_write from now on says that it moved `nbytes` only."""
+    def hold_transfers(self) -> None:
+        """From now on each pread and pwrite waits until it is let go, all of them until release_transfers()."""
+    def release_transfers(self) -> None: ...
+    def held_transfers(self) -> list[tuple[bool, int, int]]:
+        """Of each that waits: whether it is a write, its offset in the file, and its bytes."""
+    def let_go(self, is_write: bool, offset: int) -> None: ...
     def pretend_clones(self) -> None:
         """From now on a clone is a copy of the bytes, on any file system."""
     def pretend_file_system(self, type: int) -> None:

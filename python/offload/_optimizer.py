@@ -186,6 +186,14 @@ class OffloadOptimizer(torch.optim.Optimizer):
         self._engine.announce_change()
         return method(*args, **kwargs)
 
+    @property
+    def steps_made(self) -> int:
+        """How many steps were made so far, by all optimizers of the model.
+
+        An update and its count are one: Ctrl-C, or a hook that raises behind the update, comes after both.
+        """
+        return self._engine.step.count
+
     def _usable_scale(self, scale: float | Tensor) -> GradScale:
         """A tensor on the device as a copy in fp32, which the update may read after the caller's next write to it."""
         if isinstance(scale, Tensor) and (scale.numel() != 1 or scale.is_meta or scale.is_complex()):

@@ -109,7 +109,7 @@ class Job:
             prefetch=plan.prefetch,
             kept_activations=config.activation_keep,
             activation_host_bytes=plan.activation_host_bytes,
-            window_bytes=0 if plan.disk_window is None else plan.disk_window.nbytes,
+            window_bytes=0 if plan.disk_window is None else plan.disk_window.kept_bytes,
             cache_bytes=0 if plan.weight_cache is None else plan.weight_cache.image_bytes,
         )
         found = forecast_with(speculate_bytes=plan.host.backups // self.gpus)

@@ -295,7 +295,12 @@ def _candidate(parameters: Sequence[ParameterSize], config: Config, hardware: Ha
         # The bytes of a card's part have been compared; the plan says what the whole moves.
         alone = hardware if gpus == 1 else dataclasses.replace(hardware, device_bytes=_PLENTY, host_bytes=_PLENTY)
         _, left = place_activations(config, part.host_capacity - part.host.total)
-        plan = dataclasses.replace(plan_on(parameters, config, alone), activation_host_bytes=left)
+        plan = dataclasses.replace(
+            plan_on(parameters, config, alone),
+            activation_host_bytes=left,
+            disk_window=part.window,
+            weight_cache=part.cache,
+        )
     options = dict(zip(_OPTIONS, (*whole.choice, config.activations), strict=True))
     placed = PlacedBytes(options, device, part.host, part.disk, refusal)
     return _Candidate(placed, config, plan, part.host_capacity - part.host.total)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ._disk_window import WANTED_FRAMES
+from ._simulated_cache import SimulatedWeightCache
 from ._simulated_lanes import BEGIN, Piece, Ring, latest
 from ._step_work import UnitWork
 
@@ -13,8 +15,14 @@ if TYPE_CHECKING:
     from ._simulator import Pipeline
 
 __all__ = [
-    "SimulatedActivationWindow", "SimulatedStateWindow", "SimulatedWeightWindow", "uncached_share", "window_schedule",
+    "SimulatedActivationWindow", "SimulatedStateWindow", "SimulatedWeightWindow", "window_schedule",
 ]  # fmt: skip
+
+
+# Of a part: beyond them a window is smaller than any that is chosen.
+_MOST_PIECES = 64
+# Of sums of bytes.
+_ROUNDING = 1e-9
 
 
 def window_schedule(count: int, prefetch: int) -> list[list[int]]:
@@ -39,68 +47,62 @@ def window_schedule(count: int, prefetch: int) -> list[list[int]]:
 
 
 class SimulatedWeightWindow:
-    """Streamed weights. Of those on disk, the cache always has its share of each unit, and the rest is read."""
+    """Streamed weights on the device. Those on disk come there from the cache."""
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        units, settings = pipeline.units, pipeline.settings
-        self._streamed = [number for number, unit in enumerate(units) if unit.weight_bytes]
-        self._schedule = window_schedule(len(self._streamed), settings.prefetch)
-        self._touches = iter(self._schedule)
+        self._streamed = [number for number, unit in enumerate(pipeline.units) if unit.weight_bytes]
+        self._pass = [*self._streamed, *reversed(self._streamed)]
+        self._schedule = window_schedule(len(self._streamed), pipeline.settings.prefetch)
+        self._touched = 0  # in this pass
         self._arrivals: dict[int, Piece] = {}
         self._sent_first = False
-        self.uncached = uncached_share(units, settings.cache_bytes)
-        largest = max((unit.stored_bytes for unit in units), default=0)
-        # Reads go so many units ahead of the uploads.
-        depth = max(1 + settings.prefetch, settings.cache_bytes // largest if largest else 0)
-        self._uploads: deque[Piece] = deque([BEGIN] * depth, maxlen=depth)
-        self._written = [BEGIN] * len(units)
+        self._cache = SimulatedWeightCache(pipeline)
 
     def touch(self, number: int) -> None:
         if not self._pipeline.units[number].weight_bytes:
             return
-        for sent in next(self._touches):
-            if not self._sent_first:
-                self._send(self._streamed[sent])
+        sent = () if self._sent_first else self._schedule[self._touched]
+        self._touched += 1
+        self._send(sent, (*self._pass[self._touched :], *self._pass))
         self._sent_first = False
         self._pipeline.compute.wait(self._arrivals[number])
 
     def empty(self) -> None:
         """A micro-batch ended."""
-        self._touches = iter(self._schedule)
+        self._touched = 0
 
     def map_pieces(self, of: Callable[[Piece], Piece]) -> None:
         self._arrivals = {number: of(piece) for number, piece in self._arrivals.items()}
-        self._uploads = deque(map(of, self._uploads), maxlen=self._uploads.maxlen)
+        self._cache.map_pieces(of)
 
     def send_first(self) -> None:
         """The step is submitted: what the next forward begins with comes behind its updates."""
-        for sent in self._schedule[0] if self._schedule else ():
-            self._send(self._streamed[sent])
+        if self._schedule:
+            self._send(self._schedule[0], self._pass)
         self._sent_first = bool(self._schedule)
 
-    def _send(self, number: int) -> None:
-        pipeline, unit = self._pipeline, self._pipeline.units[number]
-        stored = unit.stored_bytes * self.uncached
-        read = pipeline.run("disk_read", stored, self._uploads[0], pipeline.updated[number])
-        after = (pipeline.compute.last, pipeline.updated[number], read)
-        self._arrivals[number] = pipeline.run("to_device", unit.weight_bytes, *after)
-        self._uploads.append(self._arrivals[number])
+    def _send(self, sent: Iterable[int], coming: Sequence[int]) -> None:
+        """coming: units in the order in which they are needed next."""
+        pipeline = self._pipeline
+        self._cache.expect(coming)
+        for number in map(self._streamed.__getitem__, sent):
+            after = (pipeline.compute.last, pipeline.updated[number], self._cache.use(number))
+            upload = pipeline.run("to_device", pipeline.units[number].weight_bytes, *after)
+            self._arrivals[number] = upload
+            self._cache.uploaded(number, upload)
+        self._cache.read_ahead()
 
-    def read_for_update(self, number: int, submitted: Piece) -> Piece:
-        stored = self._pipeline.units[number].stored_bytes * self.uncached
-        if not stored:
-            return BEGIN
-        return self._pipeline.run("disk_read", stored, submitted, self._written[number])
+    def expect_updates(self, numbers: Sequence[int]) -> None:
+        """Of these units in this order; the next pass follows."""
+        self._cache.expect((*numbers, *self._pass))
 
-    def write_updated(self, number: int, updated: Piece) -> None:
-        self._written[number] = self._pipeline.run("disk_write", self._pipeline.units[number].stored_bytes, updated)
+    def use_for_update(self, number: int) -> Piece:
+        """When the update may write to the weights."""
+        return self._cache.use_for_update(number)
 
-
-def uncached_share(units: Sequence[UnitWork], cache_bytes: int) -> float:
-    """Of weights on disk, what is not in a cache of so many bytes when it is needed."""
-    stored = sum(unit.stored_bytes for unit in units)
-    return max(0.0, 1.0 - cache_bytes / stored) if stored else 0.0
+    def updated(self, number: int, updated: Piece) -> None:
+        self._cache.updated(number, updated)
 
 
 class SimulatedStateWindow:
@@ -108,32 +110,46 @@ class SimulatedStateWindow:
 
     def __init__(self, pipeline: Pipeline) -> None:
         self._pipeline = pipeline
-        self._capacity = pipeline.settings.window_bytes
+        self._capacity = pipeline.settings.window_bytes * (1 + _ROUNDING)
+        self._pieces = [self._cut(unit) for unit in pipeline.units]
         self._frames: dict[tuple[int, int], Piece] = {}  # the oldest first, and what they are written by
         self._bytes = 0.0
 
-    def read(self, number: int, part: int, submitted: Piece) -> Piece:
+    def pieces_of(self, number: int) -> range:
+        """A unit's parts; larger ones in as many pieces as pass through the window one after another."""
+        return self._pieces[number]
+
+    def _cut(self, unit: UnitWork) -> range:
+        most = self._capacity / WANTED_FRAMES
+        each = math.ceil(unit.disk_read_bytes / unit.parts / most) if most else 1
+        return range(unit.parts * min(max(1, each), _MOST_PIECES))
+
+    def read(self, number: int, piece: int, submitted: Piece) -> Piece:
         unit = self._pipeline.units[number]
         if not unit.disk_read_bytes:
             return BEGIN
-        if (number, part) in self._frames and self._bytes <= self._capacity:
-            self._bytes -= unit.disk_read_bytes / unit.parts
-            return self._frames.pop((number, part))
+        nbytes = self._bytes_of(number)
+        if (number, piece) in self._frames and self._bytes <= self._capacity:
+            self._bytes -= nbytes
+            return self._frames.pop((number, piece))
         freed = submitted
-        while self._frames and self._bytes + unit.disk_read_bytes / unit.parts > self._capacity:
+        while self._frames and self._bytes + nbytes > self._capacity:
             oldest = next(iter(self._frames))
             freed = latest((freed, self._frames.pop(oldest)))
-            other = self._pipeline.units[oldest[0]]
-            self._bytes -= other.disk_read_bytes / other.parts
-        return self._pipeline.run("disk_read", unit.disk_read_bytes / unit.parts, freed)
+            self._bytes -= self._bytes_of(oldest[0])
+        return self._pipeline.run("disk_read", nbytes, freed)
 
-    def write(self, number: int, part: int, update: Piece) -> None:
+    def write(self, number: int, piece: int, update: Piece) -> None:
         unit = self._pipeline.units[number]
         if not unit.disk_read_bytes:
             return
-        written = self._pipeline.run("disk_write", unit.disk_write_bytes / unit.parts, update)
-        self._frames[number, part] = written
-        self._bytes += unit.disk_read_bytes / unit.parts
+        written = self._pipeline.run("disk_write", unit.disk_write_bytes / len(self.pieces_of(number)), update)
+        self._frames[number, piece] = written
+        self._bytes += self._bytes_of(number)
+
+    def _bytes_of(self, number: int) -> float:
+        """Of a piece."""
+        return self._pipeline.units[number].disk_read_bytes / len(self.pieces_of(number))
 
 
 class SimulatedActivationWindow:

@@ -184,7 +184,8 @@ class Pipeline:
 
     def _update(self, backwards: bool) -> None:
         numbers = [number for number, unit in enumerate(self.units) if unit.host_update_bytes]
-        if backwards and any(unit.disk_read_bytes for unit in self.units):
+        backwards = backwards and any(unit.disk_read_bytes for unit in self.units)
+        if backwards:
             numbers.reverse()
         for number in numbers:
             kept = self.units[number].step_to_host_bytes
@@ -203,8 +204,10 @@ class Pipeline:
         for number, unit in enumerate(self.units):
             if unit.device_update_bytes:
                 self._update_on_device(number)
+        self.weights.expect_updates(numbers)
         for number in numbers:
-            self._update_on_host(number, submitted, norm, ahead)
+            pieces = self.states.pieces_of(number)
+            self._update_on_host(number, pieces[::-1] if backwards else pieces, submitted, norm, ahead)
         if not self.settings.lazy:
             self.compute.wait(latest(self.updated))
         self.weights.send_first()
@@ -224,26 +227,28 @@ class Pipeline:
         return ahead
 
     def _update_on_host(
-        self, number: int, submitted: Piece, norm: Piece, ahead: Mapping[tuple[int, int], Piece]
+        self, number: int, pieces: Sequence[int], submitted: Piece, norm: Piece, ahead: Mapping[tuple[int, int], Piece]
     ) -> None:
-        unit = self.units[number]
-        weights = self.weights.read_for_update(number, submitted)
-        for part in range(unit.parts):
-            states = self.states.read(number, part, submitted)
+        """pieces: of its parts, in the order of their updates. A part whose update begins ahead is a piece."""
+        unit, count = self.units[number], len(pieces)
+        weights = self.weights.use_for_update(number)
+        for piece in pieces:
+            part = piece * unit.parts // count
+            states = self.states.read(number, piece, submitted)
             known = submitted if self.machine.synchronous else BEGIN
             ready = (known, norm, self.landed[number][part], states, weights)
             begun = ahead.get((number, part))
             if begun is None:
-                update = self.run("host_update", self._slower * unit.host_update_bytes / unit.parts, *ready)
+                update = self.run("host_update", self._slower * unit.host_update_bytes / count, *ready)
             elif self.settings.throws_away:
                 again = _COPY * self.backups[number, part] + unit.host_update_bytes / unit.parts
                 update = self.run("host_update", again, begun, *ready)
             else:
                 update = self.lanes["host_update"].pass_by(begun, *ready)
-            self.states.write(number, part, update)  # which no forward waits for
-            upload = self.run("to_device", unit.upload_bytes / unit.parts, update, submitted)
+            self.states.write(number, piece, update)  # which no forward waits for
+            upload = self.run("to_device", unit.upload_bytes / count, update, submitted)
             self.updated[number] = latest((update, upload))
-        self.weights.write_updated(number, self.updated[number])
+        self.weights.updated(number, self.updated[number])
 
     def _update_on_device(self, number: int) -> None:
         """Inside `step()`, one unit after another, nothing sent ahead."""

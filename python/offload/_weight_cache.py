@@ -25,7 +25,7 @@ from . import _native
 from ._config import format_size
 from ._disk import DiskRange, DiskStore, padded
 from ._disk_snapshot import DiskSnapshot
-from ._disk_window import CacheSize
+from ._disk_window import IN_TURN, CacheSize
 from ._errors import OffloadError, OutOfHostMemory, StorageError
 from ._interrupts import Uninterrupted
 from ._residency import Residency
@@ -35,9 +35,6 @@ __all__ = ["WeightCache"]
 # Later than any use that is known: of images whose next use is not, the least recently used one goes first.
 _UNKNOWN = 1 << 40
 _NEVER = 1 << 62
-# So many of the places that are needed last are used in turn: the updates of a step all pass through them, and in one
-# place a read waits for the write before it.
-_IN_TURN = 3
 
 
 class _Image:
@@ -330,7 +327,7 @@ class WeightCache:
                     spans.append((soonest, first, last + 1))
                     break
         spans.sort(key=lambda span: -span[0])
-        _, first, last = min(spans[:_IN_TURN], key=lambda span: self._last_use(*span[1:]), default=(0, 0, 0))
+        _, first, last = min(spans[:IN_TURN], key=lambda span: self._last_use(*span[1:]), default=(0, 0, 0))
         return first, last
 
     def _last_use(self, first: int, last: int) -> int:

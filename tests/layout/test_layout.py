@@ -39,8 +39,9 @@ CSRC_FLOORS = {
 # A Python module imports from its own floor and the floors before it.
 PYTHON_FLOORS = (
     ("_errors", "_config", "_parameter_size", "_tier_bytes", "_disk_window", "_unified_plan", "_hybrid",
-     "_plan_sizes", "_plan", "_activation_order", "_step_work", "_simulated_lanes", "_simulated_windows",
-     "_simulator", "_forecast", "_hardware", "_token_costs", "_predicted_step", "_prediction", "_stats", "_memory",
+     "_plan_sizes", "_plan", "_activation_order", "_step_work", "_simulated_lanes", "_simulated_cache",
+     "_simulated_windows", "_simulator", "_forecast", "_hardware", "_token_costs", "_predicted_step", "_prediction",
+     "_stats", "_memory",
      "_intervals", "_trace_records", "_trace_advice", "_trace_report", "_trace_file", "_trace_page"),
     (
         "_uncompiled", "_units", "_pending", "_torch_func", "_conversions", "_interrupts", "_cuda_graphs", "_adamw",

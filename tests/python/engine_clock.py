@@ -1,8 +1,8 @@
 """Training by the real engine on a clock that a test moves: a step takes what its copies and its compute take.
 
-Copies take their bytes over the rate of their lane, compute takes what `EngineClock.compute` is told, and updates take
-no time, or what `EngineClock` is told. The hand moves only when everything that can run has run, so each run gives the
-same figures.
+Copies, reads and writes take their bytes over the rate of their lane, compute takes what `EngineClock.compute` is told,
+and updates take no time, or what `EngineClock` is told. The hand moves only when every thread of the engine sleeps, so
+each run gives the same figures.
 """
 
 from __future__ import annotations
@@ -17,36 +17,44 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from offload import _engine, _native
+from offload import _engine, _native, _state_store
+from offload._disk import DiskStore
+from what_lives import all_sleep
 
 _NS = 1_000_000_000
+_EXT4 = 0xEF53
 _wait = _native.Ticket.wait
 
 
 @dataclass(eq=False)
-class _Work:
-    """A copy or an update. after: what it waits for. Of an update, gate: what the native one waits for until it is to
-    end; seconds: that it takes; ahead: it begins before its step; uploads: a copy follows that ends it."""
+class _Update:
+    """after: what it waits for. gate: what the native one waits for until it is to end; seconds: that it takes; ahead:
+    it begins before its step."""
 
     ticket: _native.Ticket
     after: list[_native.Ticket]
-    gate: _native.Ticket | None = None
-    slot: int = -1
-    seconds: float = 0.0
+    gate: _native.Ticket
+    slot: int
+    seconds: float
     ahead: bool = False
-    uploads: bool = False
     end_ns: int | None = None  # once it has begun
 
-    @property
-    def can_run(self) -> bool:
-        return all(ticket.done for ticket in self.after)
+
+@dataclass(eq=False)
+class _Transfer:
+    """A read or write of a block at `offset` of the file, which is held until its lane has taken its time for it."""
+
+    offset: int
+    nbytes: int
+    end_ns: int | None = None  # once it has begun
 
 
 class EngineClock:
     """Every engine made while the test runs has this clock. Rates of the lanes are in bytes a second.
 
     update_s: of each update on the host; ahead_s: of one that begins before its step, with its backup. The step that
-    comes to such an update is expected to take it up, in no time.
+    comes to such an update is expected to take it up, in no time. disk_read, disk_write: of a disk that gives each its
+    own time; the queue depth has to be of all that is under way.
     """
 
     def __init__(
@@ -57,6 +65,8 @@ class EngineClock:
         to_device: float,
         update_s: float = 0.0,
         ahead_s: float = 0.0,
+        disk_read: float = float("inf"),
+        disk_write: float = float("inf"),
     ) -> None:
         self._update_s, self._ahead_s = update_s, ahead_s
         self._begun_ahead: set[int] = set()  # slots, since the last step
@@ -64,18 +74,24 @@ class EngineClock:
         self._device = _native.HostDevice(
             clock=self._clock, to_host_bytes_per_s=to_host, to_device_bytes_per_s=to_device
         )
-        self._lanes: dict[str, deque[_Work]] = {"to_host": deque(), "to_device": deque()}
-        self._updates: deque[_Work] = deque()
-        self._uploading: dict[int, bool] = {}  # by slot: whether its weight is uploaded
+        self._updates: deque[_Update] = deque()
+        self._transfers: dict[bool, deque[_Transfer]] = {False: deque(), True: deque()}  # by whether it is a write
+        # Of offsets on disk: when somebody last asked for what is there. Threads take up what is asked for in one
+        # instant in any order; the disk is given it in this one.
+        self._asked: dict[int, int] = {}
+        self._offsets: dict[int, int] = {}  # by slot
+        self._disk_rates = {False: disk_read, True: disk_write}
+        self._disk_calls = _native.FailingSystemCalls()
+        self._disk_calls.pretend_file_system(_EXT4)
+        monkeypatch.setattr(_state_store, "DiskStore", self._open_disk)
         monkeypatch.setattr(_engine, "open_device", lambda _: self._device)
-        for lane in self._lanes:
-            monkeypatch.setattr(_native.TransferQueue, f"submit_{lane}", self._submitting(lane))
-        monkeypatch.setattr(_native.TransferQueue, "submit_all_to_host", self._submitting_all())
         monkeypatch.setattr(_native.TransferQueue, "wait_on_stream", self._waiting_on_stream())
         monkeypatch.setattr(_native.StepPipeline, "add_slot", self._adding())
         monkeypatch.setattr(_native.StepPipeline, "submit", self._updating())
         monkeypatch.setattr(_native.StepPipeline, "speculate", self._updating_ahead())
         monkeypatch.setattr(_native.StepPipeline, "wait", self._waiting_for_updates())
+        for call in ("submit_read_after", "submit_write_after"):
+            monkeypatch.setattr(_native.BlockFile, call, self._transferring(call))
         clock = self
 
         def wait(ticket: _native.Ticket, timeout_s: float | None = None) -> bool:
@@ -89,40 +105,20 @@ class EngineClock:
         return self._clock.now_ns() / _NS
 
     def compute(self, seconds: float) -> None:
-        """The training thread computes for so long, while copies go on."""
+        """The training thread computes for so long, while everything else goes on."""
         end = self._clock.now_ns() + round(seconds * _NS)
         while (deadline := self._settle()) is not None and deadline <= end:
             self._move_to(deadline)
         self._move_to(end)
         self._settle()
 
+    def _open_disk(self, *given: Any, **options: Any) -> DiskStore:
+        """It tries reads and writes as it opens, in no time."""
+        store = DiskStore(*given, **options, calls=self._disk_calls, backend="threads")
+        self._disk_calls.hold_transfers()
+        return store
+
     # --- what stands in for the native methods --------------------------------------------------------------
-
-    def _submitting(self, lane: str) -> Any:
-        submit = getattr(_native.TransferQueue, f"submit_{lane}")
-
-        def call(
-            queue: Any, destination: int, source: int, nbytes: int, stream: int = 0, after: Any = None, *given: Any
-        ) -> _native.Ticket:
-            self._settle()
-            ticket: _native.Ticket = submit(queue, destination, source, nbytes, stream, after, *given)
-            self._lanes[lane].append(_Work(ticket, [] if after is None else [after]))
-            self._settle()
-            return ticket
-
-        return call
-
-    def _submitting_all(self) -> Any:
-        submit = _native.TransferQueue.submit_all_to_host
-
-        def call(queue: Any, copies: list[Any], *given: Any) -> None:
-            *_, (*_, ticket, _) = copies  # of all of them
-            self._settle()
-            submit(queue, copies, *given)
-            self._lanes["to_host"].append(_Work(ticket, []))
-            self._settle()
-
-        return call
 
     def _waiting_on_stream(self) -> Any:
         wait = _native.TransferQueue.wait_on_stream
@@ -138,7 +134,8 @@ class EngineClock:
 
         def call(pipeline: Any, **slot: Any) -> int:
             number: int = add(pipeline, **slot)
-            self._uploading[number] = bool(slot.get("device_weight"))
+            if slot.get("layout") is not None:
+                self._offsets[number] = slot["disk_offset"]
             return number
 
         return call
@@ -150,14 +147,15 @@ class EngineClock:
             self._settle()
             gates = [_native.Ticket.pending() for _ in jobs]
             gated = [(*job[:3], [*job[3], gate], *job[4:]) for job, gate in zip(jobs, gates, strict=True)]
+            for job in jobs:
+                self._ask(self._offsets.get(job[0]))
             tickets: list[_native.Ticket] = submit(pipeline, gated, stream, **options)
             # Without those that were discarded. The others begin: the step's own updates wait for the clock.
             self._updates = deque(update for update in self._updates if not update.ticket.done)
             self._begun_ahead |= {update.slot for update in self._updates if update.ahead}
             for job, gate, ticket in zip(jobs, gates, tickets, strict=True):
                 seconds = 0.0 if job[0] in self._begun_ahead else self._update_s
-                after, uploads = list(job[3]), self._uploading[job[0]]
-                self._updates.append(_Work(ticket, after, gate, job[0], seconds, uploads=uploads))
+                self._updates.append(_Update(ticket, list(job[3]), gate, job[0], seconds))
             self._begun_ahead.clear()
             self._settle()
             return tickets
@@ -171,7 +169,7 @@ class EngineClock:
             self._settle()
             gate = _native.Ticket.pending()
             ticket = speculate(pipeline, (*job[:3], [*job[3], gate], *job[4:]), backup)
-            self._updates.append(_Work(ticket, list(job[3]), gate, job[0], self._ahead_s, ahead=True))
+            self._updates.append(_Update(ticket, list(job[3]), gate, job[0], self._ahead_s, ahead=True))
             self._settle()
             return ticket
 
@@ -186,6 +184,20 @@ class EngineClock:
             wait(pipeline, tickets)
 
         return call
+
+    def _transferring(self, name: str) -> Any:
+        submit = getattr(_native.BlockFile, name)
+
+        def call(file: Any, after: Any, offset: int, *given: Any) -> _native.Ticket:
+            self._ask(offset)
+            ticket: _native.Ticket = submit(file, after, offset, *given)
+            return ticket
+
+        return call
+
+    def _ask(self, offset: int | None) -> None:
+        if offset is not None:
+            self._asked[offset] = 1 + max(self._asked.values(), default=0)
 
     # --- the hand -------------------------------------------------------------------------------------------
 
@@ -203,45 +215,57 @@ class EngineClock:
         self._clock.advance(time_ns - self._clock.now_ns())
 
     def _settle(self) -> int | None:
-        """Returns when whatever can run without the hand has run; when the next copy, or the update that runs, ends,
-        None without one."""
+        """Returns when whatever can run without the hand has run; when the next copy, update, read or write ends, None
+        without one."""
         while True:
-            self._forget_ended()
+            self._let_threads_run()
             now = self._clock.now_ns()
-            if self._updates and self._updates[0].can_run:
+            self._take_up_transfers()
+            if self._updates and self._can_run(self._updates[0]):
                 update = self._updates[0]
                 if update.end_ns is None:
                     update.end_ns = now + round(update.seconds * _NS)
                 if update.end_ns <= now:
                     self._note(self._updates.popleft())
                     continue
-            sleeping = sum(bool(lane) and lane[0].can_run for lane in self._lanes.values())
+            if self._end_transfers(now):
+                continue
             deadlines = [deadline for deadline in self._clock.deadlines_ns() if deadline > now]
-            if len(deadlines) == sleeping:
-                if self._updates and self._updates[0].end_ns is not None:
-                    deadlines.append(self._updates[0].end_ns)
-                return min(deadlines, default=None)
-            os.sched_yield()  # a lane's thread is between two copies
+            begun = [*self._updates, *self._transfers[False], *self._transfers[True]]
+            deadlines += [work.end_ns for work in begun if work.end_ns is not None]
+            return min(deadlines, default=None)
 
-    def _forget_ended(self) -> None:
-        for lane in self._lanes.values():
-            while lane and lane[0].ticket.done:
-                lane.popleft()
+    def _can_run(self, update: _Update) -> bool:
+        offset = self._offsets.get(update.slot)
+        is_read = all(read.offset != offset for read in self._transfers[False])
+        return is_read and all(ticket.done for ticket in update.after)
 
-    def _note(self, update: _Work) -> None:
-        """Returns when an update has run: its upload is in the lane then, if it has one."""
-        assert update.gate is not None
+    def _let_threads_run(self) -> None:
+        while not all_sleep("offload"):
+            os.sched_yield()
+
+    def _take_up_transfers(self) -> None:
+        """Each lane gets what is held since the last time."""
+        known = {(is_write, one.offset) for is_write, lane in self._transfers.items() for one in lane}
+        held = [one for one in self._disk_calls.held_transfers() if one[:2] not in known]
+        for is_write, offset, nbytes in sorted(held, key=lambda one: self._asked.get(one[1], 0)):
+            self._transfers[is_write].append(_Transfer(offset, nbytes))
+
+    def _end_transfers(self, now: int) -> bool:
+        """Whether one has ended. The first of each lane begins."""
+        for is_write, lane in self._transfers.items():
+            if lane and lane[0].end_ns is None:
+                lane[0].end_ns = now + round(lane[0].nbytes / self._disk_rates[is_write] * _NS)
+            if lane and lane[0].end_ns is not None and lane[0].end_ns <= now:
+                self._disk_calls.let_go(is_write, lane.popleft().offset)
+                return True
+        return False
+
+    def _note(self, update: _Update) -> None:
+        """An update has run."""
         update.gate.complete()
         if update.ahead:
             self._begun_ahead.add(update.slot)
-        if not update.uploads:
-            _wait(update.ticket)
-            return
-        lane = self._lanes["to_device"]
-        while self._device.pending_count("to_device") <= len(lane):
-            self._forget_ended()
-            os.sched_yield()
-        lane.append(_Work(update.ticket, []))
 
 
 class Block(nn.Module):

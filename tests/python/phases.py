@@ -1,8 +1,12 @@
-"""A training step in named phases, for tests that interrupt or break one and look at what is left."""
+"""A training step in named phases, and its lines, for tests that interrupt or break one and look at what is left."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -10,6 +14,28 @@ from torch import Tensor, nn
 
 import offload
 from training import loss_of, make_model, same_bits
+
+PACKAGE = str(Path(offload.__file__).parent)
+
+
+@contextmanager
+def each_line(call: Callable[[str], None], of: str = PACKAGE) -> Iterator[None]:
+    """Calls with "path:line" before every line of the package, or of one file of it, that runs in this thread."""
+
+    def local(frame: FrameType, event: str, _: Any) -> Any:
+        if event == "line":
+            call(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return local
+
+    def enter(frame: FrameType, event: str, _: Any) -> Any:
+        return local if frame.f_code.co_filename.startswith(of) else None
+
+    before = sys.gettrace()
+    sys.settrace(enter)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class Trainer:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import offload
 from deepspeed_training import STAGES, config_of
 from offload.deepspeed import _engine, _monitor
-from phases import equal
+from phases import each_line, equal
 from training import batches, loss_of, make_model, same_bits
 
 pytestmark = pytest.mark.usefixtures("device")
@@ -269,6 +269,78 @@ def test_an_update_that_fails_is_made_by_the_next_call(precision: str) -> None:
     assert rest_of(engine) == before[1]
     for one in (engine, twin):
         one.step()
+        train(one, 4, 8)
+    assert equal(values_of(engine), values_of(twin))
+    assert rest_of(engine) == rest_of(twin)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_ctrl_c_at_every_line_of_a_step(precision: str) -> None:
+    """An update is counted, and followed by the loss scale, if and only if it was made; no schedule is interrupted."""
+    engine, twin = (make_engine(**PRECISIONS[precision]) for _ in range(2))
+    train(engine, 0, 2)
+    train(twin, 0, 2)
+    places: list[str] = []
+    outcomes = set()
+
+    def step_beside(on_line: Callable[[str], None]) -> BaseException | None:
+        """A step of both, that of the engine under `on_line`; what it raised."""
+        for one in (engine, twin):
+            train(one, 2, 3)
+            one.backward(loss_of(one, TOKENS[3]))
+        before = engine.global_steps
+        twin.step()
+        try:
+            with each_line(on_line):
+                engine.step()
+        except KeyboardInterrupt as error:
+            is_done = engine.global_steps > before
+            outcomes.add(is_done)
+            if not is_done:
+                engine.step()
+            engine.zero_grad()
+            if engine.lr_scheduler.last_batch_iteration < twin.lr_scheduler.last_batch_iteration:
+                engine.lr_scheduler.step()
+            return error
+        return None
+
+    def compare(place: str) -> None:
+        assert equal(values_of(engine), values_of(twin)), place
+        assert rest_of(engine) == rest_of(twin), place
+        assert engine.was_step_applied() == twin.was_step_applied(), place
+
+    step_beside(places.append)
+    compare("none")
+    for place in dict.fromkeys(places):
+        if "_schedulers.py" in place:
+            continue
+        left = [place]
+
+        def interrupt(line: str, left: list[str] = left) -> None:
+            if line in left:
+                left.remove(line)
+                signal.raise_signal(signal.SIGINT)
+
+        raised = step_beside(interrupt)
+        assert raised is not None or left, place  # some lines run in some steps alone
+        compare(place)
+    assert outcomes == {False, True}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_an_update_counts_whatever_a_hook_behind_it_raises(precision: str) -> None:
+    engine, twin = (make_engine(**PRECISIONS[precision]) for _ in range(2))
+    for one in (engine, twin):
+        train(one, 0, 3)
+        one.backward(loss_of(one, TOKENS[3]))
+    twin.step()
+    handle = engine.optimizer.register_step_post_hook(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        engine.step()
+    handle.remove()
+    assert engine.was_step_applied()
+    settle(engine, is_done=True)
+    for one in (engine, twin):
         train(one, 4, 8)
     assert equal(values_of(engine), values_of(twin))
     assert rest_of(engine) == rest_of(twin)

@@ -190,13 +190,23 @@ def test_no_forward_waits_for_writes_of_states() -> None:
     assert step.busy["disk_write"] == pytest.approx(5) and step.exposed["disk_write"] == 0
 
 
+def test_states_larger_than_their_window_are_read_while_others_are_written() -> None:
+    unit = UnitWork("u", 0.0, 0.0, gradient_bytes=1, host_update_bytes=1, disk_read_bytes=80, disk_write_bytes=80)
+    step = forecast([unit] * 2, ONE, window_bytes=40)
+    assert 160 <= step.seconds < 180
+
+
 def test_weights_on_disk_are_read_before_each_upload_and_each_update() -> None:
-    units = [streamed(stored_bytes=1)] * 4
-    sent = sum(map(len, window_schedule(4, 1)))
-    step = forecast(units, ONE, micro_batches=3)
-    assert step.busy["disk_read"] == pytest.approx(3 * sent + 4)
-    assert step.busy["disk_write"] == pytest.approx(4)
-    assert forecast(units, ONE, micro_batches=3, cache_bytes=4).busy["disk_read"] == 0
+    """With room for two units, the least that there is, of twelve; what is in the cache is neither read nor written."""
+    units = [streamed(stored_bytes=1)] * 12
+    sent = sum(map(len, window_schedule(12, 1)))
+    for micro_batches in (1, 3):
+        step = forecast(units, ONE, micro_batches=micro_batches)
+        assert 10 + micro_batches * (sent - 4) <= step.busy["disk_read"] <= 12 + micro_batches * sent
+        assert 10 <= step.busy["disk_write"] <= 12
+    step = forecast(units, dataclasses.replace(ONE, disk_write=1e-3), cache_bytes=12)
+    assert step.busy["disk_read"] == step.busy["disk_write"] == 0
+    assert step.bound_seconds <= step.seconds
 
 
 @pytest.mark.parametrize(

@@ -25,33 +25,11 @@ from torch import Tensor, nn
 import offload
 from offload._interrupts import Uninterrupted
 from offload._speculation import Speculation
-from phases import Trainer, equal
+from phases import PACKAGE, Trainer, each_line, equal
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
-
-PACKAGE = str(Path(offload.__file__).parent)
 
 # A line of the package in a phase of the step, and which of its executions.
 Place = tuple[str, str, int]
-
-
-@contextmanager
-def each_line(call: Callable[[str], None], of: str = PACKAGE) -> Iterator[None]:
-    """Calls with "path:line" before every line of the package, or of one file of it, that runs in this thread."""
-
-    def local(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
-            call(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-        return local
-
-    def enter(frame: FrameType, event: str, _: Any) -> Any:
-        return local if frame.f_code.co_filename.startswith(of) else None
-
-    before = sys.gettrace()
-    sys.settrace(enter)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
 
 
 def lines_of(trainer: Trainer, tokens: Tensor) -> list[Place]:

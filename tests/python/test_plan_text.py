@@ -53,7 +53,8 @@ def test_each_placement_stands_once_with_both_of_its_steps() -> None:
             tiers = [sum(placed[tier].values()) / 2**30 for tier in ("device", "host", "disk")]
             assert list(row[4:7]) == [f"{gib:,.1f}" if gib else "-" for gib in tiers]
             cells.add(cell)
-    assert "no" in cells and len(cells) > 5
+    # Weights on disk of which the cache holds all cost no time: two of the seven have the same.
+    assert cells == {"no"} | {f"{seconds:.2f} s" for seconds in shown.values()} and len(cells) == 5
 
 
 def test_the_fastest_of_each_batch_names_its_row() -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 import offload
 from offload import Hardware, InvalidArgument
+from offload._disk_window import DiskWindow
 from offload._model_sizes import token_costs
 from offload._predicted_step import Job
 from offload._units import find_units
@@ -245,6 +246,18 @@ def test_faster_links_memory_and_compute_never_make_a_step_slower(llama: nn.Modu
         assert faster[0].seconds <= steps[0].seconds * 1.001, name
 
 
+def test_states_on_disk_stay_in_the_frames_of_the_update_alone() -> None:
+    """What others pass through (loads, saves) keeps nothing."""
+    with torch.device("meta"):
+        model = nn.Sequential(*(nn.Linear(1024, 1024, bias=False, dtype=torch.bfloat16) for _ in range(24)))
+    window = DiskWindow(1 << 20, 10 << 20, 16)  # a frame holds the states of a layer
+    options: dict[str, Any] = {"optimizer": "disk", "gradients": "host", "params": "device", "disk_path": "."}
+    found = offload.predict(model, ROOMY, batches=[1], activations="device", disk_window=window.nbytes, **options)
+    assert ROOMY.disk_read is not None
+    read = found.steps[0].busy["disk_read"] * ROOMY.disk_read
+    assert read == pytest.approx(8 * window.frame_bytes)
+
+
 def test_the_fastest_prefers_what_offloads_less(llama: nn.Module) -> None:
     """With all the memory there is everything stays on the device, at every batch."""
     found = offload.predict(llama, ROOMY, batches=[64, 128])
@@ -277,6 +290,19 @@ def test_several_cards_by_hand() -> None:
     # Activations are each card's own.
     assert leaving.activation_host_bytes == alone.activation_host_bytes > 0
     assert leaving.busy["to_host"] == pytest.approx(alone.busy["to_host"])
+
+
+def test_weights_on_disk_pass_through_the_cache_of_a_card(llama: nn.Module) -> None:
+    """Of its share of the host, not of all that there is."""
+    hardware = card(host_bytes=16 * GIB, device_bytes=80 * GIB)
+    options: dict[str, Any] = {"optimizer": "disk", "gradients": "host", "params": "disk", "activations": "device"}
+    found = offload.predict(llama, hardware, batches=[1], gpus=2, interconnect="nvlink", **options, disk_path=".")
+    host, step = found.placements[0].host, found.steps[0]
+    states, weights = 10 * LLAMA_3_8B / 2, 2 * LLAMA_3_8B / 2
+    assert hardware.disk_read is not None and 0 < host.cache < weights
+    # The update, and forward and backward if all that is in the cache or on the device is not read.
+    read = step.busy["disk_read"] * hardware.disk_read
+    assert read >= states - host.window + 2 * (weights - host.cache)
 
 
 def test_frozen_parameters_and_other_optimizers() -> None:

@@ -55,6 +55,27 @@ def thread_numbers() -> set[str]:
     return {number for number, _ in _threads()}
 
 
+def all_sleep(prefix: str) -> bool:
+    """Whether there was a moment at which every thread whose name begins so slept, and none had been woken.
+
+    One that was woken counts as running from then on, and every rest is counted: there was such a moment between two
+    looks at which all sleep and nobody has rested again.
+    """
+    looks: list[list[bytes]] = [[], []]
+    for look in looks:
+        for task in os.listdir("/proc/self/task"):
+            try:
+                with open(f"/proc/self/task/{task}/status", "rb") as file:
+                    text = file.read()
+            except OSError:  # it ended meanwhile
+                return False
+            if text.startswith(f"Name:\t{prefix}".encode()):
+                if b"\nState:\tS" not in text:
+                    return False
+                look.append(text[text.index(b"\nvoluntary_ctxt_switches") :])
+    return looks[0] == looks[1]
+
+
 def open_files() -> set[tuple[str, str]]:
     """(descriptor, file) of each, but the one that lists them."""
     found = set()

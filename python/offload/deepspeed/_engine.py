@@ -136,20 +136,20 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
             raise offload.StateError("step() was called inside no_sync(): leave the context first")
         self._step_applied = optimizer.guard.expected = False
         if self.is_gradient_accumulation_boundary() or not self.settings.managed_accumulation:
+            added = self._batch.train if self.settings.managed_accumulation else self._batch.micro * self._micro_batches
+            samples = self.global_samples + added
+            before = optimizer.steps_over, self.micro_steps, self.global_steps, self.skipped_steps
             with self._report.timed("step"):
-                optimizer.step()
                 try:
-                    optimizer.zero_grad()
-                    if not optimizer.overflow and self.lr_scheduler is not None:
-                        self.lr_scheduler.step(**(lr_kwargs or {}))
-                finally:  # a schedule may read the counters: they change after it, and whatever becomes of it
-                    self._step_applied = not optimizer.overflow
-                    self.skipped_steps += optimizer.overflow
-                    self.global_steps += 1
-                    counted = self.settings.managed_accumulation
-                    self.global_samples += self._batch.train if counted else self._batch.micro * self._micro_batches
-                    self._micro_batches = 0
-                    self.micro_steps += 1
+                    try:
+                        optimizer.step()
+                        optimizer.zero_grad()
+                        if not optimizer.overflow and self.lr_scheduler is not None:
+                            self.lr_scheduler.step(**(lr_kwargs or {}))
+                    finally:  # a schedule may read the counters: they change after it, and whatever becomes of it
+                        self._count_step(optimizer, samples, *before)
+                finally:  # again: Ctrl-C may have come before that was over
+                    self._count_step(optimizer, samples, *before)
             if optimizer.overflow:
                 logger.info("gradients overflowed: step skipped, the loss scale is %g", optimizer.loss_scale)
             self._report.after_step(
@@ -161,6 +161,18 @@ class Engine(EngineSettings, EngineCheckpoint, nn.Module):
             )
         else:
             self.micro_steps += 1
+
+    def _count_step(
+        self, optimizer: EngineOptimizer, samples: int, steps_over: int, micro_steps: int, steps: int, skipped: int
+    ) -> None:
+        """If the step is over, it counts. samples: with those of it; the others: what was counted before it."""
+        if optimizer.steps_over != steps_over:
+            self._step_applied = not optimizer.overflow
+            self.skipped_steps = skipped + optimizer.overflow
+            self.global_steps = steps + 1
+            self.global_samples = samples
+            self._micro_batches = 0
+            self.micro_steps = micro_steps + 1
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-batch is the last one before an update.

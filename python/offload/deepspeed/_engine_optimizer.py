@@ -105,7 +105,7 @@ class EngineOptimizer(torch.optim.Optimizer):
             raise offload.InvalidArgument("step(closure) is not supported under a loss scale: call backward() yourself")
         self.overflow = False
         if not self._takes_norm:
-            self.optimizer.step()
+            self._update(1.0)
             return
         norm = self.optimizer.grad_norm()
         scale = self.loss_scale
@@ -115,16 +115,36 @@ class EngineOptimizer(torch.optim.Optimizer):
         if not self._skip_bad_steps:  # and the scale is 1
             # Nothing is waited for: the update reads the coefficient when it is there, and who asks reads the norm.
             self._norm = norm
-            self.optimizer.step(grad_scale=1.0 if coefficient is None else coefficient)
+            self._update(1.0 if coefficient is None else coefficient)
             return
         # Whether to step is decided here, so backward is waited for, once, as torch's GradScaler does.
         self._norm, by = torch.stack((norm, torch.ones_like(norm) if coefficient is None else coefficient)).tolist()
         self.overflow = not math.isfinite(self._norm)
         if self.overflow:
             self._norm = math.inf
+            self.loss_scaler.update(True)
         else:
-            self.optimizer.step(grad_scale=by / scale)
-        self.loss_scaler.update(self.overflow)
+            self._update(by / scale)
+
+    def _update(self, grad_scale: float | Tensor) -> None:
+        """Steps. The loss scale follows an update that was made, whatever is raised behind it."""
+        before = self.optimizer.steps_made, self.steps_over
+        try:
+            try:
+                self.optimizer.step(grad_scale=grad_scale)
+            finally:
+                self._follow(*before)
+        finally:  # again: Ctrl-C may have come before that began
+            self._follow(*before)
+
+    def _follow(self, steps_made: int, steps_over: int) -> None:
+        if self.optimizer.steps_made != steps_made and self.steps_over == steps_over:
+            self.loss_scaler.update(False)
+
+    @property
+    def steps_over(self) -> int:
+        """Steps that were made or skipped."""
+        return self.loss_scaler.step
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none)

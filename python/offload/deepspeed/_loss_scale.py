@@ -7,6 +7,8 @@ scale, down to its minimum. In both the good step after an overflow, and the ver
 
 from __future__ import annotations
 
+import copy
+
 import offload
 
 from ._settings import LossScale, Settings
@@ -17,9 +19,10 @@ _FACTOR = 2.0
 
 
 class _Named:
-    """The scale by the names of DeepSpeed's loss scalers too."""
+    """The scale by the names of DeepSpeed's loss scalers too. step: how often `update()` was called."""
 
     scale: float
+    step: int
 
     @property
     def loss_scale(self) -> float:
@@ -35,9 +38,11 @@ class StaticLossScale(_Named):
 
     def __init__(self, scale: float = 1.0) -> None:
         self.scale = scale
+        self.step = 0
 
     def update(self, overflow: bool) -> None:
         """Called after every step."""
+        self.step += 1
 
     def state_dict(self) -> dict[str, float]:
         return {"scale": self.scale}
@@ -57,18 +62,23 @@ class DynamicLossScale(_Named):
         self._settings = settings
         self._under_zero = under_zero
         self._uncounted = uncounted
-        self._step = 0
+        self.step = 0
         self._last_overflow = -1
         self._hysteresis = settings.hysteresis
 
     def update(self, overflow: bool) -> None:
-        """Called after every step, skipped ones too. Raises `StateError` when the scale cannot fall any further."""
+        """Called after every step, skipped ones too. Raises `StateError` when the scale cannot fall any further.
+
+        It is done at once: Ctrl-C comes before it or after it.
+        """
+        after = copy.copy(self)
         if overflow:
-            self._fall()
-            self._last_overflow = self._step
+            after._fall()
+            after._last_overflow = self.step
         else:
-            self._rise()
-        self._step += 1
+            after._rise()
+        after.step += 1
+        self.__dict__.update(after.__dict__)
 
     def _fall(self) -> None:
         lowest = self._settings.min_scale
@@ -86,7 +96,7 @@ class DynamicLossScale(_Named):
         settings = self._settings
         if settings.consecutive_hysteresis:
             self._hysteresis = settings.hysteresis
-        good = self._step - self._last_overflow - self._uncounted
+        good = self.step - self._last_overflow - self._uncounted
         if good > 0 and good % settings.window == 0:
             self._hysteresis = settings.hysteresis
             self.scale *= _FACTOR
@@ -94,7 +104,7 @@ class DynamicLossScale(_Named):
     def state_dict(self) -> dict[str, float]:
         return {
             "scale": self.scale,
-            "step": self._step,
+            "step": self.step,
             "last_overflow": self._last_overflow,
             "hysteresis": self._hysteresis,
         }
@@ -104,7 +114,7 @@ class DynamicLossScale(_Named):
         if "last_overflow" not in state:
             return
         self.scale = float(state["scale"])
-        self._step = int(state["step"])
+        self.step = int(state["step"])
         self._last_overflow = int(state["last_overflow"])
         # Without ZeRO, DeepSpeed's own checkpoints have none, as that rule has no use for it.
         self._hysteresis = int(state.get("hysteresis", self._settings.hysteresis))
