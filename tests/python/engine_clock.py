@@ -43,7 +43,8 @@ class _Work:
 
 
 class EngineClock:
-    """Every engine made while the test runs has this clock. Rates of the lanes are in bytes a second.
+    """Every engine made while the test runs has this clock. Rates of the lanes are in bytes a second. At the end of
+    `with` nothing is left that waits for the hand.
 
     update_s: of each update on the host; ahead_s: of one that begins before its step, with its backup. The step that
     comes to such an update is expected to take it up, in no time.
@@ -95,6 +96,20 @@ class EngineClock:
             self._move_to(deadline)
         self._move_to(end)
         self._settle()
+
+    def __enter__(self) -> EngineClock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends every copy and update that waits for the hand: who lets go of an engine that failed waits for them."""
+        for lane in self._lanes:
+            self._device.limit(lane, 0)
+        for update in self._updates:
+            if update.gate is not None:
+                update.gate.complete()
+        while any(self._device.pending_count(lane) for lane in self._lanes):
+            self._clock.advance(_NS)
+            os.sched_yield()  # one may have begun at a rate, and read the clock only now
 
     # --- what stands in for the native methods --------------------------------------------------------------
 
@@ -157,7 +172,9 @@ class EngineClock:
             for job, gate, ticket in zip(jobs, gates, tickets, strict=True):
                 seconds = 0.0 if job[0] in self._begun_ahead else self._update_s
                 after, uploads = list(job[3]), self._uploading[job[0]]
-                self._updates.append(_Work(ticket, after, gate, job[0], seconds, uploads=uploads))
+                # The ticket of its weight ends last, states being in memory: who reaches for either finds it ended.
+                weight = pipeline.weight(ticket)
+                self._updates.append(_Work(weight, after, gate, job[0], seconds, uploads=uploads))
             self._begun_ahead.clear()
             self._settle()
             return tickets

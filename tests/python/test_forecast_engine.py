@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import os
+import sys
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 
 import offload
 from engine_clock import Block, CheckpointedBlock, EngineClock
-from offload import Machine, ParameterSize, _activations, _copy_lanes, forecast, unit_works
+from offload import Machine, ParameterSize, _activations, _copy_lanes, _engine, _native, forecast, unit_works
 from offload._activation_format import ActivationFormat
 
 pytestmark = [pytest.mark.usefixtures("device"), pytest.mark.cpu_only]
@@ -193,25 +195,28 @@ def measured(name: str, monkeypatch: pytest.MonkeyPatch) -> float:
     setting = SETTINGS[name]
     to_host, to_device = (rate * _BYTES for rate in setting.link)
     ahead_s = setting.update * (1 + 2 * _BACKUP_BYTES / _UPDATE_BYTES)
-    clock = EngineClock(monkeypatch, to_host=to_host, to_device=to_device, update_s=setting.update, ahead_s=ahead_s)
     monkeypatch.setattr(_copy_lanes, "_RING_BYTES", ring_bytes(setting))
     monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", ring_bytes(setting))
-    model = model_of(setting, clock)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    model, optimizer = offload.wrap(model, optimizer, device="cpu", **{"activations": "device"} | options_of(setting))
-    elements = round(setting.saved * _BYTES) // 2 if setting.checkpointed else 1
-    began = []
-    for _ in range(5):
-        began.append(clock.seconds)
-        for _ in range(setting.micro_batches):
-            model(torch.zeros(elements, dtype=torch.bfloat16)).sum().backward()
-        if setting.clips:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)  # which leaves them alone
-        optimizer.step()
-        optimizer.zero_grad()
-    optimizer.state_dict()  # once the last updates have ended
-    speculation = optimizer.stats().speculation
-    offload.unwrap(model, optimizer)
+    clock = EngineClock(monkeypatch, to_host=to_host, to_device=to_device, update_s=setting.update, ahead_s=ahead_s)
+    with clock:
+        model = model_of(setting, clock)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        model, optimizer = offload.wrap(
+            model, optimizer, device="cpu", **{"activations": "device"} | options_of(setting)
+        )
+        elements = round(setting.saved * _BYTES) // 2 if setting.checkpointed else 1
+        began = []
+        for _ in range(5):
+            began.append(clock.seconds)
+            for _ in range(setting.micro_batches):
+                model(torch.zeros(elements, dtype=torch.bfloat16)).sum().backward()
+            if setting.clips:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)  # which leaves them alone
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.state_dict()  # once the last updates have ended
+        speculation = optimizer.stats().speculation
+        offload.unwrap(model, optimizer)
     if setting.backups:  # in each step but the first
         assert (speculation["kept"], speculation["thrown_away"]) == (4 * setting.backups, 0)
     # States are made, and orders recorded, in the first steps.
@@ -237,3 +242,42 @@ def test_the_forecast_orders_settings_as_the_engine_does(steps: dict[str, float]
     for one, other in itertools.combinations(SETTINGS, 2):
         if abs(steps[one] - steps[other]) > 1e-3 * steps[one]:
             assert (steps[one] < steps[other]) == (predicted(one) < predicted(other)), f"{one} and {other}"
+
+
+def test_the_clock_waits_for_a_weight_that_ends_after_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The core ends the two one after the other: the clock must not take the first for the end of both."""
+    weight_of = _native.StepPipeline.weight
+    late: dict[_native.Ticket, tuple[_native.Ticket, _native.Ticket]] = {}
+
+    def weight(job: _native.Ticket) -> _native.Ticket:
+        return late.setdefault(job, (weight_of(job), _native.Ticket.pending()))[1]
+
+    def sched_yield() -> None:
+        for ended, still_pending in late.values():
+            if ended.done and not still_pending.done:
+                still_pending.complete()
+
+    # One upload a step: the core's lane begins no other before it has ended both.
+    monkeypatch.setattr(sys.modules[__name__], "_UNITS", 1)
+    monkeypatch.setattr(sys.modules[__name__], "_WEIGHTS", 1)
+    monkeypatch.setattr(_native.StepPipeline, "weight", staticmethod(weight))
+    monkeypatch.setattr(os, "sched_yield", sched_yield)
+    expected = predicted.__wrapped__("host")  # of these sizes, which nobody is to find later
+    assert measured("host", monkeypatch) == pytest.approx(expected, rel=1e-3)
+    assert late
+
+
+def test_a_measurement_that_fails_leaves_nothing_that_waits_for_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the model that its traceback keeps would wait for ever when it goes, in whatever test that is."""
+    waiting: list[_native.Ticket] = []
+    wait = _native.Ticket.wait
+
+    def fail(*_: object) -> None:
+        (engine,) = _engine._engines
+        waiting.extend(engine.lanes.in_flight())
+        raise AssertionError("half-way")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", fail)
+    with pytest.raises(AssertionError, match="half-way"):
+        measured("host, slow to_host", monkeypatch)
+    assert waiting and all(wait(ticket, 60) for ticket in waiting)
