@@ -169,7 +169,7 @@ $(VENV)/.base:
 
 $(VENV)/.tools: $(VENV)/.base pyproject.toml
 	$(PIP_INSTALL) 'scikit-build-core>=0.10' 'pybind11>=2.13' ninja 'cmake>=3.22' 'pytest>=8' 'pytest-timeout>=2.3' \
-	  'pytest-xdist>=3.5' 'hypothesis>=6.100' 'transformers>=4.45' 'accelerate>=1.1' 'peft>=0.14' 'hjson>=3.1' 'ruff>=0.15' 'mypy>=1.11' 'clang-format>=18' $(NVRTC)
+	  'pytest-xdist>=3.5' 'hypothesis>=6.100' 'transformers>=4.57' 'accelerate>=1.10' 'peft>=0.17' 'hjson>=3.1' 'ruff>=0.15' 'mypy>=1.11' 'clang-format>=18' $(NVRTC)
 	touch $@
 
 $(VENV)/.installed: $(VENV)/.tools $(SOURCES)

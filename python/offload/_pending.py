@@ -35,7 +35,8 @@ _METADATA_PROPERTIES = (
 _METADATA_METHODS = (
     "size", "dim", "stride", "numel", "nelement", "element_size", "is_contiguous", "is_floating_point", "is_complex",
     "storage_offset", "register_hook", "register_post_accumulate_grad_hook", "requires_grad_", "get_device",
-    "is_signed", "is_shared", "ndimension", "__hash__", "__len__", "dim_order", "is_inference",
+    "is_signed", "is_shared", "ndimension", "__hash__", "__len__", "dim_order", "is_inference", "is_conj", "is_neg",
+    "is_same_size", "is_distributed", "retain_grad",
 )
 # fmt: on
 
@@ -53,10 +54,12 @@ def _metadata_calls() -> frozenset[Any]:
             calls.add(attribute.__set__)
     calls.add(Tensor.grad.__delete__)  # type: ignore[union-attr]
     calls.update(getattr(Tensor, name) for name in _METADATA_METHODS if hasattr(Tensor, name))
-    calls.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor))
+    calls.update((torch.numel, torch.is_floating_point, torch.is_complex, torch.is_tensor, torch.is_inference))
+    calls.update((torch.is_conj, torch.is_neg, torch.is_same_size, torch.result_type))
     calls.add(torch._has_compatible_shallow_copy_type)  # module.to() asks it
-    # New tensors of the same shape: states of optimizers, averages, gradients of zeros.
+    # New tensors of the same shape: states of optimizers, averages, gradients of zeros, noise.
     calls.update((torch.empty_like, torch.zeros_like, torch.ones_like, torch.full_like))
+    calls.update((torch.rand_like, torch.randn_like, torch.randint_like))
     calls.update((Tensor.new_empty, Tensor.new_zeros, Tensor.new_ones, Tensor.new_full))
     return frozenset(calls)
 
@@ -98,6 +101,8 @@ class PendingParameter(Parameter):
         kwargs = kwargs or {}
         if func in _METADATA_CALLS and not (func == Tensor.size and _becomes_a_gradient(_caller())):
             return torch._C._disabled_torch_function_impl(func, types, args, kwargs)  # see reading_metadata()
+        if func == Tensor.type and len(args) == 1 and not kwargs:  # its name; with a type, a conversion
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs)
         if func in _MOVES:
             asked = _asked_place(func, *args, **kwargs)
             if asked is not None and _is_there_already(args[0], *asked):

@@ -50,7 +50,8 @@ class _Transfer:
 
 
 class EngineClock:
-    """Every engine made while the test runs has this clock. Rates of the lanes are in bytes a second.
+    """Every engine made while the test runs has this clock. Rates of the lanes are in bytes a second. At the end of
+    `with` nothing is left that waits for the hand.
 
     update_s: of each update on the host; ahead_s: of one that begins before its step, with its backup. The step that
     comes to such an update is expected to take it up, in no time. disk_read, disk_write: of a disk that gives each its
@@ -117,6 +118,20 @@ class EngineClock:
         store = DiskStore(*given, **options, calls=self._disk_calls, backend="threads")
         self._disk_calls.hold_transfers()
         return store
+
+    def __enter__(self) -> EngineClock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends all that waits for the hand: who lets go of an engine that failed waits for it."""
+        for lane in ("to_host", "to_device"):
+            self._device.limit(lane, 0)
+        for update in self._updates:
+            update.gate.complete()
+        self._disk_calls.release_transfers()
+        while any(self._device.pending_count(lane) for lane in ("to_host", "to_device")):
+            self._clock.advance(_NS)
+            os.sched_yield()  # one may have begun at a rate, and read the clock only now
 
     # --- what stands in for the native methods --------------------------------------------------------------
 

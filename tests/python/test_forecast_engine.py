@@ -14,7 +14,7 @@ from torch import nn
 
 import offload
 from engine_clock import Block, CheckpointedBlock, EngineClock
-from offload import Machine, ParameterSize, _activations, _copy_lanes, forecast, unit_works
+from offload import Machine, ParameterSize, _activations, _copy_lanes, _engine, _native, forecast, unit_works
 from offload._activation_format import ActivationFormat
 from offload._disk_window import CacheSize, DiskWindow
 from offload._plan_sizes import PlanSizes
@@ -246,28 +246,30 @@ def measured(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> float:
     rates = {"to_host": to_host, "to_device": to_device}
     if setting.disk is not None:
         rates |= {"disk_read": setting.disk[0] * _BYTES, "disk_write": setting.disk[1] * _BYTES}
-    clock = EngineClock(monkeypatch, **rates, update_s=setting.update, ahead_s=ahead_s)
     monkeypatch.setattr(_copy_lanes, "_RING_BYTES", ring_bytes(setting))
     monkeypatch.setattr(_activations, "IN_FLIGHT_BYTES", ring_bytes(setting))
     cache = CacheSize(setting.cache * _WEIGHTS * _BYTES, _FRAME_BYTES)
     monkeypatch.setattr(PlanSizes, "cache", lambda *_: cache)
-    model = model_of(setting, clock)
-    optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    options = {"activations": "device"} | options_of(setting, path)
-    model, optimizer = offload.wrap(model, optimizer, device="cpu", **options)
-    elements = round(setting.saved * _BYTES) // 2 if setting.checkpointed else 1
-    began = []
-    for _ in range(5 if setting.disk is None else 7):  # where the disk is behind, it takes longer until all are alike
-        began.append(clock.seconds)
-        for _ in range(setting.micro_batches):
-            model(torch.zeros(elements, dtype=torch.bfloat16)).sum().backward()
-        if setting.clips:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)  # which leaves them alone
-        optimizer.step()
-        optimizer.zero_grad()
-    optimizer.state_dict()  # once the last updates have ended
-    speculation = optimizer.stats().speculation
-    offload.unwrap(model, optimizer)
+    with EngineClock(monkeypatch, **rates, update_s=setting.update, ahead_s=ahead_s) as clock:
+        model = model_of(setting, clock)
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        options = {"activations": "device"} | options_of(setting, path)
+        model, optimizer = offload.wrap(model, optimizer, device="cpu", **options)
+        elements = round(setting.saved * _BYTES) // 2 if setting.checkpointed else 1
+        began = []
+        for _ in range(
+            5 if setting.disk is None else 7
+        ):  # where the disk is behind, it takes longer until all are alike
+            began.append(clock.seconds)
+            for _ in range(setting.micro_batches):
+                model(torch.zeros(elements, dtype=torch.bfloat16)).sum().backward()
+            if setting.clips:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)  # which leaves them alone
+            optimizer.step()
+            optimizer.zero_grad()
+        optimizer.state_dict()  # once the last updates have ended
+        speculation = optimizer.stats().speculation
+        offload.unwrap(model, optimizer)
     if setting.backups:  # in each step but the first
         assert (speculation["kept"], speculation["thrown_away"]) == (4 * setting.backups, 0)
     # States are made, and orders recorded, in the first steps.
@@ -294,3 +296,21 @@ def test_the_forecast_orders_settings_as_the_engine_does(steps: dict[str, float]
     for one, other in itertools.combinations(exact, 2):
         if abs(steps[one] - steps[other]) > 1e-3 * steps[one]:
             assert (steps[one] < steps[other]) == (predicted(one) < predicted(other)), f"{one} and {other}"
+
+
+def test_a_measurement_that_fails_leaves_nothing_that_waits_for_the_clock(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Else the model that its traceback keeps would wait for ever when it goes, in whatever test that is."""
+    waiting: list[_native.Ticket] = []
+    wait = _native.Ticket.wait
+
+    def fail(*_: object) -> None:
+        (engine,) = _engine._engines
+        waiting.extend(engine.lanes.in_flight())
+        raise AssertionError("half-way")
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", fail)
+    with pytest.raises(AssertionError, match="half-way"):
+        measured("host, slow to_host", tmp_path, monkeypatch)
+    assert waiting and all(wait(ticket, 60) for ticket in waiting)

@@ -15,6 +15,7 @@ from torch.optim import lr_scheduler, swa_utils
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import offload
+from offload._pending import PendingParameter
 from training import HOST, RESIDENT, batches, loss_of, make_model, same_bits
 
 pytestmark = [
@@ -447,3 +448,48 @@ def test_shapes_of_weights_that_are_away_are_no_access() -> None:
         for like in (torch.zeros_like(parameter), parameter.new_zeros(parameter.shape)):
             assert type(like) is Tensor and not like.requires_grad
             assert (like.shape, like.dtype, like.device) == (parameter.shape, parameter.dtype, parameter.device)
+
+
+def test_noise_in_the_shape_of_weights_that_are_away() -> None:
+    one = Training(STREAMED).wrap()
+    for parameter in one.model.parameters():
+        for like in (torch.rand_like, torch.randn_like, lambda given: torch.randint_like(given, 9)):
+            found = []
+            for shaped in (parameter, torch.empty(parameter.shape, dtype=parameter.dtype)):
+                torch.manual_seed(0)
+                found.append(like(shaped))
+            assert type(found[0]) is Tensor and same_bits(*found)
+
+
+class WithDictionary(nn.Module):
+    """As PEFT's adapters keep their weights; torch names their types when it prints them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        for block in self.blocks:
+            block.adapters = nn.ParameterDict({"default": nn.Parameter(torch.zeros(8))})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x) + block.adapters["default"]  # type: ignore[index]
+        return x
+
+
+@pytest.mark.parametrize("placement", [HOST, STREAMED], ids=["pending", "away"])
+def test_a_model_prints_as_a_plain_one_and_waits_for_nothing(placement: dict[str, str]) -> None:
+    model = WithDictionary()
+    printed = repr(model)
+    model, optimizer = offload.wrap(model, torch.optim.SGD(model.parameters(), lr=0.1), **placement)
+    model(torch.ones(2, 8)).sum().backward()
+    optimizer.step()
+    weight = model.blocks[2].adapters["default"]  # type: ignore[index,union-attr]
+    assert type(weight) is PendingParameter
+    assert repr(model) == printed and type(weight) is PendingParameter
+    assert torch.typename(weight) == weight.type() == torch.empty(0).type()
+    assert weight.is_same_size(torch.empty(8)) and not (weight.is_conj() or weight.is_neg())
+    assert torch.result_type(weight, torch.empty(8, dtype=torch.float64)) == torch.float64
+    assert type(weight) is PendingParameter
+    optimizer.synchronize()
+    with offload.full_params(model):
+        assert weight.type(torch.float64).dtype == torch.float64
