@@ -16,21 +16,15 @@
 #include "device/cuda_stream.h"
 #include "pipeline/job_end.h"
 #include "pipeline/step_pipeline.h"
+#include "updated_states.h"
 
 namespace offload {
 namespace {
 
+using test::kScalars;
+
 constexpr int64_t kHangNs = 60'000'000'000;  // far more than anything here takes
 constexpr size_t kCount = 300'000;           // an update of so many is the workers'
-
-constexpr AdamWScalars kScalars{.weight_scale = 0.99f,
-                                .l2 = 0.0f,
-                                .one_minus_beta1 = 0.1f,
-                                .beta2 = 0.999f,
-                                .one_minus_beta2 = 0.001f,
-                                .step_size = 0.01f,
-                                .eps = 1e-8f,
-                                .maximize = false};
 
 // While it lives no update of more than one block goes on: the workers are busy.
 class BusyWorkers {
