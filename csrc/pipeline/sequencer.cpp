@@ -253,8 +253,8 @@ void Sequencer::run_job(const QueuedJob& queued, std::stop_token stop) {
     }
     // Asked again: an upload may have failed meanwhile.
     if (!first_error_->any()) {
-      foresee(queued);
       stage = "its update failed";
+      foresee(queued);
       update(queued, end, stop);
     }
   } catch (...) {

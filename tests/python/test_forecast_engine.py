@@ -257,9 +257,8 @@ def measured(name: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> float:
         model, optimizer = offload.wrap(model, optimizer, device="cpu", **options)
         elements = round(setting.saved * _BYTES) // 2 if setting.checkpointed else 1
         began = []
-        for _ in range(
-            5 if setting.disk is None else 7
-        ):  # where the disk is behind, it takes longer until all are alike
+        count = 5 if setting.disk is None else 7  # where the disk is behind, it takes longer until all are alike
+        for _ in range(count):
             began.append(clock.seconds)
             for _ in range(setting.micro_batches):
                 model(torch.zeros(elements, dtype=torch.bfloat16)).sum().backward()
